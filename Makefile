@@ -1,0 +1,57 @@
+# Everything starts from Python 3.11 or newer and this file: `make demo` shows it, `make test` proves it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steermoe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: install
+install: $(INSTALLED) ## the virtual environment .venv with steermoe in it
+
+.PHONY: model
+model: $(INSTALLED) ## the default model, pulled and assembled once into the cache
+	@$(BIN)/steermoe models pull
+
+.PHONY: demo
+demo: model ## a story steered toward sport, then the same one unsteered and steered side by side
+	$(BIN)/steermoe generate --domain sport
+	$(BIN)/steermoe compare --domain sport
+
+.PHONY: lint
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: check
+check: lint model ## what CI runs: lint, types, quick tests
+	$(BIN)/pytest -m "not slow"
+
+.PHONY: test
+test: check ## the same, from nothing: environment, default model, lint, types, tests
+
+.PHONY: test-all
+test-all: lint model ## every test, the slow ones too
+	$(BIN)/pytest
+	$(BIN)/python benchmarks/default_model.py
+
+.PHONY: bench-model
+bench-model: model ## what the default model reaches on held-out openings (about 20 minutes)
+	$(BIN)/python benchmarks/default_model.py
+
+.PHONY: clean
+clean: ## remove the environment and caches, not the pulled model
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

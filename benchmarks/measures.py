@@ -1,0 +1,84 @@
+"""What the benchmarks of the default model share: continuing openings in batches, and figures of the texts that come out."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from steermoe.default_model.stories import Story, load_stories
+from steermoe.engines.base import Completion, Request, Sampling
+from steermoe.engines.hf import HFEngine
+from steermoe.models import LoadedModel
+from steermoe.steering import SteeringPlan
+from steermoe.words import distinct_words, word_pattern
+
+WORDS_FOR_SUCCESS = 3
+
+
+def openings(split: str, count: int) -> list[str]:
+    """Openings of the neutral stories first, then of the domains' in turn; all of them are neutral."""
+    by_topic: dict[str, list[Story]] = {}
+    for story in load_stories(split):
+        by_topic.setdefault(story.topic, []).append(story)
+    neutral = by_topic.pop("neutral")
+    others = [story for stories in zip(*by_topic.values(), strict=False) for story in stories]
+    found = [story.opening for story in (*neutral, *others)][:count]
+    if len(found) < count:
+        raise SystemExit(f"the {split} split has only {len(found)} openings, {count} were asked for")
+    return found
+
+
+def continue_openings(
+    loaded: LoadedModel, prompts: Sequence[str], plan: SteeringPlan | None, tokens: int = 120, batch: int = 50, seed: int = 0
+) -> list[Completion]:
+    """One continuation an opening, each with a seed of its own that all plans share, so that plans can be paired."""
+    engine = HFEngine(loaded)
+    requests = [
+        Request(prompt, plan, Sampling(max_new_tokens=tokens, temperature=0.7, seed=seed * 1000 + number))
+        for number, prompt in enumerate(prompts)
+    ]
+    return [done for i in range(0, len(requests), batch) for done in engine.generate(requests[i : i + batch])]
+
+
+def success_rate(texts: Sequence[str], words: Sequence[str]) -> float:
+    """Share of texts that hold at least three different words of a domain."""
+    pattern = word_pattern(words)
+    return sum(len(distinct_words(text, pattern)) >= WORDS_FOR_SUCCESS for text in texts) / len(texts)
+
+
+def repeated_4grams(completions: Sequence[Completion]) -> float:
+    """Share of 4-grams of tokens that came before in the same text, mean over texts."""
+    shares = []
+    for completion in completions:
+        ids = completion.token_ids
+        grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares)
+
+
+def negative_log_likelihood(model: torch.nn.Module, loaded: LoadedModel, completions: Sequence[Completion]) -> float:
+    """Mean nats a token of the continuations under `model`, prompts as context; all tokens weigh the same."""
+    total, count = 0.0, 0
+    for completion in completions:
+        if not completion.token_ids:
+            continue
+        prompt = loaded.tokenizer(completion.request.prompt)["input_ids"]
+        ids = torch.tensor([[*prompt, *completion.token_ids]])
+        with torch.inference_mode():
+            logits = model(input_ids=ids, logits_to_keep=len(completion.token_ids) + 1).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum")
+        total, count = total + losses.item(), count + len(completion.token_ids)
+    return total / count
+
+
+def perplexity(model: torch.nn.Module, loaded: LoadedModel, texts: Sequence[str]) -> float:
+    """Of whole texts, without an end token; all tokens but each text's first weigh the same."""
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)

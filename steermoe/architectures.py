@@ -1,0 +1,21 @@
+"""Names that tell routers apart, and what is known of families without one. Free of torch, so that sources can be searched quickly.
+
+`routers.py` applies these to the modules of a model, `families.py` to the source files of transformers.
+"""
+
+import re
+
+ROUTER_CLASS = re.compile(r"(Router|TopKGating|MoEV1Gate|MoEGate)$")
+NOT_A_ROUTER = re.compile(r"Hash|Vision|Density|Talker|(MoE|Moe|Block|MLP|FFN|Experts|Layer)$")
+"""Hash routers have no logits, vision and talker experts do not write text, density routers choose no experts;
+some models record their router logits on the whole block.
+"""
+NOT_TEXT = re.compile(r"Vision|Image|Audio|Density|Talker|Code2Wav")
+"""Classes of a multimodal model that do not write its text."""
+LINEAR_GATE = re.compile(r"(^|\.)(gate|router|wg|gating)$")
+"""Module paths at which older remote code keeps a plain nn.Linear as its router."""
+LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|$)")
+NO_ROUTER_REASONS = {
+    "doge": "its experts are picked by product keys, not by a router over experts",
+}
+HASH_REASON = "its routers are hash tables, which have no logits"

@@ -1,0 +1,73 @@
+"""The `steermoe` command: its groups, and the one place where errors become a line on stderr and an exit code."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from steermoe import __version__
+from steermoe.cli import compare, console, generate, models, vectors
+from steermoe.errors import SteerMoEError
+
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+
+app = typer.Typer(
+    name="steermoe",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Steer a Mixture-of-Experts language model toward a domain while it generates.",
+    epilog="Example: steermoe generate --domain sport",
+)
+app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.add_typer(vectors.app, name="vectors")
+app.add_typer(models.app, name="models")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.write(f"steermoe {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    _quiet_libraries()
+    try:
+        app()
+    except SteerMoEError as error:
+        console.err.print(f"steermoe: {error}", soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        console.err.print("\nsteermoe: interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader left, as `head` does; stop Python from complaining once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' own progress bars and advice off the terminal; ours say what goes on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
+
+
+if __name__ == "__main__":
+    main()

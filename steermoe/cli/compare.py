@@ -1,0 +1,100 @@
+"""`steermoe compare`: the same opening unsteered and steered, side by side."""
+
+from typing import Annotated
+
+import typer
+
+from steermoe.cli import options as o
+
+EXAMPLES = """Examples:
+
+steermoe compare --domain sport --domain food
+
+steermoe compare "The old bus was late again." -d space --strength 2 --strength 4 --strength 8
+
+steermoe compare -d law --formula additive --formula zero_max_scaled --json
+"""
+
+
+def compare(
+    prompt: o.Prompt = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--domain", "-d", help="A text for each domain or vector file; a mixture as sport=0.7+food=0.3.", rich_help_panel=o.STEERING
+        ),
+    ] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="A text for each strength. Default: the vector's own.", rich_help_panel=o.STEERING)
+    ] = None,
+    formula: Annotated[
+        list[o.FormulaName] | None, typer.Option(help="A text for each formula. Default: the vector's own.", rich_help_panel=o.STEERING)
+    ] = None,
+    scale: o.Scale = None,
+    positions: o.Positions = "generated",
+    schedule: o.ScheduleText = "constant",
+    layers: o.Layers = None,
+    force: o.Force = None,
+    ban: o.Ban = None,
+    vectors: o.VectorsFolder = None,
+    max_new_tokens: o.MaxNewTokens = 120,
+    do_sample: o.DoSample = True,
+    temperature: o.Temperature = 0.7,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    repetition_penalty: o.RepetitionPenalty = 1.0,
+    seed: o.Seed = 0,
+    model: o.Model = None,
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+) -> None:
+    """Tell the same story unsteered and steered, side by side, with what steering did to the routing."""
+    from steermoe.cli import console
+    from steermoe.engines.base import Request, Sampling
+
+    text = o.read_prompt(prompt)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    from steermoe.comparison import compare_completions
+    from steermoe.engines.hf import HFEngine
+    from steermoe.plans import make_plan
+
+    plans = [
+        make_plan(
+            loaded.model,
+            names.split("+"),
+            strength=c,
+            layers=layers,
+            force=force,
+            ban=ban,
+            vectors=vectors,
+            formula=f,
+            scale=scale,
+            positions=positions,
+            schedule=schedule,
+        )
+        for names in (domain or ["sport"])
+        for f in (formula or [None])
+        for c in (strength or [None])
+    ]
+    requests = [Request(text, plan, sampling) for plan in (None, *plans)]
+    with console.working(f"Telling {len(requests)} stories ..."):
+        completions = HFEngine(loaded).generate(requests, record=True)
+    columns = compare_completions(completions)
+    if json:
+        for column in columns:
+            console.write_json(column.as_dict(loaded.name))
+    else:
+        from steermoe.cli.columns import print_columns
+
+        print_columns(text, columns)

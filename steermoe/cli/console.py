@@ -1,0 +1,36 @@
+"""The two consoles, and text that is safe to show."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could move a terminal's cursor or change its colours."""
+    return "".join(char for char in text if char in "\n\t" or (ord(char) >= 32 and not 127 <= ord(char) < 160))
+
+
+def write(text: str) -> None:
+    """Write story text to stdout as it is, at once."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
+
+
+def write_json(record: Any) -> None:
+    """One JSON value on one line of stdout."""
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    with err.status(what):
+        yield

@@ -1,0 +1,103 @@
+"""`steermoe generate`: one text, steered or not."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from steermoe.cli import options as o
+
+EXAMPLES = """Examples:
+
+steermoe generate --domain sport
+
+steermoe generate "The two sisters met at the station." -d space=0.6 -d music=0.4 --strength 5
+
+echo "It rained all night." | steermoe generate - -d food --json
+"""
+
+
+def generate(
+    prompt: o.Prompt = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option("--domain", "-d", help="Domain or vector file to steer to; repeat as name=weight to mix.", rich_help_panel=o.STEERING),
+    ] = None,
+    strength: o.Strength = None,
+    formula: o.Formula = None,
+    scale: o.Scale = None,
+    positions: o.Positions = "generated",
+    schedule: o.ScheduleText = "constant",
+    layers: o.Layers = None,
+    force: o.Force = None,
+    ban: o.Ban = None,
+    vectors: o.VectorsFolder = None,
+    max_new_tokens: o.MaxNewTokens = 120,
+    do_sample: o.DoSample = True,
+    temperature: o.Temperature = 0.7,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    repetition_penalty: o.RepetitionPenalty = 1.0,
+    seed: o.Seed = 0,
+    model: o.Model = None,
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. Default: on a terminal.")
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Continue a text, steered toward a domain (or, without --domain, unsteered)."""
+    from steermoe.cli import console
+    from steermoe.engines.base import Request, Sampling
+
+    text = o.read_prompt(prompt)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    from steermoe.engines.hf import HFEngine
+    from steermoe.plans import make_plan
+
+    plan = make_plan(
+        loaded.model,
+        domain or [],
+        strength=strength,
+        layers=layers,
+        force=force,
+        ban=ban,
+        vectors=vectors,
+        formula=formula,
+        scale=scale,
+        positions=positions,
+        schedule=schedule,
+    )
+    streams = sys.stdout.isatty() if stream is None else stream
+    if streams and not json:
+        engine = HFEngine(loaded)
+        request = Request(text, plan, sampling)
+        engine.encode(request)
+        console.write(text)
+        (completion,) = engine.generate([request], on_text=console.write)
+        console.write("\n")
+    else:
+        with console.working("Generating ..."):
+            (completion,) = HFEngine(loaded).generate([Request(text, plan, sampling)])
+        if json:
+            console.write_json(completion.as_dict(loaded.name))
+        else:
+            console.write(f"{text}{completion.text}\n")
+    if completion.report is not None:
+        report = completion.report
+        console.err.print(
+            f"steered {report.tokens_steered} of {report.tokens_seen} tokens; {report.vector_share:.0%} of their expert "
+            f"slots went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
+            style="dim",
+        )

@@ -1,0 +1,35 @@
+"""Tables and cards on stdout. Every text in them is made safe to show."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.table import Table
+
+from steermoe.cli.console import out, printable
+
+UNLIMITED = 10_000
+"""Width of a table that is not for a terminal: in a pipe a row is one line, so that grep finds all of it."""
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Rows under their titles; a cell that is too long for the terminal goes on below itself."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    _print(table)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """A card: what a fact is called, and the fact."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, fact in facts.items():
+        table.add_row(label, printable(fact))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    out.print(table, width=None if sys.stdout.isatty() else UNLIMITED)

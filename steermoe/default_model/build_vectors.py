@@ -1,0 +1,93 @@
+"""Build the default model's steering vectors: `python -m steermoe.default_model.build_vectors -o steering_vectors/smollm2-moe`.
+
+A domain's vector is the mean routing embedding of its training stories, openings included; the baseline is that of all of them. The
+strengths are not found here but measured, by `benchmarks/strengths.py`, and kept when a vector is built again.
+"""
+
+import argparse
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steermoe.default_model import spec
+from steermoe.default_model.stories import Story, domain_words, load_stories
+from steermoe.library import read_vector, write_vector
+from steermoe.models import LoadedModel, load
+from steermoe.recording import record_routing
+from steermoe.vectors import SteeringVector, VectorInfo
+
+
+def routing_embeddings(loaded: LoadedModel, texts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
+    """F [B, L, N] of each text, and its number of tokens [B]; texts of similar length share a batch."""
+    inner, tokenizer = loaded.model.model, loaded.tokenizer
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    embeddings: list[Tensor] = [torch.empty(0)] * len(texts)
+    tokens = torch.zeros(len(texts), dtype=torch.int64)
+    with torch.inference_mode(), record_routing(inner) as record:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            record.reset()
+            inner(**tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True), use_cache=False)
+            assert record.tokens is not None
+            for row, i in enumerate(chosen):
+                embeddings[i] = record.frequency()[row]
+                tokens[i] = record.tokens[row]
+    return torch.stack(embeddings), tokens
+
+
+def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: float, relative: bool) -> None:
+    """Write one vector a domain."""
+    from steermoe.routers import find_routers
+
+    routers = find_routers(loaded.model)
+    frequencies, tokens = routing_embeddings(loaded, [story.text for story in stories])
+    baseline = frequencies.mean(0)
+    for domain in spec.DOMAINS:
+        rows = torch.tensor([story.topic == domain for story in stories])
+        corpus = "\n".join(story.text for story in stories if story.topic == domain)
+        path = folder / f"{domain}.safetensors"
+        info = VectorInfo(
+            title=f"stories that turn to {domain}",
+            keywords=tuple(domain_words(domain)),
+            model=spec.NAME,
+            architecture=loaded.model.config.model_type,
+            top_k=spec.TOP_K,
+            texts=int(rows.sum()),
+            tokens=int(tokens[rows].sum()),
+            corpus_sha256=hashlib.sha256(corpus.encode()).hexdigest(),
+            created_by="python -m steermoe.default_model.build_vectors",
+            licence="Apache-2.0",
+        )
+        if path.exists():
+            old = read_vector(path).info
+            info = replace(info, strength=old.strength, formula=old.formula, scale=old.scale, safe_range=old.safe_range)
+        vector = SteeringVector(
+            domain,
+            frequencies[rows].mean(0),
+            tuple(router.layer for router in routers),
+            threshold=threshold,
+            baseline=baseline,
+            relative=relative,
+            info=info,
+        )
+        write_vector(vector, path)
+        own = vector.experts[spec.FIRST_EXPERT_LAYER :, list(spec.experts_of(domain))]
+        kept = int((vector.experts > 0).sum())
+        print(f"{domain}: {info.texts} texts, {kept} entries kept, its own experts {own.mean():.2f} on average", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--model", default=None, help="a checkpoint of the default model; by default the pulled one")
+    parser.add_argument("--threshold", type=float, default=3.0)
+    parser.add_argument("--relative", action="store_true", help="threshold against the corpus baseline instead of 1/N")
+    args = parser.parse_args()
+    build(load(args.model), load_stories("train"), args.output, args.threshold, args.relative)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The errors of steermoe. Library code raises them; the command line prints them as one line and exits 1.
+
+    SteerMoEError
+    +-- VectorError           a steering vector is wrong in itself: shape, values, file
+    |   +-- VectorNotFound    no file of that domain on the search path
+    +-- CompatibilityError    a vector does not fit this model
+    +-- ModelError            a model can't be found, loaded or assembled
+    |   +-- UnsupportedModel  it has no router that can be steered
+    +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
+    +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
+
+Every message names the value, what was expected, and the fix.
+"""
+
+
+class SteerMoEError(Exception):
+    """The root: catch it to catch everything that steermoe raises on purpose."""
+
+
+class VectorError(SteerMoEError):
+    """A steering vector is wrong in itself: its shape, its values or its file."""
+
+
+class VectorNotFound(VectorError):
+    """No vector file of that name is on the search path."""
+
+
+class CompatibilityError(SteerMoEError):
+    """A vector does not fit the model that it should steer."""
+
+
+class ModelError(SteerMoEError):
+    """A model can't be found, loaded or assembled."""
+
+
+class UnsupportedModel(ModelError):
+    """A model has no router that can be steered."""
+
+
+class SteeringError(SteerMoEError):
+    """A steering plan is wrong, or a steering that was asked for did not happen."""
+
+
+class GenerationError(SteerMoEError):
+    """A request can't be carried out as given."""

@@ -1,0 +1,208 @@
+"""Plans: everything that decides how tokens are steered, and how to make one from what a user writes. Knows no model's insides."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.errors import SteeringError
+from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.library import load_vector
+from steermoe.tracking import POSITIONS, Positions, select
+from steermoe.vectors import SteeringVector, mix
+
+DEFAULT_FORMULA: Formula = "zero_max_scaled"
+DEFAULT_SCALE: Scale = "magnitude"
+DEFAULT_STRENGTH = 4.0
+
+LayerExpert = tuple[int, int]
+"""(decoder layer, expert)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How strength changes over the generated tokens; prompt tokens, where they are steered, take the full strength.
+
+    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers tokens A to B-1 only.
+    """
+
+    kind: Literal["constant", "decay", "window"] = "constant"
+    start: int = 0
+    stop: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        if text == "constant":
+            return cls()
+        if (match := re.fullmatch(r"decay:(\d+)", text)) and int(match[1]) > 0:
+            return cls("decay", 0, int(match[1]))
+        if (match := re.fullmatch(r"window:(\d+)-(\d+)", text)) and int(match[1]) < int(match[2]):
+            return cls("window", int(match[1]), int(match[2]))
+        raise SteeringError(
+            f"schedule '{text}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), counted in tokens"
+        )
+
+    def factor(self, index: Tensor) -> Tensor:
+        """What to multiply the strength with, for generated token number `index` (negative in the prompt)."""
+        if self.kind == "constant":
+            return torch.ones(index.shape)
+        if self.kind == "decay":
+            return (1 - index.clamp(min=0) / self.stop).clamp(min=0)
+        return ((index < 0) | ((index >= self.start) & (index < self.stop))).float()
+
+    def __str__(self) -> str:
+        return {
+            "constant": "constant",
+            "decay": f"decay:{self.stop}",
+            "window": f"window:{self.start}-{self.stop}",
+        }[self.kind]
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """Everything that decides how tokens are steered.
+
+    Attributes:
+        vector: the expert vector to steer with; None if only `force` and `ban` are wanted.
+        strength: c of the formulas; negative steers away from the domain, 0 leaves the model exactly as it is.
+        formula: `additive` (3), `max_scaled` (4) or `zero_max_scaled` (5).
+        scale: see `formulas.Scale`.
+        positions: `generated` tokens (the default), `prompt` or `all`.
+        schedule: a Schedule or its text.
+        layers: decoder layers (first, last), both included, to restrict steering to; None for all.
+        force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
+
+    Raises:
+        SteeringError: an unknown name, a strength that is not a finite number, or nothing to do.
+    """
+
+    vector: SteeringVector | None = None
+    strength: float = DEFAULT_STRENGTH
+    formula: Formula = DEFAULT_FORMULA
+    scale: Scale = DEFAULT_SCALE
+    positions: Positions = "generated"
+    schedule: Schedule = field(default_factory=Schedule)
+    layers: tuple[int, int] | None = None
+    force: tuple[LayerExpert, ...] = ()
+    ban: tuple[LayerExpert, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("formula", FORMULAS), ("scale", SCALES), ("positions", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise SteeringError(f"{name} '{getattr(self, name)}' is unknown: use {', '.join(known)}")
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        if not isinstance(self.strength, int | float) or not abs(self.strength) < float("inf"):
+            raise SteeringError(f"strength {self.strength!r} must be a finite number, such as {DEFAULT_STRENGTH:g}")
+        for name in ("force", "ban"):
+            object.__setattr__(self, name, tuple(_pair(name, entry) for entry in getattr(self, name)))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _pair("layers", self.layers))
+            if not 0 <= self.layers[0] <= self.layers[1]:
+                raise SteeringError(
+                    f"layers {self.layers[0]}-{self.layers[1]} is no range: give first and last, counted from 0"
+                )
+        if self.vector is None and not self.force and not self.ban:
+            raise SteeringError("a plan needs a vector, or experts to force or ban")
+        if both := set(self.force) & set(self.ban):
+            raise SteeringError(f"experts {sorted(both)} are both forced and banned: keep each in one of the lists")
+
+    @property
+    def does_something(self) -> bool:
+        return bool(self.force or self.ban) or (self.vector is not None and self.strength != 0)
+
+    def factor(self, index: Tensor) -> Tensor:
+        """How strongly each token is steered, as a multiple of the strength; `index` as in `Schedule.factor`."""
+        return self.schedule.factor(index) * select(self.positions, index) * self.does_something
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(number, int) for number in value):
+        return value[0], value[1]
+    wanted = "(first, last)" if name == "layers" else "(layer, expert) pairs"
+    raise SteeringError(f"{name}: {value!r} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
+
+
+def plan_for(vector: SteeringVector | None, strength: float | None = None, **fields: Any) -> SteeringPlan:
+    """A plan whose strength, formula and scale are, where not given, the ones the vector was calibrated with."""
+    info = vector.info if vector is not None else None
+    if strength is None:
+        strength = info.strength if info and info.strength is not None else DEFAULT_STRENGTH
+    for name in ("formula", "scale"):
+        if fields.get(name) is None:
+            fields[name] = getattr(info, name, None) or {"formula": DEFAULT_FORMULA, "scale": DEFAULT_SCALE}[name]
+    return SteeringPlan(vector, strength, **fields)
+
+
+# ---- what a user writes ----
+
+
+def parse_domain(text: str) -> tuple[str, float]:
+    """`sport` or `sport=0.7`, a domain or vector file with its weight in a mixture."""
+    name, sign, weight = text.rpartition("=")
+    if not sign:
+        return text, 1.0
+    try:
+        number = float(weight)
+    except ValueError as error:
+        raise SteeringError(f"domain '{text}': '{weight}' is no weight; write such as sport=0.7") from error
+    if not name or not abs(number) < float("inf"):
+        raise SteeringError(f"domain '{text}': write a domain and a finite weight, such as sport=0.7")
+    return name, number
+
+
+def parse_layers(text: str) -> tuple[int, int]:
+    """`10-20` or `12`, decoder layers counted from 0, both ends included."""
+    if match := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
+        return int(match[1]), int(match[2] or match[1])
+    raise SteeringError(f"layers '{text}' is no range: write first-last, such as 10-20")
+
+
+def parse_expert(text: str) -> LayerExpert:
+    """`12:5`, expert 5 of decoder layer 12."""
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return int(match[1]), int(match[2])
+    raise SteeringError(f"expert '{text}': write layer:expert, such as 12:5")
+
+
+def make_plan(
+    model: nn.Module,
+    domains: list[str],
+    *,
+    strength: float | None = None,
+    layers: str | None = None,
+    force: list[str] | None = None,
+    ban: list[str] | None = None,
+    vectors: Path | None = None,
+    **fields: Any,
+) -> SteeringPlan | None:
+    """The plan for a mixture of domains, or None if nothing is asked for.
+
+    Args:
+        model: the model to steer, which the vectors must fit.
+        domains: as `parse_domain` reads them.
+        strength: by default what the vectors were calibrated to.
+        layers, force, ban: as `parse_layers` and `parse_expert` read them.
+        vectors: a folder to search first.
+        fields: further fields of `SteeringPlan`; None leaves the default.
+
+    Raises:
+        SteerMoEError: anything in it that can't be read, found, or fitted to the model.
+    """
+    forced, banned = tuple(map(parse_expert, force or ())), tuple(map(parse_expert, ban or ()))
+    if not domains and not forced and not banned:
+        return None
+    parts = [(load_vector(name, model, folder=vectors), weight) for name, weight in map(parse_domain, domains)]
+    given = {name: value for name, value in fields.items() if value is not None}
+    return plan_for(
+        mix(parts) if parts else None,
+        strength,
+        layers=None if layers is None else parse_layers(layers),
+        force=forced,
+        ban=banned,
+        **given,
+    )

@@ -1,0 +1,358 @@
+"""The routers of a model: find them, change their logits, read which experts they chose. With `architectures.py`, the only file
+that knows architectures.
+
+In transformers a router is a module that turns hidden states into (logits, weights, indices); the block goes on from the weights
+and indices and ignores the logits. So the logits must be changed inside the router's forward, after its one linear map and
+before whatever the architecture does next: softmax or sigmoid, bias correction, groups, top-k.
+
+Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from steermoe.architectures import (
+    HASH_REASON,
+    LAYER_NUMBER,
+    LINEAR_GATE,
+    NO_ROUTER_REASONS,
+    NOT_A_ROUTER,
+    ROUTER_CLASS,
+)
+from steermoe.errors import SteeringError, UnsupportedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """One router of a model.
+
+    Attributes:
+        name: module path within the model.
+        layer: decoder layer index; in an encoder-decoder the decoder's layers are counted on after the encoder's.
+        module: the module itself.
+        num_experts: experts it can choose from (what expert vectors have columns for).
+        width: columns of its logits; some routers have columns more, for shared experts.
+        top_k: experts chosen a token.
+        stack: which of the model's stacks it belongs to.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    num_experts: int
+    width: int
+    top_k: int
+    stack: Literal["encoder", "decoder"] = "decoder"
+
+
+class LogitsEditor(Protocol):
+    """What `intercept` asks at every call of a router."""
+
+    def active(self) -> bool:
+        """Whether this call is to be edited; if not, the router runs exactly as without us."""
+
+    def edit(self, logits: Tensor) -> Tensor:
+        """New logits for these, [..., W], same shape and any float type."""
+
+    def observe(self, output: Any) -> None:
+        """What the router returned after an edited call."""
+
+
+def find_routers(model: nn.Module) -> list[Router]:
+    """The text routers of a model in the order of its layers.
+
+    Raises:
+        UnsupportedModel: there are none; the message says why as far as known.
+    """
+    modules = dict(model.named_modules())
+    recorded = _recorded_router_classes(model)
+    names = [
+        name
+        for name, module in modules.items()
+        if _is_router(name, module, recorded) and not _inside_attention(name) and "vision" not in name
+    ]
+    if not names:
+        names = [name for name, module in modules.items() if _is_linear_gate(name, module, model)]
+    encoder_layers = 1 + max((_layer_number(n) for n in names if _stack(n) == "encoder"), default=-1)
+    routers = []
+    for name in names:
+        module = modules[name]
+        _, (width, _) = _logits_weight(module)
+        parent = modules[name.rpartition(".")[0]]
+        stack = _stack(name)
+        is_after_encoder = stack == "decoder" and encoder_layers > 0
+        routers.append(
+            Router(
+                name=name,
+                layer=_layer_number(name) + (encoder_layers if is_after_encoder else 0),
+                module=module,
+                num_experts=_choosable(module, width),
+                width=width,
+                top_k=_top_k(module, parent, model),
+                stack=stack,
+            )
+        )
+    if not routers:
+        raise UnsupportedModel(f"{type(model).__name__} has no router to steer: {_why_not(model)}")
+    return sorted(routers, key=lambda router: router.layer)
+
+
+def _is_router(name: str, module: nn.Module, recorded: tuple[type, ...]) -> bool:
+    class_name = type(module).__name__
+    matches = ROUTER_CLASS.search(class_name) is not None or isinstance(module, recorded)
+    return matches and NOT_A_ROUTER.search(class_name) is None and _has_logits_weight(module)
+
+
+def _recorded_router_classes(model: nn.Module) -> tuple[type, ...]:
+    """The router classes that the model itself declares, by which it records router logits."""
+    declared = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits", ())
+    classes = []
+    for entry in declared if isinstance(declared, list | tuple) else (declared,):
+        target = getattr(entry, "target_class", entry)
+        if isinstance(target, type) and target is not nn.Linear:
+            classes.append(target)
+    return tuple(classes)
+
+
+def _has_logits_weight(module: nn.Module) -> bool:
+    return _inner_linears(module) != [] or isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _is_linear_gate(name: str, module: nn.Module, model: nn.Module) -> bool:
+    config = _text_config(model)
+    counts = {
+        getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    } - {None}
+    is_gate = LINEAR_GATE.search(name) is not None and not _inside_attention(name)
+    return is_gate and hasattr(module, "out_features") and module.out_features in counts and module.out_features > 1
+
+
+def _inside_attention(name: str) -> bool:
+    """JetMoe routes its attention heads too; those experts are no feed-forward experts and stay as they are."""
+    return re.search(r"attention|attn", name) is not None
+
+
+def _stack(name: str) -> Literal["encoder", "decoder"]:
+    return "encoder" if re.match(r"(model\.)?encoder\.", name) else "decoder"
+
+
+def _layer_number(name: str) -> int:
+    match = LAYER_NUMBER.search(name)
+    if match is None:
+        raise UnsupportedModel(f"can't tell which layer the router '{name}' belongs to")
+    return int(match.group(1))
+
+
+def _inner_linears(module: nn.Module) -> list[nn.Module]:
+    """Linear layers below the module, quantised ones too; not what is inside of one, such as the low-rank parts of a LoRA."""
+    found = []
+    for child in module.children():
+        found += [child] if hasattr(child, "out_features") else _inner_linears(child)
+    return found
+
+
+def _logits_weight(module: nn.Module) -> tuple[nn.Module, tuple[int, int]]:
+    """The module whose weight makes the logits, and that weight's shape (columns of the logits, hidden size)."""
+    if hasattr(module, "out_features"):
+        return module, (module.out_features, module.in_features)
+    linears = _inner_linears(module)
+    if linears:
+        return linears[-1], (linears[-1].out_features, linears[-1].in_features)
+    return module, (module.weight.shape[0], module.weight.shape[1])
+
+
+def _choosable(module: nn.Module, width: int) -> int:
+    """The columns that compete for a place in the top-k: inkling appends its shared experts, which always run."""
+    shared = getattr(module, "n_shared_experts", 0) or 0
+    if shared and getattr(module, "num_experts", None) == width - shared:
+        return width - shared
+    return width
+
+
+def _top_k(module: nn.Module, parent: nn.Module, model: nn.Module) -> int:
+    for owner in (module, parent):
+        if isinstance(getattr(owner, "top_k", None), int):
+            return owner.top_k
+    if match := re.search(r"Top(\d+)Router$", type(module).__name__):
+        return int(match.group(1))
+    config = _text_config(model)
+    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
+        if isinstance(getattr(config, key, None), int):
+            return getattr(config, key)
+    raise UnsupportedModel(f"can't tell how many experts {type(module).__name__} chooses for a token")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _why_not(model: nn.Module) -> str:
+    model_type = getattr(_text_config(model), "model_type", "")
+    if model_type in NO_ROUTER_REASONS:
+        return NO_ROUTER_REASONS[model_type]
+    if any("Hash" in type(module).__name__ for module in model.modules()):
+        return HASH_REASON
+    return "it is a dense model; steermoe steers mixtures of experts"
+
+
+def chosen_experts(router: Router, output: Any) -> Tensor:
+    """The experts that a router chose, [T, k], read off what its forward returned."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if router.top_k < router.width:
+        for position, tensor in enumerate(tensors):
+            is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
+            if is_integer and tensor.dim() >= 2 and tensor.shape[-1] == router.top_k:
+                return _unmask_skipped(router, tensor.flatten(0, -2), tensors[position - 1] if position else None)
+    for tensor in tensors:  # logits, or weights that are zero for all but the chosen
+        if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.shape[-1] in (router.num_experts, router.width):
+            return tensor.flatten(0, -2)[:, : router.num_experts].topk(router.top_k, -1).indices
+    raise SteeringError(f"can't read the chosen experts from what {type(router.module).__name__} returns")
+
+
+def _unmask_skipped(router: Router, indices: Tensor, weights: Tensor | None) -> Tensor:
+    """Zaya writes expert 0 with weight 0 where it chose its last column, the skip; give that its own number again."""
+    if not hasattr(router.module, "num_router_classes") or weights is None:
+        return indices
+    return torch.where(weights.flatten(0, -2) == 0, router.width - 1, indices)
+
+
+# ---- changing logits ----
+
+WEIGHT_POSITION: dict[Any, int] = {
+    F.linear: 1,
+    torch.matmul: 1,
+    torch.mm: 1,
+    torch.addmm: 2,
+    torch.Tensor.matmul: 1,
+    torch.Tensor.__matmul__: 1,
+    torch.Tensor.mm: 1,
+}
+
+
+class _CatchLogits(TorchFunctionMode):
+    """Applies `edit` to the output of the one linear map whose weight has the shape of the router's."""
+
+    def __init__(self, shape: tuple[int, int], edit: Callable[[Tensor], Tensor], hits: list[int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.edit = edit
+        self.hits = hits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        position = WEIGHT_POSITION.get(func)
+        if position is None:
+            return out
+        weight = args[position] if len(args) > position else (kwargs or {})["weight"]
+        transposed = func is not F.linear and tuple(weight.shape) == self.shape[::-1]
+        if tuple(weight.shape) == self.shape or transposed:
+            self.hits.append(1)
+            return self.edit(out)
+        return out
+
+
+def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callable[[], None]:
+    """Let an editor change a router's logits from now on. Returns what undoes it, which may be called at any time and twice.
+
+    Raises (while the model runs):
+        SteeringError: the router ran, but its logits did not come from exactly one linear map with its weight.
+    """
+    owner, shape = _logits_weight(router.module)
+    if owner is not router.module and type(owner) is not nn.Linear:  # a quantised gate: F.linear never runs
+        return _intercept_child(router, owner, editor)
+    host = router.module
+    parent = model.get_submodule(router.name.rpartition(".")[0])
+    if type(parent).__name__.startswith("Mxfp4"):  # its forward reads router.weight itself
+        host = parent
+    returns_logits = hasattr(host, "out_features") and ROUTER_CLASS.search(type(host).__name__) is None
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not editor.active():
+                return original(*args, **kwargs)
+            if returns_logits:  # a gate that is a linear layer itself, quantised or wrapped perhaps
+                output = editor.edit(original(*args, **kwargs))
+            else:
+                hits: list[int] = []
+                with _CatchLogits(shape, editor.edit, hits):
+                    output = original(*args, **kwargs)
+                if len(hits) != 1:
+                    raise SteeringError(
+                        f"router '{router.name}' made its logits {len(hits)} times in one call, expected once: "
+                        "this architecture is not steered correctly; please report it"
+                    )
+            editor.observe(output)
+            return output
+
+        return forward
+
+    return wrap_method(host, "forward", around)
+
+
+def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> Callable[[], None]:
+    edited: list[int] = []
+
+    def on_child(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not editor.active():
+            return None
+        edited.append(1)
+        return editor.edit(output)
+
+    def on_router(module: nn.Module, args: Any, output: Any) -> None:
+        if not editor.active():
+            return
+        if len(edited) != 1:
+            raise SteeringError(f"router '{router.name}' called its gate {len(edited)} times, expected once")
+        edited.clear()
+        editor.observe(output)
+
+    stack = ExitStack()
+    stack.callback(child.register_forward_hook(on_child).remove)
+    stack.callback(router.module.register_forward_hook(on_router).remove)
+    return stack.close
+
+
+def wrap_method(
+    owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Replace a method on one instance; returns the undo.
+
+    Other libraries do the same. Accelerate keeps the forward that it found as `_old_forward`, calls it from its own, and puts it back when it
+    leaves; so ours goes beneath it, and is looked for in both places when it is removed. Under any other wrapper ours
+    stays in place and only passes calls on.
+    """
+    slot = f"_old_{name}" if f"_old_{name}" in vars(owner) else name
+    had_own = slot in vars(owner)
+    original = getattr(owner, slot)
+    wrapped = around(original)
+    removed = False
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if removed else wrapped(*args, **kwargs)
+
+    setattr(owner, slot, method)
+
+    def undo() -> None:
+        nonlocal removed
+        removed = True
+        for place in (name, f"_old_{name}"):
+            if vars(owner).get(place) is method:
+                if place == name and not had_own:
+                    delattr(owner, place)
+                else:
+                    setattr(owner, place, original)
+
+    return undo
