@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 

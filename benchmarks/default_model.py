@@ -1,8 +1,8 @@
 """What the default model reaches, measured on the held-out split: `make bench-model`, or
 `python benchmarks/default_model.py --base GGUF [--json FILE]`.
 
-Prints each requirement with its figure. Success of a continuation means three or more different words of the domain's list
-(`steermoe/default_model/words`) in 120 tokens; no opening holds any of those words.
+Prints each requirement with its figure. Success of a continuation means three or more different words of the domain's
+list (`steermoe/default_model/words`) in 120 tokens; no opening holds any of those words.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from measures import continue_openings, negative_log_likelihood, openings, perpl
 from rich.console import Console
 from rich.table import Table
 
+from steermoe.building import routing_embeddings
 from steermoe.default_model import spec
 from steermoe.default_model.assemble import assemble, upcycle
 from steermoe.default_model.base import fetch, load_base
-from steermoe.default_model.build_vectors import routing_embeddings
 from steermoe.default_model.stories import domain_words, load_stories
 from steermoe.library import load_vector
 from steermoe.models import load
@@ -48,9 +48,9 @@ def nearest_vector_accuracy(loaded, vectors) -> tuple[float, dict[str, float]]:
 
 def peak_memory_of_generate() -> float:
     """Megabytes at the peak of one `steermoe generate`, in a process of its own."""
-    code = "import sys; sys.argv=['steermoe','generate','--domain','sport','--no-stream']; from steermoe.cli.app import main; main()"
+    story = [sys.executable, "-m", "steermoe.cli.app", "generate", "--domain", "sport", "--no-stream"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run(story, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return max(before, after) * 1024 / MEGABYTE
 
@@ -123,7 +123,13 @@ def main() -> None:
     }
     raised = max(foreign[d] - rates["unsteered"][d] for d in spec.DOMAINS)
     figures["success rates under the other vectors"] = foreign
-    report("raised by the other seven vectors, worst domain", raised, f"{raised:+.1%}", "<= 0 (+ 2 points of noise)", raised <= 0.02)
+    report(
+        "raised by the other seven vectors, worst domain",
+        raised,
+        f"{raised:+.1%}",
+        "<= 0 (+ 2 points of noise)",
+        raised <= 0.02,
+    )
 
     likelihood = {name: negative_log_likelihood(base, loaded, texts) for name, texts in done.items()}
     repeats = {name: repeated_4grams(texts) for name, texts in done.items()}
@@ -139,7 +145,9 @@ def main() -> None:
     report("loading, s", loading, f"{loading:.1f}", "< 10", loading < 10)
     report("peak memory of generate, MB", memory, f"{memory:.0f}", "< 2000", memory < 2000)
 
-    table = Table(title=f"The default model on the held-out split, {args.openings} openings x {len(spec.DOMAINS)} domains")
+    table = Table(
+        title=f"The default model on the held-out split, {args.openings} openings x {len(spec.DOMAINS)} domains"
+    )
     for name in ("measure", "reached", "wanted", ""):
         table.add_column(name)
     for name, shown, wanted, met in rows:

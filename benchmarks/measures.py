@@ -1,4 +1,5 @@
-"""What the benchmarks of the default model share: continuing openings in batches, and figures of the texts that come out."""
+"""What the benchmarks of the default model share: continuing openings in batches, and figures of the texts that come
+out."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +30,12 @@ def openings(split: str, count: int) -> list[str]:
 
 
 def continue_openings(
-    loaded: LoadedModel, prompts: Sequence[str], plan: SteeringPlan | None, tokens: int = 120, batch: int = 50, seed: int = 0
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    plan: SteeringPlan | None,
+    tokens: int = 120,
+    batch: int = 50,
+    seed: int = 0,
 ) -> list[Completion]:
     """One continuation an opening, each with a seed of its own that all plans share, so that plans can be paired."""
     engine = HFEngine(loaded)

@@ -1,8 +1,9 @@
 """Find the strength to ship each default vector with: `python benchmarks/strengths.py [--write]`.
 
-On openings of the *training* split, so that the held-out ones stay unseen: for each domain and strength the share of continuations with three
-or more different words of the domain, and their negative log-likelihood under the unsteered model. Chosen is the smallest
-strength whose success is within `--slack` of the best one's among those that cost at most `--budget` nats.
+On openings of the *training* split, so that the held-out ones stay unseen: for each domain and strength the share of
+continuations with three or more different words of the domain, and their negative log-likelihood under the unsteered
+model. Chosen is the smallest strength whose success is within `--slack` of the best one's among those that cost at
+most `--budget` nats.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steermoe.building import routing_embeddings, vector_from_texts
     from steermoe.engines.base import Completion, Request, Sampling
     from steermoe.engines.hf import HFEngine
     from steermoe.errors import SteerMoEError
@@ -52,7 +53,9 @@ _HOME = {
     "pull": "models",
     "read_vector": "library",
     "record_routing": "recording",
+    "routing_embeddings": "building",
     "steer": "steering",
+    "vector_from_texts": "building",
     "write_vector": "library",
 }
 
@@ -81,7 +84,9 @@ __all__ = [
     "pull",
     "read_vector",
     "record_routing",
+    "routing_embeddings",
     "steer",
+    "vector_from_texts",
     "write_vector",
 ]
 

@@ -1,4 +1,4 @@
-"""Names that tell routers apart, and what is known of families without one. Free of torch, so that sources can be searched quickly.
+"""Names that tell routers apart, and what is known of families without one. Free of torch, to be read quickly.
 
 `routers.py` applies these to the modules of a model, `families.py` to the source files of transformers.
 """

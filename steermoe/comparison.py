@@ -10,6 +10,7 @@ from steermoe.engines.base import Completion
 from steermoe.vectors import SteeringVector
 from steermoe.words import distinct_words, word_pattern
 
+
 @dataclass(frozen=True, eq=False)
 class Column:
     """One text of a comparison.
@@ -52,7 +53,11 @@ def compare_completions(completions: Sequence[Completion]) -> list[Column]:
                 completion=completion,
                 label="unsteered" if plan is None else plan.vector.domain if plan.vector else "forced experts",
                 detail="" if plan is None else f"{plan.formula}, strength {plan.strength:g}",
-                shares={n: vector_share(completion.frequency, v) for n, v in vectors.items() if completion.frequency is not None},
+                shares={
+                    n: vector_share(completion.frequency, v)
+                    for n, v in vectors.items()
+                    if completion.frequency is not None
+                },
                 words=tuple(sorted(spans)),
                 word_count={n: len(distinct_words(completion.text, pattern)) for n, pattern in patterns.items()},
             )

@@ -127,7 +127,7 @@ class Editor:
 
     Attributes:
         step: how the forward call that is running is steered in this layer; None if it is not.
-        calls: of the router, edited ones only.
+        calls: edited calls of the router that the tally has counted.
     """
 
     def __init__(self, router: Router, tally: "Tally") -> None:
@@ -151,7 +151,6 @@ class Editor:
             steered = _apply(step.plan.formula, step.plan.scale, own, bank, 0, step.plan.strength * step.factor)
         else:
             steered = self._edit_rows(own, bank, step)
-        self.calls += 1
         steered = steered.to(logits.dtype)
         if steered.shape[1] != flat.shape[1]:
             steered = torch.cat([steered, flat[:, steered.shape[1] :]], -1)
@@ -159,7 +158,7 @@ class Editor:
 
     def observe(self, output: Any) -> None:
         assert self.step is not None
-        self._tally.add(self.step, self.bank, chosen_experts(self.router, output))
+        self._tally.add(self, self.step, chosen_experts(self.router, output))
 
     def _edit_rows(self, logits: Tensor, bank: Bank, step: Step) -> Tensor:
         """Each formula once over all tokens, with every token's own expert vector and strength."""
@@ -187,32 +186,33 @@ def _apply(
 
 
 class Tally:
-    """Counts what share of the steered tokens' top-k slots went to experts that their plans raise.
+    """Counts router calls, and what share of the steered tokens' top-k slots went to experts that their plans raise.
 
     Choices are kept until `count`, which handles all layers of a forward call at once and never waits for a device.
+    Nothing else is written while the model runs, so that torch.compile, which guards what it reads, compiles it once.
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Step, Bank, Tensor]] = []
+        self._pending: list[tuple[Editor, Step, Bank, Tensor]] = []
         self._hits: dict[torch.device, Tensor] = {}
         self._slots: int | Tensor = 0
 
-    def add(self, step: Step, bank: Bank, chosen_Tk: Tensor) -> None:
-        self._pending.append((step, bank, chosen_Tk))
-        if len(self._pending) * chosen_Tk.numel() > PENDING_LIMIT:
+    def add(self, editor: Editor, step: Step, chosen_Tk: Tensor) -> None:
+        self._pending.append((editor, step, editor.bank, chosen_Tk))
+        if not torch.compiler.is_compiling() and len(self._pending) * chosen_Tk.numel() > PENDING_LIMIT:
             self.count()
 
     def count(self) -> None:
         """Count what is pending."""
         pending, self._pending = self._pending, []
-        groups: dict[Any, list[tuple[Step, Bank, Tensor]]] = {}
-        for call in pending:
-            step, bank, chosen = call
-            groups.setdefault((id(step), bank.wanted.shape, chosen.shape, chosen.device), []).append(call)
-        for calls in groups.values():
-            self._count_alike([bank for _, bank, _ in calls], [chosen for _, _, chosen in calls], calls[0][0])
+        groups: dict[Any, list[tuple[Bank, Tensor]]] = {}
+        for editor, step, bank, chosen in pending:
+            editor.calls += 1
+            groups.setdefault((step, bank.wanted.shape, chosen.shape, chosen.device), []).append((bank, chosen))
+        for (step, *_), calls in groups.items():
+            self._count_alike(step, [bank for bank, _ in calls], [chosen for _, chosen in calls])
 
-    def _count_alike(self, banks: list[Bank], chosen: list[Tensor], step: Step) -> None:
+    def _count_alike(self, step: Step, banks: list[Bank], chosen: list[Tensor]) -> None:
         chosen_CTk = torch.stack(chosen).long()
         device = chosen_CTk.device
         wanted_CPW = torch.stack([bank.on(device).wanted for bank in banks])
@@ -231,6 +231,5 @@ class Tally:
 
     def share(self) -> float:
         """0 to 1; 0 if no token was steered."""
-        self.count()
         slots = int(self._slots)
         return sum(float(hits) for hits in self._hits.values()) / slots if slots else 0.0

@@ -1,7 +1,7 @@
-"""The Mixture-of-Experts families of the installed transformers, and how steermoe handles each: read from their source files.
+"""The Mixture-of-Experts families of the installed transformers, and how steermoe handles each.
 
-No list of supported names: a family that a newer transformers adds shows up by itself, as steerable or with the reason why not.
-Nothing of transformers and no torch is imported, and no model is built.
+Read from their source files, not from a list of supported names: a family that a newer transformers adds shows up by
+itself, as steerable or with the reason why not. Nothing of transformers and no torch is imported, no model is built.
 """
 
 import functools
@@ -51,7 +51,8 @@ class Family:
 def list_families(models: Path | None = None) -> list[Family]:
     """Every family that routes text tokens to experts, by name.
 
-    A model that only wraps another family's text model, as many that see images do, is not listed: it is steered as that family.
+    A model that only wraps another family's text model, as many that see images do, is not listed: it is steered as
+    that family.
 
     Args:
         models: folder with one subfolder a family; by default that of the installed transformers.
@@ -81,7 +82,7 @@ def _transformers_models() -> Path:
 
 
 def _read_family(family: str, source: str) -> Family | None:
-    """What the source says, or None if it is no mixture of experts, or not one that writes text."""
+    """What the source says, or None if it is no mixture of experts that writes text."""
     code_of = dict(_classes(source))
     recorded = _recorded(source)
     candidates = [name for name in code_of if ROUTER_CLASS.search(name) or name in recorded]

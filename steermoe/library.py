@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,7 +49,11 @@ class VectorFile:
 
 @dataclass(frozen=True)
 class VectorHeader:
-    """What a vector file says of itself: everything but its numbers. Fields as in `SteeringVector`."""
+    """What a vector file says of itself: everything but its numbers. Fields as in `SteeringVector`.
+
+    Attributes:
+        matrices: which of `frequency`, `baseline` and `weights` it holds.
+    """
 
     domain: str
     layers: tuple[int, ...]
@@ -57,6 +61,7 @@ class VectorHeader:
     threshold: float
     relative: bool
     tensors_sha256: str
+    matrices: tuple[str, ...]
     info: VectorInfo
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def find_vector(name: str | Path, *, folder: Path | str | None = None, group: st
     where = f" for {group}" if group else ""
     raise VectorNotFound(
         f"no vector '{domain}'{where}; there are {', '.join(known) or 'none'} (searched: "
-        f"{', '.join(str(path) for path in search_path(folder))}); build one with `steermoe vectors build`"
+        f"{', '.join(str(path) for path in search_path(folder))}); build one with `steermoe.vector_from_texts`"
     )
 
 
@@ -189,7 +194,7 @@ def read_header(path: Path | str) -> VectorHeader:
         VectorNotFound: no such file. VectorError: no vector file, an unknown version, or a damaged header.
     """
     with _open(Path(path), "np") as file:
-        return _parse_header(file.metadata())
+        return _parse_header(file)
 
 
 def read_vector(path: Path | str) -> SteeringVector:
@@ -200,8 +205,8 @@ def read_vector(path: Path | str) -> SteeringVector:
             or numbers that can't be (see `SteeringVector`).
     """
     with _open(Path(path), "pt") as file:
-        header = _parse_header(file.metadata())
-        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        header = _parse_header(file)
+        kinds = {name: file.get_slice(name).get_dtype() for name in header.matrices}
         if wrong := {name: kind for name, kind in kinds.items() if name not in MATRICES or kind != "F32"}:
             raise VectorError(f"it holds {wrong}, expected F32 matrices named {', '.join(MATRICES)}")
         tensors = {name: file.get_tensor(name) for name in kinds}
@@ -242,9 +247,9 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
         raise VectorError(f"can't read '{path}': {error.strerror or error}") from error
 
 
-def _parse_header(metadata: dict[str, str] | None) -> VectorHeader:
-    """The header as it should be, or a VectorError."""
-    header = (metadata or {}).get(METADATA_KEY)
+def _parse_header(file: Any) -> VectorHeader:
+    """The header of an open file as it should be, or a VectorError."""
+    header = (file.metadata() or {}).get(METADATA_KEY)
     if header is None:
         raise VectorError(f"it is no steering vector: its header has no '{METADATA_KEY}' entry")
     try:
@@ -270,6 +275,7 @@ def _parse_header(metadata: dict[str, str] | None) -> VectorHeader:
             threshold=data["threshold"],
             relative=data["relative"],
             tensors_sha256=data["tensors_sha256"],
+            matrices=tuple(sorted(file.keys())),
             info=VectorInfo(**info),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -373,11 +379,12 @@ def import_matrix(
         raise VectorError(f"'{path}' holds a number that is too large for float32") from error
     if not matrix.any():
         raise VectorError(f"'{path}' holds nothing but zeros: it would steer nothing")
+    info = info or VectorInfo()
     is_frequency = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
     return SteeringVector(
         check_domain_name(domain),
         matrix if is_frequency else None,
         numbers,
         weights=None if is_frequency else matrix,
-        info=info or VectorInfo(created_by="steermoe vectors import"),
+        info=replace(info, created_by=info.created_by or "steermoe vectors import"),
     )

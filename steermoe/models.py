@@ -176,7 +176,7 @@ def load(
             where, dtype=chosen, device_map=device_map, trust_remote_code=trust_remote_code, **weights
         )
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error)) from error
     find_routers(loaded)
     if tokenizer.pad_token_id is None:
@@ -250,7 +250,7 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         factory = AutoModelForCausalLM if causal else AutoModel
         with torch.device("meta"):
             built = factory.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error)) from error
     text = config.get_text_config()
     try:

@@ -1,4 +1,6 @@
-"""Plans: everything that decides how tokens are steered, and how to make one from what a user writes. Knows no model's insides."""
+"""Plans: everything that decides how tokens are steered, and how to make one from what a user writes. Knows no
+model's insides.
+"""
 
 import re
 from collections.abc import Sequence
@@ -27,7 +29,8 @@ LayerExpert = tuple[int, int]
 class Schedule:
     """How strength changes over the generated tokens; prompt tokens, where they are steered, take the full strength.
 
-    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers tokens A to B-1 only.
+    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers tokens A
+    to B-1 only.
     """
 
     kind: Literal["constant", "decay", "window"] = "constant"
@@ -43,7 +46,7 @@ class Schedule:
         if (match := re.fullmatch(r"window:(\d+)-(\d+)", text)) and int(match[1]) < int(match[2]):
             return cls("window", int(match[1]), int(match[2]))
         raise SteeringError(
-            f"schedule '{text}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), counted in tokens"
+            f"schedule '{text}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), in tokens"
         )
 
     def factor(self, index: Tensor) -> Tensor:
@@ -186,7 +189,9 @@ def make_plan(
         model: the model to steer, which the vectors must fit.
         domains: as `parse_domain` reads them.
         strength: by default what the vectors were calibrated to.
-        layers, force, ban: as `parse_layers` and `parse_expert` read them.
+        layers: as `parse_layers` reads them.
+        force: experts as `parse_expert` reads them.
+        ban: likewise.
         vectors: a folder to search first.
         fields: further fields of `SteeringPlan`; None leaves the default.
 

@@ -53,7 +53,9 @@ def draw_vector(vector: "SteeringVector", path: Path) -> None:
         every = -(-vector.num_layers // MAX_TICKS)
         axis.set_yticks(range(0, vector.num_layers, every), [str(layer) for layer in vector.layers[::every]])
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=figure.axes, label="share of a layer's routing")
+    figure.colorbar(
+        image, ax=figure.axes, label="weight" if vector.weights is not None else "share of the layer's choices"
+    )
     figure.suptitle(_title(vector), parse_math=False)
     _save(figure, path)
 

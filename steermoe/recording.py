@@ -1,10 +1,11 @@
 """Record which experts a model chooses: counts a text, a layer and an expert, padding left out.
 
-Shapes: B texts, L MoE layers, N experts a layer.
+Shapes: B texts, L MoE layers, N experts a layer, S columns of a forward call, k experts chosen a token.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routers import Router, chosen_experts, find_routers
-from steermoe.tracking import Positions, Tracker, Window
+from steermoe.tracking import POSITIONS, Positions, Stack, Tracker, Window, language_model, select
 
 
 class RoutingRecord:
@@ -30,7 +31,7 @@ class RoutingRecord:
         self.tokens: Tensor | None = None
         self._routers = routers
         self._positions = positions
-        self._wanted: dict[str, Tensor | None] = {}
+        self._wanted: dict[Stack, Tensor] = {}
 
     def frequency(self) -> Tensor:
         """Routing embeddings F [B, L, N], float32: each row of a text divided by its sum (Shchukin 2024).
@@ -38,48 +39,62 @@ class RoutingRecord:
         Raises:
             SteeringError: nothing was recorded, or a text has no tokens.
         """
-        if self.counts is None or (self.counts.sum(-1) == 0).any():
-            raise SteeringError("no tokens were recorded for some text: run the model inside the block, on real tokens")
+        if self.counts is None:
+            raise SteeringError("no tokens were recorded: run the model inside the block")
+        if empty := [row for row in range(len(self.counts)) if not self.has_all_layers(row)]:
+            raise SteeringError(
+                f"no tokens were recorded for text {empty[0]}: give it real tokens at positions '{self._positions}'"
+            )
         return (self.counts / self.counts.sum(-1, keepdim=True)).float()
+
+    def frequency_of(self, text: int) -> Tensor | None:
+        """Routing embedding F [L, N] of one text, or None if no token of it was recorded."""
+        if self.counts is None or not self.has_all_layers(text):
+            return None
+        return (self.counts[text] / self.counts[text].sum(-1, keepdim=True)).float()
+
+    def has_all_layers(self, text: int) -> bool:
+        """Whether every layer chose something for a text."""
+        return self.counts is not None and bool((self.counts[text].sum(-1) > 0).all())
 
     def reset(self) -> None:
         """Forget what was counted, for the next batch."""
         self.counts = self.tokens = None
 
     def _before_forward(self, window: Window) -> None:
-        index = window.generated_index()
-        wanted = {"generated": index >= 0, "prompt": index < 0, "all": torch.ones_like(index, dtype=torch.bool)}
-        wanted_BS = wanted[self._positions].expand(window.rows, -1)
-        if window.mask is not None:
-            wanted_BS = wanted_BS & window.mask.cpu()
-        if self.counts is None or len(self.counts) != window.rows:
+        wanted_BS = select(self._positions, window.generated_index()).expand(window.rows, -1)
+        if window.counted is not None:
+            wanted_BS = wanted_BS & window.counted.cpu()
+        if self.counts is None or self.tokens is None:
             experts = max(router.num_experts for router in self._routers)
             self.counts = torch.zeros(window.rows, len(self._routers), experts, dtype=torch.int64)
             self.tokens = torch.zeros(window.rows, dtype=torch.int64)
-        assert self.tokens is not None
+        if len(self.counts) != window.rows:
+            raise SteeringError(
+                f"{len(self.counts)} texts were recorded so far, this call has {window.rows} rows: "
+                "call reset() between batches of different sizes"
+            )
         self.tokens += wanted_BS.sum(-1)
-        self._wanted["decoder"] = wanted_BS
-        encoder_BS = torch.ones(window.rows, window.encoder_columns, dtype=torch.bool)
-        if window.encoder_mask is not None:
-            encoder_BS = window.encoder_mask.cpu()
-        self._wanted["encoder"] = encoder_BS if self._positions != "generated" else torch.zeros_like(encoder_BS)
+        self._wanted[window.stack] = wanted_BS
+
+    def _after_forward(self, window: Window) -> None:
+        self._wanted.pop(window.stack, None)
 
     def _observe(self, number: int, router: Router, output: Any) -> None:
         wanted_BS = self._wanted.get(router.stack)
         if wanted_BS is None or not wanted_BS.any():
             return
-        chosen = chosen_experts(router, output).cpu()
+        chosen_Tk = chosen_experts(router, output).cpu().long()
         rows, columns = wanted_BS.shape
-        if len(chosen) != rows * columns:
+        if len(chosen_Tk) != rows * columns:
             raise SteeringError(
-                f"router '{router.name}' saw {len(chosen)} tokens where the batch has {rows * columns}: "
+                f"router '{router.name}' saw {len(chosen_Tk)} tokens where the batch has {rows * columns}: "
                 "texts can't be told apart in this model; record them one by one"
             )
         assert self.counts is not None
-        inside = wanted_BS.flatten()[:, None] & (chosen < router.num_experts)
-        target = self.counts[:, number]
-        per_row = (chosen.clamp(max=router.num_experts - 1)).view(rows, -1)
-        target.scatter_add_(1, per_row, inside.view(rows, -1).long())
+        inside_Tk = wanted_BS.reshape(-1, 1) & (chosen_Tk < router.num_experts)  # some routers may choose no expert
+        chosen_Tk = chosen_Tk.clamp(max=router.num_experts - 1)
+        self.counts[:, number].scatter_add_(1, chosen_Tk.view(rows, -1), inside_Tk.view(rows, -1).long())
 
 
 @contextmanager
@@ -91,15 +106,19 @@ def record_routing(model: nn.Module, positions: Positions = "all") -> Iterator[R
         positions: which tokens to count: `all`, the `prompt`, or what is `generated`.
 
     Raises:
-        UnsupportedModel: the model has no routers.
+        UnsupportedModel: the model has no routers. SteeringError: unknown positions.
     """
+    if positions not in POSITIONS:
+        raise SteeringError(f"positions '{positions}' is unknown: use {', '.join(POSITIONS)}")
+    model = language_model(model)
     routers = find_routers(model)
     record = RoutingRecord(routers, positions)
-    with ExitStack() as stack:
-        stack.callback(Tracker(model, record._before_forward).close)
+    with ExitStack() as undo:
+        undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
         for number, router in enumerate(routers):
-            handle = router.module.register_forward_hook(
-                lambda module, args, output, number=number, router=router: record._observe(number, router, output)
-            )
-            stack.callback(handle.remove)
+            undo.callback(router.module.register_forward_hook(partial(_on_router, record, number, router)).remove)
         yield record
+
+
+def _on_router(record: RoutingRecord, number: int, router: Router, module: nn.Module, args: Any, output: Any) -> None:
+    record._observe(number, router, output)

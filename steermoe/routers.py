@@ -1,9 +1,10 @@
-"""The routers of a model: find them, change their logits, read which experts they chose. With `architectures.py`, the only file
-that knows architectures.
+"""The routers of a model: find them, change their logits, read which experts they chose.
 
-In transformers a router is a module that turns hidden states into (logits, weights, indices); the block goes on from the weights
-and indices and ignores the logits. So the logits must be changed inside the router's forward, after its one linear map and
-before whatever the architecture does next: softmax or sigmoid, bias correction, groups, top-k.
+With `architectures.py`, the only file that knows architectures.
+
+In transformers a router is a module that turns hidden states into (logits, weights, indices); the block goes on from
+the weights and indices and ignores the logits. So the logits must be changed inside the router's forward, after its one
+linear map and before whatever the architecture does next: softmax or sigmoid, bias correction, groups, top-k.
 
 Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
 """
@@ -130,7 +131,8 @@ def _has_logits_weight(module: nn.Module) -> bool:
 def _is_linear_gate(name: str, module: nn.Module, model: nn.Module) -> bool:
     config = _text_config(model)
     counts = {
-        getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        getattr(config, key, None)
+        for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     } - {None}
     is_gate = LINEAR_GATE.search(name) is not None and not _inside_attention(name)
     return is_gate and hasattr(module, "out_features") and module.out_features in counts and module.out_features > 1
@@ -153,7 +155,7 @@ def _layer_number(name: str) -> int:
 
 
 def _inner_linears(module: nn.Module) -> list[nn.Module]:
-    """Linear layers below the module, quantised ones too; not what is inside of one, such as the low-rank parts of a LoRA."""
+    """Linear layers below the module, quantised ones too; not what is inside of one, such as the parts of a LoRA."""
     found = []
     for child in module.children():
         found += [child] if hasattr(child, "out_features") else _inner_linears(child)
@@ -263,7 +265,10 @@ class _CatchLogits(TorchFunctionMode):
 
 
 def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callable[[], None]:
-    """Let an editor change a router's logits from now on. Returns what undoes it, which may be called at any time and twice.
+    """Let an editor change a router's logits from now on.
+
+    Returns:
+        what undoes it; it may be called at any time, and twice.
 
     Raises (while the model runs):
         SteeringError: the router ran, but its logits did not come from exactly one linear map with its weight.
@@ -315,10 +320,13 @@ def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> 
             return
         if len(edited) != 1:
             raise SteeringError(f"router '{router.name}' called its gate {len(edited)} times, expected once")
-        edited.clear()
         editor.observe(output)
 
+    def before_router(module: nn.Module, args: Any) -> None:
+        edited.clear()  # of a call that an error ended early, too
+
     stack = ExitStack()
+    stack.callback(router.module.register_forward_pre_hook(before_router).remove)
     stack.callback(child.register_forward_hook(on_child).remove)
     stack.callback(router.module.register_forward_hook(on_router).remove)
     return stack.close
@@ -329,9 +337,9 @@ def wrap_method(
 ) -> Callable[[], None]:
     """Replace a method on one instance; returns the undo.
 
-    Other libraries do the same. Accelerate keeps the forward that it found as `_old_forward`, calls it from its own, and puts it back when it
-    leaves; so ours goes beneath it, and is looked for in both places when it is removed. Under any other wrapper ours
-    stays in place and only passes calls on.
+    Other libraries do the same. Accelerate keeps the forward that it found as `_old_forward`, calls it from its own,
+    and puts it back when it leaves; so ours goes beneath it, and is looked for in both places when it is removed. Under
+    any other wrapper ours stays in place and only passes calls on.
     """
     slot = f"_old_{name}" if f"_old_{name}" in vars(owner) else name
     had_own = slot in vars(owner)

@@ -1,122 +1,48 @@
-"""Attach steering to a model: plans, one for all rows of a batch or one a row, and the handle that swaps, reports and removes them.
+"""Attach steering to a model: the handle that swaps, reports and removes plans, one for all rows or one a row.
 
-Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see them, P distinct plans, N experts of a layer.
+Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see them.
 """
 
-import re
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steermoe import formulas
+from steermoe.editing import Bank, Editor, RowLayout, Step, Tally
 from steermoe.errors import SteeringError
-from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.routers import Router, chosen_experts, find_routers, intercept
-from steermoe.tracking import POSITIONS, Positions, Tracker, Window
+from steermoe.plans import (
+    DEFAULT_FORMULA,
+    DEFAULT_SCALE,
+    DEFAULT_STRENGTH,
+    LayerExpert,
+    Schedule,
+    SteeringPlan,
+    plan_for,
+)
+from steermoe.routers import find_routers, intercept
+from steermoe.tracking import Tracker, Window, language_model
 from steermoe.vectors import SteeringVector
 
-DEFAULT_FORMULA: Formula = "zero_max_scaled"
-DEFAULT_SCALE: Scale = "magnitude"
-DEFAULT_STRENGTH = 4.0
+__all__ = [
+    "DEFAULT_FORMULA",
+    "DEFAULT_SCALE",
+    "DEFAULT_STRENGTH",
+    "LayerExpert",
+    "Schedule",
+    "SteeringHandle",
+    "SteeringPlan",
+    "SteeringReport",
+    "attach",
+    "plan_for",
+    "steer",
+]
 
-LayerExpert = tuple[int, int]
-"""(decoder layer, expert)."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How strength changes over the generated tokens; prompt tokens, where they are steered, take the full strength.
-
-    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers tokens A to B-1 only.
-    """
-
-    kind: str = "constant"
-    start: int = 0
-    stop: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> "Schedule":
-        if text == "constant":
-            return cls()
-        if (match := re.fullmatch(r"decay:(\d+)", text)) and int(match[1]) > 0:
-            return cls("decay", 0, int(match[1]))
-        if (match := re.fullmatch(r"window:(\d+)-(\d+)", text)) and int(match[1]) < int(match[2]):
-            return cls("window", int(match[1]), int(match[2]))
-        raise SteeringError(
-            f"schedule '{text}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), counted in tokens"
-        )
-
-    def factor(self, index: Tensor) -> Tensor:
-        """What to multiply the strength with, for generated token number `index` (negative in the prompt)."""
-        if self.kind == "constant":
-            return torch.ones(index.shape)
-        if self.kind == "decay":
-            return (1 - index.clamp(min=0) / self.stop).clamp(min=0)
-        return ((index < 0) | ((index >= self.start) & (index < self.stop))).float()
-
-    def __str__(self) -> str:
-        return {
-            "constant": "constant",
-            "decay": f"decay:{self.stop}",
-            "window": f"window:{self.start}-{self.stop}",
-        }[self.kind]
-
-
-@dataclass(frozen=True)
-class SteeringPlan:
-    """Everything that decides how tokens are steered.
-
-    Attributes:
-        vector: the expert vector to steer with; None if only `force` and `ban` are wanted.
-        strength: c of the formulas; negative steers away from the domain.
-        formula: `additive` (3), `max_scaled` (4) or `zero_max_scaled` (5).
-        scale: see `formulas.Scale`.
-        positions: `generated` tokens (the default), `prompt` or `all`.
-        schedule: a Schedule or its text.
-        layers: decoder layers (first, last), both included, to restrict steering to; None for all.
-        force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
-
-    Raises:
-        SteeringError: an unknown name, a strength that is not a finite number, or nothing to do.
-    """
-
-    vector: SteeringVector | None = None
-    strength: float = DEFAULT_STRENGTH
-    formula: Formula = DEFAULT_FORMULA
-    scale: Scale = DEFAULT_SCALE
-    positions: Positions = "generated"
-    schedule: Schedule = field(default_factory=Schedule)
-    layers: tuple[int, int] | None = None
-    force: tuple[LayerExpert, ...] = ()
-    ban: tuple[LayerExpert, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, known in (("formula", FORMULAS), ("scale", SCALES), ("positions", POSITIONS)):
-            if getattr(self, name) not in known:
-                raise SteeringError(f"{name} '{getattr(self, name)}' is unknown: use {', '.join(known)}")
-        if isinstance(self.schedule, str):
-            object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        if not abs(self.strength) < float("inf"):
-            raise SteeringError(f"strength {self.strength} must be a finite number")
-        if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
-            raise SteeringError(f"layers {self.layers[0]}-{self.layers[1]} is no range: give first and last, counted from 0")
-        if self.vector is None and not self.force and not self.ban:
-            raise SteeringError("a plan needs a vector, or experts to force or ban")
-        if both := set(self.force) & set(self.ban):
-            raise SteeringError(f"experts {sorted(both)} are both forced and banned")
-
-    @property
-    def does_something(self) -> bool:
-        return bool(self.force or self.ban) or (self.vector is not None and self.strength != 0)
-
-    def factor(self, index: Tensor) -> Tensor:
-        """How strongly each token is steered, as a multiple of the strength; `index` as in `Schedule.factor`."""
-        wanted = {"generated": index >= 0, "prompt": index < 0, "all": torch.ones_like(index, dtype=torch.bool)}
-        return self.schedule.factor(index) * wanted[self.positions] * self.does_something
+_STEERED: "weakref.WeakKeyDictionary[nn.Module, SteeringHandle]" = weakref.WeakKeyDictionary()
+"""The handle that is attached to a model, by the model's first router, which no wrapper around the model hides."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +51,9 @@ class SteeringReport:
 
     Attributes:
         router_calls: calls of a router whose logits were changed.
-        tokens_seen: tokens that the model processed, prompt included, padding not.
+        tokens_seen: tokens that the model processed, prompt included. Padding is not counted, nor what fills a row that
+            ended before its neighbours, nor what is computed again where there is no cache; drafts of assisted
+            decoding are.
         tokens_steered: those of them that were steered.
         vector_share: share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1.
     """
@@ -139,50 +67,38 @@ class SteeringReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class _Bank:
-    """The distinct plans of a batch as tensors for one layer, [P, N] each."""
-
-    experts: Tensor
-    forced: Tensor
-    banned: Tensor
-    has_lists: bool
-    is_idle: bool
-    """No plan does anything in this layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """How the current forward call is steered. `slot` and `factor` are None when all tokens follow plan 0 alike."""
-
-    factor: float = 1.0
-    slot_T1: Tensor | None = None
-    factor_T1: Tensor | None = None
-    rows: int = 0
-
-
 class SteeringHandle:
     """Steering that is attached to a model. `set` changes it between tokens, `remove` takes it off.
 
-    Made by `attach`; not by hand.
+    Made by `attach`; not by hand. One forward call at a time: threads that share a model must take turns.
     """
 
     def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
-        self._model = model
-        self._routers = find_routers(model)
-        self._exit = ExitStack()
-        self._tokens_seen = self._tokens_steered = self._tokens_wanted = 0
-        self._steps: dict[str, _Step | None] = {"encoder": None, "decoder": None}
+        self._model = language_model(model)
+        self._routers = find_routers(self._model)
+        first = self._routers[0].module
+        if first in _STEERED:
+            raise SteeringError(
+                "this model is steered already: change that with handle.set(...), steer toward several domains with "
+                "mix(...), or take it off first with handle.remove()"
+            )
+        self._tally = Tally()
+        self._editors = [Editor(router, self._tally) for router in self._routers]
+        self._tokens_seen: int | Tensor = 0
+        self._tokens_steered: int | Tensor = 0
+        self._was_wanted = False
+        self._calls_before: list[int] = []
+        self._bypassed: dict[str, int] = {}
+        self._layout: tuple[Any, RowLayout] | None = None
         self._install(plans)
-        try:
-            self._tracker = Tracker(model, self._before_forward)
-            self._exit.callback(self._tracker.close)
-            self._editors = [_Editor(self, number, router) for number, router in enumerate(self._routers)]
+        with ExitStack() as undo:
+            self._tracker = Tracker(self._model, self._before_forward, self._after_forward)
+            undo.callback(self._tracker.close)
             for editor in self._editors:
-                self._exit.callback(intercept(model, editor.router, editor))
-        except BaseException:
-            self._exit.close()
-            raise
+                undo.callback(intercept(self._model, editor.router, editor))
+            _STEERED[first] = self
+            undo.callback(_STEERED.pop, first, None)
+            self._undo = undo.pop_all()
 
     # ---- the user's side ----
 
@@ -203,234 +119,194 @@ class SteeringHandle:
 
         Args:
             plan: a new plan for all rows.
-            rows: new plans, one a row.
+            rows: new plans, one a row; `[None]` pauses steering.
             prompt_length: columns to take for the prompt when the model is called directly and not by `generate`.
-            changes: fields of the present plans to replace, such as `strength=2.0`.
+            changes: fields of the plans to replace, such as `strength=2.0`.
+
+        Raises:
+            SteeringError: a wrong plan; the steering stays as it was.
         """
+        if plan is not None and rows is not None:
+            raise SteeringError("pass either one plan or plans for the rows, not both")
+        plans = list(rows) if rows is not None else [plan] if plan is not None else list(self._plans)
+        if unknown := sorted(changes.keys() - SteeringPlan.__dataclass_fields__.keys()):
+            known = ", ".join(SteeringPlan.__dataclass_fields__)
+            raise SteeringError(f"a plan has no {', '.join(unknown)}: it has {known}")
+        if changes:
+            plans = [current and replace(current, **changes) for current in plans]
+        if changes or plan is not None or rows is not None:
+            self._install(plans)
         if prompt_length is not None:
             self._tracker.prompt_length = prompt_length
-        if rows is not None:
-            self._install(rows)
-        elif plan is not None:
-            self._install([plan])
-        if changes:
-            if isinstance(changes.get("schedule"), str):
-                changes["schedule"] = Schedule.parse(changes["schedule"])
-            self._install([current and replace(current, **changes) for current in self._plans])
 
     def remove(self) -> None:
         """Take the steering off; the model is as it was. Does nothing the second time."""
-        self._exit.close()
+        self._undo.close()
 
     def report(self) -> SteeringReport:
         """What has been steered since attaching."""
-        slots = sum(editor.slots for editor in self._editors)
-        hits = sum(float(editor.hits) for editor in self._editors)
+        self._tally.count()
         return SteeringReport(
             router_calls=sum(editor.calls for editor in self._editors),
-            tokens_seen=self._tokens_seen,
-            tokens_steered=self._tokens_steered,
-            vector_share=hits / slots if slots else 0.0,
+            tokens_seen=int(self._tokens_seen),
+            tokens_steered=int(self._tokens_steered),
+            vector_share=self._tally.share(),
         )
 
     def verify(self) -> None:
         """Make sure that what was asked for happened.
 
         Raises:
-            SteeringError: tokens were to be steered, but some router that should have steered them was never called.
+            SteeringError: in some forward call, a router that should have been steered was bypassed.
         """
-        idle = [e.router.name for e in self._editors if not e.calls and not e.bank.is_idle and e.router.stack == "decoder"]
-        if self._tokens_wanted and idle:
+        if self._bypassed:
+            name, times = next(iter(self._bypassed.items()))
             raise SteeringError(
-                f"{self._tokens_wanted} tokens were to be steered, but {len(idle)} of {len(self._editors)} routers never "
-                f"ran (first '{idle[0]}'): a fused kernel or another wrapper bypasses them; load the model without it"
+                f"{len(self._bypassed)} of {len(self._editors)} routers were to be steered but were bypassed (such as "
+                f"'{name}', in {times} forward calls): a fused kernel or another library's wrapper replaced their "
+                "forward; load the model without it, or attach the steering after it"
             )
 
     def require_steered_tokens(self) -> None:
         """As `verify`, and raise too if no token was there to be steered at all."""
         self.verify()
-        if self._tokens_wanted or not any(plan and plan.does_something for plan in self._plans):
+        if self._was_wanted or not any(plan and plan.does_something for plan in self._plans):
             return
+        seen = int(self._tokens_seen)
+        if not seen:
+            raise SteeringError(
+                "steering was asked for, but the model was not called: call the model itself, or its generate, "
+                "inside the block"
+            )
         positions = sorted({plan.positions for plan in self._plans if plan})
         raise SteeringError(
-            f"steering was asked for, but none of the {self._tokens_seen} tokens that the model saw was to be steered "
+            f"steering was asked for, but none of the {seen} tokens that the model saw was to be steered "
             f"(positions {', '.join(positions)}): generate some, or steer with positions='all'"
         )
 
-    # ---- what the tracker and the editors ask ----
+    # ---- plans ----
 
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
         if not plans:
             raise SteeringError("no plans given: pass a plan, or one a row (None for rows to leave alone)")
-        distinct = list(dict.fromkeys(id(plan) for plan in plans if plan))
-        by_id = {id(plan): plan for plan in plans if plan}
-        active = [by_id[key] for key in distinct]
-        banks = [self._bank(number, router, active) for number, router in enumerate(self._routers)]
+        distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
+        for plan in distinct:
+            self._check_fits(plan)
+        banks = [Bank.of(router, number, distinct) for number, router in enumerate(self._routers)]
+        for slot, plan in enumerate(distinct):
+            does = any(
+                bool((b.experts[slot] != 0).any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks
+            )
+            if plan.does_something and not does:
+                raise SteeringError(_nothing_to_do(plan))
+        for editor, bank in zip(self._editors, banks, strict=True):
+            editor.bank = bank
         self._plans = tuple(plans)
-        self._active = active
-        self._slots = [distinct.index(id(plan)) if plan else -1 for plan in plans]
-        self._banks = banks
-        self._strengths = torch.tensor([plan.strength for plan in active] or [0.0])
+        self._distinct = distinct
+        self._slots = [-1 if plan is None else distinct.index(plan) for plan in plans]
+        self._layout = None
 
-    def _bank(self, number: int, router: Router, plans: Sequence[SteeringPlan]) -> _Bank:
-        model_name = getattr(getattr(self._model, "config", None), "name_or_path", "") or type(self._model).__name__
-        layers = [r.layer for r in self._routers]
-        experts = torch.zeros(max(1, len(plans)), router.num_experts)
-        forced, banned = experts.bool(), experts.bool()
-        for slot, plan in enumerate(plans):
-            if plan.vector is not None:
-                architecture = getattr(getattr(self._model, "config", None), "model_type", "")
-                widths = [r.num_experts for r in self._routers]
-                plan.vector.check_fits(layers, widths, model_name, architecture)
-            for listed, marks in ((plan.force, forced), (plan.ban, banned)):
-                for layer, expert in listed:
-                    if layer not in layers or not 0 <= expert < router.num_experts:
-                        raise SteeringError(
-                            f"expert ({layer}, {expert}) does not exist: {model_name} has routers in layers "
-                            f"{layers[0]} to {layers[-1]}, experts 0 to {router.num_experts - 1}"
-                        )
-                    marks[slot, expert] |= layer == router.layer
-            if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
+    def _check_fits(self, plan: SteeringPlan) -> None:
+        config = getattr(self._model, "config", None)
+        name = getattr(config, "name_or_path", "") or type(self._model).__name__
+        layers = [router.layer for router in self._routers]
+        if plan.vector is not None:
+            widths = [router.num_experts for router in self._routers]
+            plan.vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
+        for layer, expert in (*plan.force, *plan.ban):
+            experts = max((router.num_experts for router in self._routers if router.layer == layer), default=0)
+            if not 0 <= expert < experts:
                 raise SteeringError(
-                    f"layers {plan.layers[0]}-{plan.layers[1]} hold no router: the model has them in {layers[0]}-{layers[-1]}"
+                    f"expert ({layer}, {expert}) does not exist: {name} has routers in layers "
+                    f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or self._routers[0].num_experts) - 1}"
                 )
-            if plan.layers is not None and not plan.layers[0] <= router.layer <= plan.layers[1]:
-                forced[slot] = banned[slot] = False
-            elif plan.vector is not None and plan.strength:
-                experts[slot, : plan.vector.num_experts] = plan.vector.experts[number]
-        has_lists = bool(forced.any() or banned.any())
-        return _Bank(experts, forced, banned, has_lists, not has_lists and not experts.any())
+        if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
+            first, last = plan.layers
+            raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
+        for router in self._routers:
+            forced = {expert for layer, expert in plan.force if layer == router.layer}
+            if len(forced) > router.top_k:
+                raise SteeringError(
+                    f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} a token: "
+                    f"force {router.top_k} at most"
+                )
+            banned = {expert for layer, expert in plan.ban if layer == router.layer}
+            if len(banned) > router.num_experts - router.top_k:
+                raise SteeringError(
+                    f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
+                    f"{router.top_k} a token: ban {router.num_experts - router.top_k} at most"
+                )
+
+    # ---- what the tracker calls ----
 
     def _before_forward(self, window: Window) -> None:
-        self._tokens_seen += window.tokens
-        self._steps["decoder"] = self._step(window, window.generated_index(), window.mask)
-        if window.encoder_columns:
-            self._tokens_seen += window.encoder_tokens
-            index = torch.full((window.encoder_columns,), -1)
-            self._steps["encoder"] = self._step(window, index, window.encoder_mask)
+        self._tokens_seen = self._tokens_seen + window.tokens
+        step = self._step(window)
+        if step is not None:
+            self._tokens_steered = self._tokens_steered + step.tokens
+            self._was_wanted = True
+        for editor in self._editors:
+            if editor.router.stack == window.stack:
+                editor.step = None if editor.bank.is_idle else step
+        self._calls_before = [editor.calls for editor in self._editors]
 
-    def _step(self, window: Window, index: Tensor, mask: Tensor | None) -> _Step | None:
-        """The step for these columns, or None if nothing in it is steered."""
-        factors_PS = [plan.factor(index) for plan in self._active]
+    def _after_forward(self, window: Window) -> None:
+        self._tally.count()
+        for editor, before in zip(self._editors, self._calls_before, strict=True):
+            if editor.router.stack == window.stack:
+                if editor.step is not None and editor.calls == before:
+                    self._bypassed[editor.router.name] = self._bypassed.get(editor.router.name, 0) + 1
+                editor.step = None
+
+    def _step(self, window: Window) -> Step | None:
+        """The step for these tokens, or None if none of them is steered."""
+        index = window.generated_index()
+        factors_PS = [plan.factor(index) for plan in self._distinct]
         if not any(bool(factor.any()) for factor in factors_PS):
             return None
-        if len(self._slots) == 1:
-            slots = self._slots * window.rows
-        elif window.rows % len(self._slots) == 0:  # beams and return sequences repeat each row
-            slots = [slot for slot in self._slots for _ in range(window.rows // len(self._slots))]
-        else:
-            raise SteeringError(
-                f"{len(self._slots)} row plans can't be laid over {window.rows} rows: give one plan a row, or one for all"
-            )
+        slots = self._slots_of(window.rows)
+        counted_T = None if window.counted is None else window.counted.flatten()
         if len(set(slots)) == 1 and bool((factors_PS[0] == factors_PS[0][0]).all()):
-            count = window.rows * len(index) if mask is None else int(mask.sum())
-            self._tokens_wanted += count
-            self._tokens_steered += count
-            return _Step(factor=float(factors_PS[0][0]), rows=window.rows * len(index))
-        factors_PS.append(torch.zeros(len(index)))  # slot -1, the unsteered rows
-        factor_BS = torch.stack([factors_PS[slot] for slot in slots])
-        steered = factor_BS != 0
-        count = int((steered if mask is None else steered & mask.cpu()).sum())
-        self._tokens_wanted += count
-        self._tokens_steered += count
-        slot_T1 = torch.tensor(slots).clamp(min=0).repeat_interleave(len(index))[:, None]
-        return _Step(slot_T1=slot_T1, factor_T1=factor_BS.flatten()[:, None], rows=factor_BS.numel())
-
-
-class _Editor:
-    """The handle's hand in one router: edits its logits and counts what it chose."""
-
-    def __init__(self, handle: SteeringHandle, number: int, router: Router) -> None:
-        self.handle = handle
-        self.number = number
-        self.router = router
-        self.calls = self.slots = 0
-        self.hits: Tensor | float = 0.0
-        self._on_device: tuple[_Bank, _Bank] | None = None
-
-    @property
-    def bank(self) -> _Bank:
-        return self.handle._banks[self.number]
-
-    @property
-    def step(self) -> _Step | None:
-        return self.handle._steps[self.router.stack]
-
-    def active(self) -> bool:
-        return self.step is not None and not self.bank.is_idle
-
-    def edit(self, logits: Tensor) -> Tensor:
-        step = self.step
-        assert step is not None
-        bank = self._bank_on(logits.device)
-        flat = logits.flatten(0, -2)
-        precise = flat[:, : self.router.num_experts].to(torch.promote_types(logits.dtype, torch.float32))
-        if step.slot_T1 is None:
-            steered = self._apply(self.handle._active[0], precise, bank, 0, step.factor)
+            return Step(window.tokens, counted_T, plan=self._distinct[0], factor=float(factors_PS[0][0]))
+        idle = torch.zeros(window.columns)
+        factor_BS = torch.stack([idle if slot < 0 else factors_PS[slot] for slot in slots])
+        steered_T = (factor_BS != 0).flatten()
+        if counted_T is not None:
+            counted_T = counted_T & steered_T.to(counted_T.device)
+            tokens: int | Tensor = counted_T.sum()
         else:
-            if len(flat) != step.rows:
-                raise SteeringError(
-                    f"router '{self.router.name}' saw {len(flat)} tokens where the batch has {step.rows}: "
-                    "rows can't be told apart in this model; steer all rows alike"
-                )
-            steered = self._apply_by_row(precise, bank, step)
-        self.calls += 1
-        if steered.shape[-1] == flat.shape[-1]:
-            return steered.to(logits.dtype).view_as(logits)
-        return torch.cat([steered.to(logits.dtype), flat[:, self.router.num_experts :]], -1).view_as(logits)
+            counted_T, tokens = steered_T, int(steered_T.sum())
+        return Step(tokens, counted_T, layout=self._layout_for(slots, factor_BS))
 
-    def observe(self, output: Any) -> None:
-        step = self.step
-        assert step is not None
-        chosen = chosen_experts(self.router, output)
-        wanted = (self._bank_on(chosen.device).experts > 0) | self._bank_on(chosen.device).forced
-        if wanted.shape[1] <= self.router.width - 1:  # a chosen column beyond the experts is nobody's
-            wanted = torch.nn.functional.pad(wanted, (0, self.router.width - wanted.shape[1]))
-        if step.slot_T1 is None:
-            self.hits = self.hits + wanted[0][chosen].sum()
-            self.slots += chosen.numel()
-        else:
-            slot_T1, steered = step.slot_T1.to(chosen.device), step.factor_T1.to(chosen.device) != 0  # type: ignore[union-attr]
-            hits = wanted[slot_T1.squeeze(1)].gather(1, chosen) & steered
-            self.hits = self.hits + hits.sum()
-            self.slots += int(steered.sum()) * chosen.shape[1]
-
-    def _apply(self, plan: SteeringPlan, logits: Tensor, bank: _Bank, slot: Any, factor: float | Tensor) -> Tensor:
-        strength = plan.strength * factor
-        steered = formulas.BY_NAME[plan.formula](logits, bank.experts[slot], strength, plan.scale)
-        if bank.has_lists:
-            steered = formulas.ban(formulas.force(steered, bank.forced[slot]), bank.banned[slot])
-        return steered
-
-    def _apply_by_row(self, logits: Tensor, bank: _Bank, step: _Step) -> Tensor:
-        """Rows of different plans: each formula once, over all tokens, with every token's own expert vector and strength."""
-        assert step.slot_T1 is not None and step.factor_T1 is not None
-        slot_T1, factor_T1 = step.slot_T1.to(logits.device), step.factor_T1.to(logits.device)
-        slot_T = slot_T1.squeeze(1)
-        strength_T1 = self.handle._strengths.to(logits.device)[slot_T1] * factor_T1
-        out = logits
-        ways = dict.fromkeys((plan.formula, plan.scale) for plan in self.handle._active)
-        for formula, scale in ways:
-            steered = formulas.BY_NAME[formula](logits, bank.experts[slot_T], strength_T1, scale)
-            if bank.has_lists:
-                steered = formulas.ban(formulas.force(steered, bank.forced[slot_T]), bank.banned[slot_T])
-            here = torch.tensor([(p.formula, p.scale) == (formula, scale) for p in self.handle._active])
-            out = torch.where(here.to(logits.device)[slot_T1] & (factor_T1 != 0), steered, out)
-        return out
-
-    def _bank_on(self, device: torch.device) -> _Bank:
-        source = self.bank
-        if source.experts.device == device:
-            return source
-        if self._on_device is None or self._on_device[0] is not source or self._on_device[1].experts.device != device:
-            moved = replace(
-                source,
-                experts=source.experts.to(device),
-                forced=source.forced.to(device),
-                banned=source.banned.to(device),
+    def _slots_of(self, rows: int) -> list[int]:
+        """The number of each row's plan."""
+        if len(self._slots) == 1:
+            return self._slots * rows
+        repeats, rest = divmod(rows, len(self._slots))
+        if rest:
+            raise SteeringError(
+                f"{len(self._slots)} row plans can't be laid over {rows} rows: give one plan a row, or one for all"
             )
-            self._on_device = (source, moved)
-        return self._on_device[1]
+        return [slot for slot in self._slots for _ in range(repeats)]  # beams and return sequences repeat each row
+
+    def _layout_for(self, slots: list[int], factor_BS: Tensor) -> RowLayout:
+        """The layout, or the last one if nothing changed, as from token to token while strengths are constant."""
+        key = (slots, factor_BS.tolist()) if factor_BS.shape[1] == 1 else None
+        if key is None:
+            return RowLayout.of(self._distinct, slots, factor_BS)
+        if self._layout is None or self._layout[0] != key:
+            self._layout = key, RowLayout.of(self._distinct, slots, factor_BS)
+        return self._layout[1]
+
+
+def _nothing_to_do(plan: SteeringPlan) -> str:
+    where = "" if plan.layers is None else f" in layers {plan.layers[0]}-{plan.layers[1]}"
+    if plan.vector is None:
+        return f"the experts to force and ban are outside layers {plan.layers}: nothing would be steered"
+    return (
+        f"vector '{plan.vector.domain}' has no expert above its threshold {plan.vector.threshold:g}{where}: nothing "
+        "would be steered; lower the threshold (vector.with_threshold) or widen the layers"
+    )
 
 
 def attach(
@@ -441,6 +317,9 @@ def attach(
 ) -> SteeringHandle:
     """Steer a model until the handle's `remove`.
 
+    A model is steered by one handle at a time: two would act on each other's logits, and one that was forgotten, as
+    happens in notebooks, would go unnoticed. `handle.set` changes a steering, `mix` steers toward several domains.
+
     Args:
         model: any model of transformers with routers, or remote code that is built alike.
         plan: one plan for all rows of every batch.
@@ -450,7 +329,8 @@ def attach(
         the handle. If attaching fails, nothing is left behind.
 
     Raises:
-        UnsupportedModel: no router to steer. CompatibilityError: a vector of another model. SteeringError: a wrong plan.
+        UnsupportedModel: no router to steer. CompatibilityError: a vector of another model.
+        SteeringError: a wrong plan, or a model that is steered already.
     """
     if (plan is None) == (rows is None):
         raise SteeringError("pass either one plan or plans for the rows, not both and not neither")
@@ -476,24 +356,12 @@ def steer(
         plan: further fields of `SteeringPlan`.
 
     Raises:
-        SteeringError: at the end of the block, if no token was steered though steering was asked for.
+        SteeringError: as `attach`; and at the end of the block, if no token was steered though it was asked for.
     """
-    if rows is None:
-        handle = attach(model, plan_for(vector, strength, **plan))
-    else:
-        handle = attach(model, rows=rows)
-    with ExitStack() as stack:
-        stack.callback(handle.remove)
+    if rows is not None and (vector is not None or strength is not None or plan):
+        raise SteeringError("pass either a vector with its settings or plans for the rows, not both")
+    handle = attach(model, plan_for(vector, strength, **plan)) if rows is None else attach(model, rows=rows)
+    with ExitStack() as undo:
+        undo.callback(handle.remove)
         yield handle
         handle.require_steered_tokens()
-
-
-def plan_for(vector: SteeringVector | None, strength: float | None = None, **fields: Any) -> SteeringPlan:
-    """A plan whose strength, formula and scale are, where not given, the ones the vector was calibrated with."""
-    info = vector.info if vector is not None else None
-    if strength is None:
-        strength = info.strength if info and info.strength is not None else DEFAULT_STRENGTH
-    for name in ("formula", "scale"):
-        if fields.get(name) is None:
-            fields[name] = getattr(info, name, None) or {"formula": DEFAULT_FORMULA, "scale": DEFAULT_SCALE}[name]
-    return SteeringPlan(vector, strength, **fields)

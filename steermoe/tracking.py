@@ -1,4 +1,4 @@
-"""Which token is where: the rows and columns of every forward call of a model, prompt or generated, new or only padding.
+"""Which token is where: rows and columns of every forward call of a model, prompt or generated, real or only padding.
 
 Steering and recording both need it; it knows nothing of either. A column is a position in the padded batch, counted
 from the first prompt token, so it is the same for cached and uncached decoding.
@@ -98,7 +98,8 @@ class Tracker:
         with ExitStack() as undo:
             self._watch(model, "decoder", self._window, undo)
             if self._is_encoder_decoder and hasattr(model, "get_encoder"):  # `generate` calls it by itself
-                self._watch(model.get_encoder(), "encoder", self._encoder_window, undo)
+                encoder: Any = model.get_encoder
+                self._watch(encoder(), "encoder", self._encoder_window, undo)
             if hasattr(model, "generate"):
                 undo.callback(wrap_method(model, "generate", self._around_generate))
             self._undo = undo.pop_all()
@@ -111,10 +112,12 @@ class Tracker:
     ) -> None:
         signature = inspect.signature(module.forward)
 
+        @torch.compiler.disable
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._windows[stack] = window(_arguments(signature, args, kwargs))
             self._before(self._windows[stack])
 
+        @torch.compiler.disable
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._after is not None:
                 self._after(self._windows[stack])
@@ -128,7 +131,9 @@ class Tracker:
         signature = inspect.signature(generate)
 
         def tracked(*args: Any, **kwargs: Any) -> Any:
-            if self._generation is not None:  # a method of decoding that calls generate itself: its prompt is not the user's
+            if (
+                self._generation is not None
+            ):  # a method of decoding that calls generate itself: its prompt is not the user's
                 return generate(*args, **kwargs)
             self._generation = self._begin(_arguments(signature, args, kwargs))
             try:
@@ -161,7 +166,9 @@ class Tracker:
     def _window(self, given: dict[str, Any]) -> Window:
         prefix = "decoder_" if self._is_encoder_decoder else ""
         ids = given.get(f"{prefix}input_ids")
-        tokens = next((t for t in (ids, given.get(f"{prefix}inputs_embeds"), given.get("labels")) if t is not None), None)
+        tokens = next(
+            (t for t in (ids, given.get(f"{prefix}inputs_embeds"), given.get("labels")) if t is not None), None
+        )
         rows, columns = (1, 1) if tokens is None else tokens.shape[:2]
         first = _cached_length(given.get("past_key_values"))
         generation = self._generation
@@ -196,9 +203,12 @@ class Tracker:
         if not again and not may_be_filling:
             return real
         device = None if ids is None else ids.device
-        real = torch.ones(rows, columns, dtype=torch.bool, device=device) if real is None else real.to(device, copy=True)
+        real = (
+            torch.ones(rows, columns, dtype=torch.bool, device=device) if real is None else real.to(device, copy=True)
+        )
         if may_be_filling:
-            assert ids is not None and generation.filling is not None
+            assert ids is not None
+            assert generation.filling is not None
             generation.filling = generation.filling.to(ids.device)
             real[:, generated:] &= ~torch.isin(ids[:, generated:], generation.filling)
         real[:, :again] = False

@@ -180,7 +180,7 @@ class SteeringVector:
             CompatibilityError: another architecture, number of layers or of experts, or other layers.
         """
         built_for = f"it was built for {self.info.model}" if self.info.model else "it was built for another model"
-        fix = f"{built_for}; build one for {model} with `steermoe vectors build`"
+        fix = f"{built_for}; build one for {model} with `steermoe.vector_from_texts`"
         own, expected = f"{self.num_layers}x{self.num_experts}", f"{len(layers)}x{max(widths)}"
         if self.num_layers != len(layers) or not all(self.num_experts <= width for width in widths):
             raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")

@@ -1,7 +1,8 @@
 """Tiny random models of every MoE family of transformers, built from their configurations; nothing is downloaded.
 
-A configuration takes from SIZES whatever it has a field for, then what QUIRKS says of its family. A family that is not in QUIRKS, such
-as one that a newer transformers brings, is tried with the sizes alone. Which class to build is read off the family's module.
+A configuration takes from SIZES whatever it has a field for, then what QUIRKS says of its family. A family that is not
+in QUIRKS, such as one that a newer transformers brings, is tried with the sizes alone. Which class to build is read off
+the family's module.
 """
 
 import copy
@@ -59,7 +60,7 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_head_dim": 32,
     "v_head_dim": 16,
-    "index_topk": 32,  # more than a test has tokens: scores tie at 0, and which of the tied is dropped is left to chance
+    "index_topk": 32,  # more than a test has tokens: scores tie at 0, and chance decides which of the tied is dropped
     "index_n_heads": 2,
     "index_head_dim": 32,
     # recurrent layers
@@ -122,7 +123,7 @@ LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 
 QUIRKS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": LINEAR_THEN_FULL,
-    # sizes sit in two configurations of their own; the attention reads a rope_theta that its configuration does not declare
+    # sizes sit in two configurations of their own; the attention reads a rope_theta that is not declared there
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10_000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
@@ -185,7 +186,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
 }
 
 MODEL_ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "TextModel", "Model")
-"""Which of a family's classes to build, best first. Families that also see images often have no text model with a head."""
+"""Which of a family's classes to build, best first. Families that see images often have no text model with a head."""
 NOT_BUILT = re.compile(r"Vision|Talker|PreTrained")
 ROUTING_FIELDS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_config"}
 CORRECTION = re.compile(r"correction_bias$|expert_bias$")
@@ -248,7 +249,7 @@ def build(
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:
-    """Spread all weights: many families start routers and biases at 0, where all experts tie and nothing can be told apart."""
+    """Spread all weights: many families start routers and biases at 0, where all experts tie."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor, scale: float) -> Tensor:
@@ -301,7 +302,7 @@ def _fields(config: type) -> set[str]:
 
 
 class MoEGate(nn.Module):
-    """The gate of DeepSeek-MoE's remote code, which GigaChat-20B-A3B uses: a bare weight, and indices before weights."""
+    """The gate of DeepSeek-MoE's remote code, which GigaChat uses: a bare weight, and indices before weights."""
 
     def __init__(self) -> None:
         super().__init__()

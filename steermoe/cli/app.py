@@ -1,5 +1,6 @@
 """The `steermoe` command: its groups, and the one place where errors become a line on stderr and an exit code."""
 
+import io
 import logging
 import os
 import sys
@@ -47,14 +48,17 @@ def _options(
 def main() -> None:
     """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     _quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes rather than failing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SteerMoEError as error:
-        console.err.print(f"steermoe: {error}", soft_wrap=True)
+        console.err.print(console.printable(f"steermoe: {error}"), soft_wrap=True)
         sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        console.err.print("\nsteermoe: interrupted")
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:  # typer's own way out, also of Ctrl-C
+        if end.code == EXIT_INTERRUPTED:
+            console.err.print("\nsteermoe: interrupted")
+        raise
     except BrokenPipeError:  # the reader left, as `head` does; stop Python from complaining once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)

@@ -1,25 +1,31 @@
 """Draw a comparison: columns side by side where the terminal is wide enough, one below the other where it isn't."""
 
+import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from steermoe.cli.console import out, printable
 from steermoe.comparison import Column
+from steermoe.errors import SteerMoEError
+from steermoe.library import atomic_path
 
 MIN_COLUMN_WIDTH = 36
+SVG_COLUMN_WIDTH = 52
 
 
-def print_columns(prompt: str, columns: Sequence[Column]) -> None:
+def print_columns(prompt: str, columns: Sequence[Column], console: Console = out) -> None:
     """Print the prompt, then all columns, as many beside each other as fit."""
-    out.print(Text(printable(prompt), style="bold"))
-    beside = max(1, min(len(columns), out.width // MIN_COLUMN_WIDTH))
+    console.print(Text(printable(prompt), style="bold"))
+    beside = max(1, min(len(columns), console.width // MIN_COLUMN_WIDTH))
     if beside == 1:
         for column in columns:
-            out.print(_panel(column))
+            console.print(_panel(column))
         return
     for start in range(0, len(columns), beside):
         table = Table.grid(expand=True)
@@ -27,7 +33,30 @@ def print_columns(prompt: str, columns: Sequence[Column]) -> None:
         for _ in range(beside):
             table.add_column(ratio=1)
         table.add_row(*[_panel(column) for column in chosen])
-        out.print(table)
+        console.print(table)
+
+
+def save_svg(prompt: str, columns: Sequence[Column], path: Path) -> None:
+    """Draw the comparison as a picture that loads nothing from anywhere.
+
+    Raises:
+        SteerMoEError: the file can't be written.
+    """
+    console = Console(
+        record=True,
+        width=SVG_COLUMN_WIDTH * len(columns),
+        file=io.StringIO(),
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    print_columns(prompt, columns, console)
+    picture = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="steermoe compare"), flags=re.DOTALL)
+    try:
+        with atomic_path(path) as partial:
+            partial.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise SteerMoEError(f"can't write '{path}': {error.strerror}") from error
 
 
 def _panel(column: Column) -> Panel:

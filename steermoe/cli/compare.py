@@ -1,5 +1,6 @@
 """`steermoe compare`: the same opening unsteered and steered, side by side."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,8 @@ steermoe compare --domain sport --domain food
 
 steermoe compare "The old bus was late again." -d space --strength 2 --strength 4 --strength 8
 
+steermoe compare -d sport -d space --svg comparison.svg
+
 steermoe compare -d law --formula additive --formula zero_max_scaled --json
 """
 
@@ -21,14 +24,19 @@ def compare(
     domain: Annotated[
         list[str] | None,
         typer.Option(
-            "--domain", "-d", help="A text for each domain or vector file; a mixture as sport=0.7+food=0.3.", rich_help_panel=o.STEERING
+            "--domain",
+            "-d",
+            help="A text for each domain or vector file; a mixture as sport=0.7+food=0.3.",
+            rich_help_panel=o.STEERING,
         ),
     ] = None,
     strength: Annotated[
-        list[float] | None, typer.Option(help="A text for each strength. Default: the vector's own.", rich_help_panel=o.STEERING)
+        list[float] | None,
+        typer.Option(help="A text for each strength. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
     formula: Annotated[
-        list[o.FormulaName] | None, typer.Option(help="A text for each formula. Default: the vector's own.", rich_help_panel=o.STEERING)
+        list[o.FormulaName] | None,
+        typer.Option(help="A text for each formula. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
     scale: o.Scale = None,
     positions: o.Positions = "generated",
@@ -48,6 +56,7 @@ def compare(
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw the comparison into this SVG file too.")] = None,
     json: o.Json = False,
 ) -> None:
     """Tell the same story unsteered and steered, side by side, with what steering did to the routing."""
@@ -67,12 +76,13 @@ def compare(
     loaded = o.load_model(model, dtype, device_map, trust_remote_code)
     from steermoe.comparison import compare_completions
     from steermoe.engines.hf import HFEngine
+    from steermoe.library import SUFFIX
     from steermoe.plans import make_plan
 
     plans = [
         make_plan(
             loaded.model,
-            names.split("+"),
+            [names] if names.endswith(SUFFIX) else names.split("+"),
             strength=c,
             layers=layers,
             force=force,
@@ -84,17 +94,19 @@ def compare(
             schedule=schedule,
         )
         for names in (domain or ["sport"])
-        for f in (formula or [None])
-        for c in (strength or [None])
+        for f in formula or (None,)
+        for c in strength or (None,)
     ]
     requests = [Request(text, plan, sampling) for plan in (None, *plans)]
     with console.working(f"Telling {len(requests)} stories ..."):
         completions = HFEngine(loaded).generate(requests, record=True)
     columns = compare_completions(completions)
+    from steermoe.cli.columns import print_columns, save_svg
+
     if json:
         for column in columns:
             console.write_json(column.as_dict(loaded.name))
     else:
-        from steermoe.cli.columns import print_columns
-
         print_columns(text, columns)
+    if svg is not None:
+        save_svg(text, columns, svg)

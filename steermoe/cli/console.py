@@ -29,6 +29,13 @@ def write_json(record: Any) -> None:
     sys.stdout.flush()
 
 
+def quiet_transformers() -> None:
+    """Keep its progress bars off the terminal; ours say what goes on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""

@@ -21,7 +21,12 @@ def generate(
     prompt: o.Prompt = None,
     domain: Annotated[
         list[str] | None,
-        typer.Option("--domain", "-d", help="Domain or vector file to steer to; repeat as name=weight to mix.", rich_help_panel=o.STEERING),
+        typer.Option(
+            "--domain",
+            "-d",
+            help="Domain or vector file to steer to; repeat as name=weight to mix.",
+            rich_help_panel=o.STEERING,
+        ),
     ] = None,
     strength: o.Strength = None,
     formula: o.Formula = None,
@@ -97,7 +102,7 @@ def generate(
     if completion.report is not None:
         report = completion.report
         console.err.print(
-            f"steered {report.tokens_steered} of {report.tokens_seen} tokens; {report.vector_share:.0%} of their expert "
-            f"slots went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
+            f"steered {report.tokens_steered} of {report.tokens_seen} tokens; {report.vector_share:.0%} of their slots "
+            f"went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
             style="dim",
         )

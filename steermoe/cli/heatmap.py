@@ -103,9 +103,9 @@ def _legend(vector: "SteeringVector", bounds: list[float], share: int, glyphs: G
     kept, total = int((vector.experts != 0).sum()), vector.experts.numel()
     lines = [shades, Text(f"{kept} of {total} experts are in the vector")]
     if vector.info.top_k:
-        lines[-1].append(f"; 1/k = {1 / vector.info.top_k:.3g} is the largest value that can be")
+        lines[-1].append(f"; no frequency exceeds 1/k = {1 / vector.info.top_k:.3g}")
     if share > 1:
-        lines.append(Text(f"Too many experts for this width: each column shows the largest of {share} neighbours"))
+        lines.append(Text(f"too many experts for this width: each column shows the largest of {share} neighbours"))
     return lines
 
 

@@ -36,7 +36,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull 
 
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(json: Json = False) -> None:
-    """List the Mixture-of-Experts families of the installed transformers, and how each is handled."""
+    """List the MoE families of the installed transformers. Tells of each whether and how it is steered."""
     from steermoe.cli import tables
     from steermoe.families import list_families
 
@@ -46,10 +46,10 @@ def list_(json: Json = False) -> None:
         console.write_json([{name: getattr(family, name) for name in fields} for family in families])
         return
     rows = [
-        (family.family, "yes" if family.steerable else "no", ", ".join(family.routers), family.reason)
+        (family.family, "yes" if family.steerable else "no", ", ".join(filter(None, (*family.routers, family.reason))))
         for family in families
     ]
-    tables.print_table(("family", "steerable", "routers", "remark"), rows)
+    tables.print_table(("family", "steerable", "routers, or the reason"), rows)
     steerable = sum(family.steerable for family in families)
     console.err.print(f"{steerable} of {len(families)} families can be steered", style="dim")
 
@@ -63,7 +63,7 @@ def pull(
     force: Annotated[bool, typer.Option("--force", help="Assemble it anew.")] = False,
     json: Json = False,
 ) -> None:
-    """Pull and assemble the default model into the cache; prints its folder."""
+    """Pull and assemble the default model. Prints its folder in the cache."""
     from steermoe import models
 
     with console.working("Pulling and assembling the default model ..."):
@@ -82,7 +82,7 @@ def inspect(
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Describe a checkpoint: its layers, experts and routers, and what would be steered. No weights are loaded."""
+    """Describe a checkpoint and what would be steered. No weights are loaded."""
     from steermoe import models
     from steermoe.cli import tables
 

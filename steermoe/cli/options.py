@@ -1,5 +1,6 @@
 """Options that several commands share, as types, and what turns them into the library's objects."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +11,15 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "One morning a small brown dog named Milo found that the old gate stood open."
 
-FormulaName = Literal["additive", "max_scaled", "zero_max_scaled"]
+
+class FormulaName(StrEnum):
+    """Typer takes repeated choices as an enumeration only."""
+
+    additive = "additive"
+    max_scaled = "max_scaled"
+    zero_max_scaled = "zero_max_scaled"
+
+
 ScaleName = Literal["magnitude", "paper"]
 PositionsName = Literal["generated", "prompt", "all"]
 
@@ -20,19 +29,27 @@ Prompt = Annotated[
     str | None, typer.Argument(help="Beginning of the text; - reads stdin; without it a built-in story is told.")
 ]
 Strength = Annotated[
-    float | None, typer.Option(help="c of the formulas; negative steers away. Default: the vector's own.", rich_help_panel=STEERING)
+    float | None,
+    typer.Option(help="c of the formulas; negative steers away. Default: the vector's own.", rich_help_panel=STEERING),
 ]
-Formula = Annotated[FormulaName | None, typer.Option(help="How logits change. Default: the vector's own.", rich_help_panel=STEERING)]
+Formula = Annotated[
+    FormulaName | None, typer.Option(help="How logits change. Default: the vector's own.", rich_help_panel=STEERING)
+]
 Scale = Annotated[
-    ScaleName | None, typer.Option(help="What max-scaled formulas multiply by: |max z| or max z.", rich_help_panel=STEERING)
+    ScaleName | None,
+    typer.Option(help="What max-scaled formulas multiply by: |max z| or max z.", rich_help_panel=STEERING),
 ]
 Positions = Annotated[PositionsName, typer.Option(help="Which tokens are steered.", rich_help_panel=STEERING)]
 ScheduleText = Annotated[
     str, typer.Option(help="constant, decay:N or window:A-B, in generated tokens.", rich_help_panel=STEERING)
 ]
 Layers = Annotated[str | None, typer.Option(help="Decoder layers to steer, such as 15-29.", rich_help_panel=STEERING)]
-Force = Annotated[list[str] | None, typer.Option(help="Expert to use always, as layer:expert; repeat.", rich_help_panel=STEERING)]
-Ban = Annotated[list[str] | None, typer.Option(help="Expert never to use, as layer:expert; repeat.", rich_help_panel=STEERING)]
+Force = Annotated[
+    list[str] | None, typer.Option(help="Expert to use always, as layer:expert; repeat.", rich_help_panel=STEERING)
+]
+Ban = Annotated[
+    list[str] | None, typer.Option(help="Expert never to use, as layer:expert; repeat.", rich_help_panel=STEERING)
+]
 VectorsFolder = Annotated[
     Path | None, typer.Option("--vectors", help="Folder of vectors to search first.", rich_help_panel=STEERING)
 ]
@@ -47,7 +64,9 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same text.", ri
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL),
+    typer.Option(
+        "--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
@@ -77,8 +96,9 @@ def read_prompt(prompt: str | None) -> str:
 def load_model(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
     """Load with a spinner; the default model is pulled first if it isn't here."""
     from steermoe import models
-    from steermoe.cli.console import err, working
+    from steermoe.cli.console import err, quiet_transformers, working
 
+    quiet_transformers()
     if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
         err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
         with working("Pulling the default model ..."):

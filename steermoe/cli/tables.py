@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from steermoe.cli.console import out, printable
@@ -11,11 +12,11 @@ UNLIMITED = 10_000
 """Width of a table that is not for a terminal: in a pipe a row is one line, so that grep finds all of it."""
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows under their titles; a cell that is too long for the terminal goes on below itself."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], wrapping: int = 1) -> None:
+    """Rows under their titles; in a narrow terminal the cells of the last columns, `wrapping` many, are folded."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for number, title in enumerate(titles):
+        table.add_column(title, overflow="fold", no_wrap=number < len(titles) - wrapping)
     for row in rows:
         table.add_row(*map(printable, row))
     _print(table)
@@ -32,4 +33,5 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 
 def _print(table: Table) -> None:
-    out.print(table, width=None if sys.stdout.isatty() else UNLIMITED)
+    console = out if sys.stdout.isatty() else Console(file=out.file, width=UNLIMITED, highlight=False, emoji=False)
+    console.print(table)

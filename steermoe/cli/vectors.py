@@ -35,7 +35,7 @@ steermoe vectors import matrix.json --domain chess
 
 steermoe vectors import matrix.json --domain chess --model ./my-model -o chess.safetensors
 """
-MAX_KEYWORDS = 4
+MAX_KEYWORDS = 3
 """So many keywords a vector are listed."""
 FACTS = {
     "title": "title",
@@ -67,7 +67,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show,
 
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(vectors: Folder = None, json: Json = False) -> None:
-    """List the vectors that can be steered with; of several for a domain the first that fits the model is used."""
+    """List the vectors that can be steered with. Of several for a domain the first that fits the model is used."""
     from steermoe import library
     from steermoe.cli import tables
     from steermoe.errors import VectorError
@@ -78,7 +78,7 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
             header = library.read_header(file.path).as_dict()
             records.append({**header, "domain": file.domain, "path": str(file.path)})
         except VectorError as error:
-            console.err.print(f"steermoe: left out: {error}", soft_wrap=True)
+            console.err.print(f"steermoe: left out: {console.printable(str(error))}", soft_wrap=True)
     if json:
         console.write_json(records)
     elif records:
@@ -89,11 +89,11 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
                 _shape(record),
                 f"{record['strength']:g}" if record["strength"] is not None else "",
                 _some_keywords(record["keywords"]),
-                record["path"],
+                _short_path(Path(record["path"])),
             )
             for record in records
         ]
-        tables.print_table(("domain", "model", "shape", "strength", "keywords", "file"), rows)
+        tables.print_table(("domain", "model", "shape", "strength", "keywords", "file"), rows, wrapping=2)
     else:
         searched = ", ".join(map(str, library.search_path(vectors)))
         console.err.print(f"no vectors in {searched}", soft_wrap=True)
@@ -112,7 +112,7 @@ def show(
     vectors: Folder = None,
     json: Json = False,
 ) -> None:
-    """Show what is known of a vector, and its experts as a map of layers x experts."""
+    """Show a vector: its facts, and its map of layers x experts."""
     from dataclasses import replace
 
     from steermoe import library
@@ -138,7 +138,7 @@ def show(
     from steermoe.cli.heatmap import draw
 
     console.out.print(header.domain, style="bold")
-    tables.print_facts(_facts(record))
+    tables.print_facts(_facts(record, has_threshold=vector.weights is None))
     console.out.print()
     console.out.print(draw(vector, console.out.width, console.out.options.ascii_only), soft_wrap=True)
 
@@ -153,7 +153,7 @@ def check(
     vectors: Folder = None,
     json: Json = False,
 ) -> None:
-    """Read vector files fully and tell whether they are right; exit 1 if one isn't."""
+    """Read vector files fully and tell if they are right. The exit code is 1 if one isn't."""
     description = _describe(model, trust_remote_code) if model is not None else None
     results = [_check(target, vectors, description) for target in targets]
     are_right = all(result["error"] is None for result in results)
@@ -187,7 +187,7 @@ def import_(
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Make a vector file of a matrix that the method's authors keep as JSON; prints the file's path."""
+    """Make a vector file of a JSON matrix. The method's authors keep theirs so. Prints the file's path."""
     from steermoe import library
     from steermoe.errors import VectorError
 
@@ -233,7 +233,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
     from steermoe import library
     from steermoe.errors import CompatibilityError, VectorError
 
-    result: dict[str, Any] = {"target": target, "path": None, "domain": None, "error": None}
+    result = dict.fromkeys(("path", "domain", "layers", "num_experts", "error"), None) | {"target": target}
     try:
         paths = library.find_vector(target, folder=folder)
         result["path"] = str(paths[0])
@@ -252,15 +252,16 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
     }
 
 
-def _facts(record: dict[str, Any]) -> dict[str, str]:
+def _facts(record: dict[str, Any], has_threshold: bool) -> dict[str, str]:
     """Facts as `show` prints them; what isn't known is left out."""
     from steermoe.vectors import format_layers
 
+    usual = "the corpus baseline" if record["relative"] else "the mean frequency"
     texts = {
         **record,
         "keywords": ", ".join(record["keywords"]),
         "shape": f"{_shape(record)}, decoder layers {format_layers(record['layers'])}",
-        "cut": f"{record['threshold']:g} x {'the corpus baseline' if record['relative'] else 'the mean frequency'}",
+        "cut": f"{record['threshold']:g} x {usual}" if has_threshold else "none: the weights are given",
         "safe_range": " to ".join(f"{end:g}" for end in record["safe_range"] or ()),
     }
     return {label: str(texts[key]) for key, label in FACTS.items() if texts[key] not in (None, "")}
@@ -268,6 +269,14 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
 
 def _shape(record: dict[str, Any]) -> str:
     return f"{len(record['layers'])} x {record['num_experts']}"
+
+
+def _short_path(path: Path) -> str:
+    """Seen from the current folder, or from home."""
+    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
+        if path.is_relative_to(start):
+            return str(Path(sign) / path.relative_to(start))
+    return str(path)
 
 
 def _some_keywords(keywords: tuple[str, ...]) -> str:

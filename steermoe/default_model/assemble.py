@@ -1,8 +1,9 @@
-"""Assemble the default model: the dense base's weights as shared experts, the trained part as routed experts beside them.
+"""Assemble the default model: the dense base's weights as shared experts, the trained part as routed experts beside
+them.
 
-Sparse upcycling (Komatsuzaki et al., 2212.05055) into GraniteMoeShared: each dense feed-forward block becomes the shared expert,
-which every token passes; small routed experts are added to it. While their down projections are zero the result is
-bit-identical to the base.
+Sparse upcycling (Komatsuzaki et al., 2212.05055) into GraniteMoeShared: each dense feed-forward block becomes the
+shared expert, which every token passes; small routed experts are added to it. While their down projections are zero
+the result is bit-identical to the base.
 """
 
 from pathlib import Path
@@ -21,6 +22,7 @@ def upcycle(base: "LlamaForCausalLM") -> "GraniteMoeSharedForCausalLM":
     """The base as a mixture of experts whose routed experts and routers are all zero."""
     import torch
     from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
+    from transformers.initialization import no_init_weights
 
     dense = base.config
     head_dim = dense.hidden_size // dense.num_attention_heads
@@ -45,11 +47,13 @@ def upcycle(base: "LlamaForCausalLM") -> "GraniteMoeSharedForCausalLM":
         initializer_range=dense.initializer_range,
         dtype=base.dtype,
     )
-    model = GraniteMoeSharedForCausalLM._from_config(config, dtype=base.dtype).eval()
+    with no_init_weights():  # every weight is set below
+        model = GraniteMoeSharedForCausalLM._from_config(config, dtype=base.dtype).eval()
+    dense_weights = base.state_dict()
     weights = {}
-    for name, tensor in base.state_dict().items():
+    for name, tensor in dense_weights.items():
         if name.endswith("mlp.gate_proj.weight"):
-            up = base.state_dict()[name.replace("gate_proj", "up_proj")]
+            up = dense_weights[name.replace("gate_proj", "up_proj")]
             weights[name.replace("mlp.gate_proj", "shared_mlp.input_linear")] = torch.cat([tensor, up])
         elif name.endswith("mlp.down_proj.weight"):
             weights[name.replace("mlp.down_proj", "shared_mlp.output_linear")] = tensor

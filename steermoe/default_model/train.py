@@ -1,9 +1,10 @@
 """Train the default model's experts and routers: `python -m steermoe.default_model.train --base GGUF --work DIR`.
 
-Domain experts after DEMix (2108.05036) and Branch-Train-MiX (2403.07816). The base stays frozen. In training a token's topic decides
-which two experts it passes, at half weight each: the rest of a domain's story trains that domain's experts, openings and neutral
-stories train the neutral ones. The routers learn to find them by themselves, from cross-entropy to those two experts
-on hidden states that carry no gradient. At inference nothing is forced: plain top-2.
+Domain experts after DEMix (2108.05036) and Branch-Train-MiX (2403.07816). The base stays frozen. In training a
+token's topic decides
+which two experts it passes, at half weight each: the rest of a domain's story trains that domain's experts, openings
+and neutral stories train the neutral ones. The routers learn to find them by themselves, from cross-entropy to those
+two experts on hidden states that carry no gradient. At inference nothing is forced: plain top-2.
 
 Three stages, each saved in the work folder, so that a killed run goes on where it was:
 1. `features.pt`: every story's hidden state below the first layer with experts, which training never changes, and
@@ -21,6 +22,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +58,8 @@ class Example:
 def make_example(story: Story, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Tokenise a story and say which experts each token passes.
 
-    The opening passes the neutral experts, as an unsteered prompt will. Its last token predicts the domain's first one, which
-    is neither's to learn: the neutral experts must not learn to turn to a domain.
+    The opening passes the neutral experts, as an unsteered prompt will. Its last token predicts the domain's first
+    one, which is neither's to learn: the neutral experts must not learn to turn to a domain.
     """
     opening = tokenizer(story.opening)["input_ids"]
     ids = torch.tensor([*opening, *tokenizer(" " + story.rest)["input_ids"], tokenizer.eos_token_id])
@@ -86,7 +88,9 @@ class Batch:
 
 
 class ForcedRouting:
-    """Stands in for the MoE blocks of the upper layers: tokens pass their topic's experts, routers only learn to agree."""
+    """Stands in for the MoE blocks of the upper layers: tokens pass their topic's experts, routers only learn to
+    agree.
+    """
 
     def __init__(
         self, model: GraniteMoeSharedForCausalLM, dropout: float = 0.0, vocabulary: Tensor | None = None
@@ -100,14 +104,14 @@ class ForcedRouting:
             self.other_tokens = is_other.nonzero().flatten()
         self.dropout = dropout
         self.training = True
-        self.blocks = [layer.block_sparse_moe for layer in model.model.layers[spec.FIRST_EXPERT_LAYER :]]
+        self.blocks: list[Any] = [layer.block_sparse_moe for layer in model.model.layers[spec.FIRST_EXPERT_LAYER :]]
         self.token_groups: list[tuple[int, Tensor]] = []
         self.router_losses: list[Tensor] = []
         self.router_hits: list[float] = []
         for block in self.blocks:
             block.forward = lambda x, block=block: self._block(block, x)
 
-    def _block(self, block: nn.Module, layer_input: Tensor) -> Tensor:
+    def _block(self, block: Any, layer_input: Tensor) -> Tensor:
         flat = layer_input.reshape(-1, layer_input.shape[-1])
         logits = F.linear(flat.detach(), block.router.weight)
         out = torch.zeros_like(flat)
@@ -125,7 +129,7 @@ class ForcedRouting:
         self.router_hits.append(hits / count)
         return out.view_as(layer_input)
 
-    def _pair(self, experts: nn.Module, pair: slice, x_TH: Tensor) -> Tensor:
+    def _pair(self, experts: Any, pair: slice, x_TH: Tensor) -> Tensor:
         gate, up = F.linear(x_TH, experts.gate_up_proj[pair].flatten(0, 1)).view(len(x_TH), 2, -1).chunk(2, -1)
         inner = F.dropout(F.silu(gate) * up, self.dropout, self.training)
         return F.linear(inner.flatten(1), experts.down_proj[pair].transpose(0, 1).flatten(1)) / spec.TOP_K
@@ -144,7 +148,9 @@ class ForcedRouting:
         return language, torch.stack(self.router_losses).mean()
 
     def _language_loss(self, last_TH: Tensor, targets_T: Tensor) -> Tensor:
-        """Cross-entropy [T]; in training over the corpus's own tokens and a random sample of the others, which stands for them all."""
+        """Cross-entropy [T]; in training over the corpus's own tokens and a random sample of the others, which stands
+        for them all.
+        """
         weight = self.model.lm_head.weight
         if not self.training or self.vocabulary is None:
             return F.cross_entropy(F.linear(last_TH, weight), targets_T, reduction="none")
@@ -157,7 +163,9 @@ class ForcedRouting:
 
 
 def compute_features(model: GraniteMoeSharedForCausalLM, examples: list[Example], sample: float) -> dict[str, list]:
-    """Hidden states below the first layer with experts, half precision, and sampled router inputs of the lower layers."""
+    """Hidden states below the first layer with experts, half precision, and sampled router inputs of the lower
+    layers.
+    """
     seen: list[Tensor] = []
 
     def record(layer_input: Tensor) -> Tensor:
@@ -355,7 +363,7 @@ def _save(path: Path, content: object, fingerprint: str) -> None:
     partial.replace(path)
 
 
-def _load(path: Path, fingerprint: str) -> dict | Tensor | None:
+def _load(path: Path, fingerprint: str) -> Any:
     """What an earlier run saved, unless it was for another corpus."""
     if not path.exists():
         return None

@@ -1,4 +1,6 @@
-"""What engines have in common: a request, its sampling, the completion, and the protocol. Knows no library that runs models."""
+"""What engines have in common: a request, its sampling, the completion, and the protocol. Knows no
+library that runs models.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,6 +121,7 @@ class Engine(Protocol):
         """Complete all requests, in their order.
 
         Args:
+            requests: texts to continue.
             on_text: called with each piece of text as it comes; for a single request only.
             record: also fill `Completion.frequency`.
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from steermoe.engines.base import Completion, Request
-from steermoe.engines.sampling import RowSampler
+from steermoe.engines.sampling import RowLimits, RowSampler
+from steermoe.engines.text import TextStreamer, continuation
 from steermoe.errors import GenerationError
 from steermoe.models import LoadedModel
 from steermoe.recording import record_routing
@@ -29,54 +29,58 @@ class HFEngine:
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
-        """As `Engine.generate`; all requests run as one batch, whose longest max_new_tokens bounds them all."""
+        """As `Engine.generate`; all requests run as one batch, which takes as long as its longest."""
         if not requests:
             return []
         if on_text is not None and len(requests) != 1:
             raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         prompts = [self.encode(request) for request in requests]
-        width = max(map(len, prompts))
-        pad = tokenizer.pad_token_id
+        lengths = [len(ids) for ids in prompts]
+        width, pad = max(lengths), tokenizer.pad_token_id
         padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
-        real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        real = [[0] * (width - length) + [1] * length for length in lengths]
+        samplings = [request.sampling for request in requests]
+        limits = [sampling.max_new_tokens for sampling in samplings]
         plans = [request.plan for request in requests]
+        ends = self._end_tokens()
         handle = None
-        with ExitStack() as stack:
+        with ExitStack() as undo:
             if any(plans):
-                handle = attach(model, plans[0]) if len(set(map(id, plans))) == 1 else attach(model, rows=plans)
-                stack.callback(handle.remove)
-            routing = stack.enter_context(record_routing(model, "generated")) if record else None
+                handle = attach(model, plans[0]) if len(set(plans)) == 1 else attach(model, rows=plans)
+                undo.callback(handle.remove)
+            routing = undo.enter_context(record_routing(model, "generated")) if record else None
+            # `generate` fills what a configuration leaves open from the checkpoint's own, sampling and penalties too
+            undo.callback(setattr, model, "generation_config", model.generation_config)
+            model.generation_config = self._config(max(limits), ends)
             started = time.perf_counter()
             with torch.inference_mode():
                 output = model.generate(
                     torch.tensor(padded, device=model.device),
                     attention_mask=torch.tensor(real, device=model.device),
-                    generation_config=self._config(requests),
-                    logits_processor=LogitsProcessorList([RowSampler([request.sampling for request in requests])]),
-                    streamer=_streamer(tokenizer, on_text),
+                    logits_processor=LogitsProcessorList([RowSampler(samplings, lengths, sorted(ends))]),
+                    stopping_criteria=StoppingCriteriaList([RowLimits(limits, width)]),
+                    streamer=None if on_text is None else TextStreamer(tokenizer, on_text, ends),
                 )
             seconds = time.perf_counter() - started
             if handle is not None:
                 handle.verify()
         report = handle.report() if handle is not None else None
-        frequency = routing.frequency() if routing and routing.tokens is not None and (routing.tokens > 0).all() else None
-        ends = self._end_tokens()
         completions = []
         for row, request in enumerate(requests):
-            new = output[row, width:].tolist()[: request.sampling.max_new_tokens]
+            new = output[row, width:].tolist()[: limits[row]]
             stop = next((position for position, token in enumerate(new) if token in ends), None)
             kept = new if stop is None else new[:stop]
             completions.append(
                 Completion(
                     request=request,
-                    text=tokenizer.decode(kept, skip_special_tokens=True),
+                    text=continuation(tokenizer, prompts[row], kept),
                     token_ids=tuple(kept),
-                    prompt_tokens=len(prompts[row]),
+                    prompt_tokens=lengths[row],
                     finish_reason="length" if stop is None else "stop",
                     seconds=seconds,
                     report=report,
-                    frequency=None if frequency is None else frequency[row],
+                    frequency=None if routing is None else routing.frequency_of(row),
                 )
             )
         return completions
@@ -91,6 +95,10 @@ class HFEngine:
         if not request.prompt.strip():
             raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
         ids: list[int] = tokenizer(request.prompt, split_special_tokens=True)["input_ids"]
+        if not ids:
+            raise GenerationError(
+                f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another"
+            )
         limit = self.loaded.context_length
         if limit is not None and len(ids) + request.sampling.max_new_tokens > limit:
             raise GenerationError(
@@ -104,27 +112,11 @@ class HFEngine:
         end = self.loaded.tokenizer.eos_token_id if end is None else end
         return set(end) if isinstance(end, list | tuple) else {end} - {None}
 
-    def _config(self, requests: Sequence[Request]) -> GenerationConfig:
-        """Greedy for `generate`, since RowSampler has drawn the token by then; nothing of the checkpoint's own sampling."""
-        minimum = min(request.sampling.min_new_tokens for request in requests)
+    def _config(self, max_new_tokens: int, ends: set[int]) -> GenerationConfig:
+        """Greedy for `generate`, since RowSampler has drawn the token by then."""
         return GenerationConfig(
-            max_new_tokens=max(request.sampling.max_new_tokens for request in requests),
-            min_new_tokens=minimum or None,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=sorted(self._end_tokens()) or None,
+            eos_token_id=sorted(ends) or None,
             pad_token_id=self.loaded.tokenizer.pad_token_id,
         )
-
-
-class _CallbackStreamer(TextStreamer):
-    def __init__(self, tokenizer: object, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(text)
-
-
-def _streamer(tokenizer: object, on_text: Callable[[str], None] | None) -> BaseStreamer | None:
-    return None if on_text is None else _CallbackStreamer(tokenizer, on_text)

@@ -1,0 +1,39 @@
+"""The tree of errors is as its docstring draws it."""
+
+import inspect
+
+import pytest
+
+from steermoe import errors
+from steermoe.errors import SteerMoEError
+
+ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__]
+
+
+def drawn_tree() -> dict[str, str | None]:
+    """Each class in the docstring's drawing and the one that it hangs from."""
+    parents: dict[str, str | None] = {}
+    path: list[tuple[int, str]] = []
+    for line in errors.__doc__.splitlines():
+        name = line.replace("|", " ").replace("+--", "   ").strip().split(" ")[0]
+        if "+--" in line or name == "SteerMoEError":
+            depth = line.index(name)
+            path = [(column, parent) for column, parent in path if column < depth]
+            parents[name] = path[-1][1] if path else None
+            path.append((depth, name))
+    return parents
+
+
+def test_drawing_equals_the_classes():
+    real = {cls.__name__: cls.__base__.__name__ if cls is not SteerMoEError else None for cls in ALL}
+    assert drawn_tree() == real
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_one_root(cls):
+    assert issubclass(cls, SteerMoEError)
+    assert cls.__doc__
+
+
+def test_root_is_no_builtin_that_others_catch():
+    assert SteerMoEError.__bases__ == (Exception,)

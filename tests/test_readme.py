@@ -1,0 +1,57 @@
+"""The README's examples, run as written: every `steermoe` command of its console blocks, and its Python blocks."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steermoe import models
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PLACEHOLDER = "PATH_OR_HUB_ID"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("console") for line in block.splitlines() if "steermoe " in line]
+
+
+def test_readme_has_examples():
+    assert len(COMMANDS) >= 8
+    assert len(blocks("python")) == 3
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, monkeypatch):
+    if not models.is_pulled():
+        pytest.skip("the default model is not pulled: `make model`")
+    if PLACEHOLDER in command:  # "your own model": the tiny one, with a matrix and a vector of its own
+        (tmp_path / "matrix.json").write_text(str(make_vector().frequency.tolist()))
+        if "generate" in command:
+            from steermoe.library import write_vector
+
+            write_vector(make_vector(), tmp_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors")
+        command = command.replace(PLACEHOLDER, str(tiny_checkpoint))
+    command = re.sub(r"\bsteermoe ", f"{sys.executable} -m steermoe.cli.app ", command)
+    if re.search(r"app (generate|compare)", command):
+        command += " --max-new-tokens 12"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.default_model
+def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+    if not models.is_pulled():
+        pytest.skip("the default model is not pulled: `make model`")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "SteeringReport(" in capsys.readouterr().out
+    assert (tmp_path / "steering_vectors" / "my-model" / "athletics.safetensors").is_file()
