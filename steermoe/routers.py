@@ -11,6 +11,7 @@ Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
 
 import functools
 import re
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -332,6 +333,10 @@ def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> 
     return stack.close
 
 
+_REMOVED: "weakref.WeakKeyDictionary[Any, tuple[bool, Any]]" = weakref.WeakKeyDictionary()
+"""Wrappers of ours that were undone, each with what it was set upon: whether the instance's own, and the method."""
+
+
 def wrap_method(
     owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Callable[[], None]:
@@ -356,11 +361,15 @@ def wrap_method(
     def undo() -> None:
         nonlocal removed
         removed = True
+        _REMOVED[method] = had_own, original
+        is_own, below = had_own, original
+        while below in _REMOVED:  # one of ours that was removed while this one lay over it
+            is_own, below = _REMOVED[below]
         for place in (name, f"_old_{name}"):
             if vars(owner).get(place) is method:
-                if place == name and not had_own:
+                if place == name and not is_own:
                     delattr(owner, place)
                 else:
-                    setattr(owner, place, original)
+                    setattr(owner, place, below)
 
     return undo
