@@ -3,7 +3,7 @@
     import steermoe
 
     vector = steermoe.load_vector("sport", model=model)
-    with steermoe.steer(model, vector, strength=4.0) as steering:
+    with steermoe.steer(model, vector, strength=6.0) as steering:
         model.generate(...)
     print(steering.report())
 

@@ -129,14 +129,15 @@ def _has_logits_weight(module: nn.Module) -> bool:
     return _inner_linears(module) != [] or isinstance(getattr(module, "weight", None), Tensor)
 
 
-def _is_linear_gate(name: str, module: nn.Module, model: nn.Module) -> bool:
+def _is_linear_gate(name: str, module: Any, model: nn.Module) -> bool:
     config = _text_config(model)
     counts = {
         getattr(config, key, None)
         for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     } - {None}
     is_gate = LINEAR_GATE.search(name) is not None and not _inside_attention(name)
-    return is_gate and hasattr(module, "out_features") and module.out_features in counts and module.out_features > 1
+    width = getattr(module, "out_features", 1)
+    return is_gate and width in counts and width > 1
 
 
 def _inside_attention(name: str) -> bool:
@@ -155,15 +156,15 @@ def _layer_number(name: str) -> int:
     return int(match.group(1))
 
 
-def _inner_linears(module: nn.Module) -> list[nn.Module]:
+def _inner_linears(module: nn.Module) -> list[Any]:
     """Linear layers below the module, quantised ones too; not what is inside of one, such as the parts of a LoRA."""
-    found = []
+    found: list[Any] = []
     for child in module.children():
         found += [child] if hasattr(child, "out_features") else _inner_linears(child)
     return found
 
 
-def _logits_weight(module: nn.Module) -> tuple[nn.Module, tuple[int, int]]:
+def _logits_weight(module: Any) -> tuple[nn.Module, tuple[int, int]]:
     """The module whose weight makes the logits, and that weight's shape (columns of the logits, hidden size)."""
     if hasattr(module, "out_features"):
         return module, (module.out_features, module.in_features)
@@ -181,7 +182,7 @@ def _choosable(module: nn.Module, width: int) -> int:
     return width
 
 
-def _top_k(module: nn.Module, parent: nn.Module, model: nn.Module) -> int:
+def _top_k(module: Any, parent: Any, model: nn.Module) -> int:
     for owner in (module, parent):
         if isinstance(getattr(owner, "top_k", None), int):
             return owner.top_k
@@ -195,7 +196,7 @@ def _top_k(module: nn.Module, parent: nn.Module, model: nn.Module) -> int:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -112,12 +112,12 @@ class Tracker:
     ) -> None:
         signature = inspect.signature(module.forward)
 
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._windows[stack] = window(_arguments(signature, args, kwargs))
             self._before(self._windows[stack])
 
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._after is not None:
                 self._after(self._windows[stack])

@@ -1,4 +1,4 @@
-"""Tiny random models, vectors and tokenizers for the tests of steering, recording and generating; nothing is downloaded."""
+"""Tiny random models, vectors and tokenizers for the tests of steering, recording and generating; all built here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,7 +194,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words that begin with a marked space, bytes for the rest, as sentencepiece has them: decoding drops the first space."""
+    """Words that begin with a marked space, bytes for the rest, as in sentencepiece: decoding drops the first space."""
     words = {"▁the": "th e", "▁cat": "ca t", "▁dog": "do g"}
     merges, vocabulary = [], [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thecadogs."]
     vocabulary = list(dict.fromkeys(vocabulary))

@@ -83,7 +83,7 @@ def test_dense_model():
 
 
 def test_failed_attach_leaves_nothing(model, monkeypatch):
-    """The second router can't be intercepted; the first, the hooks and generate are as they were, and attaching works again."""
+    """The second router can't be intercepted; all is as it was, and attaching works again."""
     import steermoe.steering
 
     plan, intercept, calls = tiny.plan_for_experts(model, 1), steermoe.steering.intercept, []
@@ -96,7 +96,7 @@ def test_failed_attach_leaves_nothing(model, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(steermoe.steering, "intercept", fails_later)
-        with pytest.raises(RuntimeError, match="^no$"):
+        with pytest.raises(RuntimeError, match=r"^no$"):
             attach(model, plan)
     assert tiny.traces(model) == []
     attach(model, plan).remove()
@@ -176,15 +176,16 @@ def test_a_bypassed_router(model):
     """Something sets a router's forward anew while steering is on."""
     router = find_routers(model)[1]
     original = router.module.forward
-    with (
-        pytest.raises(SteeringError, match=r"1 of 2 routers .* bypassed .*layers\.1.*in 2 forward calls"),
-        steer(model, tiny.vector_for(model, 1)),
-    ):
-        tiny.continued(model, tiny.prompt(4), 3)  # these are steered
-        ours = router.module.forward
-        router.module.forward = original
-        tiny.continued(model, tiny.prompt(4), 3)
-        router.module.forward = ours
+
+    def generate() -> None:
+        with steer(model, tiny.vector_for(model, 1)):
+            tiny.continued(model, tiny.prompt(4), 3)  # these are steered
+            ours, router.module.forward = router.module.forward, original
+            tiny.continued(model, tiny.prompt(4), 3)
+            router.module.forward = ours
+
+    with pytest.raises(SteeringError, match=r"1 of 2 routers .* bypassed .*layers\.1.*in 2 forward calls"):
+        generate()
     assert tiny.traces(model) == []
 
 

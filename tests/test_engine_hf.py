@@ -51,15 +51,15 @@ def test_steered_equals_generate_inside_steering(engine, model):
 
 
 def test_seeds(engine):
-    def text(seed: int) -> str:
-        return engine.generate([Request(PROMPT, sampling=replace(SAMPLED, seed=seed))])[0].text
+    def complete(seed: int):
+        return engine.generate([Request(PROMPT, sampling=replace(SAMPLED, seed=seed))])[0]
 
-    assert text(5) == text(5)
-    assert len({text(seed) for seed in range(4)}) == 4
+    assert complete(5).text == complete(5).text
+    assert len({complete(seed).token_ids for seed in range(4)}) == 4
 
 
 def test_a_text_does_not_depend_on_its_neighbours(engine, model):
-    """Rows of different prompts, plans, lengths and settings: tokens, frequency and reason are those of the row alone."""
+    """Rows of different prompts, plans, lengths and settings: each is as the row alone."""
     plan = tiny.plan_for_experts(model, 1, 5)
     requests = [
         Request(PROMPT, None, SAMPLED),
@@ -120,9 +120,8 @@ def test_the_checkpoints_own_sampling_is_not_used(engine, model):
 def test_streamed_text_is_the_final_text(engine, prompt, seed):
     pieces: list[str] = []
     (done,) = engine.generate([Request(prompt, sampling=replace(SAMPLED, seed=seed))], on_text=pieces.append)
-    assert "".join(pieces) == done.text
+    assert "".join(pieces) == done.text != ""
     assert all(pieces)
-    assert len(pieces) > 1
 
 
 @pytest.mark.parametrize("tokenizer", [tiny.byte_tokenizer(), tiny.word_tokenizer()], ids=["bytes", "words"])
@@ -141,6 +140,16 @@ def test_words_keep_their_space_and_characters_come_whole(tokenizer, text):
     assert "".join(pieces) == f" {text}"
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert len(pieces) >= len(set(text)) - 2 or " the" in pieces
+
+
+@pytest.mark.parametrize("tokenizer", [tiny.byte_tokenizer(), tiny.word_tokenizer()], ids=["bytes", "words"])
+def test_a_text_cut_inside_a_character_keeps_those_before(tokenizer):
+    """As max_new_tokens may cut it; a row of bytes that ends like this is garbage when it is decoded as a whole."""
+    ids = tokenizer("the")["input_ids"]
+    new = tokenizer("the日本語")["input_ids"][len(ids) : -1]
+    text = continuation(tokenizer, ids, new)
+    assert text.rstrip("\N{REPLACEMENT CHARACTER}") == "日本"
+    assert text != "日本"
 
 
 def test_a_character_that_never_gets_complete_is_sent_at_the_end():

@@ -27,7 +27,7 @@ def model():
         {"temperature": 0.3, "top_k": 7},
         {"temperature": 1.5, "top_p": 0.6},
         {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4},
-        {"repetition_penalty": 2, "temperature": 2},
+        {"repetition_penalty": 2.0, "temperature": 2.0},
         {"min_new_tokens": 3},
         {"do_sample": False, "repetition_penalty": 1.7, "temperature": 0.1, "top_k": 1},
     ],
@@ -50,7 +50,7 @@ def test_scores_equal_those_of_transformers(model, options):
 
 
 def test_drawn_tokens_follow_the_distribution():
-    """20,000 rows with seeds of their own, in one call: frequencies within four standard errors of the probabilities."""
+    """20,000 rows with seeds of their own, in one call: within four standard errors of the probabilities."""
     rows = 20_000
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, float("-inf"), 3.0]])
     samplings = [Sampling(seed=seed, temperature=0.8, top_k=4) for seed in range(rows)]

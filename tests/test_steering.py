@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, pipeline
 
 from steermoe import record_routing
-from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel
+from steermoe.errors import SteeringError
 from steermoe.routers import find_routers
 from steermoe.steering import SteeringPlan, attach, steer
 from steermoe.vectors import mix
@@ -185,7 +185,9 @@ def test_each_row_as_alone(models, family, options):
     batch = tiny.left_padded(prompts)
     if family == "switch":  # an encoder is padded on the right
         batch = {
-            name: torch.cat([row.roll(int(m.sum()), 0)[None] for row, m in zip(tensor, batch["attention_mask"])])
+            name: torch.cat(
+                [row.roll(int(m.sum()), 0)[None] for row, m in zip(tensor, batch["attention_mask"], strict=True)]
+            )
             for name, tensor in batch.items()
         }
     with steer(model, rows=plans) as handle:
@@ -288,7 +290,6 @@ def test_bfloat16_is_steered_in_float32():
     logits = torch.nn.functional.linear(hidden, router.module.weight)
     seen = []
     handle = attach(model, tiny.plan_for_experts(model, 1, strength=0.37, positions="all"))
-    handle._editors[0].step = None
     edit, experts = handle._editors[0].edit, handle._editors[0].bank.experts[0]
     handle._editors[0].edit = lambda given: seen.append((given, edit(given))) or seen[-1][1]
     with torch.no_grad():

@@ -59,7 +59,7 @@ def test_chunked_prefill(model):
 
 
 def test_assisted_decoding_feeds_drafts(model):
-    """Prompt lookup drafts the 3 that followed 7 8 before, in the same call as the prompt; rejected ones are fed anew."""
+    """Prompt lookup drafts the 3 that followed 7 8 before, in the same call as the prompt."""
     windows = windows_of(model, ids=torch.tensor([[7, 8, 9, 7, 8]]), prompt_lookup_num_tokens=2)
     assert int(windows[0].generated_index()[0]) == -5
     assert windows[0].columns > 5
@@ -104,7 +104,7 @@ def test_what_fills_finished_rows_does_not_count(model):
 
 
 def test_cache_of_an_earlier_turn(model):
-    """Only what is new is fed, and all that came before is prompt, whether the ids are given whole or only the new ones."""
+    """Only what is new is fed, all before it is prompt, whether the ids are given whole or only the new ones."""
     from transformers import DynamicCache
 
     whole = tiny.prompt(7)

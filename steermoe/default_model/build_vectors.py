@@ -1,9 +1,8 @@
-"""Build the default model's steering vectors: `python -m steermoe.default_model.build_vectors -o
-steering_vectors/smollm2-moe`.
+"""Build the default model's steering vectors: `python -m steermoe.default_model.build_vectors -o FOLDER`.
 
-A domain's vector is the mean routing embedding of its training stories, openings included; the baseline is that of
-all of them. The strengths are not found here but measured, by `benchmarks/strengths.py`, and kept when a vector is
-built again.
+A domain's vector is the mean routing embedding of its training stories without their openings, which are neutral; the
+baseline is that of all stories. The strengths are not found here but measured, by `benchmarks/strengths.py`, and kept
+when a vector is built again.
 """
 
 import argparse
@@ -26,11 +25,11 @@ def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: fl
     from steermoe.routers import find_routers
 
     routers = find_routers(loaded.model)
-    frequencies, tokens = routing_embeddings(loaded, [story.text for story in stories])
+    frequencies, tokens = routing_embeddings(loaded, [story.rest for story in stories])
     baseline = frequencies.mean(0)
     for domain in spec.DOMAINS:
         rows = torch.tensor([story.topic == domain for story in stories])
-        corpus = "\n".join(story.text for story in stories if story.topic == domain)
+        corpus = "\n".join(story.rest for story in stories if story.topic == domain)
         path = folder / f"{domain}.safetensors"
         info = VectorInfo(
             title=f"stories that turn to {domain}",
@@ -70,9 +69,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", default=None, help="a checkpoint of the default model; by default the pulled one")
     parser.add_argument("--threshold", type=float, default=3.0)
-    parser.add_argument("--relative", action="store_true", help="threshold against the corpus baseline instead of 1/N")
+    parser.add_argument("--absolute", action="store_true", help="threshold against 1/N, as the paper, not the baseline")
     args = parser.parse_args()
-    build(load(args.model), load_stories("train"), args.output, args.threshold, args.relative)
+    build(load(args.model), load_stories("train"), args.output, args.threshold, relative=not args.absolute)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A continuation's text: the same whether it is decoded at the end or streamed while it comes."""
+"""A continuation's text from its tokens: the same whether it is decoded at the end or streamed while it comes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from transformers.generation.streamers import BaseStreamer
@@ -9,25 +9,48 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-CONTEXT_TOKENS = 8
-"""Prompt tokens that are decoded along, since what a token reads like may depend on those before it."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes read like while the rest of their character is missing."""
 
 
-def continuation(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], new: Sequence[int]) -> str:
-    """What `new` tokens add to the text of the prompt's; some tokenizers drop the space before a text's first word."""
-    context = list(prompt[-CONTEXT_TOKENS:])
-    before, both = (_decode(tokenizer, tokens) for tokens in (context, [*context, *new]))
-    return both[len(before) :]
+class Pieces:
+    """Turns tokens into text piece by piece, a character not before it is complete.
+
+    What a token reads like may depend on the one before: many tokenizers drop the space before a text's first word, and
+    read a row of bytes as a whole. So each piece is decoded together with the one before, whose text is then cut off.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(prompt)
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is complete with this token, or ""."""
+        self._pending.append(token)
+        text = self.rest()
+        if not text or text.endswith(INCOMPLETE):
+            return ""
+        self._before, self._pending = self._pending, []
+        return text
+
+    def rest(self) -> str:
+        """What is held back so far."""
+        before, both = self._decode(self._before), self._decode(self._before + self._pending)
+        return both[len(before) :] if both.startswith(before) else self._decode(self._pending)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _decode(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def continuation(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], new: Iterable[int]) -> str:
+    """What `new` tokens add to the text of the prompt's."""
+    pieces = Pieces(tokenizer, prompt)
+    return "".join(map(pieces.add, new)) + pieces.rest()
 
 
 class TextStreamer(BaseStreamer):
-    """Calls back with each piece of one text as its tokens come, a character not before it is complete.
+    """Calls back with each piece of one text as its tokens come.
 
     Args:
         ends: tokens that end a text and are no part of it.
@@ -37,27 +60,23 @@ class TextStreamer(BaseStreamer):
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._ends = ends
-        self._prompt: list[int] | None = None
-        self._new: list[int] = []
-        self._sent = ""
+        self._pieces: Pieces | None = None
 
     def put(self, value: "Tensor") -> None:
         """Take the prompt, then token after token, as `generate` hands them over."""
         tokens = value.flatten().tolist()
-        if self._prompt is None:
-            self._prompt = tokens
+        if self._pieces is None:
+            self._pieces = Pieces(self._tokenizer, tokens)
             return
-        self._new += [token for token in tokens if token not in self._ends]
-        self._send(self._text().rstrip(INCOMPLETE))
+        for token in tokens:
+            if token not in self._ends:
+                self._send(self._pieces.add(token))
 
     def end(self) -> None:
         """Send what was held back."""
-        self._send(self._text())
-
-    def _text(self) -> str:
-        return continuation(self._tokenizer, self._prompt or [], self._new)
+        if self._pieces is not None:
+            self._send(self._pieces.rest())
 
     def _send(self, text: str) -> None:
-        if text.startswith(self._sent) and text != self._sent:
-            piece, self._sent = text[len(self._sent) :], text
-            self._on_text(piece)
+        if text:
+            self._on_text(text)
