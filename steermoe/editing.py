@@ -28,14 +28,18 @@ class Bank:
     """The distinct plans of a batch as tensors for one layer, [P, N] each.
 
     Attributes:
-        wanted: [P, W], the columns that a plan raises.
+        push: strength times expert vector, c E.
+        raised: where E > 0.
+        wanted: [P, W], the columns that a plan raises or forces.
         is_idle: no plan does anything in this layer.
     """
 
-    experts: Tensor
+    push: Tensor
+    raised: Tensor
     forced: Tensor
     banned: Tensor
     wanted: Tensor
+    may_lower: bool
     has_lists: bool
     is_idle: bool
     _moved: dict[torch.device, "Bank"] = field(default_factory=dict)
@@ -53,16 +57,27 @@ class Bank:
             for listed, marks in ((plan.force, forced), (plan.ban, banned)):
                 for layer, expert in listed:
                     marks[slot, expert] |= layer == router.layer
-        wanted = torch.nn.functional.pad((experts > 0) | forced, (0, router.width - router.num_experts))
+        push = experts * torch.tensor([float(plan.strength) for plan in plans] or [0.0])[:, None]
+        raised = experts > 0
+        wanted = torch.nn.functional.pad(raised | forced, (0, router.width - router.num_experts))
         has_lists = bool(forced.any() or banned.any())
-        return cls(experts, forced, banned, wanted, has_lists, not has_lists and not bool(experts.any()))
+        return cls(
+            push,
+            raised,
+            forced,
+            banned,
+            wanted,
+            may_lower=bool((push < 0).any()),
+            has_lists=has_lists,
+            is_idle=not has_lists and not bool(push.any()),
+        )
 
     def on(self, device: torch.device) -> "Bank":
         """The same on a device; moved once."""
-        if self.experts.device == device:
+        if self.push.device == device:
             return self
         if device not in self._moved:
-            names = ("experts", "forced", "banned", "wanted")
+            names = ("push", "raised", "forced", "banned", "wanted")
             self._moved[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
         return self._moved[device]
 
@@ -73,12 +88,12 @@ class RowLayout:
 
     Attributes:
         slot_T: the plan's number; 0 where there is none.
-        strength_T1: its strength times its schedule's factor.
+        factor_T1: what to multiply its strength with.
         ways: each formula and scale in use, with [T, 1] marks of the tokens that it is for.
     """
 
     slot_T: Tensor
-    strength_T1: Tensor
+    factor_T1: Tensor
     ways: tuple[tuple[Formula, Scale, Tensor], ...]
     _moved: dict[torch.device, "RowLayout"] = field(default_factory=dict)
 
@@ -87,12 +102,11 @@ class RowLayout:
         """For rows that follow the plans of numbers `slots`; -1 is no plan, and its factors are 0."""
         slot_T = torch.tensor(slots).clamp(min=0).repeat_interleave(factor_BS.shape[1])
         factor_T = factor_BS.flatten()
-        strength_P = torch.tensor([float(plan.strength) for plan in plans])
         ways = []
         for formula, scale in dict.fromkeys((plan.formula, plan.scale) for plan in plans):
             here_P = torch.tensor([(plan.formula, plan.scale) == (formula, scale) for plan in plans])
             ways.append((formula, scale, (here_P[slot_T] & (factor_T != 0))[:, None]))
-        return cls(slot_T, (strength_P[slot_T] * factor_T)[:, None], tuple(ways))
+        return cls(slot_T, factor_T[:, None], tuple(ways))
 
     def on(self, device: torch.device) -> "RowLayout":
         """The same on a device; moved once."""
@@ -100,7 +114,7 @@ class RowLayout:
             return self
         if device not in self._moved:
             ways = tuple((formula, scale, here_T1.to(device)) for formula, scale, here_T1 in self.ways)
-            self._moved[device] = RowLayout(self.slot_T.to(device), self.strength_T1.to(device), ways)
+            self._moved[device] = RowLayout(self.slot_T.to(device), self.factor_T1.to(device), ways)
         return self._moved[device]
 
 
@@ -148,7 +162,7 @@ class Editor:
         own = flat if flat.shape[1] == self.router.num_experts else flat[:, : self.router.num_experts]
         own = own if own.dtype == torch.float64 else own.float()
         if step.plan is not None:
-            steered = _apply(step.plan.formula, step.plan.scale, own, bank, 0, step.plan.strength * step.factor)
+            steered = _edit_alike(own, bank, step.plan, step.factor)
         else:
             steered = self._edit_rows(own, bank, step)
         steered = steered.to(logits.dtype)
@@ -169,19 +183,22 @@ class Editor:
                 f"router '{self.router.name}' saw {len(logits)} tokens where the batch has {len(layout.slot_T)}: "
                 "rows can't be told apart in this model; steer all rows alike"
             )
-        out = logits
+        slot_T, out = layout.slot_T, logits
+        push, raised = bank.push[slot_T] * layout.factor_T1, bank.raised[slot_T]
         for formula, scale, here_T1 in layout.ways:
-            steered = _apply(formula, scale, logits, bank, layout.slot_T, layout.strength_T1)
-            out = torch.where(here_T1, steered, out)
+            steered = formulas.apply(formula, logits, push, raised, scale, bank.may_lower)
+            if bank.has_lists:
+                steered = formulas.ban(formulas.force(steered, bank.forced[slot_T]), bank.banned[slot_T])
+            out = steered.where(here_T1, out)
         return out
 
 
-def _apply(
-    formula: Formula, scale: Scale, logits: Tensor, bank: Bank, slot: int | Tensor, strength: float | Tensor
-) -> Tensor:
-    steered = formulas.BY_NAME[formula](logits, bank.experts[slot], strength, scale)
+def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float) -> Tensor:
+    """The same for all tokens; the bank's one row serves them all."""
+    push = bank.push if factor == 1 else bank.push * factor
+    steered = formulas.apply(plan.formula, logits, push, bank.raised, plan.scale, bank.may_lower)
     if bank.has_lists:
-        steered = formulas.ban(formulas.force(steered, bank.forced[slot]), bank.banned[slot])
+        steered = formulas.ban(formulas.force(steered, bank.forced), bank.banned)
     return steered
 
 

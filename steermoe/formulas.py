@@ -31,12 +31,12 @@ BAN_DEPTH = 1e4
 
 def additive(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
     """Equation (3): z + c E. `scale` changes nothing; it is there so that the three have one signature."""
-    return logits_TN + strength * experts
+    return apply("additive", logits_TN, strength * experts, experts > 0, scale)
 
 
 def max_scaled(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
     """Equation (4): z + max(z) c E, the maximum over the experts of each token."""
-    return logits_TN + _largest(logits_TN, scale) * strength * experts
+    return apply("max_scaled", logits_TN, strength * experts, experts > 0, scale)
 
 
 def zero_max_scaled(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
@@ -44,16 +44,33 @@ def zero_max_scaled(logits_TN: Tensor, experts: Tensor, strength: float | Tensor
 
     With `magnitude` a negative strength never raises a logit: where zeroing would, the original stays.
     """
-    zeroed = logits_TN.where(experts <= 0, 0.0)
-    steered = zeroed + _largest(logits_TN, scale) * strength * experts
-    if scale == "paper" or (isinstance(strength, float | int) and strength >= 0):
-        return steered
-    return steered.where(strength * experts >= 0, steered.minimum(logits_TN))
+    return apply("zero_max_scaled", logits_TN, strength * experts, experts > 0, scale)
 
 
-def _largest(logits_TN: Tensor, scale: Scale) -> Tensor:
+def apply(
+    formula: Formula, logits_TN: Tensor, push: Tensor, raised: Tensor, scale: Scale, may_lower: bool = True
+) -> Tensor:
+    """Any of the three, from what can be made ready before tokens come.
+
+    Args:
+        formula: its name.
+        logits_TN: z.
+        push: c E, [N] or one row a token [T, N].
+        raised: where E > 0, bool, of the same shape.
+        scale: see `Scale`.
+        may_lower: whether any of `push` can be negative; False saves time.
+    """
+    if formula == "additive":
+        return logits_TN + push
     largest_T1 = logits_TN.amax(-1, keepdim=True)
-    return largest_T1 if scale == "paper" else largest_T1.abs()
+    if scale == "magnitude":
+        largest_T1 = largest_T1.abs()
+    if formula == "max_scaled":
+        return logits_TN.addcmul(largest_T1, push)
+    steered = logits_TN.masked_fill(raised, 0.0).addcmul(largest_T1, push)
+    if scale == "magnitude" and may_lower:
+        return steered.where(push >= 0, steered.minimum(logits_TN))
+    return steered
 
 
 BY_NAME: dict[Formula, Callable[[Tensor, Tensor, float | Tensor, Scale], Tensor]] = {

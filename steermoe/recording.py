@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
-from steermoe.routers import Router, chosen_experts, find_routers
+from steermoe.routers import Router, chosen_experts, find_routers, module_that_routes
 from steermoe.tracking import POSITIONS, Positions, Stack, Tracker, Window, language_model, select
 
 
@@ -116,7 +116,8 @@ def record_routing(model: nn.Module, positions: Positions = "all") -> Iterator[R
     with ExitStack() as undo:
         undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
         for number, router in enumerate(routers):
-            undo.callback(router.module.register_forward_hook(partial(_on_router, record, number, router)).remove)
+            host = module_that_routes(model, router)
+            undo.callback(host.register_forward_hook(partial(_on_router, record, number, router)).remove)
         yield record
 
 

@@ -209,6 +209,12 @@ def _why_not(model: nn.Module) -> str:
     return "it is a dense model; steermoe steers mixtures of experts"
 
 
+def module_that_routes(model: nn.Module, router: Router) -> nn.Module:
+    """The module whose forward makes the router's logits: the router, but MXFP4 blocks read its weight themselves."""
+    parent = model.get_submodule(router.name.rpartition(".")[0])
+    return parent if type(parent).__name__.startswith("Mxfp4") else router.module
+
+
 def chosen_experts(router: Router, output: Any) -> Tensor:
     """The experts that a router chose, [T, k], read off what its forward returned."""
     parts = output if isinstance(output, tuple | list) else (output,)
@@ -278,10 +284,7 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
     owner, shape = _logits_weight(router.module)
     if owner is not router.module and type(owner) is not nn.Linear:  # a quantised gate: F.linear never runs
         return _intercept_child(router, owner, editor)
-    host = router.module
-    parent = model.get_submodule(router.name.rpartition(".")[0])
-    if type(parent).__name__.startswith("Mxfp4"):  # its forward reads router.weight itself
-        host = parent
+    host = module_that_routes(model, router)
     returns_logits = hasattr(host, "out_features") and ROUTER_CLASS.search(type(host).__name__) is None
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:

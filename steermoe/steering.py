@@ -194,9 +194,7 @@ class SteeringHandle:
             self._check_fits(plan)
         banks = [Bank.of(router, number, distinct) for number, router in enumerate(self._routers)]
         for slot, plan in enumerate(distinct):
-            does = any(
-                bool((b.experts[slot] != 0).any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks
-            )
+            does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
             if plan.does_something and not does:
                 raise SteeringError(_nothing_to_do(plan))
         for editor, bank in zip(self._editors, banks, strict=True):

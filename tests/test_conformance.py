@@ -630,6 +630,11 @@ def test_mxfp4_block_is_steered_though_its_router_never_runs() -> None:
     case = Case.of(fused)
     torch.testing.assert_close(case.plain, usual.plain, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(case.steered(), usual.steered(), rtol=0, atol=TOLERANCE)
+    with record_routing(fused) as record, record_routing(usual.model) as expected:
+        run(fused, case.inputs)
+        run(usual.model, usual.inputs)
+    assert record.counts is not None
+    assert torch.equal(record.counts, expected.counts)
 
 
 def test_jetmoe_attention_routers_stay_as_they_are() -> None:

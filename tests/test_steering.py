@@ -290,7 +290,7 @@ def test_bfloat16_is_steered_in_float32():
     logits = torch.nn.functional.linear(hidden, router.module.weight)
     seen = []
     handle = attach(model, tiny.plan_for_experts(model, 1, strength=0.37, positions="all"))
-    edit, experts = handle._editors[0].edit, handle._editors[0].bank.experts[0]
+    edit, push = handle._editors[0].edit, handle._editors[0].bank.push[0]
     handle._editors[0].edit = lambda given: seen.append((given, edit(given))) or seen[-1][1]
     with torch.no_grad():
         model(input_ids=tiny.prompt(50))
@@ -298,7 +298,7 @@ def test_bfloat16_is_steered_in_float32():
     given, edited = seen[0]
     assert given.dtype == edited.dtype == logits.dtype == torch.bfloat16
     z = given.float()
-    by_hand = torch.where(experts > 0, 0.0, z) + z.amax(-1, keepdim=True).abs() * 0.37 * experts
+    by_hand = torch.where(push > 0, 0.0, z) + z.amax(-1, keepdim=True).abs() * push
     assert torch.equal(edited, by_hand.bfloat16())
 
 
