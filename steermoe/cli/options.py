@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from steermoe.models import LoadedModel
 
-DEFAULT_PROMPT = "One morning a small brown dog named Milo found that the old gate stood open."
+DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 
 
 class FormulaName(StrEnum):
