@@ -229,6 +229,9 @@ def format_layers(layers: Sequence[int]) -> str:
 def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None) -> SteeringVector:
     """Steer toward several domains at once: the weighted sum of their expert vectors.
 
+    Its strength, if all parts have one, is their weighted mean over the largest weight, so that the strongest part
+    steers as it would alone. A single part of weight 0.5 is steered half as strongly.
+
     Args:
         parts: vectors of one model with their weights; weights are used as they are, not normalised.
         domain: name of the mixture; by default such as "sport+food".
@@ -256,6 +259,7 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
             )
     strengths = [vector.info.strength for vector, _ in parts]
     known = [strength for strength in strengths if strength is not None]
+    largest = max(abs(weight) for _, weight in parts) if len(parts) > 1 else 1.0
     info = VectorInfo(
         title=" + ".join(f"{weight:g} {vector.domain}" for vector, weight in parts),
         keywords=tuple(word for vector, weight in parts if weight > 0 for word in vector.info.keywords),
@@ -264,7 +268,7 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
         top_k=first.info.top_k,
         formula=first.info.formula,
         scale=first.info.scale,
-        strength=sum(abs(w) * s for (_, w), s in zip(parts, known, strict=True)) / total
+        strength=sum(abs(w) * s for (_, w), s in zip(parts, known, strict=True)) / total / largest
         if None not in strengths
         else None,
     )

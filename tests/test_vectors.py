@@ -149,6 +149,7 @@ def test_mixture_says_what_it_is_of():
     food = vector("food", info=VectorInfo(keywords=("soup",), strength=1.0))
     mixed = mix([(sport, 0.5), (food, 1.0)])
     assert mixed.info.strength == pytest.approx((0.5 * 4 + 1.0 * 1) / 1.5)
+    assert mix([(sport, 0.5), (sport, 0.25)]).info.strength == pytest.approx(8)  # the larger part as it is alone
     assert (mixed.info.keywords, mixed.info.formula, mixed.info.top_k) == (("team", "soup"), "additive", 2)
     assert mixed.info.title == "0.5 sport + 1 food"
     assert mix([(sport, 1.0), (food, -1.0)]).info.keywords == ("team",)  # what is steered away from is no keyword

@@ -68,8 +68,8 @@ def _panel(column: Column) -> Panel:
     figures = Table.grid(padding=(0, 1))
     for domain, share in column.shares.items():
         words = column.word_count.get(domain)
-        counted = "" if words is None else f"{words} words"
-        figures.add_row(Text(domain), _bar(share), Text(f"{share:4.0%} of slots"), Text(counted))
+        counted = "" if words is None else f", {words} words"
+        figures.add_row(Text(domain), _bar(share), Text(f"{share:.0%} of slots{counted}", no_wrap=True))
     body = Group(story, Text(), figures) if column.shares else story
     return Panel(body, title=Text(column.label, style="bold"), subtitle=Text(column.detail or " "), title_align="left")
 

@@ -11,7 +11,7 @@ EXAMPLES = """Examples:
 
 steermoe generate --domain sport
 
-steermoe generate "The two sisters met at the station." -d space=0.6 -d music=0.4 --strength 5
+steermoe generate "The two sisters met at the station." -d space=0.6 -d music=0.4
 
 echo "It rained all night." | steermoe generate - -d food --json
 """
