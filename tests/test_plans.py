@@ -168,8 +168,8 @@ def test_make_plan_without_anything_is_no_plan(model, vectors):
 
 
 def test_make_plan_errors(model, vectors):
-    with pytest.raises(VectorNotFound, match="'music'"):
-        make_plan(model, ["music"], vectors=vectors)
+    with pytest.raises(VectorNotFound, match="'knitting'"):
+        make_plan(model, ["knitting"], vectors=vectors)
     with pytest.raises(VectorError, match="sport=0"):
         make_plan(model, ["sport=0"], vectors=vectors)
     write_vector(SteeringVector("tall", FREQUENCY.repeat(2, 1), (0, 1, 2, 3)), vectors / "tall.safetensors")
