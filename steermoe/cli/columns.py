@@ -71,7 +71,12 @@ def _panel(column: Column) -> Panel:
         counted = "" if words is None else f", {words} words"
         figures.add_row(Text(domain), _bar(share), Text(f"{share:.0%} of slots{counted}", no_wrap=True))
     body = Group(story, Text(), figures) if column.shares else story
-    return Panel(body, title=Text(column.label, style="bold"), subtitle=Text(column.detail or " "), title_align="left")
+    return Panel(
+        body,
+        title=Text(column.label, style="bold"),
+        subtitle=Text(column.detail) if column.detail else None,
+        title_align="left",
+    )
 
 
 def _bar(share: float, width: int = 8) -> Text:
