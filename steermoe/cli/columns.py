@@ -69,7 +69,7 @@ def _panel(column: Column) -> Panel:
     for domain, share in column.shares.items():
         words = column.word_count.get(domain)
         counted = "" if words is None else f", {words} words"
-        figures.add_row(Text(domain), _bar(share), Text(f"{share:.0%} of slots{counted}", no_wrap=True))
+        figures.add_row(Text(domain), _bar(share), Text(f"{share:.0%}{counted}", no_wrap=True))
     body = Group(story, Text(), figures) if column.shares else story
     return Panel(
         body,
