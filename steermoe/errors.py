@@ -7,6 +7,7 @@
     +-- ModelError            a model can't be found, loaded or assembled
     |   +-- UnsupportedModel  it has no router that can be steered
     +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
+    +-- CorpusError           texts can't be read, or their embeddings not be kept
     +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
 
 Every message names the value, what was expected, and the fix.
@@ -39,6 +40,10 @@ class UnsupportedModel(ModelError):
 
 class SteeringError(SteerMoEError):
     """A steering plan is wrong, or a steering that was asked for did not happen."""
+
+
+class CorpusError(SteerMoEError):
+    """Texts can't be read as given, or their routing embeddings can't be kept or found."""
 
 
 class GenerationError(SteerMoEError):
