@@ -6,18 +6,22 @@ Shapes: B texts, L MoE layers, N experts a layer.
 import hashlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from steermoe.discovery.embedding import EmbeddingOptions, Progress, embedder
 from steermoe.errors import VectorError
 from steermoe.models import LoadedModel
-from steermoe.recording import record_routing
 from steermoe.routers import find_routers
 from steermoe.vectors import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
 
 def routing_embeddings(
-    loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int = 512, batch: int = 8
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    batch_tokens: int = 2048,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How often each expert is chosen on each text (Shchukin 2024).
 
@@ -25,37 +29,22 @@ def routing_embeddings(
         loaded: the model with its tokenizer.
         texts: texts of any length.
         max_tokens: only so many tokens of each are read.
-        batch: texts a forward pass; similar lengths go together, padding is not counted.
+        batch_tokens: tokens a forward pass; similar lengths go together, padding is not counted.
+        progress: called with the texts and tokens done since the last call.
 
     Returns:
         F [B, L, N] float32, each row summing to 1, and the number of tokens read of each text [B].
 
     Raises:
-        VectorError: a text without tokens.
+        VectorError: no texts, or a text without tokens.
     """
-    inner, tokenizer = loaded.model.base_model, loaded.tokenizer
-    token_ids = [tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] for text in texts]
-    lengths = [len(ids) for ids in token_ids]
-    if not texts or not min(lengths):
-        raise VectorError(f"text {lengths.index(0)} has no tokens: leave it out" if texts else "no texts were given")
-    order = sorted(range(len(texts)), key=lengths.__getitem__)
-    embeddings: list[Tensor] = [torch.empty(0)] * len(texts)
-    with torch.inference_mode(), record_routing(inner) as record:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            width = lengths[chosen[-1]]
-            padded = [token_ids[i] + [tokenizer.pad_token_id] * (width - lengths[i]) for i in chosen]
-            real = [[1] * lengths[i] + [0] * (width - lengths[i]) for i in chosen]
-            record.reset()
-            device = loaded.model.device
-            inner(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(real, device=device),
-                use_cache=False,
-            )
-            for i, embedding in zip(chosen, record.frequency(), strict=True):
-                embeddings[i] = embedding
-    return torch.stack(embeddings), torch.tensor(lengths)
+    if not texts:
+        raise VectorError("no texts were given")
+    with embedder(loaded, EmbeddingOptions(max_tokens=max_tokens, batch_tokens=batch_tokens)) as embed:
+        embedded = embed.texts(texts, progress)
+    if empty := [number for number, tokens in enumerate(embedded.tokens.tolist()) if not tokens]:
+        raise VectorError(f"text {empty[0]} has no tokens: leave it out")
+    return embedded.frequency, embedded.tokens
 
 
 def vector_from_texts(

@@ -241,7 +241,7 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from steermoe.routers import find_routers
+    from steermoe.routers import find_routers, scoring
 
     name, where, extra = _locate(model)
     try:
@@ -265,25 +265,10 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         moe_layers=tuple(router.layer for router in routers),
         experts=tuple(sorted({router.num_experts for router in routers})),
         top_k=tuple(sorted({router.top_k for router in routers})),
-        scoring=_scoring(routers[0].module, text) if routers else "",
+        scoring=scoring(routers[0].module, text) if routers else "",
         shared_experts=any("shared_expert" in n or "shared_mlp" in n for n, _ in built.named_modules()),
         router_class=type(routers[0].module).__name__ if routers else "",
         parameters=sum(parameter.numel() for parameter in built.parameters()),
         steerable=bool(routers),
         reason=reason,
     )
-
-
-def _scoring(router: Any, config: Any) -> str:
-    """How the weights come from the logits: as the configuration says, else as the router's source does it."""
-    import inspect
-
-    named = getattr(config, "scoring_func", None)
-    if named in ("softmax", "sigmoid"):
-        return named
-    try:
-        source = inspect.getsource(type(router))
-    except (OSError, TypeError):
-        return "unknown"
-    found = [word for word in ("sigmoid", "softmax") if word in source]
-    return found[0] if len(found) == 1 else "unknown" if not found else "/".join(found)

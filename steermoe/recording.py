@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
-from steermoe.routers import Router, chosen_experts, find_routers, module_that_routes
+from steermoe.routers import Router, chosen_experts, find_routers, intercept, module_that_routes, scoring
 from steermoe.tracking import POSITIONS, Positions, Stack, Tracker, Window, language_model, select
 
 
@@ -22,6 +22,8 @@ class RoutingRecord:
     Attributes:
         counts: [B, L, N] int64, how often each expert was chosen; None before the first call.
         tokens: [B] int64, tokens counted.
+        probability_sums: [B, L, N] float64, the router's probabilities of each expert summed over tokens, where they were
+            asked for; a sigmoid router's scores are divided by their sum over the experts of a token.
         layers: the decoder layer of each of the L rows.
     """
 
@@ -29,6 +31,8 @@ class RoutingRecord:
         self.layers = tuple(router.layer for router in routers)
         self.counts: Tensor | None = None
         self.tokens: Tensor | None = None
+        self.probability_sums: Tensor | None = None
+        self._only: Tensor | None = None
         self._routers = routers
         self._positions = positions
         self._wanted: dict[Stack, Tensor] = {}
@@ -57,14 +61,31 @@ class RoutingRecord:
         """Whether every layer chose something for a text."""
         return self.counts is not None and bool((self.counts[text].sum(-1) > 0).all())
 
+    def mean_probability(self) -> Tensor:
+        """Mean router probabilities P [B, L, N], float32, each row summing to 1.
+
+        Raises:
+            SteeringError: they were not asked for, or nothing was recorded.
+        """
+        if self.probability_sums is None:
+            raise SteeringError("no probabilities were recorded: run the model inside record_routing(probabilities=True)")
+        self.frequency()  # the same complaints about texts without tokens
+        return (self.probability_sums / self.probability_sums.sum(-1, keepdim=True)).float()
+
+    def restrict(self, wanted: Tensor | None) -> None:
+        """Count only some tokens of the calls that follow: a bool mask [B, S] of their rows and columns; None ends it."""
+        self._only = wanted
+
     def reset(self) -> None:
         """Forget what was counted, for the next batch."""
-        self.counts = self.tokens = None
+        self.counts = self.tokens = self.probability_sums = None
 
     def _before_forward(self, window: Window) -> None:
         wanted_BS = select(self._positions, window.generated_index()).expand(window.rows, -1)
         if window.counted is not None:
             wanted_BS = wanted_BS & window.counted.cpu()
+        if self._only is not None:
+            wanted_BS = wanted_BS & self._only
         if self.counts is None or self.tokens is None:
             experts = max(router.num_experts for router in self._routers)
             self.counts = torch.zeros(window.rows, len(self._routers), experts, dtype=torch.int64)
@@ -96,14 +117,52 @@ class RoutingRecord:
         chosen_Tk = chosen_Tk.clamp(max=router.num_experts - 1)
         self.counts[:, number].scatter_add_(1, chosen_Tk.view(rows, -1), inside_Tk.view(rows, -1).long())
 
+    def _observe_logits(self, number: int, router: Router, kind: str, logits: Tensor) -> None:
+        wanted_BS = self._wanted[router.stack]
+        logits_TN = logits.detach().flatten(0, -2)[:, : router.num_experts].float()
+        if len(logits_TN) != wanted_BS.numel():
+            raise SteeringError(
+                f"router '{router.name}' saw {len(logits_TN)} tokens where the batch has {wanted_BS.numel()}: "
+                "texts can't be told apart in this model; record them one by one"
+            )
+        scores_TN = logits_TN.sigmoid() if kind == "sigmoid" else logits_TN.softmax(-1)
+        scores_TN = (scores_TN / scores_TN.sum(-1, keepdim=True)).cpu().double()
+        sums_BN = torch.einsum("bsn,bs->bn", scores_TN.view(*wanted_BS.shape, -1), wanted_BS.double())
+        assert self.counts is not None
+        if self.probability_sums is None:
+            self.probability_sums = torch.zeros(self.counts.shape, dtype=torch.float64)
+        self.probability_sums[:, number, : router.num_experts] += sums_BN
+
+
+class _LogitsWatcher:
+    """Reads the logits that a router uses and leaves them as they are."""
+
+    def __init__(self, record: RoutingRecord, number: int, router: Router, kind: str) -> None:
+        self._record, self._number, self._router, self._kind = record, number, router, kind
+
+    def active(self) -> bool:
+        wanted = self._record._wanted.get(self._router.stack)
+        return wanted is not None and bool(wanted.any())
+
+    def edit(self, logits: Tensor) -> Tensor:
+        self._record._observe_logits(self._number, self._router, self._kind, logits)
+        return logits
+
+    def observe(self, output: Any) -> None:
+        """The choices are counted by a hook, with probabilities or without."""
+
 
 @contextmanager
-def record_routing(model: nn.Module, positions: Positions = "all") -> Iterator[RoutingRecord]:
+def record_routing(
+    model: nn.Module, positions: Positions = "all", *, probabilities: bool = False
+) -> Iterator[RoutingRecord]:
     """Record a model's routing inside a `with` block; works together with steering, whose effect it then shows.
 
     Args:
         model: any model with routers.
         positions: which tokens to count: `all`, the `prompt`, or what is `generated`.
+        probabilities: also sum up the routers' probabilities over all experts, before top-k and any bias. Steering that is
+            attached inside the block is in them; steering attached before is only in the counts.
 
     Raises:
         UnsupportedModel: the model has no routers. SteeringError: unknown positions.
@@ -115,7 +174,12 @@ def record_routing(model: nn.Module, positions: Positions = "all") -> Iterator[R
     record = RoutingRecord(routers, positions)
     with ExitStack() as undo:
         undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
+        config = model.config.get_text_config() if hasattr(model, "config") else None
         for number, router in enumerate(routers):
+            if probabilities:
+                undo.callback(
+                    intercept(model, router, _LogitsWatcher(record, number, router, scoring(router.module, config)))
+                )
             host = module_that_routes(model, router)
             undo.callback(host.register_forward_hook(partial(_on_router, record, number, router)).remove)
         yield record

@@ -10,6 +10,7 @@ Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
 """
 
 import functools
+import inspect
 import re
 import weakref
 from collections.abc import Callable
@@ -235,6 +236,19 @@ def _unmask_skipped(router: Router, indices: Tensor, weights: Tensor | None) -> 
     if not hasattr(router.module, "num_router_classes") or weights is None:
         return indices
     return torch.where(weights.flatten(0, -2) == 0, router.width - 1, indices)
+
+
+def scoring(router: Any, config: Any) -> str:
+    """How the weights come from the logits: as the configuration says, else as the router's source does it."""
+    named = getattr(config, "scoring_func", None)
+    if named in ("softmax", "sigmoid"):
+        return named
+    try:
+        source = inspect.getsource(type(router))
+    except (OSError, TypeError):
+        return "unknown"
+    found = [word for word in ("sigmoid", "softmax") if word in source]
+    return found[0] if len(found) == 1 else "unknown" if not found else "/".join(found)
 
 
 # ---- changing logits ----

@@ -11,7 +11,7 @@ TEXTS = ["A goal!", "The team ran and ran until it rained.", "Two words", "x"]
 
 
 def test_padded_batches_equal_texts_one_by_one(tiny_model):
-    together, tokens = routing_embeddings(tiny_model, TEXTS, batch=3)
+    together, tokens = routing_embeddings(tiny_model, TEXTS, batch_tokens=40)
     alone = torch.cat([routing_embeddings(tiny_model, [text])[0] for text in TEXTS])
     assert torch.allclose(together, alone)
     assert tokens.tolist() == [len(text) for text in TEXTS]

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,3 +42,32 @@ def working(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
     with err.status(what):
         yield
+
+
+@contextmanager
+def counting(what: str, things: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: things done, tokens a second, time left. Yields what is told (things, tokens) done.
+
+    `total` is how many things there are, where that is known.
+    """
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.completed}/{task.fields[all]} " + things),
+        progress.TextColumn("{task.fields[rate]}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=err) as bar:
+        task = bar.add_task(what, total=total, all="?" if total is None else total, rate="")
+        start, tokens_done = time.monotonic(), 0
+
+        def advance(done: int, tokens: int) -> None:
+            nonlocal tokens_done
+            tokens_done += tokens
+            rate = tokens_done / max(time.monotonic() - start, 1e-9)
+            bar.update(task, advance=done, rate=f"{rate:,.0f} tokens/s" if tokens_done else "")
+
+        yield advance

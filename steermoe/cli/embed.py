@@ -1,0 +1,97 @@
+"""`steermoe embed`: the routing embeddings of a corpus, in a folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from steermoe.cli import options as o
+
+if TYPE_CHECKING:
+    from steermoe.discovery.corpus import Corpus
+    from steermoe.discovery.embedding import EmbeddingOptions
+    from steermoe.discovery.store import EmbeddingStore
+    from steermoe.models import LoadedModel
+
+EXAMPLES = """Examples:
+
+steermoe embed stories -o embeddings
+
+steermoe embed reviews.jsonl --text-field body --label-field kind --max-tokens 256 -o embeddings
+
+steermoe embed prompts.csv --tokens last --hidden --model ./my-model -o embeddings
+"""
+SHOWN_PROBLEMS = 5
+"""So many bad records are told one by one; the rest is a number."""
+
+CorpusPath = Annotated[
+    Path, typer.Argument(metavar="CORPUS", help="Folder of texts, or a .txt, .jsonl, .csv or .parquet file.")
+]
+TextField = Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel="Corpus")]
+LabelField = Annotated[
+    str | None,
+    typer.Option(help="Field of the known domain. Default: subfolder or file name.", rich_help_panel="Corpus"),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens read of each text.", rich_help_panel="Corpus")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")]
+
+
+def embed(
+    corpus: CorpusPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the embeddings; one begun is gone on with.")],
+    text_field: TextField = "text",
+    label_field: LabelField = None,
+    max_tokens: MaxTokens = 512,
+    features: Annotated[
+        Literal["counts", "probabilities"], typer.Option(help="Choices of experts, or mean router probabilities.")
+    ] = "counts",
+    tokens: Annotated[Literal["all", "last"], typer.Option(help="All tokens of a text, or only its last one.")] = "all",
+    hidden: Annotated[bool, typer.Option("--hidden", help="Keep mean hidden states too.")] = False,
+    batch_tokens: BatchTokens = 2048,
+    model: o.Model = None,
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+) -> None:
+    """Embed a corpus: how often the model's routers choose each expert, text by text. Prints the folder."""
+    from steermoe.cli import console
+    from steermoe.discovery.corpus import Corpus
+
+    texts = Corpus(corpus, text_field=text_field, label_field=label_field)
+    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    from steermoe.discovery.embedding import EmbeddingOptions
+
+    options = EmbeddingOptions(features, tokens, hidden, max_tokens, batch_tokens)
+    store = embed_into(output, texts, loaded, options)
+    if json:
+        from dataclasses import asdict
+
+        console.write_json({"path": str(output), **asdict(store.meta), "left_out": texts.num_problems})
+    else:
+        console.write(f"{output}\n")
+
+
+def embed_into(
+    folder: Path, corpus: "Corpus", loaded: "LoadedModel", options: "EmbeddingOptions | None" = None
+) -> "EmbeddingStore":
+    """Embed with a progress bar, then tell of what was left out."""
+    from steermoe.cli import console
+    from steermoe.discovery.embedding import embed_corpus
+
+    with console.counting("Embedding", "texts") as progress:
+        store, skipped = embed_corpus(loaded, corpus, folder, options, progress=progress)
+    tell_problems(corpus)
+    for name in skipped[:SHOWN_PROBLEMS]:
+        console.err.print(f"steermoe: left out: {console.printable(name)}: it has no tokens", soft_wrap=True)
+    return store
+
+
+def tell_problems(corpus: "Corpus") -> None:
+    """Name the first bad records and count the rest, on stderr."""
+    from steermoe.cli import console
+
+    for problem in corpus.problems[:SHOWN_PROBLEMS]:
+        console.err.print(f"steermoe: left out: {console.printable(str(problem))}", soft_wrap=True)
+    if corpus.num_problems > SHOWN_PROBLEMS:
+        console.err.print(f"steermoe: {corpus.num_problems} records were left out in all", soft_wrap=True)
