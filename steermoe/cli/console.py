@@ -45,23 +45,20 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def counting(what: str, things: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: things done, tokens a second, time left. Yields what is told (things, tokens) done.
-
-    `total` is how many things there are, where that is known.
-    """
+def counting(what: str, things: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: things done, tokens a second, time left. Yields what is told (things, tokens) done."""
     from rich import progress
 
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        progress.TextColumn("{task.completed}/{task.fields[all]} " + things),
+        progress.TextColumn("{task.completed}/{task.total} " + things),
         progress.TextColumn("{task.fields[rate]}"),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=err) as bar:
-        task = bar.add_task(what, total=total, all="?" if total is None else total, rate="")
+        task = bar.add_task(what, total=total, rate="")
         start, tokens_done = time.monotonic(), 0
 
         def advance(done: int, tokens: int) -> None:

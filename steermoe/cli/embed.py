@@ -75,11 +75,13 @@ def embed(
 def embed_into(
     folder: Path, corpus: "Corpus", loaded: "LoadedModel", options: "EmbeddingOptions | None" = None
 ) -> "EmbeddingStore":
-    """Embed with a progress bar, then tell of what was left out."""
+    """Embed with a progress bar, then tell of what was left out. The corpus is read twice, to know how much is left."""
     from steermoe.cli import console
     from steermoe.discovery.embedding import embed_corpus
 
-    with console.counting("Embedding", "texts") as progress:
+    with console.working("Reading the corpus ..."):
+        total = sum(1 for _ in corpus)
+    with console.counting("Embedding", "texts", total) as progress:
         store, skipped = embed_corpus(loaded, corpus, folder, options, progress=progress)
     tell_problems(corpus)
     for name in skipped[:SHOWN_PROBLEMS]:

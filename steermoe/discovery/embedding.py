@@ -165,8 +165,8 @@ def embedder(loaded: LoadedModel, options: EmbeddingOptions | None = None) -> It
 def _without_head(model: nn.Module) -> nn.Module:
     """The model without what turns hidden states into words."""
     whole = language_model(model)
-    inner: nn.Module = whole.base_model if hasattr(whole, "base_model") else whole
-    return inner
+    inner: nn.Module = getattr(whole, "base_model", whole)
+    return getattr(whole, "model", whole) if inner is whole else inner
 
 
 def _stop_after_last_router(model: nn.Module, undo: ExitStack) -> None:

@@ -1,0 +1,126 @@
+"""Corpora of every kind: what is read, what it is called, and what is told of bad records."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from steermoe.discovery.corpus import Corpus
+from steermoe.errors import CorpusError
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows(corpus):
+    return [(text.id, text.text, text.label) for text in corpus]
+
+
+def test_a_folder_is_read_in_order_with_labels_from_its_paths(tmp_path):
+    write(tmp_path / "b.txt", "loose")
+    write(tmp_path / "sport" / "deep" / "a.txt", "goal")
+    write(tmp_path / "food.jsonl", '{"text": "pan"}\n\n{"text": "salt"}\n')
+    write(tmp_path / "notes.md", "not read")
+    write(tmp_path / ".hidden.txt", "not read")
+    write(tmp_path / ".git" / "a.txt", "not read")
+    (tmp_path / "sport" / "loop").symlink_to(tmp_path)
+    assert rows(Corpus(tmp_path)) == [
+        ("b.txt", "loose", ""),
+        ("food.jsonl:1", "pan", "food"),
+        ("food.jsonl:3", "salt", "food"),
+        ("sport/deep/a.txt", "goal", "sport"),
+    ]
+
+
+def test_tables_of_all_kinds_hold_the_same(tmp_path):
+    import pandas as pd
+
+    table = pd.DataFrame({"body": ["a goal,\nscored", "a pan"], "kind": ["sport", "food"]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_csv(tmp_path / "t.tsv", index=False, sep="\t")
+    table.to_parquet(tmp_path / "t.parquet")
+    table.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    for ending in ("csv", "tsv", "parquet", "jsonl"):
+        corpus = Corpus(tmp_path / f"t.{ending}", text_field="body", label_field="kind")
+        assert [(text.text, text.label) for text in corpus] == [("a goal,\nscored", "sport"), ("a pan", "food")]
+        assert corpus.num_problems == 0
+
+
+def test_byte_order_mark_and_numbers_as_labels(tmp_path):
+    path = write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"text": "a", "n": 3}\n')
+    assert rows(Corpus(path, label_field="n")) == [("t.jsonl:1", "a", "3")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is no JSON object but list"),
+        ('{"body": "x", "kind": 1}', r"no field 'text' \(it has body, kind\)"),
+        ('{"text": 3}', "field 'text' is int, expected text"),
+        ('{"text": null}', "field 'text' is NoneType"),
+        ('{"text": "  "}', "field 'text' is empty"),
+        (b'{"text": "\xff"}', "is not UTF-8"),
+        ('{"text": "\\ud800"}', "is not UTF-8"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+    ids=str,
+)
+def test_bad_lines_are_told_and_skipped(tmp_path, line, reason):
+    content = b'{"text": "good"}\n' + (line if isinstance(line, bytes) else line.encode()) + b'\n{"text": "too"}\n'
+    corpus = Corpus(write(tmp_path / "t.jsonl", content))
+    assert [text.text for text in corpus] == ["good", "too"]
+    assert corpus.num_problems == 1
+    with pytest.raises(AssertionError, match=rf"^t\.jsonl:2: .*{reason}"):
+        raise AssertionError(str(corpus.problems[0]))
+
+
+def test_bad_rows_and_files_are_told(tmp_path):
+    write(tmp_path / "a.csv", b'text,kind\ngood,1\nonly\n"open quote\nlasts, until the end\n')
+    write(tmp_path / "b.csv", b"text,kind\n\xff,2\n" + b"x" * 200_000 + b",3\n")
+    write(tmp_path / "c.txt", b"\xff\xfe")
+    write(tmp_path / "d.txt", b" \n")
+    write(tmp_path / "e.parquet", b"PAR1 no")
+    corpus = Corpus(tmp_path)
+    assert [text.id for text in corpus] == ["a.csv:2", "b.csv:3"]
+    told = [str(problem) for problem in corpus.problems]
+    assert [line.split(": ")[0] for line in told] == ["a.csv:3", "a.csv:5", "b.csv:2", "c.txt", "d.txt", "e.parquet"]
+    assert list(corpus)  # once more, without counting problems twice
+    assert corpus.num_problems == 6
+
+
+def test_missing_columns_name_those_there_are(tmp_path):
+    path = write(tmp_path / "t.csv", "body,kind\na,b\n")
+    with pytest.raises(CorpusError, match=r"no column 'text', it has 'body', 'kind': pass --text-field"):
+        list(Corpus(path))
+    with pytest.raises(CorpusError, match="pass --label-field"):
+        list(Corpus(path, text_field="body", label_field="domain"))
+
+
+def test_empty_corpora_are_errors(tmp_path):
+    with pytest.raises(CorpusError, match="holds no texts"):
+        list(Corpus(tmp_path))
+    write(tmp_path / "t.jsonl", '{"body": 1}\n')
+    with pytest.raises(CorpusError, match=r"the first problem: t\.jsonl:1: no field 'text'"):
+        list(Corpus(tmp_path))
+    with pytest.raises(CorpusError, match="no corpus at"):
+        Corpus(tmp_path / "none")
+    with pytest.raises(CorpusError, match="expected a folder, or a file ending in"):
+        Corpus(write(tmp_path / "a.pdf", "x"))
+
+
+def test_large_files_stream(tmp_path):
+    path = tmp_path / "large.jsonl"
+    line = json.dumps({"text": "word " * 200}) + "\n"
+    with path.open("w") as file:
+        file.writelines(line for _ in range(20_000))
+    assert path.stat().st_size > 20_000_000
+    tracemalloc.start()
+    count = sum(1 for _ in Corpus(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < 2_000_000
