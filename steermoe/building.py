@@ -5,6 +5,7 @@ Shapes: B texts, L MoE layers, N experts a layer.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -70,16 +71,19 @@ def vector_from_texts(
         VectorError: no texts, or an empty one.
     """
     frequencies, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens)
-    routers = find_routers(loaded.model)
-    info = VectorInfo(
-        keywords=tuple(keywords),
+    info = replace(vector_info(loaded, texts, tokens, "steermoe.vector_from_texts"), keywords=tuple(keywords))
+    layers = tuple(router.layer for router in find_routers(loaded.model))
+    return SteeringVector(domain, frequencies.mean(0), layers, threshold=threshold, info=info)
+
+
+def vector_info(loaded: LoadedModel, texts: Sequence[str], tokens: Tensor, created_by: str) -> VectorInfo:
+    """Where a vector comes from: its model and its texts."""
+    return VectorInfo(
         model=loaded.name,
         architecture=loaded.model.config.model_type,
-        top_k=routers[0].top_k,
+        top_k=find_routers(loaded.model)[0].top_k,
         texts=len(texts),
         tokens=int(tokens.sum()),
         corpus_sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-        created_by="steermoe.vector_from_texts",
+        created_by=created_by,
     )
-    layers = tuple(router.layer for router in routers)
-    return SteeringVector(domain, frequencies.mean(0), layers, threshold=threshold, info=info)

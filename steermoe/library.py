@@ -134,7 +134,7 @@ def find_vector(name: str | Path, *, folder: Path | str | None = None, group: st
     where = f" for {group}" if group else ""
     raise VectorNotFound(
         f"no vector '{domain}'{where}; there are {', '.join(known) or 'none'} (searched: "
-        f"{', '.join(str(path) for path in search_path(folder))}); build one with `steermoe.vector_from_texts`"
+        f"{', '.join(str(path) for path in search_path(folder))}); build one with `steermoe vectors build`"
     )
 
 
@@ -265,7 +265,7 @@ def _parse_header(file: Any) -> VectorHeader:
         if not all(type(layer) is int for layer in data["layers"]):
             raise TypeError(f"layers are {data['layers']!r}")
         info = {f.name: data["info"][f.name] for f in fields(VectorInfo) if f.name in data["info"]}
-        for name in ("keywords", "safe_range"):
+        for name in ("keywords", "safe_range", "parts"):
             if isinstance(info.get(name), list):
                 info[name] = tuple(info[name])
         return VectorHeader(

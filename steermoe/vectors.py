@@ -41,7 +41,10 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         (name, _is_text, "text")
         for name in ("title", "model", "architecture", "corpus_sha256", "created_by", "licence")
     ),
-    ("keywords", lambda value: isinstance(value, tuple) and all(map(_is_text, value)), "a tuple of texts"),
+    *(
+        (name, lambda value: isinstance(value, tuple) and all(map(_is_text, value)), "a tuple of texts")
+        for name in ("keywords", "parts")
+    ),
     *((name, _is_count, "a whole number over 0") for name in ("top_k", "texts", "tokens")),
     ("formula", lambda value: value is None or value in FORMULAS, " or ".join(FORMULAS)),
     ("scale", lambda value: value is None or value in SCALES, " or ".join(SCALES)),
@@ -77,6 +80,8 @@ class VectorInfo:
     corpus_sha256: str = ""
     created_by: str = ""
     licence: str = ""
+    parts: tuple[str, ...] = ()
+    """Of a mixture: each part as "name=weight", with the first digits of its numbers' hash where it came from a file."""
 
     def __post_init__(self) -> None:
         for name, is_right, expected in _EXPECTED:
@@ -180,7 +185,7 @@ class SteeringVector:
             CompatibilityError: another architecture, number of layers or of experts, or other layers.
         """
         built_for = f"it was built for {self.info.model}" if self.info.model else "it was built for another model"
-        fix = f"{built_for}; build one for {model} with `steermoe.vector_from_texts`"
+        fix = f"{built_for}; build one for {model} with `steermoe vectors build`"
         own, expected = f"{self.num_layers}x{self.num_experts}", f"{len(layers)}x{max(widths)}"
         if self.num_layers != len(layers) or not all(self.num_experts <= width for width in widths):
             raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")
@@ -271,8 +276,17 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
         strength=sum(abs(w) * s for (_, w), s in zip(parts, known, strict=True)) / total / largest
         if None not in strengths
         else None,
+        texts=_sum_known([vector.info.texts for vector, _ in parts]),
+        tokens=_sum_known([vector.info.tokens for vector, _ in parts]),
+        licence=first.info.licence if len({vector.info.licence for vector, _ in parts}) == 1 else "",
+        parts=tuple(f"{vector.domain}={weight:g}" for vector, weight in parts),
     )
     experts = first.experts * parts[0][1]
     for vector, weight in parts[1:]:
         experts = experts + weight * vector.experts
     return SteeringVector(name, None, first.layers, weights=experts, info=info)
+
+
+def _sum_known(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None

@@ -1,11 +1,11 @@
-"""`steermoe vectors`: list, show, check and import steering vectors."""
+"""`steermoe vectors`: list, show, check and import steering vectors; `build`, `discover` and `mix` have files of their own."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steermoe.cli import console
+from steermoe.cli import build, console, mix
 from steermoe.cli import options as o
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ FACTS = {
     "safe_range": "safe range",
     "damage": "damage (nats)",
     "formula": "formula",
+    "parts": "mixed from",
     "texts": "texts",
     "tokens": "tokens",
     "licence": "licence",
@@ -62,7 +63,9 @@ Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, check and import steering vectors.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors.")
+app.command(epilog=build.EXAMPLES)(build.build)
+app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
@@ -260,6 +263,7 @@ def _facts(record: dict[str, Any], has_threshold: bool) -> dict[str, str]:
     texts = {
         **record,
         "keywords": ", ".join(record["keywords"]),
+        "parts": ", ".join(record["parts"]),
         "shape": f"{_shape(record)}, decoder layers {format_layers(record['layers'])}",
         "cut": f"{record['threshold']:g} x {usual}" if has_threshold else "none: the weights are given",
         "safe_range": " to ".join(f"{end:g}" for end in record["safe_range"] or ()),

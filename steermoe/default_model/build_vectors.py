@@ -6,18 +6,17 @@ when a vector is built again.
 """
 
 import argparse
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from steermoe.building import routing_embeddings
+from steermoe.building import routing_embeddings, vector_info
 from steermoe.default_model import spec
 from steermoe.default_model.stories import Story, domain_words, load_stories
 from steermoe.library import read_vector, write_vector
 from steermoe.models import LoadedModel, load
-from steermoe.vectors import SteeringVector, VectorInfo
+from steermoe.vectors import SteeringVector
 
 
 def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: float, relative: bool) -> None:
@@ -29,18 +28,12 @@ def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: fl
     baseline = frequencies.mean(0)
     for domain in spec.DOMAINS:
         rows = torch.tensor([story.topic == domain for story in stories])
-        corpus = "\n".join(story.rest for story in stories if story.topic == domain)
+        texts = [story.rest for story in stories if story.topic == domain]
         path = folder / f"{domain}.safetensors"
-        info = VectorInfo(
+        info = replace(
+            vector_info(loaded, texts, tokens[rows], "python -m steermoe.default_model.build_vectors"),
             title=f"stories that turn to {domain}",
             keywords=tuple(domain_words(domain)),
-            model=spec.NAME,
-            architecture=loaded.model.config.model_type,
-            top_k=spec.TOP_K,
-            texts=int(rows.sum()),
-            tokens=int(tokens[rows].sum()),
-            corpus_sha256=hashlib.sha256(corpus.encode()).hexdigest(),
-            created_by="python -m steermoe.default_model.build_vectors",
             licence="Apache-2.0",
         )
         if path.exists():

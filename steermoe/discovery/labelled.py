@@ -1,0 +1,131 @@
+"""Build vectors from texts whose domains are known: one vector a domain, or a contrast against other texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from steermoe.building import routing_embeddings, vector_info
+from steermoe.discovery.contrast import (
+    MIN_DIFFERENCE,
+    Expert,
+    activation_rate,
+    contrastive_vector,
+    risk_difference,
+    strongest,
+)
+from steermoe.discovery.embedding import Progress
+from steermoe.errors import VectorError
+from steermoe.models import LoadedModel
+from steermoe.routers import find_routers
+from steermoe.vectors import DEFAULT_THRESHOLD, SteeringVector
+
+CREATED_BY = "steermoe vectors build"
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """A contrastive vector with the experts to force and to ban, the strongest first."""
+
+    vector: SteeringVector
+    force: list[Expert]
+    ban: list[Expert]
+
+
+def vectors_from_labelled(
+    loaded: LoadedModel,
+    corpora: Mapping[str, Sequence[str]],
+    *,
+    threshold: float = DEFAULT_THRESHOLD,
+    relative: bool | None = None,
+    max_tokens: int = 512,
+    progress: Progress | None = None,
+) -> list[SteeringVector]:
+    """One vector a domain: the mean routing embedding of its texts (Shchukin 2024), with the mean of all as baseline.
+
+    Args:
+        corpora: domain -> its texts.
+        threshold: E keeps what exceeds so many times 1/N, or the baseline.
+        relative: whether the baseline is meant; by default if there are more domains than `threshold`: of C domains no
+            frequency can exceed C times the baseline. Every domain counts the same in it, however many texts it has.
+        progress: called with texts and tokens done.
+
+    Raises:
+        VectorError: no texts, a text without tokens, or a vector whose E would be empty.
+    """
+    frequencies, infos = {}, {}
+    for domain, texts in corpora.items():
+        embeddings, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
+        frequencies[domain] = embeddings.mean(0)
+        infos[domain] = vector_info(loaded, texts, tokens, CREATED_BY)
+    is_relative = len(corpora) > threshold if relative is None else relative
+    baseline = torch.stack(list(frequencies.values())).mean(0)
+    layers = tuple(router.layer for router in find_routers(loaded.model))
+    vectors = [
+        SteeringVector(
+            domain,
+            frequency,
+            layers,
+            threshold=threshold,
+            baseline=baseline if len(corpora) > 1 else None,
+            relative=is_relative,
+            info=infos[domain],
+        )
+        for domain, frequency in frequencies.items()
+    ]
+    for vector in vectors:
+        _check_not_empty(vector)
+    return vectors
+
+
+def contrasts(
+    loaded: LoadedModel,
+    corpora: Mapping[str, Sequence[str]],
+    against: Sequence[str],
+    *,
+    min_difference: float = MIN_DIFFERENCE,
+    count: int = 10,
+    max_tokens: int = 512,
+    progress: Progress | None = None,
+) -> list[Contrast]:
+    """For each domain its risk difference against other texts (2509.09660), as a vector and as lists of experts.
+
+    Args:
+        against: the other texts. min_difference: see `contrastive_vector`. count: experts a list.
+
+    Raises:
+        VectorError: no texts, a text without tokens, or sets that route alike.
+    """
+    routers = find_routers(loaded.model)
+    layers = tuple(router.layer for router in routers)
+
+    def rate(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        embeddings, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
+        return activation_rate(embeddings, tokens, routers[0].top_k), tokens
+
+    rate_against, _ = rate(against)
+    made = []
+    for domain, texts in corpora.items():
+        own, tokens = rate(texts)
+        difference = risk_difference(own, rate_against)
+        info = replace(vector_info(loaded, texts, tokens, CREATED_BY), title=f"{domain} against other texts")
+        vector = contrastive_vector(domain, difference, layers, min_difference=min_difference, info=info)
+        made.append(
+            Contrast(vector, strongest(difference, layers, count), strongest(difference, layers, count, least=True))
+        )
+    return made
+
+
+def _check_not_empty(vector: SteeringVector) -> None:
+    if vector.experts.any() or vector.frequency is None:
+        return
+    usual: Tensor | float = 1 / vector.num_experts
+    if vector.relative and vector.baseline is not None:
+        usual = vector.baseline.clamp(min=1e-12)
+    largest = float((vector.frequency / usual).max())
+    of = "the baseline" if vector.relative else "the mean frequency 1/N"
+    raise VectorError(
+        f"'{vector.domain}': no expert exceeds {vector.threshold:g} times {of}, the largest is {largest:.2f} times: pass "
+        f"a smaller --threshold{', or --absolute' if vector.relative else ''}"
+    )
