@@ -1,4 +1,4 @@
-"""Pictures of steering vectors. The only file that imports matplotlib, which comes with the extra `plot`."""
+"""Pictures of steering vectors and of routing load. The only file that imports matplotlib, which comes with the extra `plot`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from steermoe.library import atomic_path
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steermoe.discovery.health import RoutingHealth
     from steermoe.vectors import SteeringVector
 
 DOTS_PER_INCH = 150
@@ -23,11 +24,7 @@ def draw_vector(vector: "SteeringVector", path: Path) -> None:
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SteerMoEError(f"drawing needs matplotlib ({error}): pip install 'steermoe[plot]'") from error
-
+    Figure = _figure_class()
     panels: list[tuple[str, Tensor]] = [(f"expert vector E, {_cut(vector)}", vector.experts)]
     if vector.frequency is not None:
         panels.insert(0, ("frequency F, before the threshold", vector.frequency))
@@ -58,6 +55,53 @@ def draw_vector(vector: "SteeringVector", path: Path) -> None:
     )
     figure.suptitle(_title(vector), parse_math=False)
     _save(figure, path)
+
+
+def draw_health(health: "RoutingHealth", path: Path) -> None:
+    """Draw each layer's load as a heat map, N f_i with balance in the middle, and beside it loss and evenness.
+
+    Raises:
+        SteerMoEError: matplotlib is missing, or the file can't be written.
+    """
+    Figure = _figure_class()
+    from matplotlib.colors import TwoSlopeNorm
+
+    numbers = [layer.layer for layer in health.layers]
+    experts = max(len(layer.load) for layer in health.layers)
+    load = [
+        [len(layer.load) * f for f in layer.load] + [float("nan")] * (experts - len(layer.load))
+        for layer in health.layers
+    ]
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    heat, loss, even = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1, 1))
+    largest = max(2.0, max(x for row in load for x in row if x == x))
+    image = heat.imshow(
+        load, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=largest)
+    )
+    figure.colorbar(image, ax=heat, label="load, as a multiple of balance (N f)")
+    heat.set_xlabel("expert")
+    heat.set_ylabel("layer")
+    heat.xaxis.get_major_locator().set_params(integer=True)
+    every = -(-len(numbers) // MAX_TICKS)
+    rows = range(len(numbers))
+    heat.set_yticks(rows[::every], [str(number) for number in numbers[::every]])
+    loss.barh(rows, [layer.balance_loss for layer in health.layers], color="#4477aa")
+    loss.axvline(1.0, color="black", linewidth=0.8)
+    loss.set_xlabel("balance loss\n(1 = balanced)")
+    even.barh(rows, [layer.evenness for layer in health.layers], color="#228833")
+    even.set_xlim(0, 1)
+    even.set_xlabel("entropy / log N\n(1 = balanced)")
+    title = f"{health.model}: {health.tokens:,} tokens of {health.texts:,} texts"
+    figure.suptitle("".join(char if char.isprintable() else " " for char in title), parse_math=False)
+    _save(figure, path)
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SteerMoEError(f"drawing needs matplotlib ({error}): pip install 'steermoe[plot]'") from error
+    return Figure
 
 
 def _cut(vector: "SteeringVector") -> str:

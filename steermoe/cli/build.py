@@ -63,7 +63,9 @@ def build(
     folder = output or Path("steering_vectors") / group
     paths = {domain: folder / f"{domain}{library.SUFFIX}" for domain in sources}
     if there := [path for path in paths.values() if path.exists() and not force]:
-        raise VectorError(f"'{there[0]}' is there already: pass --force to overwrite it, or --output for another folder")
+        raise VectorError(
+            f"'{there[0]}' is there already: pass --force to overwrite it, or --output for another folder"
+        )
     corpora = {domain: _read(path, text_field, label_field) for domain, path in sources.items()}
     others = _read(against, text_field, label_field) if against is not None else []
     loaded = o.load_model(model, dtype, device_map, trust_remote_code)

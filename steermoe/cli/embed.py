@@ -38,7 +38,9 @@ BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens a forward pass, pa
 
 def embed(
     corpus: CorpusPath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the embeddings; one begun is gone on with.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the embeddings; one begun is gone on with.")
+    ],
     text_field: TextField = "text",
     label_field: LabelField = None,
     max_tokens: MaxTokens = 512,

@@ -1,11 +1,13 @@
 """`steermoe models`: which families can be steered, the default model, and what is in a checkpoint."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steermoe.cli import console
 from steermoe.cli import options as o
+from steermoe.cli.embed import MaxTokens, TextField, tell_problems
 
 if TYPE_CHECKING:
     from steermoe.models import ModelDescription
@@ -27,7 +29,12 @@ INSPECT_EXAMPLES = """Examples:
 steermoe models inspect smollm2-moe
 
 steermoe models inspect ./my-model --json
+
+steermoe models inspect smollm2-moe --texts stories --png load.png
 """
+
+MAX_LISTED = 8
+"""So many experts are named; the rest is counted."""
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
@@ -79,12 +86,27 @@ def inspect(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.")
     ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Also run these texts and tell how the routers share their load.")
+    ] = None,
+    text_field: TextField = "text",
+    max_tokens: MaxTokens = 512,
+    png: Annotated[Path | None, typer.Option(help="With --texts: draw the load as a picture too.")] = None,
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Describe a checkpoint and what would be steered. No weights are loaded."""
+    """Describe a checkpoint and what would be steered. No weights are loaded, unless --texts are to be run."""
     from steermoe import models
     from steermoe.cli import tables
+    from steermoe.errors import SteerMoEError
+
+    if texts is not None:
+        _inspect_load(model, texts, text_field, max_tokens, png, (dtype, device_map, trust_remote_code), json)
+        return
+    if png is not None:
+        raise SteerMoEError("--png draws the load of routers on texts: pass --texts CORPUS too")
 
     with console.working(f"Looking at {model or models.DEFAULT_MODEL} ..."):
         description = models.describe(model, trust_remote_code=trust_remote_code)
@@ -93,6 +115,62 @@ def inspect(
     else:
         console.out.print(console.printable(description.name), style="bold")
         tables.print_facts(_facts(description))
+
+
+def _inspect_load(
+    model: str | None,
+    path: Path,
+    text_field: str,
+    max_tokens: int,
+    png: Path | None,
+    loading: tuple[str, str | None, bool],
+    json: bool,
+) -> None:
+    """Run texts and tell each router's load."""
+    from steermoe.discovery.corpus import Corpus
+
+    corpus = Corpus(path, text_field=text_field)
+    found = [text.text for text in corpus]
+    tell_problems(corpus)
+    loaded = o.load_model(model, *loading)
+    from steermoe.discovery.health import routing_health
+
+    with console.counting("Running", "texts", len(found)) as progress:
+        health = routing_health(loaded, found, max_tokens=max_tokens, progress=progress)
+    if png is not None:
+        from steermoe.plots import draw_health
+
+        draw_health(health, png)
+        console.err.print(f"drawn in {png}", soft_wrap=True, style="dim")
+    if json:
+        console.write_json(health.as_dict())
+        return
+    from steermoe.cli import tables
+
+    rows = [
+        (
+            str(layer.layer),
+            f"{layer.balance_loss:.2f}",
+            f"{layer.evenness:.0%}",
+            f"{layer.busiest}: {max(layer.load) * len(layer.load):.1f}x",
+            _some(layer.never),
+            _some(layer.always),
+        )
+        for layer in health.layers
+    ]
+    tables.print_table(("layer", "balance loss", "entropy", "busiest", "never used", "always used"), rows)
+    console.err.print(
+        f"{health.tokens:,} tokens of {health.texts:,} texts; mean balance loss {health.balance_loss:.2f} "
+        "(1 is balanced); entropy as a share of log N; load as a multiple of balance",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _some(experts: tuple[int, ...]) -> str:
+    """A few of them, and how many more."""
+    shown = ", ".join(map(str, experts[:MAX_LISTED]))
+    return shown if len(experts) <= MAX_LISTED else f"{shown} and {len(experts) - MAX_LISTED} more"
 
 
 def _facts(description: "ModelDescription") -> dict[str, str]:

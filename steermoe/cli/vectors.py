@@ -63,7 +63,9 @@ Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
+)
 app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=mix.EXAMPLES)(mix.mix)
 

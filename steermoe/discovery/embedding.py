@@ -44,6 +44,7 @@ class EmbeddingOptions:
         hidden: also keep the mean of the last layer's hidden states over the same tokens (2410.10814).
         max_tokens: tokens read of each text.
         batch_tokens: tokens a forward pass, padding included; a single longer text goes alone.
+        both: with counts, give the probabilities too (in `Embedded.probability`; they are not kept on disk).
     """
 
     features: Features = "counts"
@@ -51,6 +52,7 @@ class EmbeddingOptions:
     hidden: bool = False
     max_tokens: int = 512
     batch_tokens: int = 2048
+    both: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_tokens"):
@@ -66,11 +68,13 @@ class Embedded:
         frequency: F or P [B, L, N] float32, rows summing to 1.
         tokens: [B] int64, tokens read.
         hidden: mean hidden states [B, H] float32, or None.
+        probability: P [B, L, N] beside F, where both were asked for, or None.
     """
 
     frequency: Tensor
     tokens: Tensor
-    hidden: Tensor | None
+    hidden: Tensor | None = None
+    probability: Tensor | None = None
 
 
 class _LastRouterSeen(Exception):
@@ -106,15 +110,21 @@ class Embedder:
         lengths = [len(ids) for ids in token_ids]
         order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
         frequency = torch.zeros(len(texts), *self.shape)
-        hidden = torch.zeros(len(texts), self._inner.config.get_text_config().hidden_size if self._options.hidden else 0)
+        hidden = torch.zeros(
+            len(texts), self._inner.config.get_text_config().hidden_size if self._options.hidden else 0
+        )
+        probability = torch.zeros_like(frequency) if self._options.both else None
         for batch in batches(order, lengths, self._options.batch_tokens):
-            rows, states = self._forward([token_ids[i] for i in batch])
-            frequency[batch] = rows
+            states = self._forward([token_ids[i] for i in batch])
+            uses_counts = self._options.features == "counts"
+            frequency[batch] = self._record.frequency() if uses_counts else self._record.mean_probability()
+            if probability is not None:
+                probability[batch] = self._record.mean_probability()
             if states is not None:
                 hidden[batch] = states
             if progress is not None:
                 progress(len(batch), sum(lengths[i] for i in batch))
-        return Embedded(frequency, torch.tensor(lengths), hidden if self._options.hidden else None)
+        return Embedded(frequency, torch.tensor(lengths), hidden if self._options.hidden else None, probability)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -122,8 +132,8 @@ class Embedder:
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self._options.max_tokens)
         return encoded["input_ids"]
 
-    def _forward(self, token_ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [B, L, N] and mean hidden states [B, H] of one batch."""
+    def _forward(self, token_ids: list[list[int]]) -> Tensor | None:
+        """Record one batch; its mean hidden states [B, H], if they are wanted."""
         lengths = torch.tensor([len(ids) for ids in token_ids])
         width = int(lengths.max())
         pad = self._tokenizer.pad_token_id or 0
@@ -136,17 +146,15 @@ class Embedder:
         given = {"input_ids": inputs.to(self._device), "attention_mask": is_real_BS.long().to(self._device)}
         if self._is_encoder_decoder:
             given |= {"decoder_input_ids": given["input_ids"], "decoder_attention_mask": given["attention_mask"]}
-        states = None
         try:
             output = self._inner(**given, **self._extra)
         except _LastRouterSeen:
-            pass
-        else:
-            if self._options.hidden:
-                last_BSH = output.last_hidden_state.float().cpu()
-                states = (last_BSH * wanted_BS[..., None]).sum(1) / wanted_BS.sum(1, keepdim=True)
-        uses_counts = self._options.features == "counts"
-        return self._record.frequency() if uses_counts else self._record.mean_probability(), states
+            return None
+        if not self._options.hidden:
+            return None
+        last_BSH = output.last_hidden_state.float().cpu()
+        mean_BH: Tensor = (last_BSH * wanted_BS[..., None]).sum(1) / wanted_BS.sum(1, keepdim=True)
+        return mean_BH
 
 
 @contextmanager
@@ -156,7 +164,8 @@ def embedder(loaded: LoadedModel, options: EmbeddingOptions | None = None) -> It
     inner = _without_head(loaded.model)
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode())
-        record = undo.enter_context(record_routing(inner, probabilities=options.features == "probabilities"))
+        wants_probabilities = options.both or options.features == "probabilities"
+        record = undo.enter_context(record_routing(inner, probabilities=wants_probabilities))
         if not options.hidden:
             _stop_after_last_router(inner, undo)
         yield Embedder(loaded, options, record)
@@ -255,7 +264,9 @@ def embed_corpus(
             )
             total += len(kept_texts)
     if store.has_shard(number + 1):
-        raise CorpusError(f"'{folder}' holds more texts than the corpus: it was begun with another; name another folder")
+        raise CorpusError(
+            f"'{folder}' holds more texts than the corpus: it was begun with another; name another folder"
+        )
     store.finish(total)
     return store, skipped
 

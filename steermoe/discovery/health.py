@@ -1,0 +1,114 @@
+"""How a model's routers share their load on some texts: are experts balanced, unused, or always used?
+
+Shapes: B texts, L MoE layers, N experts a layer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steermoe.discovery.embedding import EmbeddingOptions, Progress, embedder
+from steermoe.errors import CorpusError
+from steermoe.models import LoadedModel
+from steermoe.routers import find_routers
+
+ALWAYS = 0.999
+"""An expert that this share of the tokens chooses counts as always used."""
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """One router's load.
+
+    Attributes:
+        layer: its decoder layer.
+        load: f [N], share of the layer's choices that fell on each expert; sums to 1.
+        probability: P [N], mean router probability of each expert, before top-k; sums to 1.
+        balance_loss: N * sum(f P), the load-balancing loss of Switch Transformers (2101.03961, eq. 4) without its factor
+            alpha. 1 is perfect balance, N is everything on one expert.
+        entropy: of f, in nats; log N is perfect balance.
+        evenness: entropy over log N, 0 to 1.
+        never: experts that no token chose. always: experts that 99.9% of the tokens or more chose.
+    """
+
+    layer: int
+    load: tuple[float, ...]
+    probability: tuple[float, ...]
+    balance_loss: float
+    entropy: float
+    evenness: float
+    never: tuple[int, ...]
+    always: tuple[int, ...]
+
+    @property
+    def busiest(self) -> int:
+        """The expert with the largest load."""
+        return max(range(len(self.load)), key=self.load.__getitem__)
+
+
+@dataclass(frozen=True)
+class RoutingHealth:
+    """All routers of a model on some texts."""
+
+    model: str
+    texts: int
+    tokens: int
+    layers: tuple[LayerHealth, ...]
+
+    @property
+    def balance_loss(self) -> float:
+        """Mean over the layers."""
+        return sum(layer.balance_loss for layer in self.layers) / len(self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "balance_loss": self.balance_loss}
+
+
+def routing_health(
+    loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int = 512, progress: Progress | None = None
+) -> RoutingHealth:
+    """Measure the load of a model's routers, every token counting the same.
+
+    Args:
+        loaded: the model with its tokenizer.
+        texts: what to run; balance is a matter of the texts as much as of the model.
+        max_tokens: tokens read of each text.
+        progress: called with texts and tokens done.
+
+    Raises:
+        CorpusError: no text has any tokens.
+    """
+    with embedder(loaded, EmbeddingOptions(max_tokens=max_tokens, both=True)) as embed:
+        embedded = embed.texts(texts, progress)
+    tokens = embedded.tokens
+    if not tokens.any() or embedded.probability is None:
+        raise CorpusError("no text has any tokens: there is nothing to measure")
+    weight_B = tokens.double() / tokens.sum()
+    load_LN = torch.einsum("b,bln->ln", weight_B, embedded.frequency.double())
+    probability_LN = torch.einsum("b,bln->ln", weight_B, embedded.probability.double())
+    routers = find_routers(loaded.model)
+    layers = [
+        layer_health(router.layer, load[: router.num_experts], probability[: router.num_experts], router.top_k)
+        for router, load, probability in zip(routers, load_LN, probability_LN, strict=True)
+    ]
+    return RoutingHealth(loaded.name, int((tokens > 0).sum()), int(tokens.sum()), tuple(layers))
+
+
+def layer_health(layer: int, load: Tensor, probability: Tensor, top_k: int) -> LayerHealth:
+    """From f [N] and P [N] of one router, each summing to 1."""
+    experts = len(load)
+    entropy = float(torch.special.entr(load).sum())
+    return LayerHealth(
+        layer=layer,
+        load=tuple(load.tolist()),
+        probability=tuple(probability.tolist()),
+        balance_loss=float(experts * (load * probability).sum()),
+        entropy=entropy,
+        evenness=entropy / math.log(experts),
+        never=tuple(torch.nonzero(load == 0).flatten().tolist()),
+        always=tuple(torch.nonzero(load * top_k >= ALWAYS).flatten().tolist()),
+    )
