@@ -1,4 +1,4 @@
-"""Pictures of steering vectors and of routing load. The only file that imports matplotlib, which comes with the extra `plot`."""
+"""Pictures of steering vectors and of routing load. matplotlib comes with the extra `plot`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

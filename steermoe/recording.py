@@ -22,8 +22,8 @@ class RoutingRecord:
     Attributes:
         counts: [B, L, N] int64, how often each expert was chosen; None before the first call.
         tokens: [B] int64, tokens counted.
-        probability_sums: [B, L, N] float64, the router's probabilities of each expert summed over tokens, where they were
-            asked for; a sigmoid router's scores are divided by their sum over the experts of a token.
+        probability_sums: [B, L, N] float64, the router's probabilities of each expert summed over tokens, where they
+            were asked for; a sigmoid router's scores are divided by their sum over the experts of a token.
         layers: the decoder layer of each of the L rows.
     """
 
@@ -68,7 +68,7 @@ class RoutingRecord:
             SteeringError: they were not asked for, or nothing was recorded.
         """
         if self.probability_sums is None:
-            raise SteeringError("no probabilities were recorded: run the model inside record_routing(probabilities=True)")
+            raise SteeringError("no probabilities were recorded: run inside record_routing(..., probabilities=True)")
         self.frequency()  # the same complaints about texts without tokens
         return (self.probability_sums / self.probability_sums.sum(-1, keepdim=True)).float()
 
@@ -161,8 +161,8 @@ def record_routing(
     Args:
         model: any model with routers.
         positions: which tokens to count: `all`, the `prompt`, or what is `generated`.
-        probabilities: also sum up the routers' probabilities over all experts, before top-k and any bias. Steering that is
-            attached inside the block is in them; steering attached before is only in the counts.
+        probabilities: also sum up the routers' probabilities over all experts, before top-k and any bias. Steering that
+            is attached inside the block is in them; steering attached before is only in the counts.
 
     Raises:
         UnsupportedModel: the model has no routers. SteeringError: unknown positions.
@@ -174,7 +174,8 @@ def record_routing(
     record = RoutingRecord(routers, positions)
     with ExitStack() as undo:
         undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
-        config = model.config.get_text_config() if hasattr(model, "config") else None
+        whole: Any = model
+        config = whole.config.get_text_config() if hasattr(model, "config") else None
         for number, router in enumerate(routers):
             if probabilities:
                 undo.callback(

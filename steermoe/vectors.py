@@ -81,7 +81,7 @@ class VectorInfo:
     created_by: str = ""
     licence: str = ""
     parts: tuple[str, ...] = ()
-    """Of a mixture: each part as "name=weight", with the first digits of its numbers' hash where it came from a file."""
+    """Of a mixture: each part as "name=weight", with the start of its hash where it came from a file."""
 
     def __post_init__(self) -> None:
         for name, is_right, expected in _EXPECTED:

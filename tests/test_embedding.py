@@ -1,4 +1,4 @@
-"""Routing embeddings in batches and on disk: exact under padding, resumable after a kill, stopped after the last router."""
+"""Routing embeddings in batches and on disk: exact under padding, resumable, stopped after the last router."""
 
 import json
 import os
@@ -68,7 +68,11 @@ def test_nothing_after_the_last_router_runs(tiny_model):
     layer = tiny_model.model.model.layers[-1]
     hooks = [
         module.register_forward_hook(lambda module, args, output, name=name: ran.append(name))
-        for name, module in (("head", tiny_model.model.lm_head), ("experts", layer.mlp.experts), ("gate", layer.mlp.gate))
+        for name, module in (
+            ("head", tiny_model.model.lm_head),
+            ("experts", layer.mlp.experts),
+            ("gate", layer.mlp.gate),
+        )
     ]
     with embedder(tiny_model) as embed:
         embed.texts(TEXTS)

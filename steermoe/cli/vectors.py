@@ -1,4 +1,4 @@
-"""`steermoe vectors`: list, show, check and import steering vectors; `build`, `discover` and `mix` have files of their own."""
+"""`steermoe vectors`: list, show, check and import vectors; `build`, `discover` and `mix` have files of their own."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,7 +1,7 @@
 """Compare the routing of two sets of texts, and turn the difference into a steering vector or into lists of experts.
 
-SteerMoE (2509.09660) detects experts by their risk difference: the share of tokens that choose an expert on one set, less
-that on the other. Mixture of Tunable Experts forces or bans single experts.
+SteerMoE (2509.09660) detects experts by their risk difference: the share of tokens that choose an expert on one set,
+less that on the other. Mixture of Tunable Experts forces or bans single experts.
 
 Shapes: B texts, L MoE layers, N experts a layer.
 """
@@ -29,7 +29,9 @@ def activation_rate(frequency: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     """Share of a set's tokens that choose each expert, [L, N], 0 to 1: a layer sums to k.
 
     Args:
-        frequency: F [B, L, N] of its texts. tokens: [B], the weight of each text. top_k: experts a token.
+        frequency: F [B, L, N] of its texts.
+        tokens: [B], the weight of each text.
+        top_k: experts a token.
     """
     weights = tokens.float() / tokens.sum()
     return top_k * (frequency * weights[:, None, None]).sum(0)
@@ -48,7 +50,9 @@ def strongest(difference: Tensor, layers: Sequence[int], count: int, *, least: b
     signed = -difference if least else difference
     values, places = signed.flatten().sort(descending=True, stable=True)
     width = difference.shape[1]
-    chosen = [(int(place), float(value)) for value, place in zip(values[:count], places[:count], strict=True) if value > 0]
+    chosen = [
+        (int(place), float(value)) for value, place in zip(values[:count], places[:count], strict=True) if value > 0
+    ]
     return [Expert(layers[place // width], place % width, -value if least else value) for place, value in chosen]
 
 

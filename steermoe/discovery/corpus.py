@@ -37,8 +37,8 @@ class Corpus:
     """Texts on disk, read lazily and as often as they are iterated over.
 
     Args:
-        path: a folder, read recursively in the order of names, or one file: .txt (one text a file), .jsonl, .ndjson, .csv,
-            .tsv or .parquet. Other files of a folder are left alone, hidden ones too.
+        path: a folder, read recursively in the order of names, or one file: .txt (one text a file), .jsonl, .ndjson,
+            .csv, .tsv or .parquet. Other files of a folder are left alone, hidden ones too.
         text_field: the field or column with the text.
         label_field: the one with its known domain.
 
@@ -46,8 +46,8 @@ class Corpus:
         problems: of the last pass, the first thousand. num_problems: how many there were.
 
     Raises:
-        CorpusError: there is no such path, or it is a file of another kind. While reading: no usable text at all, a table
-            without the text column, a file that can't be read.
+        CorpusError: there is no such path, or it is a file of another kind. While reading: no usable text at all, a
+            table without the text column, a file that can't be read.
     """
 
     def __init__(self, path: Path | str, *, text_field: str = "text", label_field: str | None = None) -> None:

@@ -31,7 +31,7 @@ SHARD_TEXTS = 256
 """Texts a shard: what a kill can lose, and what is in memory at most."""
 
 Progress = Callable[[int, int], None]
-"""Called with the texts and tokens that were done since the last call; 0 tokens where they were done in an earlier run."""
+"""Called with the texts and tokens done since the last call; 0 tokens where an earlier run did them."""
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,14 @@ def embed_corpus(
     """Embed a corpus into a folder, shard by shard; what an earlier run has finished is not done again.
 
     Args:
+        loaded: the model with its tokenizer.
         corpus: read once, in its order; only one shard of it is in memory.
         folder: see `EmbeddingStore`.
+        options: how texts become embeddings.
+        progress: called with the texts and tokens done since its last call.
 
     Returns:
-        the complete store, and the ids of the texts that were left out since they have no tokens (of this run's shards).
+        the complete store, and the ids of texts that were left out since they have no tokens (of this run's shards).
 
     Raises:
         CorpusError: an empty corpus, one that is not the one that the folder was begun with, embeddings made otherwise,

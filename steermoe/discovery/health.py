@@ -28,8 +28,8 @@ class LayerHealth:
         layer: its decoder layer.
         load: f [N], share of the layer's choices that fell on each expert; sums to 1.
         probability: P [N], mean router probability of each expert, before top-k; sums to 1.
-        balance_loss: N * sum(f P), the load-balancing loss of Switch Transformers (2101.03961, eq. 4) without its factor
-            alpha. 1 is perfect balance, N is everything on one expert.
+        balance_loss: N * sum(f P), the load-balancing loss of Switch Transformers (2101.03961, eq. 4) without its
+            factor alpha. 1 is perfect balance, N is everything on one expert.
         entropy: of f, in nats; log N is perfect balance.
         evenness: entropy over log N, 0 to 1.
         never: experts that no token chose. always: experts that 99.9% of the tokens or more chose.

@@ -45,10 +45,12 @@ def vectors_from_labelled(
     """One vector a domain: the mean routing embedding of its texts (Shchukin 2024), with the mean of all as baseline.
 
     Args:
+        loaded: the model that the vectors are for.
         corpora: domain -> its texts.
         threshold: E keeps what exceeds so many times 1/N, or the baseline.
         relative: whether the baseline is meant; by default if there are more domains than `threshold`: of C domains no
             frequency can exceed C times the baseline. Every domain counts the same in it, however many texts it has.
+        max_tokens: tokens read of each text.
         progress: called with texts and tokens done.
 
     Raises:
@@ -92,7 +94,13 @@ def contrasts(
     """For each domain its risk difference against other texts (2509.09660), as a vector and as lists of experts.
 
     Args:
-        against: the other texts. min_difference: see `contrastive_vector`. count: experts a list.
+        loaded: the model that the vectors are for.
+        corpora: domain -> its texts.
+        against: the other texts.
+        min_difference: see `contrastive_vector`.
+        count: experts a list, at most.
+        max_tokens: tokens read of each text.
+        progress: called with texts and tokens done.
 
     Raises:
         VectorError: no texts, a text without tokens, or sets that route alike.
@@ -126,6 +134,6 @@ def _check_not_empty(vector: SteeringVector) -> None:
     largest = float((vector.frequency / usual).max())
     of = "the baseline" if vector.relative else "the mean frequency 1/N"
     raise VectorError(
-        f"'{vector.domain}': no expert exceeds {vector.threshold:g} times {of}, the largest is {largest:.2f} times: pass "
-        f"a smaller --threshold{', or --absolute' if vector.relative else ''}"
+        f"'{vector.domain}': no expert exceeds {vector.threshold:g} times {of}, the largest is {largest:.2f} times: "
+        f"pass a smaller --threshold{', or --absolute' if vector.relative else ''}"
     )

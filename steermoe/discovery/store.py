@@ -137,9 +137,13 @@ class EmbeddingStore:
             data["layers"] = tuple(data["layers"])
             return cls(Path(folder), EmbeddingMeta(**data))
         except OSError as error:
-            raise CorpusError(f"'{folder}' holds no embeddings ({META}: {error.strerror}): make them with `steermoe embed`") from error
+            raise CorpusError(
+                f"'{folder}' holds no embeddings ({META}: {error.strerror}): make them with `steermoe embed`"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorpusError(f"'{path}' is damaged ({error!r}): remove the folder and run `steermoe embed` again") from error
+            raise CorpusError(
+                f"'{path}' is damaged ({error!r}): remove the folder and run `steermoe embed` again"
+            ) from error
 
     @classmethod
     def create(cls, folder: Path | str, meta: EmbeddingMeta) -> "EmbeddingStore":
@@ -183,7 +187,7 @@ class EmbeddingStore:
         return self._path("texts", number, "jsonl").is_file()
 
     def shard_ids(self, number: int) -> list[tuple[str, int]]:
-        """Id and length in characters of each text of a complete shard, to tell whether the corpus is still the same."""
+        """Id and length of each text of a complete shard, to tell whether the corpus is still the same."""
         return [(text.id, len(text.text)) for text, _ in self._records(number)]
 
     def write_shard(
@@ -195,7 +199,9 @@ class EmbeddingStore:
             CorpusError: the disk is full or the folder can't be written to.
         """
         lines = (
-            json.dumps({"id": text.id, "label": text.label, "tokens": int(count), "text": text.text}, ensure_ascii=False)
+            json.dumps(
+                {"id": text.id, "label": text.label, "tokens": int(count), "text": text.text}, ensure_ascii=False
+            )
             for text, count in zip(texts, tokens, strict=True)
         )
         try:
@@ -242,7 +248,9 @@ class EmbeddingStore:
         try:
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise CorpusError(f"can't read '{path}' ({error}): remove the folder and run `steermoe embed` again") from error
+            raise CorpusError(
+                f"can't read '{path}' ({error}): remove the folder and run `steermoe embed` again"
+            ) from error
 
     def _records(self, number: int) -> Iterator[tuple[Text, int]]:
         path = self._path("texts", number, "jsonl")
@@ -252,7 +260,9 @@ class EmbeddingStore:
                     data: dict[str, Any] = json.loads(line)
                     yield Text(data["id"], data["text"], data["label"]), data["tokens"]
         except (OSError, ValueError, KeyError) as error:
-            raise CorpusError(f"can't read '{path}' ({error!r}): remove the folder and run `steermoe embed` again") from error
+            raise CorpusError(
+                f"can't read '{path}' ({error!r}): remove the folder and run `steermoe embed` again"
+            ) from error
 
     def _path(self, kind: str, number: int, ending: str) -> Path:
         return self.folder / f"{kind}-{number:05d}.{ending}"
