@@ -50,6 +50,10 @@ test-all: lint model ## every test, the slow ones too
 bench-model: model ## what the default model reaches on held-out openings (about 20 minutes)
 	$(BIN)/python benchmarks/default_model.py
 
+.PHONY: bench-discovery
+bench-discovery: model ## how well domains are found and how fast texts are embedded (about 40 minutes)
+	$(BIN)/python benchmarks/discovery.py
+
 .PHONY: clean
 clean: ## remove the environment and caches, not the pulled model
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 150
 MAX_TICKS = 24
+LEAST_LOAD = 1e-9
+"""Below every load but 0, so that only experts that are never used get the colour of what lies under the scale."""
 
 
 def draw_vector(vector: "SteeringVector", path: Path) -> None:
@@ -58,12 +60,15 @@ def draw_vector(vector: "SteeringVector", path: Path) -> None:
 
 
 def draw_health(health: "RoutingHealth", path: Path) -> None:
-    """Draw each layer's load as a heat map, N f_i with balance in the middle, and beside it loss and evenness.
+    """Draw each layer's load as a heat map, N f with balance in the middle, and beside it loss and evenness.
+
+    Experts that are never used are black; grey is where a layer has fewer experts than others.
 
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.
     """
     Figure = _figure_class()
+    from matplotlib import colormaps
     from matplotlib.colors import TwoSlopeNorm
 
     numbers = [layer.layer for layer in health.layers]
@@ -72,13 +77,20 @@ def draw_health(health: "RoutingHealth", path: Path) -> None:
         [len(layer.load) * f for f in layer.load] + [float("nan")] * (experts - len(layer.load))
         for layer in health.layers
     ]
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    size = 9 + min(experts, 256) / 32, 4.5 + min(len(numbers), 64) / 30
+    figure = Figure(figsize=size, layout="constrained")
     heat, loss, even = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1, 1))
-    largest = max(2.0, max(x for row in load for x in row if x == x))
+    largest = max(2.0, *(layer.max_to_mean for layer in health.layers))
     image = heat.imshow(
-        load, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=largest)
+        load,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colormaps["RdBu_r"].with_extremes(under="black", bad="lightgrey"),
+        norm=TwoSlopeNorm(1.0, vmin=LEAST_LOAD, vmax=largest),
     )
-    figure.colorbar(image, ax=heat, label="load, as a multiple of balance (N f)")
+    bar = figure.colorbar(image, ax=heat, extend="min", label="load, as a multiple of balance (black: never used)")
+    ticks = [LEAST_LOAD, 0.5, 1.0, *(float(tick) for tick in bar.get_ticks() if 1.2 < tick <= largest)]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" if tick > LEAST_LOAD else "0" for tick in ticks])
     heat.set_xlabel("expert")
     heat.set_ylabel("layer")
     heat.xaxis.get_major_locator().set_params(integer=True)
@@ -94,6 +106,15 @@ def draw_health(health: "RoutingHealth", path: Path) -> None:
     title = f"{health.model}: {health.tokens:,} tokens of {health.texts:,} texts"
     figure.suptitle("".join(char if char.isprintable() else " " for char in title), parse_math=False)
     _save(figure, path)
+
+
+def check_matplotlib() -> None:
+    """Refuse before long work whose picture could not be drawn.
+
+    Raises:
+        SteerMoEError: matplotlib is missing.
+    """
+    _figure_class()
 
 
 def _figure_class() -> Any:

@@ -73,7 +73,7 @@ class RoutingRecord:
         return (self.probability_sums / self.probability_sums.sum(-1, keepdim=True)).float()
 
     def restrict(self, wanted: Tensor | None) -> None:
-        """Count only some tokens of the calls that follow: a bool mask [B, S] of their rows and columns; None ends it."""
+        """Count only some tokens of the calls that follow: a bool mask [B, S] of rows and columns; None ends it."""
         self._only = wanted
 
     def reset(self) -> None:

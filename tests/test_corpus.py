@@ -1,7 +1,9 @@
 """Corpora of every kind: what is read, what it is called, and what is told of bad records."""
 
 import json
+import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -27,12 +29,36 @@ def test_a_folder_is_read_in_order_with_labels_from_its_paths(tmp_path):
     write(tmp_path / ".hidden.txt", "not read")
     write(tmp_path / ".git" / "a.txt", "not read")
     (tmp_path / "sport" / "loop").symlink_to(tmp_path)
-    assert rows(Corpus(tmp_path)) == [
-        ("b.txt", "loose", ""),
-        ("food.jsonl:1", "pan", "food"),
-        ("food.jsonl:3", "salt", "food"),
-        ("sport/deep/a.txt", "goal", "sport"),
-    ]
+    corpus = Corpus(tmp_path)
+    assert (
+        rows(corpus)
+        == rows(corpus)
+        == [
+            ("b.txt", "loose", ""),
+            ("food.jsonl:1", "pan", "food"),
+            ("food.jsonl:3", "salt", "food"),
+            ("sport/deep/a.txt", "goal", "sport"),
+        ]
+    )
+    assert (corpus.num_ignored, corpus.num_problems) == (1, 0)
+
+
+def test_links_are_followed_once_and_broken_ones_told(tmp_path):
+    write(tmp_path / "elsewhere" / "a.txt", "goal")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in ("sport", "twice"):
+        (corpus / name).symlink_to(tmp_path / "elsewhere")
+    (corpus / "gone.txt").symlink_to(tmp_path / "none.txt")
+    os.mkfifo(corpus / "pipe.txt")  # opening it would wait for ever
+    read = Corpus(corpus)
+    assert rows(read) == [("sport/a.txt", "goal", "sport")]
+    assert [problem.file for problem in read.problems] == ["gone.txt", "pipe.txt"]
+
+
+def test_ids_can_always_be_written(tmp_path):
+    write(tmp_path / os.fsdecode(b"caf\xe9.txt"), "coffee")
+    assert rows(Corpus(tmp_path)) == [("caf\\xe9.txt", "coffee", "")]
 
 
 def test_tables_of_all_kinds_hold_the_same(tmp_path):
@@ -50,8 +76,89 @@ def test_tables_of_all_kinds_hold_the_same(tmp_path):
 
 
 def test_byte_order_mark_and_numbers_as_labels(tmp_path):
-    path = write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"text": "a", "n": 3}\n')
-    assert rows(Corpus(path, label_field="n")) == [("t.jsonl:1", "a", "3")]
+    path = write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"text": "a", "n": 3}\n{"text": "b", "n": null}\n')
+    assert rows(Corpus(path, label_field="n")) == [("t.jsonl:1", "a", "3"), ("t.jsonl:2", "b", "")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "x"}', r"no field 'kind' \(it has text\)"),
+        ('{"text": "x", "kind": "\\udc00"}', "'kind' is not UTF-8"),
+    ],
+)
+def test_bad_labels_are_told_and_skipped(tmp_path, line, reason):
+    corpus = Corpus(write(tmp_path / "t.jsonl", f'{line}\n{{"text": "y", "kind": "a"}}\n'), label_field="kind")
+    assert rows(corpus) == [("t.jsonl:2", "y", "a")]
+    assert corpus.num_problems == 1
+    with pytest.raises(AssertionError, match=rf"^t\.jsonl:1: .*{reason}"):
+        raise AssertionError(str(corpus.problems[0]))
+
+
+def test_lines_of_a_table_are_those_where_rows_begin(tmp_path):
+    content = '\ntext,n\n"two\nlines",1\n\n"quo"te,2\nlast,3\n'
+    corpus = Corpus(write(tmp_path / "t.csv", content))
+    assert [(text.id, text.text) for text in corpus] == [("t.csv:3", "two\nlines"), ("t.csv:7", "last")]
+    assert [problem.line for problem in corpus.problems] == [6]
+
+
+def test_a_quote_that_is_never_closed_is_told(tmp_path):
+    corpus = Corpus(write(tmp_path / "t.csv", 'text\ngood\n"open\nswallowed\n'))
+    assert [text.text for text in corpus] == ["good"]
+    assert [str(problem) for problem in corpus.problems] == ["t.csv:3: is not CSV (unexpected end of data)"]
+
+
+def test_bad_cells_of_parquet_are_told_and_skipped(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = pa.array([b"good", b"\xff", None, b"too"], pa.binary())
+    table = pa.table({"text": pa.StringArray.from_buffers(4, data.buffers()[1], data.buffers()[2], data.buffers()[0])})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    corpus = Corpus(tmp_path)
+    assert rows(corpus) == [("t.parquet:1", "good", "t"), ("t.parquet:4", "too", "t")]
+    assert [str(problem).split(" (")[0] for problem in corpus.problems] == [
+        "t.parquet:2: is not UTF-8",
+        "t.parquet:3: field 'text' is NoneType, expected text",
+    ]
+
+
+def test_damaged_parquet_is_told(tmp_path):
+    import pandas as pd
+
+    pd.DataFrame({"text": ["a goal"] * 1000}).to_parquet(tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    write(tmp_path / "a.parquet", content[:8] + b"\xff" * 20 + content[28:])
+    write(tmp_path / "b.txt", "good")
+    corpus = Corpus(tmp_path)
+    assert [text.id for text in corpus] == ["b.txt"]
+    assert [problem.file for problem in corpus.problems] == ["a.parquet"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_can_not_be_read_is_an_error(tmp_path):
+    write(tmp_path / "a.txt", "good")
+    locked = write(tmp_path / "sport" / "b.txt", "x").parent
+    locked.chmod(0)
+    try:
+        with pytest.raises(CorpusError, match=r"can't read '.*sport': Permission denied"):
+            list(Corpus(tmp_path))
+    finally:
+        locked.chmod(0o700)
+
+
+def test_an_unlistable_folder_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "sport" / "a.txt", "x")
+    listing = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "sport":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(CorpusError, match=r"can't read '.*sport': Permission denied"):
+        list(Corpus(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +194,7 @@ def test_bad_rows_and_files_are_told(tmp_path):
     corpus = Corpus(tmp_path)
     assert [text.id for text in corpus] == ["a.csv:2", "b.csv:3"]
     told = [str(problem) for problem in corpus.problems]
-    assert [line.split(": ")[0] for line in told] == ["a.csv:3", "a.csv:5", "b.csv:2", "c.txt", "d.txt", "e.parquet"]
+    assert [line.split(": ")[0] for line in told] == ["a.csv:3", "a.csv:4", "b.csv:2", "c.txt", "d.txt", "e.parquet"]
     assert list(corpus)  # once more, without counting problems twice
     assert corpus.num_problems == 6
 
@@ -98,13 +205,19 @@ def test_missing_columns_name_those_there_are(tmp_path):
         list(Corpus(path))
     with pytest.raises(CorpusError, match="pass --label-field"):
         list(Corpus(path, text_field="body", label_field="domain"))
+    with pytest.raises(CorpusError, match="several columns 'text'"):
+        list(Corpus(write(tmp_path / "twice.csv", "text,text\na,b\n")))
 
 
 def test_empty_corpora_are_errors(tmp_path):
     with pytest.raises(CorpusError, match="holds no texts"):
         list(Corpus(tmp_path))
     write(tmp_path / "t.jsonl", '{"body": 1}\n')
-    with pytest.raises(CorpusError, match=r"the first problem: t\.jsonl:1: no field 'text'"):
+    with pytest.raises(CorpusError, match=r"the first problem: t\.jsonl:1: no field 'text' .*--text-field"):
+        list(Corpus(tmp_path))
+    write(tmp_path / "t.jsonl", "")
+    write(tmp_path / "a.pdf", "x")
+    with pytest.raises(CorpusError, match="1 files of other kinds"):
         list(Corpus(tmp_path))
     with pytest.raises(CorpusError, match="no corpus at"):
         Corpus(tmp_path / "none")

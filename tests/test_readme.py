@@ -1,6 +1,7 @@
 """The README's examples, run as written: every `steermoe` command of its console blocks, and its Python blocks."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from steermoe import models
+from steermoe.default_model import spec
+from steermoe.default_model.stories import load_stories
+from steermoe.discovery.corpus import Corpus
+from steermoe.discovery.embedding import embed_corpus
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PLACEHOLDER = "PATH_OR_HUB_ID"
@@ -25,11 +30,28 @@ def test_readme_has_examples():
     assert len(blocks("python")) == 3
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with `texts/TOPIC/*.txt`, beginnings of stories, and their `embeddings`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for topic in spec.TOPICS:
+        (folder / "texts" / topic).mkdir(parents=True)
+        for story in load_stories("train", topic)[:4]:
+            (folder / "texts" / topic / f"{story.id}.txt").write_text(" ".join(story.rest.split()[:20]))
+    embed_corpus(models.load(), Corpus(folder / "texts"), folder / "embeddings")
+    return folder
+
+
 @pytest.mark.default_model
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, monkeypatch):
+def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
     if not models.is_pulled():
         pytest.skip("the default model is not pulled: `make model`")
+    if re.search(r"\b(texts/|texts |embeddings )", command):
+        folder = request.getfixturevalue("corpus")
+        shutil.copytree(folder / "texts", tmp_path / "texts")
+        if " discover " in command:
+            shutil.copytree(folder / "embeddings", tmp_path / "embeddings")
     if PLACEHOLDER in command:  # "your own model": the tiny one, with a matrix and a vector of its own
         (tmp_path / "matrix.json").write_text(str(make_vector().frequency.tolist()))
         if "generate" in command:

@@ -10,6 +10,7 @@ from steermoe.cli import options as o
 from steermoe.cli.embed import MaxTokens, TextField, tell_problems
 
 if TYPE_CHECKING:
+    from steermoe.discovery.health import RoutingHealth
     from steermoe.models import ModelDescription
 
 LIST_EXAMPLES = """Examples:
@@ -129,22 +130,32 @@ def _inspect_load(
     """Run texts and tell each router's load."""
     from steermoe.discovery.corpus import Corpus
 
+    if png is not None:
+        from steermoe.plots import check_matplotlib
+
+        check_matplotlib()
     corpus = Corpus(path, text_field=text_field)
-    found = [text.text for text in corpus]
+    with console.working("Reading the corpus ..."):
+        total = sum(1 for _ in corpus)
     tell_problems(corpus)
     loaded = o.load_model(model, *loading)
     from steermoe.discovery.health import routing_health
 
-    with console.counting("Running", "texts", len(found)) as progress:
-        health = routing_health(loaded, found, max_tokens=max_tokens, progress=progress)
-    if png is not None:
+    with console.counting("Running", "texts", total) as progress:
+        health = routing_health(loaded, (text.text for text in corpus), max_tokens=max_tokens, progress=progress)
+    if json:
+        console.write_json(health.as_dict())
+    else:
+        _print_load(health)
+    if png is not None:  # after the answer, which a picture that can't be written must not take along
         from steermoe.plots import draw_health
 
         draw_health(health, png)
-        console.err.print(f"drawn in {png}", soft_wrap=True, style="dim")
-    if json:
-        console.write_json(health.as_dict())
-        return
+        console.err.print(f"drawn in {console.printable(str(png))}", soft_wrap=True, style="dim")
+
+
+def _print_load(health: "RoutingHealth") -> None:
+    """A row a router, and what the columns mean on stderr."""
     from steermoe.cli import tables
 
     rows = [
@@ -152,13 +163,14 @@ def _inspect_load(
             str(layer.layer),
             f"{layer.balance_loss:.2f}",
             f"{layer.evenness:.0%}",
-            f"{layer.busiest}: {max(layer.load) * len(layer.load):.1f}x",
+            f"{layer.busiest}: {layer.max_to_mean:.1f}x",
             _some(layer.never),
             _some(layer.always),
         )
         for layer in health.layers
     ]
-    tables.print_table(("layer", "balance loss", "entropy", "busiest", "never used", "always used"), rows)
+    titles = ("layer", "balance loss", "entropy", "busiest", "never used", "always used")
+    tables.print_table(titles, rows, wrapping=2)
     console.err.print(
         f"{health.tokens:,} tokens of {health.texts:,} texts; mean balance loss {health.balance_loss:.2f} "
         "(1 is balanced); entropy as a share of log N; load as a multiple of balance",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steermoe.cli import build, console, mix
+from steermoe.cli import build, console, discover, mix
 from steermoe.cli import options as o
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
 )
 app.command(epilog=build.EXAMPLES)(build.build)
+app.command(epilog=discover.EXAMPLES)(discover.discover)
 app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 

@@ -74,7 +74,7 @@ def contrastive_vector(
     weights = difference.where(difference > min_difference, 0.0)
     if not weights.any():
         raise VectorError(
-            f"'{domain}': no expert is active {min_difference:.0%} more often than in the other set, at most "
+            f"'{domain}': no expert is active {min_difference:.1%} more often than in the other set, at most "
             f"{float(difference.max()):.1%}: the sets route alike; lower --min-difference or give other texts"
         )
     return SteeringVector(domain, None, tuple(layers), weights=weights, info=info or VectorInfo())

@@ -1,23 +1,28 @@
 """Read texts from a folder, JSONL, CSV or Parquet, one after the other. Bad records are told and skipped, not fatal.
 
-Ids are stable: the file's path below the corpus, and ":17" for its 17th line or row. A text's label is the field that
-was named, else in a folder the first part of the path (a subfolder, or the stem of a file of records), else "".
+Ids are stable: the file's path below the corpus, and ":17" for the record that begins in its 17th line (of Parquet: its
+17th row). A text's label is the field that was named, else in a folder the first part of the path (a subfolder, or the
+stem of a file of records), else "".
 """
 
 import csv
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steermoe.discovery.store import Text
 from steermoe.errors import CorpusError
 
+if TYPE_CHECKING:
+    from _csv import Reader as _CsvReader
+
 KEPT_PROBLEMS = 1000
 """So many problems are kept word for word; all are counted."""
+MAX_FIELD = 100_000_000
+"""Characters of a CSV field: a quote that is never closed must not fill the memory with the rest of the file."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,18 @@ class Corpus:
 
     Args:
         path: a folder, read recursively in the order of names, or one file: .txt (one text a file), .jsonl, .ndjson,
-            .csv, .tsv or .parquet. Other files of a folder are left alone, hidden ones too.
+            .csv, .tsv or .parquet. Other files of a folder are left alone, hidden ones too. Links to folders are
+            followed, each folder is read once.
         text_field: the field or column with the text.
-        label_field: the one with its known domain.
+        label_field: the one with its known domain; where it is empty the label is "".
 
     Attributes:
         problems: of the last pass, the first thousand. num_problems: how many there were.
+        num_ignored: files of other kinds that the last pass left alone.
 
     Raises:
         CorpusError: there is no such path, or it is a file of another kind. While reading: no usable text at all, a
-            table without the text column, a file that can't be read.
+            table without the text column, a file or folder that can't be read.
     """
 
     def __init__(self, path: Path | str, *, text_field: str = "text", label_field: str | None = None) -> None:
@@ -56,36 +63,52 @@ class Corpus:
         self.label_field = label_field
         self.problems: list[Problem] = []
         self.num_problems = 0
-        if not self.path.exists():
-            raise CorpusError(f"no corpus at '{path}': give a folder of texts, or a file ({', '.join(READERS)})")
+        self.num_ignored = 0
+        try:
+            self.path.stat()
+        except OSError as error:
+            raise CorpusError(
+                f"no corpus at '{path}' ({error.strerror}): give a folder of texts, or a file ({', '.join(READERS)})"
+            ) from error
         if self.path.is_file() and self.path.suffix.lower() not in READERS:
             raise CorpusError(f"'{path}' is no corpus: expected a folder, or a file ending in {', '.join(READERS)}")
 
     def __iter__(self) -> Iterator[Text]:
-        self.problems, self.num_problems = [], 0
+        self.problems, self.num_problems, self.num_ignored = [], 0, 0
         found = False
-        for file, name in self._files():
-            reader = READERS[file.suffix.lower()]
-            try:
-                for text in reader(self, file, name):
+        try:
+            for file, name in self._files():
+                for text in READERS[file.suffix.lower()](self, file, name):
                     found = True
                     yield text
-            except OSError as error:
-                raise CorpusError(f"can't read '{file}': {error.strerror or error}") from error
+        except OSError as error:
+            raise CorpusError(f"can't read '{error.filename or self.path}': {error.strerror or error}") from error
         if not found:
-            first = f"; the first problem: {self.problems[0]}" if self.problems else ""
-            raise CorpusError(f"'{self.path}' holds no texts ({', '.join(READERS)} are read){first}")
+            others = f", {self.num_ignored} files of other kinds are there" if self.num_ignored else ""
+            first = f"; the first problem: {self.problems[0]} (--text-field names the field)" if self.problems else ""
+            raise CorpusError(f"'{self.path}' holds no texts ({', '.join(READERS)} are read{others}){first}")
 
     def _files(self) -> Iterator[tuple[Path, str]]:
         if self.path.is_file():
             yield self.path, self.path.name
             return
-        for folder, subfolders, names in os.walk(self.path):  # does not follow links to folders, so it ends
+        seen = set()
+        for folder, subfolders, names in os.walk(self.path, onerror=_raise, followlinks=True):
+            place = Path(folder).resolve()
+            if place in seen:  # a link back into the corpus
+                subfolders.clear()
+                continue
+            seen.add(place)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(names):
+            for name in sorted(name for name in names if not name.startswith(".")):
                 file = Path(folder) / name
-                if not name.startswith(".") and file.suffix.lower() in READERS:
-                    yield file, file.relative_to(self.path).as_posix()
+                path = _as_unicode(file.relative_to(self.path).as_posix())
+                if file.suffix.lower() not in READERS:
+                    self.num_ignored += 1
+                elif file.is_file():
+                    yield file, path
+                else:
+                    self._report(path, None, "is a broken link or no regular file")
 
     def _report(self, name: str, line: int | None, reason: str) -> None:
         self.num_problems += 1
@@ -131,23 +154,34 @@ class Corpus:
                         self._report(name, number, f"is no JSON object but {type(record).__name__}")
 
     def read_table(self, file: Path, name: str) -> Iterator[Text]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        csv.field_size_limit(MAX_FIELD)
         delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            rows = csv.reader(lines, delimiter=delimiter)
             header: list[str] = []
+            for line, row in self._rows(name, csv.reader(lines, delimiter=delimiter, strict=True)):
+                if not header:
+                    header = row
+                    self._check_columns(file, header)
+                elif len(row) != len(header):
+                    self._report(name, line, f"has {len(row)} columns, expected {len(header)}")
+                else:
+                    yield from self._from_record(name, line, dict(zip(header, row, strict=True)))
+            if not header:
+                self._report(name, None, "is empty")
+
+    def _rows(self, name: str, reader: "_CsvReader") -> Iterator[tuple[int, list[str]]]:
+        """The rows that can be parsed and aren't blank, each with the line that it begins in."""
+        while True:
+            line = reader.line_num + 1
             try:
-                header = next(rows, [])
-                self._check_columns(file, header)
-                for row in rows:
-                    if not row:
-                        continue
-                    if len(row) != len(header):
-                        self._report(name, rows.line_num, f"has {len(row)} columns, expected {len(header)}")
-                    else:
-                        yield from self._from_record(name, rows.line_num, dict(zip(header, row, strict=True)))
-            except csv.Error as error:
-                self._report(name, rows.line_num, f"is not CSV ({error}); the rest of the file is left out")
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader goes on with the next line
+                self._report(name, line, f"is not CSV ({error})")
+            else:
+                if row:
+                    yield line, row
 
     def read_parquet(self, file: Path, name: str) -> Iterator[Text]:
         try:
@@ -157,14 +191,21 @@ class Corpus:
         try:
             with parquet.ParquetFile(file) as table:
                 self._check_columns(file, table.schema_arrow.names)
-                columns = [field for field in (self.text_field, self.label_field) if field is not None]
+                columns = list(dict.fromkeys(filter(None, (self.text_field, self.label_field))))
                 number = 0
                 for batch in table.iter_batches(batch_size=1024, columns=columns):
-                    for record in batch.to_pylist():
+                    for cells in zip(*(batch[column] for column in columns), strict=True):
                         number += 1
-                        yield from self._from_record(name, number, record)
-        except ArrowException as error:
-            self._report(name, None, f"is not Parquet ({str(error).splitlines()[0]})")
+                        try:
+                            record = {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}
+                        except UnicodeDecodeError as error:
+                            self._report(name, number, f"is not UTF-8 (byte {error.start})")
+                        else:
+                            yield from self._from_record(name, number, record)
+        except (ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            self._report(name, None, f"is damaged or not Parquet ({str(error).splitlines()[0]})")
 
     def _check_columns(self, file: Path, columns: list[str]) -> None:
         for field, option in ((self.text_field, "--text-field"), (self.label_field, "--label-field")):
@@ -172,10 +213,15 @@ class Corpus:
                 raise CorpusError(
                     f"'{file}' has no column '{field}', it has {', '.join(map(repr, columns)) or 'none'}: pass {option}"
                 )
+            if columns.count(field or "") > 1:
+                raise CorpusError(f"'{file}' has several columns '{field}': rename all but one, or pass {option}")
 
     def _from_record(self, name: str, line: int, record: dict[str, Any]) -> Iterator[Text]:
         text = record.get(self.text_field)
-        label = record.get(self.label_field) if self.label_field is not None else None
+        label = self._default_label(name, is_record=True)
+        if self.label_field is not None:
+            given = record.get(self.label_field)
+            label = "" if given is None else str(given)
         if self.text_field not in record:
             fields = ", ".join(map(str, record)) or "nothing"
             self._report(name, line, f"no field '{self.text_field}' (it has {fields})")
@@ -185,11 +231,21 @@ class Corpus:
             self._report(name, line, f"field '{self.text_field}' is empty")
         elif not _is_unicode(text):
             self._report(name, line, f"field '{self.text_field}' is not UTF-8")
-        elif self.label_field is not None and not isinstance(label, str | int | float):
-            self._report(name, line, f"field '{self.label_field}' is missing or no text")
+        elif self.label_field is not None and self.label_field not in record:
+            self._report(name, line, f"no field '{self.label_field}' (it has {', '.join(map(str, record))})")
+        elif not _is_unicode(label):
+            self._report(name, line, f"field '{self.label_field}' is not UTF-8")
         else:
-            given = self._default_label(name, is_record=True) if label is None else str(label)
-            yield Text(f"{name}:{line}", text, given)
+            yield Text(f"{name}:{line}", text, label)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _as_unicode(path: str) -> str:
+    """The path, with bytes that are no UTF-8 written out: ids go into JSON files."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _is_unicode(text: str) -> bool:

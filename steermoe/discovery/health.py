@@ -4,15 +4,16 @@ Shapes: B texts, L MoE layers, N experts a layer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steermoe.discovery.embedding import EmbeddingOptions, Progress, embedder
-from steermoe.errors import CorpusError
+from steermoe.discovery.embedding import SHARD_TEXTS, EmbeddingOptions, Progress, embedder
+from steermoe.errors import CorpusError, ModelError
 from steermoe.models import LoadedModel
 from steermoe.routers import find_routers
 
@@ -27,11 +28,12 @@ class LayerHealth:
     Attributes:
         layer: its decoder layer.
         load: f [N], share of the layer's choices that fell on each expert; sums to 1.
-        probability: P [N], mean router probability of each expert, before top-k; sums to 1.
+        probability: P [N], mean router probability of each expert, before top-k; sums to 1. A sigmoid router's scores
+            are divided by their sum over the experts of a token.
         balance_loss: N * sum(f P), the load-balancing loss of Switch Transformers (2101.03961, eq. 4) without its
             factor alpha. 1 is perfect balance, N is everything on one expert.
         entropy: of f, in nats; log N is perfect balance.
-        evenness: entropy over log N, 0 to 1.
+        evenness: entropy over log N, 0 to 1; 1 where there is only one expert.
         never: experts that no token chose. always: experts that 99.9% of the tokens or more chose.
     """
 
@@ -49,10 +51,23 @@ class LayerHealth:
         """The expert with the largest load."""
         return max(range(len(self.load)), key=self.load.__getitem__)
 
+    @property
+    def max_to_mean(self) -> float:
+        """The largest load over the mean load, 1 to N; 1 is perfect balance."""
+        return max(self.load) * len(self.load)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "busiest": self.busiest, "max_to_mean": self.max_to_mean}
+
 
 @dataclass(frozen=True)
 class RoutingHealth:
-    """All routers of a model on some texts."""
+    """All routers of a model on some texts.
+
+    Attributes:
+        model: its name. texts: how many were run, those without tokens not counted. tokens: how many of them were read.
+        layers: one a router, in the order of the model's layers.
+    """
 
     model: str
     texts: int
@@ -65,37 +80,56 @@ class RoutingHealth:
         return sum(layer.balance_loss for layer in self.layers) / len(self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "balance_loss": self.balance_loss}
+        return {
+            "model": self.model,
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "balance_loss": self.balance_loss,
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
 
 
 def routing_health(
-    loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int = 512, progress: Progress | None = None
+    loaded: LoadedModel, texts: Iterable[str], *, max_tokens: int = 512, progress: Progress | None = None
 ) -> RoutingHealth:
     """Measure the load of a model's routers, every token counting the same.
 
     Args:
         loaded: the model with its tokenizer.
-        texts: what to run; balance is a matter of the texts as much as of the model.
+        texts: what to run, read once and in parts; balance is a matter of the texts as much as of the model.
         max_tokens: tokens read of each text.
         progress: called with texts and tokens done.
 
     Raises:
-        CorpusError: no text has any tokens.
+        CorpusError: no text has any tokens. ModelError: a router's probabilities are not finite.
     """
+    num_texts = num_tokens = 0
+    remaining = iter(texts)
     with embedder(loaded, EmbeddingOptions(max_tokens=max_tokens, both=True)) as embed:
-        embedded = embed.texts(texts, progress)
-    tokens = embedded.tokens
-    if not tokens.any() or embedded.probability is None:
+        load_LN = torch.zeros(embed.shape, dtype=torch.float64)
+        probability_LN = torch.zeros_like(load_LN)
+        while part := list(islice(remaining, SHARD_TEXTS)):
+            embedded = embed.texts(part, progress)
+            assert embedded.probability is not None
+            tokens_B = embedded.tokens.double()
+            load_LN += torch.einsum("b,bln->ln", tokens_B, embedded.frequency.double())
+            probability_LN += torch.einsum("b,bln->ln", tokens_B, embedded.probability.double())
+            num_texts += int((embedded.tokens > 0).sum())
+            num_tokens += int(embedded.tokens.sum())
+    if num_tokens == 0:
         raise CorpusError("no text has any tokens: there is nothing to measure")
-    weight_B = tokens.double() / tokens.sum()
-    load_LN = torch.einsum("b,bln->ln", weight_B, embedded.frequency.double())
-    probability_LN = torch.einsum("b,bln->ln", weight_B, embedded.probability.double())
     routers = find_routers(loaded.model)
+    for router, probability in zip(routers, probability_LN, strict=True):
+        if not probability.isfinite().all():
+            raise ModelError(
+                f"the router of layer {router.layer} gives probabilities that are not finite: "
+                "the model overflows or its weights are damaged; try --dtype float32"
+            )
     layers = [
         layer_health(router.layer, load[: router.num_experts], probability[: router.num_experts], router.top_k)
-        for router, load, probability in zip(routers, load_LN, probability_LN, strict=True)
+        for router, load, probability in zip(routers, load_LN / num_tokens, probability_LN / num_tokens, strict=True)
     ]
-    return RoutingHealth(loaded.name, int((tokens > 0).sum()), int(tokens.sum()), tuple(layers))
+    return RoutingHealth(loaded.name, num_texts, num_tokens, tuple(layers))
 
 
 def layer_health(layer: int, load: Tensor, probability: Tensor, top_k: int) -> LayerHealth:
@@ -108,7 +142,7 @@ def layer_health(layer: int, load: Tensor, probability: Tensor, top_k: int) -> L
         probability=tuple(probability.tolist()),
         balance_loss=float(experts * (load * probability).sum()),
         entropy=entropy,
-        evenness=entropy / math.log(experts),
+        evenness=entropy / math.log(experts) if experts > 1 else 1.0,
         never=tuple(torch.nonzero(load == 0).flatten().tolist()),
         always=tuple(torch.nonzero(load * top_k >= ALWAYS).flatten().tolist()),
     )

@@ -1,0 +1,216 @@
+"""Find groups of texts in their routing embeddings: UMAP, then HDBSCAN (Shchukin 2024). Knows no texts and no models.
+
+Shapes: B texts, D features a text, K dimensions that are clustered in.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steermoe.errors import CorpusError, SteerMoEError
+
+Metric = Literal["hellinger", "euclidean", "cosine"]
+METRICS = get_args(Metric)
+NOISE = -1
+"""The label of texts in no cluster."""
+MIN_CLUSTERS = 3
+"""There must be texts for so many clusters of the least size: fewer can't be told from noise."""
+DENSITY_NEIGHBOURS = 10
+"""HDBSCAN measures density by the distance to this neighbour at most; a larger one declares more texts noise."""
+LEAST_NEIGHBOURS, FEW_CLUSTERS = 2, 4
+"""Of few texts UMAP looks at a quarter at most, the size of one of four clusters: else all would be neighbours."""
+SPECTRAL_LEAST = 20
+"""UMAP's spectral start needs more texts than it has dimensions, with some to spare."""
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Clustering:
+    """Where each text lies, and in which cluster.
+
+    Attributes:
+        map_B2: place of each text on the map, [B, 2] float32.
+        labels: cluster of each text, [B]; 0 is the largest cluster, -1 is noise.
+        probabilities: how surely each text is in its cluster, [B] of 0 to 1; 0 for noise, also for assigned noise.
+        min_cluster_size: the size that was used.
+        was_noise: which texts HDBSCAN called noise, [B]; they have a cluster nevertheless where noise is assigned.
+    """
+
+    map_B2: Floats
+    labels: Labels
+    probabilities: NDArray[np.float64]
+    min_cluster_size: int
+    was_noise: NDArray[np.bool_]
+
+    @property
+    def num_clusters(self) -> int:
+        return int(self.labels.max(initial=NOISE)) + 1
+
+
+def default_min_cluster_size(texts: int) -> int:
+    """The square root of the number of texts, but at most a tenth of them and at least 2.
+
+    6 texts: 2. 60: 6. 1,000: 32. 40,000: 200.
+    """
+    return max(2, min(texts // 10, round(math.sqrt(texts))))
+
+
+def cluster(
+    features: Floats,
+    *,
+    cluster_dimensions: int = 5,
+    min_cluster_size: int | None = None,
+    neighbours: int = 15,
+    metric: Metric = "hellinger",
+    assign_noise: bool = False,
+    seed: int = 0,
+) -> Clustering:
+    """Cluster texts by their features.
+
+    UMAP (McInnes 2018) lays the texts out in `cluster_dimensions`, points as close as they like (`min_dist` 0), and
+    HDBSCAN (Campello 2013) clusters them there. A second UMAP in two dimensions is the map for the picture. The paper
+    clusters in the map itself: `cluster_dimensions=2`. The same seed gives the same clusters on the same machine.
+
+    Args:
+        features: [B, D].
+        cluster_dimensions: K.
+        min_cluster_size: texts a cluster has at least; by default `default_min_cluster_size(B)`.
+        neighbours: of each text that UMAP looks at, at most a quarter of all; more show the larger structure.
+        metric: distance of two texts. "hellinger" is the euclidean distance of the square roots, fit for shares.
+        assign_noise: put each text that is in no cluster into the one whose mean features are nearest.
+        seed: of UMAP.
+
+    Raises:
+        CorpusError: too few texts, features that are not finite, or not fit for the metric; an option out of its range.
+        SteerMoEError: umap-learn or scikit-learn is missing.
+    """
+    size = default_min_cluster_size(len(features)) if min_cluster_size is None else min_cluster_size
+    _check(len(features), cluster_dimensions, size, neighbours, seed)
+    points = transform(features, metric)
+    if not np.ptp(points, axis=0).any():
+        return _nothing(len(points), size)
+    distance = "cosine" if metric == "cosine" else "euclidean"
+    map_B2 = _embed(points, 2, distance, neighbours, seed, min_dist=0.0 if cluster_dimensions == 2 else 0.1)
+    if cluster_dimensions == 2:
+        places_BK = map_B2
+    else:
+        places_BK = _embed(points, cluster_dimensions, distance, neighbours, seed, min_dist=0.0)
+    labels, probabilities = _densest(places_BK, size)
+    labels = _largest_first(labels)
+    was_noise = labels == NOISE
+    if assign_noise:
+        labels = _assign(points, labels)
+    return Clustering(map_B2, labels, probabilities, size, was_noise)
+
+
+def transform(features: Floats, metric: Metric) -> Floats:
+    """Features [B, D] as their metric compares them: square roots, unit vectors, or as they are.
+
+    Raises:
+        CorpusError: an unknown metric, values that are not finite, or negative ones under "hellinger".
+    """
+    if metric not in METRICS:
+        raise CorpusError(f"metric '{metric}' is not known: take {', '.join(METRICS)}")
+    if not np.isfinite(features).all():
+        raise CorpusError("the embeddings hold NaN or infinity: remove their folder and run `steermoe embed` again")
+    if metric == "cosine":
+        return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    if metric == "euclidean":
+        return features
+    if features.min(initial=0) < 0:
+        raise CorpusError(
+            f"metric 'hellinger' compares shares, but the features go down to {features.min():.3g} (hidden states?): "
+            "take metric cosine or euclidean"
+        )
+    return np.sqrt(features)
+
+
+def nearest_to_mean(points: Floats, count: int) -> list[int]:
+    """The rows of [B, D] that lie closest to their mean, the closest first."""
+    return [int(i) for i in np.argsort(np.linalg.norm(points - points.mean(0), axis=1), kind="stable")[:count]]
+
+
+def _nothing(texts: int, size: int) -> Clustering:
+    """Texts that are all alike: UMAP would spread them at random, and HDBSCAN find clusters in that."""
+    labels = np.full(texts, NOISE, dtype=np.int64)
+    return Clustering(np.zeros((texts, 2), dtype=np.float32), labels, np.zeros(texts), size, labels == NOISE)
+
+
+def _check(texts: int, dimensions: int, size: int, neighbours: int, seed: int) -> None:
+    for name, value in (("cluster_dimensions", dimensions), ("min_cluster_size", size), ("neighbours", neighbours)):
+        if value < 2:
+            raise CorpusError(f"{name} is {value}: give 2 or more")
+    if not 0 <= seed < 2**32:
+        raise CorpusError(f"seed is {seed}: give a whole number from 0 to {2**32 - 1}")
+    if texts < MIN_CLUSTERS * size:
+        raise CorpusError(
+            f"{texts} texts are too few to find clusters of {size} or more: give at least {MIN_CLUSTERS * size} texts"
+            + ("" if size == 2 else ", or a smaller min_cluster_size")
+        )
+
+
+def _embed(points: Floats, dimensions: int, distance: str, neighbours: int, seed: int, *, min_dist: float) -> Floats:
+    """UMAP's layout [B, dimensions]."""
+    texts = len(points)
+    with _quietly():
+        try:
+            from umap import UMAP
+        except ImportError as error:
+            raise SteerMoEError(f"clustering needs umap-learn ({error}): pip install 'steermoe[discover]'") from error
+        layout = UMAP(
+            n_components=dimensions,
+            n_neighbors=min(neighbours, max(LEAST_NEIGHBOURS, texts // FEW_CLUSTERS)),
+            metric=distance,
+            min_dist=min_dist,
+            init="spectral" if texts >= max(SPECTRAL_LEAST, 2 * dimensions) else "random",
+            random_state=seed,
+            n_jobs=1,
+        ).fit_transform(points)
+    # A text that is far from all others has no edge in UMAP's graph, and no place: it goes to the middle.
+    return np.nan_to_num(np.asarray(layout, dtype=np.float32), posinf=0.0, neginf=0.0)
+
+
+def _densest(places_BK: Floats, size: int) -> tuple[Labels, NDArray[np.float64]]:
+    """HDBSCAN's labels and probabilities, [B] each."""
+    with _quietly():
+        try:
+            from sklearn.cluster import HDBSCAN
+        except ImportError as error:
+            raise SteerMoEError(f"clustering needs scikit-learn ({error}): pip install 'steermoe[discover]'") from error
+        found = HDBSCAN(min_cluster_size=size, min_samples=min(size, DENSITY_NEIGHBOURS), copy=True).fit(places_BK)
+    return found.labels_.astype(np.int64), np.nan_to_num(found.probabilities_.astype(np.float64))
+
+
+def _largest_first(labels: Labels) -> Labels:
+    """The same clusters, numbered by falling size, equals by their first text."""
+    numbers, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    order = np.lexsort((first, -sizes))
+    new = {int(numbers[old]): rank for rank, old in enumerate(i for i in order if numbers[i] >= 0)}
+    return np.array([new.get(int(label), NOISE) for label in labels], dtype=np.int64)
+
+
+def _assign(points: Floats, labels: Labels) -> Labels:
+    """Noise goes to the cluster whose mean is nearest; without clusters it stays noise."""
+    if labels.max(initial=NOISE) < 0:
+        return labels
+    means = np.stack([points[labels == number].mean(0) for number in range(labels.max() + 1)])
+    assigned = labels.copy()
+    for index in np.flatnonzero(labels == NOISE):
+        assigned[index] = np.linalg.norm(means - points[index], axis=1).argmin()
+    return assigned
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[Any]:
+    """Without the libraries' warnings: UMAP's of its seed and of isolated texts, numba's and sklearn's deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

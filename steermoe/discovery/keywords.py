@@ -1,0 +1,150 @@
+"""Keywords of clusters of texts: class-based tf-idf, with a contrast to the other clusters. Knows no model.
+
+Shapes: B texts, W words of the vocabulary, C clusters.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steermoe.discovery.clustering import NOISE
+from steermoe.errors import CorpusError, SteerMoEError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+MIN_TEXTS = 2
+MIN_SHARE = 0.05
+"""A keyword is in so many of its cluster's texts, and in this share of them; else one text's names would win."""
+
+# What is left of English contractions once they are cut at the apostrophe; sklearn's list lacks them.
+STUMPS = frozenset(
+    {
+        *("aren", "couldn", "didn", "doesn", "don", "hadn", "hasn", "haven", "isn"),
+        *("shouldn", "wasn", "weren", "won", "wouldn", "ll", "ve", "re"),
+    }
+)
+# Written without spaces between words: Han, Hiragana, Katakana.
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]{2,}")
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """A word in small letters, and how typical it is for its cluster (only comparable within one corpus)."""
+
+    word: str
+    score: float
+
+
+def cluster_keywords(
+    texts: Sequence[str], labels: Sequence[int] | NDArray[Any], count: int = 10
+) -> dict[int, list[Keyword]]:
+    """The words that tell each cluster's texts from all others, the most typical first.
+
+    Class-based tf-idf (Grootendorst 2022, 2203.05794): tf(w, c) * log(1 + A / f(w)), where A is the mean number of
+    words a cluster. Two changes keep out names and words that are common everywhere. In tf and f a text counts a word
+    1 + log(n) times, not n times. And the product is multiplied by the contrast (p - q) / (p + q), where p is the share
+    of the cluster's texts that hold the word, and q that of all other texts.
+
+    Args:
+        texts: B texts of any language. Chinese and Japanese runs are read as pairs of characters.
+        labels: the cluster of each, [B]; -1 is noise: no cluster, but text to contrast with.
+        count: keywords a cluster at most; fewer where no more words are typical.
+
+    Raises:
+        CorpusError: not one label a text. SteerMoEError: scikit-learn is missing.
+    """
+    groups = np.asarray(labels, dtype=np.int64)
+    if len(groups) != len(texts):
+        raise CorpusError(f"{len(texts)} texts have {len(groups)} cluster labels: give one a text")
+    clusters = [int(label) for label in np.unique(groups) if label != NOISE]
+    if not clusters:
+        return {}
+    vocabulary, counts_BW = _count_words(texts)
+    if not len(vocabulary):
+        return {cluster: [] for cluster in clusters}
+    scores = _scores(counts_BW, groups, clusters)
+    return {cluster: _best(vocabulary, row, count) for cluster, row in zip(clusters, scores, strict=True)}
+
+
+def _scores(counts_BW: "csr_matrix", groups: NDArray[np.int64], clusters: Sequence[int]) -> list[NDArray[np.float64]]:
+    """[W] for each cluster: 0 where a word is no candidate."""
+    held_BW = counts_BW.copy()
+    held_BW.data = np.ones_like(held_BW.data)
+    damped_BW = counts_BW.copy()
+    damped_BW.data = 1 + np.log(damped_BW.data)
+    word_texts_W, word_total_W = _sums(held_BW), _sums(damped_BW)
+    inverse_W = np.log1p(word_total_W.sum() / len(clusters) / word_total_W)
+    rows = []
+    for cluster in clusters:
+        is_own = groups == cluster
+        size, others = int(is_own.sum()), int((~is_own).sum())
+        texts_W, total_W = _sums(held_BW[is_own]), _sums(damped_BW[is_own])
+        own_W = texts_W / size
+        other_W = (word_texts_W - texts_W) / max(others, 1)
+        contrast_W = (own_W - other_W) / np.maximum(own_W + other_W, 1e-12)
+        score_W = total_W / max(total_W.sum(), 1) * inverse_W * contrast_W
+        enough = min(max(MIN_TEXTS, MIN_SHARE * size), size)
+        rows.append(np.where((texts_W >= enough) & (contrast_W > 0), score_W, 0.0))
+    return rows
+
+
+def _sums(matrix_BW: "csr_matrix") -> NDArray[np.float64]:
+    return np.asarray(matrix_BW.sum(axis=0), dtype=np.float64).ravel()
+
+
+def _best(vocabulary: NDArray[Any], score_W: NDArray[np.float64], count: int) -> list[Keyword]:
+    """The best words; of a word and its plural in -s only the better one."""
+    chosen: dict[str, Keyword] = {}
+    for index in np.lexsort((vocabulary, -score_W)):
+        word, score = str(vocabulary[index]), float(score_W[index])
+        if score <= 0 or len(chosen) == count:
+            break
+        if f"{word}s" not in chosen and not (word.endswith("s") and word[:-1] in chosen):
+            chosen[word] = Keyword(word, score)
+    return list(chosen.values())
+
+
+def _count_words(texts: Sequence[str]) -> tuple[NDArray[Any], "csr_matrix"]:
+    """The vocabulary [W], and how often each text holds each word, sparse [B, W]."""
+    try:
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+    except ImportError as error:
+        raise SteerMoEError(f"keywords need scikit-learn ({error}): pip install 'steermoe[discover]'") from error
+
+    analyse = word_analyser(ENGLISH_STOP_WORDS | STUMPS)
+    vectorizer = CountVectorizer(analyzer=analyse, dtype=np.float64)
+    try:
+        counts_BW = vectorizer.fit_transform(texts)
+    except ValueError:  # sklearn's way to say that no text holds a word
+        return np.array([]), None
+    return vectorizer.get_feature_names_out(), counts_BW
+
+
+def word_analyser(stop_words: frozenset[str]) -> Callable[[str], list[str]]:
+    """A function that gives a text's words: two or more letters of any script, no digits, in small letters."""
+    pattern = _word_pattern()
+
+    def words(text: str) -> list[str]:
+        found = []
+        for word in pattern.findall(unicodedata.normalize("NFC", text).lower()):
+            if _UNSPACED.fullmatch(word):
+                found += [word[i : i + 2] for i in range(len(word) - 1)]
+            elif word not in stop_words:
+                found.append(word)
+        return found
+
+    return words
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    """Two or more letters in a row. Vowel signs of Hindi, Thai and others count, which Python holds for no letters."""
+    marks = "".join(chr(code) for code in range(0x300, 0x1E950) if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(rf"(?<!\w)(?:[^\W\d_]|[{marks}]){{2,}}(?!\w)")

@@ -1,0 +1,327 @@
+"""Maps of a discovery: PNGs by matplotlib, and a page with hover by plotly. Both come with the extra `discover`.
+
+Shapes: B texts.
+"""
+
+import html
+import itertools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steermoe.discovery.discover import Discovery, most_common
+from steermoe.errors import SteerMoEError
+from steermoe.library import atomic_path
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D00", "#332288", "#882255")
+"""Told apart by colour-blind eyes (Okabe and Ito 2008, with three darker ones); then the next shape begins."""
+GREY = "#9a9a9a"
+SHAPES = (("o", "circle"), ("^", "triangle-up"), ("s", "square"), ("D", "diamond"), ("P", "cross"), ("X", "x"))
+"""For matplotlib, for plotly."""
+DOTS_PER_INCH = 150
+WEBGL_FROM = 2000
+"""So many points are drawn by the graphics card; as single SVG shapes they would stall the browser."""
+EXCERPT, EXCERPT_WIDTH = 240, 60
+"""Characters of a text in the hover, and a line of it."""
+NO_CLUSTER, NO_SOURCE = "in no cluster", "source unknown"
+SMALL_GROUP = 4
+"""In lines of text: the name of a group that is no higher stands above it."""
+FEW_POINTS, MANY_POINTS = 300, 20_000
+
+PLOTLY = {
+    "displaylogo": False,
+    "scrollZoom": True,
+    # plotly's button "Share chart ..." would send the texts to its makers
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d"],
+}
+"""Of the page's buttons."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; \
+style-src 'unsafe-inline'; img-src data: blob:">
+<title>{title}</title>
+<style>html, body, body > div {{ height: 100%; margin: 0; background: #fff; overflow: hidden; }}</style>
+</head>
+<body>
+{figure}
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Points of one colour and shape.
+
+    Attributes:
+        rows: which texts, ascending.
+        style: number of its colour and shape; None for the rest, which is grey and small.
+    """
+
+    name: str
+    rows: NDArray[np.int64]
+    style: int | None
+
+    @property
+    def colour(self) -> str:
+        return GREY if self.style is None else COLOURS[self.style % len(COLOURS)]
+
+    def shape(self, library: int) -> str:
+        """0: matplotlib's name of it, 1: plotly's."""
+        return SHAPES[0 if self.style is None else self.style // len(COLOURS) % len(SHAPES)][library]
+
+
+def cluster_groups(discovery: Discovery) -> list[Group]:
+    """The noise first, so that it lies under the rest; then the clusters."""
+    labels = discovery.clustering.labels
+    found = [Group(c.name, np.flatnonzero(labels == c.number), c.number) for c in discovery.clusters]
+    return [*_rest(NO_CLUSTER, np.flatnonzero(labels < 0)), *found]
+
+
+def source_groups(discovery: Discovery) -> list[Group]:
+    """Texts without a known label first; then the labels, the most frequent first. Empty where none is known.
+
+    A label looks like the cluster that it is the most frequent one of, so that the two maps can be compared.
+    """
+    labels = np.array(discovery.embedded.labels, dtype=object)
+    names = [name for name in most_common(discovery.embedded.labels) if name]
+    styles: dict[str, int] = {}
+    for cluster in discovery.clusters:
+        if cluster.labels:
+            styles.setdefault(next(iter(cluster.labels)), cluster.number)
+    unused = (style for style in itertools.count() if style not in set(styles.values()))
+    for name in names:
+        if name not in styles:
+            styles[name] = next(unused)
+    found = [Group(name, np.flatnonzero(labels == name), styles[name]) for name in names]
+    return [*_rest(NO_SOURCE, np.flatnonzero(labels == "")), *found] if found else []
+
+
+def _rest(name: str, rows: NDArray[np.int64]) -> list[Group]:
+    return [Group(name, rows, None)] if len(rows) else []
+
+
+# ---- PNG ----
+
+
+def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Path) -> None:
+    """Draw the map into a PNG, each group's name at the median of its points. It appears complete or not at all.
+
+    Raises:
+        SteerMoEError: matplotlib is missing, or the file can't be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SteerMoEError(f"drawing needs matplotlib ({error}): pip install 'steermoe[discover]'") from error
+
+    places_B2 = discovery.clustering.map_B2
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots()
+    area = float(np.interp(len(places_B2), [FEW_POINTS, MANY_POINTS], [26, 3]))
+    for group in groups:
+        x, y = places_B2[group.rows].T
+        axes.scatter(
+            x,
+            y,
+            s=area if group.style is not None else area / 3,
+            c=group.colour,
+            marker=group.shape(0),
+            linewidths=0,
+            alpha=0.8 if group.style is not None else 0.5,
+            label=_plain(f"{group.name} ({len(group.rows):,})"),
+        )
+    axes.set_title(_plain(title), parse_math=False)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    axes.spines[:].set_color("#cccccc")
+    legend = figure.legend(
+        loc="outside right upper",
+        frameon=False,
+        fontsize=9,
+        markerscale=max(1.0, (30 / area) ** 0.5),
+        ncols=1 + len(groups) // 36,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    _name_places(axes, [group for group in groups if group.style is not None], places_B2)
+    _save(figure, path)
+
+
+def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float32]) -> None:
+    """Write each group's name where its points are; a name that would hide its points or another name goes up."""
+    from matplotlib.patheffects import withStroke
+
+    taken: list[tuple[float, float, float]] = []
+    figure = axes.figure
+    figure.draw_without_rendering()  # the layout fixes what a data unit is in pixels
+    line = 15 * figure.dpi / 72
+    spots = [(group, *_spot(axes.transData.transform(places_B2[group.rows]), line)) for group in groups]
+    for group, x, y in sorted(spots, key=lambda spot: spot[2]):
+        half = 0.3 * line * len(group.name) + 2
+        while any(abs(y - other_y) < line and abs(x - other_x) < half + other for other_x, other_y, other in taken):
+            y += line / 2
+        taken.append((x, y, half))
+        axes.annotate(
+            _plain(group.name),
+            axes.transData.inverted().transform((x, y)),
+            ha="center",
+            va="center",
+            fontsize=10,
+            fontweight="bold",
+            color="#222222",
+            annotation_clip=False,
+            parse_math=False,
+            path_effects=[withStroke(linewidth=3, foreground="white", alpha=0.85)],
+        )
+
+
+def _spot(points: NDArray[np.float64], line: float) -> tuple[float, float]:
+    """Where a group's name goes, in pixels: amid its points, or above them where they are too few lines high."""
+    x, y = np.median(points, axis=0)
+    top = float(points[:, 1].max())
+    return float(x), float(y) if top - points[:, 1].min() > SMALL_GROUP * line else top + line
+
+
+def _plain(text: str) -> str:
+    """Without control characters, which fonts lack."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import warnings
+
+    try:
+        with warnings.catch_warnings(), atomic_path(path) as partial:
+            warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks gets boxes
+            figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+    except OSError as error:
+        raise SteerMoEError(f"can't write the picture '{path}': {error.strerror}; name another folder") from error
+
+
+# ---- page ----
+
+
+def write_map(discovery: Discovery, title: str, path: Path) -> None:
+    """Write the map as a page that works without a network: hover over a point shows its text.
+
+    Raises:
+        SteerMoEError: plotly is missing. OSError: the file can't be written.
+    """
+    try:
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise SteerMoEError(f"the map page needs plotly ({error}): pip install 'steermoe[discover]'") from error
+
+    figure = go.Figure(layout=_layout(title))
+    by_cluster, by_source = cluster_groups(discovery), source_groups(discovery)
+    hovers = _hovers(discovery)
+    for group in (*by_cluster, *by_source):
+        figure.add_trace(_trace(group, discovery.clustering.map_B2, hovers))
+    for trace in figure.data[len(by_cluster) :]:
+        trace.visible = False
+    if by_source:
+        shown = [True] * len(by_cluster) + [False] * len(by_source)
+        figure.update_layout(updatemenus=[_buttons(shown)])
+    content = figure.to_html(include_plotlyjs=True, full_html=False, include_mathjax=False, config=PLOTLY)
+    with atomic_path(path) as partial:
+        partial.write_text(PAGE.format(title=html.escape(_plain(title)), figure=content), encoding="utf-8")
+
+
+def _trace(group: Group, places_B2: NDArray[np.float32], hovers: Sequence[str]) -> Any:
+    import plotly.graph_objects as go
+
+    kind = go.Scattergl if len(places_B2) >= WEBGL_FROM else go.Scatter
+    x, y = places_B2[group.rows].astype(float).round(3).T
+    size = float(np.interp(len(places_B2), [FEW_POINTS, MANY_POINTS], [9, 4]))
+    return kind(
+        x=x.tolist(),  # as lists: plotly would write arrays in base64, which no one can read or search
+        y=y.tolist(),
+        mode="markers",
+        name=f"{_marked(group.name)} ({len(group.rows):,})",
+        marker={
+            "color": group.colour,
+            "symbol": group.shape(1),
+            "size": size if group.style is not None else 0.6 * size,
+            "opacity": 0.8 if group.style is not None else 0.5,
+        },
+        hovertext=[hovers[row] for row in group.rows],
+        hoverinfo="text",
+    )
+
+
+def _hovers(discovery: Discovery) -> list[str]:
+    """What is shown of each text: id, cluster, source and its beginning, in plotly's kind of HTML."""
+    hovers = []
+    for text, label in zip(discovery.embedded.texts, discovery.clustering.labels, strict=True):
+        lines = [
+            f"<b>{_marked(text.id)}</b>",
+            f"cluster: {_marked(discovery.name_of(int(label)) or NO_CLUSTER)}",
+            *([f"source: {_marked(text.label)}"] if text.label else []),
+            *map(_marked, textwrap.wrap(excerpt(text.text, EXCERPT), EXCERPT_WIDTH)),
+        ]
+        hovers.append("<br>".join(lines))
+    return hovers
+
+
+def excerpt(text: str, length: int) -> str:
+    """The beginning of a text on one line, cut between words if there are any."""
+    beginning = " ".join(text[: 2 * length].split())
+    if len(beginning) <= length:
+        return beginning
+    words, _, last = beginning[:length].rpartition(" ")
+    return f"{words if words and len(last) < length / 4 else beginning[:length]} ..."
+
+
+def _marked(text: str) -> str:
+    """Text for plotly: its marks as entities, so that none is taken for HTML. It knows no entity for quotes."""
+    return html.escape(_plain(text), quote=False)
+
+
+def _layout(title: str) -> dict[str, Any]:
+    axis = {
+        "showgrid": False,
+        "zeroline": False,
+        "showticklabels": False,
+        "ticks": "",
+        "linecolor": "#cccccc",
+        "mirror": True,
+    }
+    return {
+        "title": {"text": _marked(title), "x": 0.02, "xanchor": "left"},
+        "template": "none",
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+        "margin": {"l": 40, "r": 20, "t": 70, "b": 40},
+        "legend": {"itemsizing": "constant"},
+        "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#222222"}},
+        "hovermode": "closest",
+        "dragmode": "pan",
+        "xaxis": {**axis, "title": {"text": "UMAP 1"}},
+        "yaxis": {**axis, "title": {"text": "UMAP 2"}, "scaleanchor": "x"},
+    }
+
+
+def _buttons(shown: Sequence[bool]) -> dict[str, Any]:
+    """Two buttons that show the clusters' traces or the sources'."""
+    choices = (("colour by cluster", list(shown)), ("colour by source", [not is_shown for is_shown in shown]))
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "x": 1.0,
+        "xanchor": "right",
+        "y": 1.02,
+        "yanchor": "bottom",
+        "buttons": [
+            {"label": label, "method": "restyle", "args": [{"visible": visible}]} for label, visible in choices
+        ],
+    }

@@ -1,0 +1,171 @@
+"""Clusters of synthetic routing: they are found, reproducible, numbered by size, and noise stays noise."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from steermoe.discovery import clustering
+from steermoe.discovery.clustering import METRICS, cluster, default_min_cluster_size, transform
+from steermoe.errors import CorpusError, SteerMoEError
+
+LAYERS, EXPERTS, TOKENS = 4, 8, 200
+
+
+def routing(sizes, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """Shares [B, L*N] of groups that prefer other experts each, and the group of each text, in a random order."""
+    random = np.random.default_rng(seed)
+    preferred = random.dirichlet(np.full(EXPERTS, 0.3), size=(len(sizes), LAYERS))
+    groups = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    rows = [
+        [random.multinomial(TOKENS, random.dirichlet(30 * layer + 0.1)) / TOKENS for layer in preferred[group]]
+        for group in groups
+    ]
+    return np.array(rows, dtype=np.float32).reshape(len(groups), -1), groups
+
+
+def agreement(labels, groups) -> float:
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    return sklearn_metrics.adjusted_rand_score(groups, labels)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _extra():
+    pytest.importorskip("umap")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dimensions", [2, 5])
+def test_groups_are_found_the_largest_first(metric, dimensions):
+    features, groups = routing([30, 60, 40])
+    found = cluster(features, metric=metric, cluster_dimensions=dimensions)
+    assert agreement(found.labels, groups) > 0.9
+    assert found.map_B2.shape == (130, 2)
+    assert found.map_B2.dtype == np.float32
+    sizes = np.bincount(found.labels[found.labels >= 0])
+    assert sizes.tolist() == sorted(sizes, reverse=True)
+    assert found.num_clusters == len(sizes) == 3
+    assert ((found.probabilities >= 0) & (found.probabilities <= 1)).all()
+    assert (found.probabilities[found.labels < 0] == 0).all()
+
+
+def test_the_seed_makes_it_reproducible():
+    features, _ = routing([20, 20, 20])
+    first, again, other = cluster(features), cluster(features), cluster(features, seed=1)
+    assert np.array_equal(first.map_B2, again.map_B2)
+    assert np.array_equal(first.labels, again.labels)
+    assert not np.array_equal(first.map_B2, other.map_B2)
+
+
+def test_two_dimensions_cluster_in_the_map_itself(monkeypatch):
+    laid_out = []
+    embed = clustering._embed
+
+    def keep(*arguments, **options):
+        laid_out.append(embed(*arguments, **options))
+        return laid_out[-1]
+
+    monkeypatch.setattr(clustering, "_embed", keep)
+    clustered_in = []
+    densest = clustering._densest
+    monkeypatch.setattr(clustering, "_densest", lambda at, size: (clustered_in.append(at), densest(at, size))[1])
+    found = cluster(routing([15, 15])[0], cluster_dimensions=2)
+    assert len(laid_out) == 1
+    assert clustered_in[0] is found.map_B2
+
+
+@pytest.mark.parametrize(("texts", "size"), [(6, 2), (29, 2), (60, 6), (100, 10), (1000, 32), (40_000, 200)])
+def test_default_size(texts, size):
+    assert default_min_cluster_size(texts) == size
+
+
+@pytest.mark.parametrize(("sizes", "dimensions"), [([3, 3], 5), ([2, 2, 2], 2), ([5, 4], 10), ([8, 8, 8], 5)])
+def test_few_texts(sizes, dimensions):
+    features, groups = routing(sizes, seed=1)
+    found = cluster(features, cluster_dimensions=dimensions)
+    assert agreement(found.labels, groups) > 0.6
+    assert np.isfinite(found.map_B2).all()
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, "give at least 6"), ({"min_cluster_size": 7}, "at least 21")])
+def test_too_few_texts(options, expected):
+    with pytest.raises(CorpusError, match=rf"5 texts are too few .*{expected}"):
+        cluster(routing([3, 2])[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"neighbours": 1}, "neighbours is 1: give 2 or more"),
+        ({"cluster_dimensions": 0}, "cluster_dimensions is 0"),
+        ({"min_cluster_size": 1}, "min_cluster_size is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"metric": "manhattan"}, "metric 'manhattan' is not known: take hellinger, euclidean, cosine"),
+    ],
+)
+def test_options_out_of_range(options, expected):
+    with pytest.raises(CorpusError, match=expected):
+        cluster(routing([10, 10])[0], **options)
+
+
+@pytest.mark.parametrize("texts", [6, 40])
+@pytest.mark.parametrize("value", [0.0, 0.125])
+def test_texts_that_are_all_alike_are_noise(texts, value):
+    found = cluster(np.full((texts, 32), value, dtype=np.float32))
+    assert found.num_clusters == 0
+    assert (found.labels == -1).all()
+    assert (found.map_B2 == 0).all()
+
+
+def test_copies_of_texts_do_no_harm():
+    features, groups = routing([2, 2])
+    found = cluster(np.repeat(features, 12, axis=0), min_cluster_size=8)
+    assert np.isfinite(found.map_B2).all()
+    assert all(len(set(found.labels[start : start + 12])) == 1 for start in range(0, 48, 12))
+
+
+def test_noise_is_assigned_to_the_nearest_mean_on_demand(monkeypatch):
+    features = np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 2, 2, 0]] + 0.01
+    features[6, 1] += 0.2
+    labels = np.array([0, 0, 1, 1, 2, 2, -1])
+    monkeypatch.setattr(clustering, "_densest", lambda at, size: (labels, np.where(labels < 0, 0.0, 1.0)))
+    left, assigned = cluster(features), cluster(features, assign_noise=True)
+    assert left.labels.tolist() == labels.tolist()
+    assert assigned.labels.tolist() == [0, 0, 1, 1, 2, 2, 0]
+    assert assigned.probabilities[6] == 0
+    assert assigned.was_noise.tolist() == left.was_noise.tolist() == [False] * 6 + [True]
+
+
+def test_noise_stays_noise_where_there_is_no_cluster(monkeypatch):
+    nothing = np.full(20, -1)
+    monkeypatch.setattr(clustering, "_densest", lambda at, size: (nothing, np.zeros(20)))
+    assert (cluster(routing([10, 10])[0], assign_noise=True).labels == -1).all()
+
+
+def test_transforms():
+    shares = np.array([[0.25, 0.75], [1.0, 0.0]], dtype=np.float32)
+    assert np.allclose(transform(shares, "hellinger") ** 2, shares)
+    assert np.allclose(np.linalg.norm(transform(shares, "hellinger"), axis=1), 1)
+    assert np.allclose(np.linalg.norm(transform(shares, "cosine"), axis=1), 1)
+    assert transform(shares, "euclidean") is shares
+    assert not np.isnan(transform(np.zeros((2, 2), dtype=np.float32), "cosine")).any()
+
+
+def test_hellinger_is_for_shares():
+    with pytest.raises(CorpusError, match=r"go down to -0.5 .*take metric cosine or euclidean"):
+        transform(np.array([[0.5, -0.5]], dtype=np.float32), "hellinger")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_broken_embeddings(metric):
+    with pytest.raises(CorpusError, match="NaN or infinity"):
+        transform(np.array([[0.5, np.nan]], dtype=np.float32), metric)
+
+
+@pytest.mark.parametrize(("module", "package"), [("umap", "umap-learn"), ("sklearn.cluster", "scikit-learn")])
+def test_a_library_is_missing(monkeypatch, module, package):
+    if module != "umap":
+        monkeypatch.setattr(clustering, "_embed", lambda points, *rest, **options: points[:, :2])
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SteerMoEError, match=rf"needs {package} .*pip install 'steermoe\[discover\]'"):
+        cluster(routing([10, 10])[0])
