@@ -1,9 +1,9 @@
 """How well domains are found, and how fast texts are embedded: `make bench-discovery`, or
 `python benchmarks/discovery.py [--work DIR] [--json FILE] [--only clusters ...]`.
 
-All on the default model and the repository's stories, without their openings. Parts: `clusters` (agreement with the true
-topics, keywords), `heldout` (the same on stories that neither model nor vectors have seen), `steering`
-(discovered against labelled vectors), `speed` (A B A B in one process), `memory` (400 against 40,000 texts).
+All on the default model and the repository's stories, without their openings. Parts: `clusters` (agreement with the
+true topics, keywords), `heldout` (the same on stories that neither model nor vectors have seen), `steering` (discovered
+against labelled vectors), `speed` (A B A B in one process), `memory` (400 against 40,000 texts).
 """
 
 import argparse

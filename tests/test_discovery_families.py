@@ -5,7 +5,7 @@ import json
 import pytest
 
 from steermoe import library, models
-from steermoe.steering import plan_for, steer
+from steermoe.steering import steer
 from tests import steering_models, tiny_models
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe"]
@@ -44,6 +44,6 @@ def test_embed_discover_steer(run, corpus, tmp_path, family):
     for path in paths:
         vector = library.load_vector(path, loaded.model)
         assert vector.info.architecture == family
-        with steer(loaded.model, plan_for(vector, 6.0)) as steering:
+        with steer(loaded.model, vector, strength=6.0) as steering:
             loaded.model.generate(**loaded.tokenizer("abc", return_tensors="pt"), max_new_tokens=3, do_sample=False)
         assert steering.report().tokens_steered > 0
