@@ -1,11 +1,12 @@
 """`vectors build` and `vectors mix` on the tiny checkpoint: files, lists, refusals."""
 
 import json
+import shutil
 
 import pytest
 
 from steermoe import library
-from steermoe.vectors import mix
+from steermoe.vectors import VectorInfo, mix
 
 
 @pytest.fixture
@@ -45,6 +46,65 @@ def test_build_against_tells_lists_that_generate_takes(run, tiny_checkpoint, tex
     assert force == " ".join(f"--force {e['layer']}:{e['expert']}" for e in record["force"])
 
 
+@pytest.fixture
+def labelled(texts):
+    """One file with texts of three labels."""
+    records = [("Sport", "A goal!"), ("food", "Salt and a pan."), ("law", "0123456789"), ("law", "(1) (2)")]
+    lines = [json.dumps({"text": text, "kind": kind}) for kind, text in records]
+    (texts / "all.jsonl").write_text("\n".join([*lines, "{broken"]))
+    return texts
+
+
+def test_build_takes_the_records_of_a_label(run, tiny_checkpoint, labelled):
+    arguments = ["vectors", "build", "--texts", "sport=all.jsonl", "--label-field", "kind", "--model", tiny_checkpoint]
+    result = run(*arguments, "--texts", "law=all.jsonl", "--threshold", "1.1")
+    assert result.code == 0, result.err
+    assert [library.load_vector(domain).info.texts for domain in ("sport", "law")] == [1, 2]
+    assert result.err.count("left out: all.jsonl:5: is not JSON") == 1
+    (record,) = json.loads(
+        run(*arguments, "--against", "all.jsonl", "--min-difference", "0.02", "--force", "--json").out
+    )
+    assert record["texts"] == 1
+    missing = run("vectors", "build", "--texts", "chess=all.jsonl", "--label-field", "kind", "--model", "none")
+    assert "no text whose 'kind' is 'chess', there are 'Sport', 'food', 'law'" in missing.err
+    names = [argument for kind in ("sport", "food", "law") for argument in ("--texts", f"{kind}=all.jsonl")]
+    nothing = run("vectors", "build", *names, "--against", "all.jsonl", "--label-field", "kind", "--model", "none")
+    assert "has only texts whose 'kind' is sport, food, law" in nothing.err
+
+
+def test_the_label_field_changes_what_is_contrasted(run, tiny_checkpoint, labelled):
+    """The others are those of no domain: a contrast of a file against itself would be nothing."""
+    arguments = ["vectors", "build", "--texts", "sport=all.jsonl", "--against", "all.jsonl", "--model", tiny_checkpoint]
+    assert "route alike" in run(*arguments).err
+    assert run(*arguments, "--label-field", "kind").code == 0
+
+
+def test_the_folder_is_called_as_the_model(run, tiny_checkpoint, texts, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint)
+    arguments = ["--texts", f"sport={texts}/sport", "--threshold", "1.1", "--model", "."]
+    try:
+        assert run("vectors", "build", *arguments).out == "steering_vectors/tiny-mixtral/sport.safetensors\n"
+    finally:
+        shutil.rmtree(tiny_checkpoint / "steering_vectors", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "sport.safetensors"], "give a folder"),
+        (["--output", "sport/0.txt"], "sport/0.txt' is no folder that can be written to"),
+        (["--output", "sport/0.txt/deeper"], "sport/0.txt' is no folder that can be written to"),
+        (["--against", "none"], "no corpus at 'none'"),
+        (["--texts", "food="], "write a domain and where its texts are"),
+    ],
+)
+def test_build_refuses_before_the_model_is_loaded(run, texts, arguments, message):
+    result = run("vectors", "build", "--texts", "sport=sport", *arguments, "--model", "no-such-model")
+    assert result.code == 1
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +137,16 @@ def test_mix_keeps_where_it_comes_from(run, make_vector, bare_search_path):
     assert "mixed from" in run("vectors", "show", "picnic").out
     assert "is there already" in run("vectors", "mix", "sport", "-o", "picnic").err
     assert run("vectors", "mix", "sport", "-o", "my/own.safetensors").out == "my/own.safetensors\n"
+
+
+def test_mixtures_go_to_the_folder_of_their_model(run, make_vector, bare_search_path):
+    """Wherever the parts are: here in no model's folder."""
+    library.write_vector(make_vector("sport"), bare_search_path / "steering_vectors" / "sport.safetensors")
+    library.write_vector(make_vector("food", info=VectorInfo()), bare_search_path / "mine" / "food.safetensors")
+    assert run("vectors", "mix", "sport=2", "-o", "much").out == "steering_vectors/tiny-mixtral/much.safetensors\n"
+    assert (
+        run("vectors", "mix", "mine/food.safetensors", "-o", "meal").out == "steering_vectors/mine/meal.safetensors\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """`steermoe models`: the families, the default model's folder, and the card of a checkpoint."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from steermoe import models
+from steermoe.cli.models import _some
+from steermoe.discovery.health import routing_health
 from steermoe.errors import ModelError
 from steermoe.families import list_families
 
@@ -118,6 +121,98 @@ def test_inspect_a_dense_model(run, tmp_path):
     assert code == 0
     assert "no: LlamaForCausalLM has no router to steer: it is a dense model" in out
     assert "experts a layer" not in out
+
+
+STORIES = {"0.txt": "A goal!", "1.txt": "The team ran and ran until it rained.", "2.txt": "x"}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of three texts and an empty one."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in {**STORIES, "empty.txt": ""}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_inspect_texts(run, tiny_checkpoint, tiny_model, texts):
+    code, out, err = run("models", "inspect", tiny_checkpoint, "--texts", texts, "--dtype", "float32")
+    header, *lines = out.splitlines()
+    health = routing_health(tiny_model, list(STORIES.values()))
+    assert code == 0
+    assert header.split() == ["layer", "balance", "loss", "entropy", "busiest", "never", "used", "always", "used"]
+    assert len(lines) == len(health.layers)
+    for line, layer in zip(lines, health.layers, strict=True):
+        cells = [str(layer.layer), f"{layer.balance_loss:.2f}", f"{layer.evenness:.0%}"]
+        assert line.split()[:5] == [*cells, f"{layer.busiest}:", f"{layer.max_to_mean:.1f}x"]
+    assert "left out: empty.txt: is empty" in err
+    assert f"45 tokens of 3 texts; mean balance loss {health.balance_loss:.2f}" in err
+
+
+def test_inspect_texts_as_json_and_picture(run, tiny_checkpoint, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "load.png"
+    code, out, err = run("models", "inspect", tiny_checkpoint, "--texts", texts, "--json", "--png", picture)
+    record = json.loads(out)
+    assert code == 0
+    assert (record["tokens"], record["texts"], len(record["layers"])) == (45, 3, 3)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"drawn in {picture}" in err
+
+
+def test_inspect_records(run, tiny_checkpoint, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "A goal!"}\n{"text": "x"}\n')
+    arguments = ("--texts", tmp_path / "a.jsonl", "--text-field", "body", "--max-tokens", "4", "--json")
+    code, out, err = run("models", "inspect", tiny_checkpoint, *arguments)
+    record = json.loads(out)
+    assert (code, record["texts"], record["tokens"]) == (0, 1, 4)
+    assert "left out: a.jsonl:2: no field 'body'" in err
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_answer(run, tiny_checkpoint, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, out, err = run("models", "inspect", tiny_checkpoint, "--texts", texts, "--png", tmp_path / "none" / "x.png")
+    assert code == 1
+    assert len(out.splitlines()) == 4
+    assert "steermoe: can't write the picture" in err
+
+
+def test_without_matplotlib_nothing_is_run(run, tiny_checkpoint, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run("models", "inspect", tiny_checkpoint, "--texts", texts, "--png", tmp_path / "x.png")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "pip install 'steermoe[plot]'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--png", "x.png"], "pass --texts CORPUS too"),
+        (["--texts", "none"], "no corpus at 'none'"),
+        (["--texts", "."], "'.' holds no texts"),
+    ],
+)
+def test_inspect_refuses_texts(run, bare_search_path, tiny_checkpoint, arguments, message):
+    code, out, err = run("models", "inspect", tiny_checkpoint, *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("experts", "shown"),
+    [
+        ((), ""),
+        ((3, 7), "3, 7"),
+        (range(8), "0, 1, 2, 3, 4, 5, 6, 7"),
+        (range(48), "0, 1, 2, 3, 4, 5, 6, 7 and 40 more"),
+    ],
+)
+def test_long_lists_of_experts_are_cut(experts, shown):
+    assert _some(tuple(experts)) == shown
 
 
 @pytest.mark.parametrize(

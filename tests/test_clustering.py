@@ -118,7 +118,7 @@ def test_texts_that_are_all_alike_are_noise(texts, value):
 
 
 def test_copies_of_texts_do_no_harm():
-    features, groups = routing([2, 2])
+    features, _ = routing([2, 2])
     found = cluster(np.repeat(features, 12, axis=0), min_cluster_size=8)
     assert np.isfinite(found.map_B2).all()
     assert all(len(set(found.labels[start : start + 12])) == 1 for start in range(0, 48, 12))

@@ -135,18 +135,6 @@ def test_damaged_parquet_is_told(tmp_path):
     assert [problem.file for problem in corpus.problems] == ["a.parquet"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_can_not_be_read_is_an_error(tmp_path):
-    write(tmp_path / "a.txt", "good")
-    locked = write(tmp_path / "sport" / "b.txt", "x").parent
-    locked.chmod(0)
-    try:
-        with pytest.raises(CorpusError, match=r"can't read '.*sport': Permission denied"):
-            list(Corpus(tmp_path))
-    finally:
-        locked.chmod(0o700)
-
-
 def test_an_unlistable_folder_is_an_error(tmp_path, monkeypatch):
     write(tmp_path / "sport" / "a.txt", "x")
     listing = os.scandir
@@ -217,7 +205,7 @@ def test_empty_corpora_are_errors(tmp_path):
         list(Corpus(tmp_path))
     write(tmp_path / "t.jsonl", "")
     write(tmp_path / "a.pdf", "x")
-    with pytest.raises(CorpusError, match="1 files of other kinds"):
+    with pytest.raises(CorpusError, match="files of other kinds: 1"):
         list(Corpus(tmp_path))
     with pytest.raises(CorpusError, match="no corpus at"):
         Corpus(tmp_path / "none")

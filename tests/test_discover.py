@@ -1,4 +1,4 @@
-"""From embedded texts to domains: vectors are the clusters' mean routing, names are fit for files, labels are counted."""
+"""From embedded texts to domains: vectors are the clusters' mean routing, names fit for files, labels counted."""
 
 import hashlib
 import sys

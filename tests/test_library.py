@@ -39,6 +39,7 @@ FULL_INFO = VectorInfo(
     corpus_sha256="ab" * 32,
     created_by="a test",
     licence="Apache-2.0",
+    parts=("sport=0.7 sha256:0123456789ab", "food=-0.3"),
 )
 
 

@@ -154,6 +154,15 @@ def test_mixture_says_what_it_is_of():
     assert mixed.info.title == "0.5 sport + 1 food"
     assert mix([(sport, 1.0), (food, -1.0)]).info.keywords == ("team",)  # what is steered away from is no keyword
     assert mix([(sport, 1.0), (vector("law"), 1.0)]).info.strength is None
+    assert mixed.info.parts == ("sport=0.5", "food=1")
+
+
+def test_mixture_sums_what_is_known_of_all_parts():
+    sport = vector(info=VectorInfo(texts=3, tokens=40, licence="MIT"))
+    food = vector("food", info=VectorInfo(texts=2, licence="MIT"))
+    mixed = mix([(sport, 0.5), (food, 1.0)])
+    assert (mixed.info.texts, mixed.info.tokens, mixed.info.licence) == (5, None, "MIT")
+    assert mix([(sport, 0.5), (vector("law"), 1.0)]).info.licence == ""
 
 
 def test_mixture_of_one():

@@ -6,19 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steermoe.cli import options as o
-from steermoe.cli.embed import LabelField, MaxTokens, TextField, tell_problems
+from steermoe.cli.embed import MaxTokens, TextField, tell_problems
 
 if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
     from steermoe.discovery.labelled import Contrast
+    from steermoe.discovery.store import Text
     from steermoe.vectors import SteeringVector
 
 EXAMPLES = """Examples:
 
 steermoe vectors build --texts sport=texts/sport --texts food=recipes.jsonl --threshold 1.5
 
-steermoe vectors build --texts chess=chess.txt --against other.jsonl --lists 20 -o my_vectors
+steermoe vectors build --texts chess=chess.jsonl --against other.jsonl --lists 20 -o my_vectors
+
+steermoe vectors build --texts sport=news.csv --against news.csv --label-field kind
 """
+MAX_LABELS = 8
+"""So many labels are named where a domain's isn't among them."""
 
 
 def build(
@@ -42,7 +47,13 @@ def build(
     ] = 0.1,
     lists: Annotated[int, typer.Option(min=0, help="With --against: experts to force and to ban that are told.")] = 10,
     text_field: TextField = "text",
-    label_field: LabelField = None,
+    label_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Take only the records in which this field is the domain's name; with --against, those of no domain.",
+            rich_help_panel="Corpus",
+        ),
+    ] = None,
     max_tokens: MaxTokens = 512,
     model: o.Model = None,
     dtype: o.Dtype = "auto",
@@ -59,15 +70,8 @@ def build(
     sources = dict(_parse_source(text) for text in texts)
     if len(sources) < len(texts):
         raise VectorError(f"--texts names a domain twice ({', '.join(texts)}): join its texts in one folder")
-    group = Path(model).stem if model is not None and model.endswith(".gguf") else Path(model or _default_name()).name
-    folder = output or Path("steering_vectors") / group
-    paths = {domain: folder / f"{domain}{library.SUFFIX}" for domain in sources}
-    if there := [path for path in paths.values() if path.exists() and not force]:
-        raise VectorError(
-            f"'{there[0]}' is there already: pass --force to overwrite it, or --output for another folder"
-        )
-    corpora = {domain: _read(path, text_field, label_field) for domain, path in sources.items()}
-    others = _read(against, text_field, label_field) if against is not None else []
+    paths = _targets(list(sources), output or Path("steering_vectors") / _group(model), force)
+    corpora, others = _read_all(sources, against, text_field, label_field)
     loaded = o.load_model(model, dtype, device_map, trust_remote_code)
     from steermoe.discovery import labelled
 
@@ -101,10 +105,36 @@ def build(
             _print_lists(contrast)
 
 
-def _default_name() -> str:
+def _group(model: str | None) -> str:
+    """The folder of a model's vectors is called as the model is."""
     from steermoe.models import DEFAULT_MODEL
 
-    return DEFAULT_MODEL
+    path = Path(model or DEFAULT_MODEL).resolve()
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
+
+
+def _targets(domains: list[str], folder: Path, force: bool) -> dict[str, Path]:
+    """Where each domain's vector goes.
+
+    Raises:
+        VectorError: it can't be written there, which is better known before the long work.
+    """
+    import os
+
+    from steermoe.errors import VectorError
+    from steermoe.library import SUFFIX
+
+    if folder.suffix == SUFFIX:
+        raise VectorError(f"--output '{folder}' is a file's name: give a folder, each domain gets a file in it")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise VectorError(f"can't write to '{folder}': '{there}' is no folder that can be written to; name another")
+    paths = {domain: folder / f"{domain}{SUFFIX}" for domain in domains}
+    if taken := [path for path in paths.values() if path.exists() and not force]:
+        raise VectorError(
+            f"'{taken[0]}' is there already: pass --force to overwrite it, or --output for another folder"
+        )
+    return paths
 
 
 def _parse_source(text: str) -> tuple[str, Path]:
@@ -118,13 +148,49 @@ def _parse_source(text: str) -> tuple[str, Path]:
     return check_domain_name(domain), Path(path)
 
 
-def _read(path: Path, text_field: str, label_field: str | None) -> list[str]:
+def _read_all(
+    sources: dict[str, Path], against: Path | None, text_field: str, label_field: str | None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Each domain's texts, and the others. A path that is named several times is read once.
+
+    Raises:
+        CorpusError: one can't be read, or holds no text of the label that is wanted.
+    """
+    from steermoe.cli import console
     from steermoe.discovery.corpus import Corpus
 
-    corpus = Corpus(path, text_field=text_field, label_field=label_field)
-    found = [text.text for text in corpus]
-    tell_problems(corpus)
-    return found
+    places = [*sources.values(), *([against] if against is not None else [])]
+    corpora = {place: Corpus(place, text_field=text_field, label_field=label_field) for place in places}
+    with console.working("Reading the texts ..."):
+        read = {place: list(corpus) for place, corpus in corpora.items()}
+    for corpus in corpora.values():
+        tell_problems(corpus)
+    if label_field is None:
+        texts = {place: [text.text for text in found] for place, found in read.items()}
+        return {domain: texts[place] for domain, place in sources.items()}, texts[against] if against else []
+    own = {domain: _of_label(place, read[place], label_field, domain) for domain, place in sources.items()}
+    return own, _of_no_domain(against, read[against], label_field, list(sources)) if against else []
+
+
+def _of_label(path: Path, texts: "list[Text]", label_field: str, domain: str) -> list[str]:
+    from steermoe.errors import CorpusError
+
+    if found := [text.text for text in texts if text.label.lower() == domain]:
+        return found
+    labels = sorted({text.label for text in texts})
+    more = ", ..." if len(labels) > MAX_LABELS else ""
+    raise CorpusError(
+        f"'{path}' has no text whose '{label_field}' is '{domain}', there are "
+        f"{', '.join(map(repr, labels[:MAX_LABELS]))}{more}: name the domain as one of them, or leave out --label-field"
+    )
+
+
+def _of_no_domain(path: Path, texts: "list[Text]", label_field: str, domains: list[str]) -> list[str]:
+    from steermoe.errors import CorpusError
+
+    if found := [text.text for text in texts if text.label.lower() not in domains]:
+        return found
+    raise CorpusError(f"--against '{path}' has only texts whose '{label_field}' is {', '.join(domains)}: give others")
 
 
 def _record(path: Path, contrast: "Contrast | None" = None) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def discover(
     else:
         store = _embed(source, output, text_field, label_field, max_tokens, model, dtype, device_map, trust_remote_code)
     if not store.meta.complete:
-        console.err.print(f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at")
+        console.err.print(
+            f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
+        )
     from steermoe.discovery.discover import discover as find_domains
 
     with console.err.status("Reading the embeddings ...") as status:

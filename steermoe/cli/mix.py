@@ -39,7 +39,8 @@ def mix(
     files = [library.find_vector(name, folder=vectors, group=group)[0] for name, _ in named]
     is_path = output.endswith(library.SUFFIX)
     domain = library.check_domain_name(Path(output).name.removesuffix(library.SUFFIX) if is_path else output)
-    path = Path(output) if is_path else Path("steering_vectors") / files[0].parent.name / f"{domain}{library.SUFFIX}"
+    folder = group or Path(library.read_header(files[0]).info.model).name or files[0].parent.name
+    path = Path(output) if is_path else Path("steering_vectors") / folder / f"{domain}{library.SUFFIX}"
     if path.exists() and not force:
         raise VectorError(f"'{path}' is there already: pass --force to overwrite it, or --output for another name")
     read = [(library.read_vector(file), weight) for file, (_, weight) in zip(files, named, strict=True)]

@@ -84,7 +84,7 @@ class Corpus:
         except OSError as error:
             raise CorpusError(f"can't read '{error.filename or self.path}': {error.strerror or error}") from error
         if not found:
-            others = f", {self.num_ignored} files of other kinds are there" if self.num_ignored else ""
+            others = f", files of other kinds: {self.num_ignored}" if self.num_ignored else ""
             first = f"; the first problem: {self.problems[0]} (--text-field names the field)" if self.problems else ""
             raise CorpusError(f"'{self.path}' holds no texts ({', '.join(READERS)} are read{others}){first}")
 

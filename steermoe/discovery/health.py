@@ -94,6 +94,8 @@ def routing_health(
 ) -> RoutingHealth:
     """Measure the load of a model's routers, every token counting the same.
 
+    It is the unsteered model's: only what the routers need is run, not the model that steering is attached to.
+
     Args:
         loaded: the model with its tokenizer.
         texts: what to run, read once and in parts; balance is a matter of the texts as much as of the model.

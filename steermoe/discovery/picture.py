@@ -6,6 +6,7 @@ Shapes: B texts.
 import html
 import itertools
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +155,10 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _name_places(axes, [group for group in groups if group.style is not None], places_B2)
-    _save(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks gets boxes
+        _name_places(axes, [group for group in groups if group.style is not None], places_B2)
+        _save(figure, path)
 
 
 def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float32]) -> None:
@@ -199,11 +202,8 @@ def _plain(text: str) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    import warnings
-
     try:
-        with warnings.catch_warnings(), atomic_path(path) as partial:
-            warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks gets boxes
+        with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
         raise SteerMoEError(f"can't write the picture '{path}': {error.strerror}; name another folder") from error
