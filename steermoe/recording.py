@@ -125,13 +125,22 @@ class RoutingRecord:
                 f"router '{router.name}' saw {len(logits_TN)} tokens where the batch has {wanted_BS.numel()}: "
                 "texts can't be told apart in this model; record them one by one"
             )
-        scores_TN = logits_TN.sigmoid() if kind == "sigmoid" else logits_TN.softmax(-1)
+        scores_TN = _scores(logits_TN, kind)
         scores_TN = (scores_TN / scores_TN.sum(-1, keepdim=True)).cpu().double()
         sums_BN = torch.einsum("bsn,bs->bn", scores_TN.view(*wanted_BS.shape, -1), wanted_BS.double())
         assert self.counts is not None
         if self.probability_sums is None:
             self.probability_sums = torch.zeros(self.counts.shape, dtype=torch.float64)
         self.probability_sums[:, number, : router.num_experts] += sums_BN
+
+
+def _scores(logits: Tensor, kind: str) -> Tensor:
+    """The scores of logits [T, N], as `scoring` calls them; softmax where it can't tell."""
+    if kind == "sigmoid":
+        return logits.sigmoid()
+    if kind == "sqrtsoftplus":
+        return nn.functional.softplus(logits).sqrt()
+    return logits.softmax(-1)
 
 
 class _LogitsWatcher:

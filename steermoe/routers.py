@@ -239,15 +239,19 @@ def _unmask_skipped(router: Router, indices: Tensor, weights: Tensor | None) -> 
 
 
 def scoring(router: Any, config: Any) -> str:
-    """How the weights come from the logits: as the configuration says, else as the router's source does it."""
-    named = getattr(config, "scoring_func", None)
-    if named in ("softmax", "sigmoid"):
-        return named
+    """How scores come from the logits: as the configuration says, else as the router's source does it.
+
+    One of "softmax", "sigmoid" and "sqrtsoftplus"; "unknown" where neither tells.
+    """
+    for key in ("scoring_func", "expert_selection_fn"):
+        if getattr(config, key, None) in ("softmax", "sigmoid", "sqrtsoftplus"):
+            return getattr(config, key)
     try:
         source = inspect.getsource(type(router))
     except (OSError, TypeError):
         return "unknown"
-    found = [word for word in ("sigmoid", "softmax") if word in source]
+    code = re.sub(r"#.*", "", source)  # comments say what it is not: "sigmoid instead of softmax"
+    found = [word for word in ("sigmoid", "softmax") if word in code]
     return found[0] if len(found) == 1 else "unknown" if not found else "/".join(found)
 
 

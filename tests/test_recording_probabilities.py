@@ -86,3 +86,25 @@ def test_probabilities_that_were_not_asked_for():
         model(**tokens(model))
     with pytest.raises(SteeringError, match="probabilities=True"):
         record.mean_probability()
+
+
+@pytest.mark.parametrize(
+    ("family", "quirks"),
+    [
+        *[(family, {}) for family in (*SOFTMAX, "deepseek_v3", "laguna", "minimax_m3_vl", "step3p7", "deepseek_v4")],
+        *[("cohere2_moe", {"expert_selection_fn": kind}) for kind in ("softmax", "sigmoid")],
+    ],
+)
+def test_probabilities_of_the_chosen_are_to_each_other_as_their_weights(family, quirks):
+    """What the router weighs its experts by tells its scoring, whatever its source and configuration say."""
+    model = build(family, **quirks)
+    router = find_routers(model)[0]
+    returned = []
+    handle = router.module.register_forward_hook(lambda module, args, output: returned.append(output))
+    with torch.no_grad(), record_routing(model, probabilities=True) as record:
+        model(**tokens(model, length=1))
+    handle.remove()
+    _, weights, chosen = returned[0][:3]
+    expected = weights[0].float() / weights[0].float().sum()
+    recorded = record.mean_probability()[0, 0][chosen[0]]
+    assert torch.allclose(recorded / recorded.sum(), expected, atol=1e-5)

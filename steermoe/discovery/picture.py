@@ -28,7 +28,7 @@ DOTS_PER_INCH = 150
 WEBGL_FROM = 2000
 """So many points are drawn by the graphics card; as single SVG shapes they would stall the browser."""
 EXCERPT, EXCERPT_WIDTH = 240, 60
-"""Characters of a text in the hover, and a line of it."""
+"""Characters of a text in the hover (half as many where there are many points), and of a line of it."""
 NO_CLUSTER, NO_SOURCE = "in no cluster", "source unknown"
 SMALL_GROUP = 4
 """In lines of text: the name of a group that is no higher stands above it."""
@@ -143,6 +143,7 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
             label=_plain(f"{group.name} ({len(group.rows):,})"),
         )
     axes.set_title(_plain(title), parse_math=False)
+    axes.margins(0.1)  # room for names at the edges
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.spines[:].set_color("#cccccc")
@@ -263,12 +264,13 @@ def _trace(group: Group, places_B2: NDArray[np.float32], hovers: Sequence[str]) 
 def _hovers(discovery: Discovery) -> list[str]:
     """What is shown of each text: id, cluster, source and its beginning, in plotly's kind of HTML."""
     hovers = []
+    length = EXCERPT if len(discovery.embedded) < WEBGL_FROM else EXCERPT // 2  # 40,000 texts are 30 MB even so
     for text, label in zip(discovery.embedded.texts, discovery.clustering.labels, strict=True):
         lines = [
             f"<b>{_marked(text.id)}</b>",
             f"cluster: {_marked(discovery.name_of(int(label)) or NO_CLUSTER)}",
             *([f"source: {_marked(text.label)}"] if text.label else []),
-            *map(_marked, textwrap.wrap(excerpt(text.text, EXCERPT), EXCERPT_WIDTH)),
+            *map(_marked, textwrap.wrap(excerpt(text.text, length), EXCERPT_WIDTH)),
         ]
         hovers.append("<br>".join(lines))
     return hovers
