@@ -159,7 +159,7 @@ class Embedder:
 
 @contextmanager
 def embedder(loaded: LoadedModel, options: EmbeddingOptions | None = None) -> Iterator[Embedder]:
-    """An `Embedder`. While it is open the model can't be used for anything else, and steering attached to it does not count."""
+    """An `Embedder`. While it is open the model can't be used otherwise; steering attached to it has no part in it."""
     options = options or EmbeddingOptions()
     inner = _without_head(loaded.model)
     with ExitStack() as undo:
