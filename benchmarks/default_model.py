@@ -19,11 +19,11 @@ from measures import continue_openings, negative_log_likelihood, openings, perpl
 from rich.console import Console
 from rich.table import Table
 
-from steermoe.building import routing_embeddings
 from steermoe.default_model import spec
 from steermoe.default_model.assemble import assemble, upcycle
 from steermoe.default_model.base import fetch, load_base
 from steermoe.default_model.stories import domain_words, load_stories
+from steermoe.discovery.building import routing_embeddings
 from steermoe.library import load_vector
 from steermoe.models import load
 from steermoe.steering import plan_for

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steermoe.building import routing_embeddings, vector_from_texts
+    from steermoe.discovery.building import routing_embeddings, vector_from_texts
     from steermoe.engines.base import Completion, Request, Sampling
     from steermoe.engines.hf import HFEngine
     from steermoe.errors import SteerMoEError
@@ -53,9 +53,9 @@ _HOME = {
     "pull": "models",
     "read_vector": "library",
     "record_routing": "recording",
-    "routing_embeddings": "building",
+    "routing_embeddings": "discovery.building",
     "steer": "steering",
-    "vector_from_texts": "building",
+    "vector_from_texts": "discovery.building",
     "write_vector": "library",
 }
 

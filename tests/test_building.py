@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steermoe.building import routing_embeddings, vector_from_texts
+from steermoe.discovery.building import routing_embeddings, vector_from_texts
 from steermoe.errors import VectorError
 from steermoe.recording import record_routing
 

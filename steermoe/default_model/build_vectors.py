@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from steermoe.building import routing_embeddings, vector_info
 from steermoe.default_model import spec
 from steermoe.default_model.stories import Story, domain_words, load_stories
+from steermoe.discovery.building import routing_embeddings, vector_info
 from steermoe.library import read_vector, write_vector
 from steermoe.models import LoadedModel, load
 from steermoe.vectors import SteeringVector

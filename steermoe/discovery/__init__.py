@@ -2,5 +2,6 @@
 
 `corpus` reads texts, `embedding` turns them into routing embeddings, `store` keeps those on disk, `clustering` finds
 groups of them, `keywords` names the groups, `discover` makes a vector of each, `report` and `picture` show them;
-`contrast` compares two sets of texts, `health` tells how a model's routers share their load.
+`building` and `labelled` make vectors of texts whose domains are known, `contrast` compares two sets of texts, `health`
+tells how a model's routers share their load.
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steermoe.building import routing_embeddings, vector_info
+from steermoe.discovery.building import routing_embeddings, vector_info
 from steermoe.discovery.contrast import (
     MIN_DIFFERENCE,
     Expert,
