@@ -198,21 +198,23 @@ from steermoe.default_model.stories import load_stories
 from steermoe.models import load
 stories = [story.rest for story in load_stories()]
 texts = (Text(f"t{n}", stories[n % len(stories)]) for n in range(int(sys.argv[1])))
-embed_corpus(load(), texts, sys.argv[2], EmbeddingOptions(max_tokens=4))
+embed_corpus(load(dtype=sys.argv[3]), texts, sys.argv[2], EmbeddingOptions(max_tokens=4))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
 def measure_memory(report: Report) -> None:
     """Peak memory of a process that embeds 400 and 40,000 texts, 4 tokens of each read."""
-    peaks = {}
-    for count in (400, 40_000):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-c", MEASURED, str(count), folder]
-            peaks[count] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ratio = peaks[40_000] / peaks[400]
-    shown = f"{peaks[40_000]:.0f} MiB against {peaks[400]:.0f}, ratio {ratio:.3f}"
-    report.add("peak memory, 40,000 against 400 texts", peaks, shown, "no higher (1% noise)", ratio <= 1.01)
+    for dtype in ("float32", "bfloat16"):
+        peaks = {}
+        for count in (400, 40_000):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-c", MEASURED, str(count), folder, dtype]
+                peaks[count] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        ratio = peaks[40_000] / peaks[400]
+        shown = f"{peaks[40_000]:.0f} MiB against {peaks[400]:.0f}, ratio {ratio:.3f}"
+        name = f"peak memory, 40,000 against 400 texts, {dtype}"
+        report.add(name, peaks, shown, "no higher (1% noise)", ratio <= 1.01)
 
 
 def main() -> None:
