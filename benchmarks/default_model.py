@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from measures import continue_openings, negative_log_likelihood, openings, perplexity, repeated_4grams, success_rate
+from measures import continue_openings, negative_log_likelihood, perplexity, repeated_4grams, success_rate
 from rich.console import Console
 from rich.table import Table
 
 from steermoe.default_model import spec
 from steermoe.default_model.assemble import assemble, upcycle
 from steermoe.default_model.base import fetch, load_base
-from steermoe.default_model.stories import domain_words, load_stories
+from steermoe.default_model.stories import domain_words, load_stories, openings
 from steermoe.discovery.building import routing_embeddings
 from steermoe.library import load_vector
 from steermoe.models import load

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measures import continue_openings, openings, success_rate
+from measures import continue_openings, success_rate
 from rich.console import Console
 from rich.table import Table
 
 from steermoe.default_model import spec
-from steermoe.default_model.stories import domain_words, load_stories
+from steermoe.default_model.stories import domain_words, load_stories, openings
 from steermoe.discovery.discover import Discovery, discover
 from steermoe.discovery.embedding import EmbeddingOptions, batches, embed_corpus, embedder
 from steermoe.discovery.store import EmbeddedTexts, Text
@@ -191,7 +191,7 @@ def measure_speed(loaded, report: Report, rounds: int) -> None:
 # ---- memory ----
 
 MEASURED = """
-import resource, sys
+import pathlib, re, sys
 from steermoe.discovery.embedding import EmbeddingOptions, embed_corpus
 from steermoe.discovery.store import Text
 from steermoe.default_model.stories import load_stories
@@ -199,8 +199,9 @@ from steermoe.models import load
 stories = [story.rest for story in load_stories()]
 texts = (Text(f"t{n}", stories[n % len(stories)]) for n in range(int(sys.argv[1])))
 embed_corpus(load(dtype=sys.argv[3]), texts, sys.argv[2], EmbeddingOptions(max_tokens=4))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024)
 """
+"""The kernel's peak of this program alone; `ru_maxrss` would begin with that of the parent that started it."""
 
 
 def measure_memory(report: Report) -> None:

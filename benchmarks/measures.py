@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from steermoe.default_model.stories import Story, load_stories
 from steermoe.engines.base import Completion, Request, Sampling
 from steermoe.engines.hf import HFEngine
 from steermoe.models import LoadedModel
@@ -14,19 +13,6 @@ from steermoe.steering import SteeringPlan
 from steermoe.words import distinct_words, word_pattern
 
 WORDS_FOR_SUCCESS = 3
-
-
-def openings(split: str, count: int) -> list[str]:
-    """Openings of the neutral stories first, then of the domains' in turn; all of them are neutral."""
-    by_topic: dict[str, list[Story]] = {}
-    for story in load_stories(split):
-        by_topic.setdefault(story.topic, []).append(story)
-    neutral = by_topic.pop("neutral")
-    others = [story for stories in zip(*by_topic.values(), strict=False) for story in stories]
-    found = [story.opening for story in (*neutral, *others)][:count]
-    if len(found) < count:
-        raise SystemExit(f"the {split} split has only {len(found)} openings, {count} were asked for")
-    return found
 
 
 def continue_openings(

@@ -11,12 +11,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from measures import continue_openings, negative_log_likelihood, openings, success_rate
+from measures import continue_openings, negative_log_likelihood, success_rate
 from rich.console import Console
 from rich.table import Table
 
 from steermoe.default_model import spec
-from steermoe.default_model.stories import domain_words
+from steermoe.default_model.stories import domain_words, openings
 from steermoe.library import load_vector, packaged_vectors, write_vector
 from steermoe.models import load
 from steermoe.steering import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan

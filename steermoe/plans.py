@@ -141,6 +141,26 @@ def plan_for(vector: SteeringVector | None, strength: float | None = None, **fie
     return SteeringPlan(vector, strength, **fields)
 
 
+def beyond_safe_range(plan: SteeringPlan) -> str:
+    """A warning if the strength is outside the range that the vector was calibrated to; "" if not, or if none is known.
+
+    The range holds for the formula and scale that it was measured with.
+    """
+    info = plan.vector.info if plan.vector is not None else None
+    if plan.vector is None or info is None or info.safe_range is None:
+        return ""
+    if (info.formula, info.scale) != (plan.formula, plan.scale):
+        return ""
+    low, high = info.safe_range
+    if low <= plan.strength <= high:
+        return ""
+    measured = f" (damage there: {info.damage:.2g} nats)" if info.damage is not None else ""
+    return (
+        f"strength {plan.strength:g} is outside {low:g} to {high:g}, the safe range that '{plan.vector.domain}' was "
+        f"calibrated to{measured}: the text may suffer; `steermoe calibrate` measures it"
+    )
+
+
 # ---- what a user writes ----
 
 

@@ -26,7 +26,7 @@ def draw_vector(vector: "SteeringVector", path: Path) -> None:
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.
     """
-    Figure = _figure_class()
+    Figure = figure_class()
     panels: list[tuple[str, Tensor]] = [(f"expert vector E, {_cut(vector)}", vector.experts)]
     if vector.frequency is not None:
         panels.insert(0, ("frequency F, before the threshold", vector.frequency))
@@ -56,7 +56,7 @@ def draw_vector(vector: "SteeringVector", path: Path) -> None:
         image, ax=figure.axes, label="weight" if vector.weights is not None else "share of the layer's choices"
     )
     figure.suptitle(_title(vector), parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_health(health: "RoutingHealth", path: Path) -> None:
@@ -67,7 +67,7 @@ def draw_health(health: "RoutingHealth", path: Path) -> None:
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.
     """
-    Figure = _figure_class()
+    Figure = figure_class()
     from matplotlib import colormaps
     from matplotlib.colors import TwoSlopeNorm
 
@@ -105,7 +105,7 @@ def draw_health(health: "RoutingHealth", path: Path) -> None:
     even.set_xlabel("entropy / log N\n(1 = balanced)")
     title = f"{health.model}: {health.tokens:,} tokens of {health.texts:,} texts"
     figure.suptitle("".join(char if char.isprintable() else " " for char in title), parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def check_matplotlib() -> None:
@@ -114,10 +114,10 @@ def check_matplotlib() -> None:
     Raises:
         SteerMoEError: matplotlib is missing.
     """
-    _figure_class()
+    figure_class()
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -137,7 +137,7 @@ def _title(vector: "SteeringVector") -> str:
     return "".join(char if char.isprintable() else " " for char in title)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     import warnings
 
     try:

@@ -13,3 +13,12 @@ def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
 def distinct_words(text: str, pattern: re.Pattern[str]) -> set[str]:
     """The words as listed, in small letters, that a text holds."""
     return {match[1].lower() for match in pattern.finditer(text)}
+
+
+def without_forms_of(words: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The words that are not one of `others` in any of the forms that `word_pattern` knows."""
+    listed = list(others)
+    if not listed:
+        return list(words)
+    pattern = word_pattern(listed)
+    return [word for word in words if not pattern.fullmatch(word)]

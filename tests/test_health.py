@@ -118,13 +118,13 @@ def figures(monkeypatch):
     """The figures that were saved, instead of only their pixels."""
     pytest.importorskip("matplotlib")
     saved = []
-    save = plots._save
+    save = plots.save
 
     def keep(figure, path):
         saved.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return saved
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from steermoe import __version__
-from steermoe.cli import compare, console, embed, generate, models, vectors
+from steermoe.cli import calibrate, compare, console, embed, evaluate, generate, models, vectors
 from steermoe.errors import SteerMoEError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -27,6 +27,8 @@ app = typer.Typer(
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(models.app, name="models")
 

@@ -97,6 +97,7 @@ def compare(
         for f in formula or (None,)
         for c in strength or (None,)
     ]
+    o.warn_beyond_safe_range(plans)
     requests = [Request(text, plan, sampling) for plan in (None, *plans)]
     with console.working(f"Telling {len(requests)} stories ..."):
         completions = HFEngine(loaded).generate(requests, record=True)

@@ -84,6 +84,7 @@ def generate(
         positions=positions,
         schedule=schedule,
     )
+    o.warn_beyond_safe_range([plan])
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:
         engine = HFEngine(loaded)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from steermoe.models import LoadedModel
+    from steermoe.plans import SteeringPlan
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 
@@ -91,6 +94,16 @@ def read_prompt(prompt: str | None) -> str:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise GenerationError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
+    """Tell once of each vector that is steered with more strongly than it was calibrated to."""
+    from steermoe.cli.console import err, printable
+    from steermoe.plans import beyond_safe_range
+
+    for warning in dict.fromkeys(beyond_safe_range(plan) for plan in plans if plan is not None):
+        if warning:
+            err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
 
 
 def load_model(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":

@@ -46,3 +46,20 @@ def load_stories(split: Split | None = None, topic: str | None = None) -> list[S
 def domain_words(domain: str) -> list[str]:
     """The words of a domain, base forms, the most typical first."""
     return (WORDS / f"{domain}.txt").read_text(encoding="utf-8").split()
+
+
+def openings(split: Split, count: int) -> list[str]:
+    """Openings of the neutral stories first, then of the domains' in turn; all of them are neutral.
+
+    Raises:
+        ValueError: the split has fewer.
+    """
+    by_topic: dict[str, list[Story]] = {}
+    for story in load_stories(split):
+        by_topic.setdefault(story.topic, []).append(story)
+    neutral = by_topic.pop("neutral")
+    others = [story for stories in zip(*by_topic.values(), strict=False) for story in stories]
+    found = [story.opening for story in (*neutral, *others)][:count]
+    if len(found) < count:
+        raise ValueError(f"the {split} split has only {len(found)} openings, {count} were asked for")
+    return found

@@ -1,0 +1,124 @@
+"""`steermoe calibrate`: the largest strength that a damage budget allows, written into the vector file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steermoe.cli import options as o
+from steermoe.cli.embed import LabelField, TextField
+
+if TYPE_CHECKING:
+    from steermoe.evaluation.calibration import Calibration
+    from steermoe.vectors import SteeringVector
+
+EXAMPLES = """Examples:
+
+steermoe calibrate -d sport --dry-run
+
+steermoe calibrate -d sport -d food --budget 0.5 -o calibrated
+
+steermoe calibrate -d chess --heldout texts --model ./my-model
+"""
+
+
+def calibrate(
+    domain: Annotated[list[str], typer.Option("--domain", "-d", help="Domain or vector file; repeat.")],
+    budget: Annotated[float, typer.Option(help="95th percentile of KL a token that is allowed, in nats.")] = 1.0,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts to measure on: those labelled `neutral`, or all. Default: the package's neutral stories."
+        ),
+    ] = None,
+    text_field: TextField = "text",
+    label_field: LabelField = None,
+    texts: Annotated[int, typer.Option(min=1, help="So many of them are read.")] = 24,
+    formula: o.Formula = None,
+    scale: o.Scale = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the files. Default: where they are.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell, write nothing.")] = False,
+    vectors: o.VectorsFolder = None,
+    model: o.Model = None,
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+) -> None:
+    """Find the largest strength within a damage budget and write it, with the safe range, into the vector file.
+
+    `generate` then steers with it by default, and warns beyond the safe range. Where the budget is never exceeded, it
+    is the smallest strength beyond which nothing changes.
+    """
+    from steermoe import library
+    from steermoe.cli import console, tables
+    from steermoe.evaluation.calibration import check_budget
+
+    check_budget(budget)
+    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    from steermoe.evaluation.calibration import calibrate_vector
+    from steermoe.evaluation.forcing import Forcing
+
+    def fitting(name: str) -> "tuple[Path, SteeringVector]":
+        paths = library.find_vector(name, folder=vectors)
+        return library.read_fitting(paths, lambda vector: library.check_fits_model(vector, loaded.model))
+
+    found = [fitting(name) for name in dict.fromkeys(domain)]
+    with console.working("Reading the texts unsteered ..."):
+        forcing = Forcing(loaded, _neutral(heldout, text_field, label_field)[:texts])
+    rows, records = [], []
+    for path, vector in found:
+        with console.working(f"Calibrating {vector.domain} ..."):
+            calibrated, result = calibrate_vector(
+                forcing, vector, budget, None if formula is None else formula.value, scale
+            )
+        target = path if output is None else output / path.name
+        if not dry_run:
+            library.write_vector(calibrated, target)
+        rows.append(_row(calibrated, result, "" if dry_run else str(target)))
+        records.append(_record(calibrated, result, None if dry_run else str(target)))
+    if json:
+        console.write_json(records)
+    else:
+        tables.print_table(("domain", "formula", "strength", "safe range", "damage", "file"), rows)
+
+
+def _neutral(heldout: Path | None, text_field: str, label_field: str | None) -> list[str]:
+    """The texts labelled neutral, or all where none is."""
+    from steermoe.evaluation.texts import NEUTRAL, packaged_texts
+
+    if heldout is None:
+        return packaged_texts().of(NEUTRAL)
+    from steermoe.cli.embed import tell_problems
+    from steermoe.discovery.corpus import Corpus
+
+    corpus = Corpus(heldout, text_field=text_field, label_field=label_field)
+    texts = list(corpus)
+    tell_problems(corpus)
+    return [text.text for text in texts if text.label == NEUTRAL] or [text.text for text in texts]
+
+
+def _row(vector: "SteeringVector", result: "Calibration", path: str) -> tuple[str, ...]:
+    limit = f"{result.safe_range[1]:g}" if not result.saturates else f"{result.safe_range[1]:g} (more changes nothing)"
+    return (
+        vector.domain,
+        str(vector.info.formula),
+        f"{result.strength:g}",
+        f"0 to {limit}",
+        f"{result.damage:.2f} of {result.budget:g} nats",
+        path,
+    )
+
+
+def _record(vector: "SteeringVector", result: "Calibration", path: str | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "domain": vector.domain,
+        "formula": vector.info.formula,
+        "scale": vector.info.scale,
+        **asdict(result),
+        "path": path,
+    }

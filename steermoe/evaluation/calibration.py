@@ -1,0 +1,146 @@
+"""Find the largest strength whose damage stays within a budget.
+
+Damage is the 95th percentile of KL(steered || unsteered) a token, in nats, on neutral texts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from steermoe.errors import SteeringError
+
+if TYPE_CHECKING:
+    from steermoe.evaluation.forcing import Forcing
+    from steermoe.formulas import Formula, Scale
+    from steermoe.vectors import SteeringVector
+
+DEFAULT_BUDGET = 1.0
+LARGEST = 64.0
+FIRST = 0.5
+TOLERANCE = 0.02
+SATURATED = 0.98
+"""From this share of the damage at the largest strength on, more strength is taken to change nothing."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found.
+
+    Attributes:
+        strength: the one to steer with.
+        safe_range: 0 and the largest strength up to which no measured one exceeds the budget.
+        damage: nats, at the upper end of the safe range.
+        budget: nats.
+        saturates: the budget is never exceeded; `strength` is then the smallest that does all that can be done.
+        measured: every strength that was tried with its damage, in order.
+    """
+
+    strength: float
+    safe_range: tuple[float, float]
+    damage: float
+    budget: float
+    saturates: bool
+    measured: tuple[tuple[float, float], ...]
+
+
+def calibrate(
+    damage_at: Callable[[float], float], budget: float = DEFAULT_BUDGET, tolerance: float = TOLERANCE
+) -> Calibration:
+    """Double the strength until the budget is exceeded, then halve the step between.
+
+    Args:
+        damage_at: the damage at a strength; it need not rise steadily, but what is between two measured strengths that
+            are within the budget is taken to be so too.
+        budget: nats, above 0.
+        tolerance: relative; how finely strengths are told apart.
+
+    Raises:
+        SteeringError: a budget that is no positive number, or one that the smallest strength exceeds already.
+    """
+    check_budget(budget)
+    measured: dict[float, float] = {}
+
+    def damage(strength: float) -> float:
+        if strength not in measured:
+            measured[strength] = damage_at(strength)
+        return measured[strength]
+
+    low, high = 0.0, FIRST
+    while damage(high) <= budget and high < LARGEST:
+        low, high = high, high * 2
+    saturates = damage(high) <= budget
+    if saturates:
+        limit, enough = high, SATURATED * damage(high)
+        low, high = _between(low_and_high(measured, enough), lambda strength: damage(strength) >= enough, tolerance)
+        strength = high
+    else:
+        low, high = _between((low, high), lambda strength: damage(strength) > budget, tolerance)
+        strength = limit = low
+    if not limit:
+        raise SteeringError(
+            f"even strength {min(measured):g} costs {measured[min(measured)]:.3g} nats, budget is {budget:g}: "
+            "raise the budget"
+        )
+    return Calibration(strength, (0.0, limit), damage(limit), budget, saturates, tuple(sorted(measured.items())))
+
+
+def check_budget(budget: float) -> None:
+    """Refuse what is no budget, before long work.
+
+    Raises:
+        SteeringError: it is no positive number.
+    """
+    if not 0 < budget < float("inf"):
+        raise SteeringError(f"budget {budget} must be a number above 0, in nats, such as {DEFAULT_BUDGET:g}")
+
+
+def calibrate_vector(
+    forcing: "Forcing",
+    vector: "SteeringVector",
+    budget: float = DEFAULT_BUDGET,
+    formula: "Formula | None" = None,
+    scale: "Scale | None" = None,
+) -> "tuple[SteeringVector, Calibration]":
+    """The vector with the strength, formula, scale, safe range and damage that were found, and the finding.
+
+    Args:
+        forcing: neutral texts, on the model that the vector is for.
+        vector: what to calibrate.
+        budget: nats.
+        formula: by default the vector's own.
+        scale: likewise.
+    """
+    from steermoe.plans import plan_for
+
+    plan = plan_for(vector, 1.0, formula=formula, scale=scale)
+    found = calibrate(lambda strength: forcing.compare(replace(plan, strength=strength)).kl_p95, budget)
+    info = replace(
+        vector.info,
+        strength=found.strength,
+        formula=plan.formula,
+        scale=plan.scale,
+        safe_range=found.safe_range,
+        damage=found.damage,
+    )
+    return replace(vector, info=info), found
+
+
+def low_and_high(measured: dict[float, float], enough: float) -> tuple[float, float]:
+    """The strengths on both sides of where the damage first reaches `enough`."""
+    low = 0.0
+    for strength, damage in sorted(measured.items()):
+        if damage >= enough:
+            return low, strength
+        low = strength
+    raise AssertionError("the largest strength always reaches it")
+
+
+def _between(ends: tuple[float, float], is_beyond: Callable[[float], bool], tolerance: float) -> tuple[float, float]:
+    """Narrow an interval whose upper end is beyond and whose lower end is not, to two decimals."""
+    low, high = ends
+    while high - low > max(0.01, tolerance * low):
+        middle = round((low + high) / 2, 2)
+        if middle in (low, high):
+            break
+        low, high = (low, middle) if is_beyond(middle) else (middle, high)
+    return low, high

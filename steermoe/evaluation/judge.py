@@ -1,0 +1,121 @@
+"""Turn stories into figures: what each is about, how much of the domain's words it holds, and whether it is sound."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steermoe.evaluation import measures
+from steermoe.evaluation.classifier import DomainClassifier
+from steermoe.evaluation.soundness import Usual, damage_of
+from steermoe.evaluation.store import StoryRecord
+from steermoe.words import word_pattern
+
+FIGURES = {
+    "sound_success": "share of texts that are about the domain and sound",
+    "success": "share of texts whose likeliest domain, of all and neutral, is the wanted one",
+    "probability": "probability of the domain by the classifier",
+    "words_per_1000": "words of the domain's list per 1,000 words",
+    "distinct_words": "different words of the list in a text",
+    "sentences_hit": "share of sentences with a word of the list",
+    "damaged": "share of texts that are gibberish, a loop or a list of words",
+    "nats": "negative log-likelihood a token under the unsteered model",
+    "distinct_1": "different tokens over all, in the first 40 tokens",
+    "distinct_2": "different pairs of tokens over all, likewise",
+    "distinct_3": "different triples of tokens over all, likewise",
+    "repeated_4": "share of 4-grams that came before",
+    "loop": "tokens of the longest stretch that is one piece said again at once",
+    "length": "tokens of a text",
+    "vector_share": "share of top-k slots that went to the domain's experts",
+    "evenness": "entropy of the experts' use over log N",
+}
+"""Every figure of a story, and what it is."""
+
+Floats = NDArray[np.float64]
+
+
+class Judge:
+    """Judges stories by the classifier, the lists of words, and what the unsteered stories are like.
+
+    Args:
+        classifier: knows the domains.
+        words: a list of words by domain; a domain without one gets no figures of words.
+        unsteered: the stories that say what is usual.
+        openings, seeds: how many there are.
+    """
+
+    def __init__(
+        self,
+        classifier: DomainClassifier,
+        words: Mapping[str, Sequence[str]],
+        unsteered: Sequence[StoryRecord],
+        openings: int,
+        seeds: int,
+    ) -> None:
+        self.classifier = classifier
+        self.openings, self.seeds = openings, seeds
+        self._patterns = {domain: word_pattern(listed) for domain, listed in words.items() if listed}
+        self._unsteered = unsteered
+
+    @cached_property
+    def usual(self) -> Usual:
+        return Usual.of([story.nats for story in self._unsteered if story.nats is not None])
+
+    def likeliest(self, stories: Sequence[StoryRecord]) -> dict[str, float]:
+        """Share of stories by the domain that the classifier finds likeliest."""
+        found = self.classifier.probabilities([story.text for story in stories]).argmax(1)
+        return {label: float((found == column).mean()) for column, label in enumerate(self.classifier.labels)}
+
+    def figures(self, stories: Sequence[StoryRecord], domain: str) -> dict[str, Floats]:
+        """Each figure of `FIGURES` as its mean over seeds for each opening [O]; NaN where there is none."""
+        probabilities = self.classifier.probabilities([story.text for story in stories])
+        column = self.classifier.labels.index(domain)
+        sums = {name: np.full((self.openings, self.seeds), np.nan) for name in FIGURES}
+        for story, row in zip(stories, probabilities, strict=True):
+            for name, value in self._of_story(story, row, column, domain).items():
+                if value is not None:
+                    sums[name][story.opening, story.seed] = value
+        return {name: _mean_over_seeds(values) for name, values in sums.items()}
+
+    def damage_of(self, story: StoryRecord, domain: str) -> str:
+        """What is wrong with a story that is to be about a domain, in `soundness`'s words; "" for nothing."""
+        pattern = self._patterns.get(domain)
+        density = measures.word_figures(story.text, pattern).per_thousand if pattern else 0.0
+        tokens = story.token_ids
+        return damage_of(
+            self.usual, story.nats, measures.repeated_ngrams(tokens), measures.longest_loop(tokens), density
+        )
+
+    def _of_story(self, story: StoryRecord, probabilities: Floats, column: int, domain: str) -> dict[str, float | None]:
+        tokens = story.token_ids
+        success = float(probabilities.argmax() == column)
+        damaged = bool(self.damage_of(story, domain)) or not tokens
+        figures: dict[str, float | None] = {
+            "sound_success": success * (not damaged),
+            "success": success,
+            "probability": float(probabilities[column]),
+            "damaged": float(damaged),
+            "nats": story.nats,
+            **{f"distinct_{size}": measures.distinct_ngrams(tokens, size) for size in (1, 2, 3)},
+            "repeated_4": measures.repeated_ngrams(tokens),
+            "loop": float(measures.longest_loop(tokens)),
+            "length": float(len(tokens)),
+            "vector_share": story.vector_shares.get(domain),
+            "evenness": story.entropy,
+        }
+        if domain in self._patterns:
+            words = measures.word_figures(story.text, self._patterns[domain])
+            figures |= {
+                "words_per_1000": words.per_thousand,
+                "distinct_words": float(words.distinct),
+                "sentences_hit": words.sentences,
+            }
+        return figures
+
+
+def _mean_over_seeds(values: Floats) -> Floats:
+    """[O] of [O, seeds], NaN left out; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    counts = known.sum(1)
+    return np.where(counts > 0, np.where(known, values, 0.0).sum(1) / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,241 @@
+"""What an evaluation runs: its settings, and the conditions under which stories are told and texts are read."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from steermoe.errors import SteeringError
+from steermoe.evaluation.calibration import DEFAULT_BUDGET
+from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.plans import DEFAULT_FORMULA, DEFAULT_SCALE, DEFAULT_STRENGTH, SteeringPlan
+from steermoe.vectors import SteeringVector
+
+Cut = Literal["own", "absolute", "relative"]
+"""How a vector is thresholded: as its file says, at threshold/N as in the paper, or at threshold x baseline."""
+CUTS: tuple[Cut, ...] = ("own", "absolute", "relative")
+
+Kind = Literal["unsteered", "steered", "shuffled", "prompted", "both"]
+"""`shuffled`: the same vector with its experts shuffled in each layer. `prompted`: the prompt asks for the domain in
+words, nothing is steered. `both`: prompted and steered. (Another domain's vector needs no runs of its own.)"""
+
+ASKING = "The following story is about {domain}.\n\n{opening}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all conditions share. Two evaluations can be compared where these are equal.
+
+    Attributes:
+        openings: the beginnings to continue.
+        seeds: so many continuations of each opening; the same seeds under every condition.
+        max_new_tokens, temperature: of the sampling.
+        nats_seeds: of so many seeds the stories are read again by the unsteered model, for their likelihood.
+        forced_texts: so many texts of each domain, and neutral ones, are read with and without steering.
+        batch_size: stories in one batch; part of the settings because floating point makes it count.
+    """
+
+    openings: tuple[str, ...]
+    seeds: int = 3
+    max_new_tokens: int = 48
+    temperature: float = 0.7
+    nats_seeds: int = 3
+    forced_texts: int = 24
+    batch_size: int = 150
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"openings": list(self.openings)}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of telling stories.
+
+    Attributes:
+        cut: how the vector is thresholded.
+        budget: the damage budget in nats that the strength was found for; None if it was given.
+        is_own: the strength is the vector's own, as `generate` uses it.
+    """
+
+    kind: Kind
+    domain: str = ""
+    formula: Formula = DEFAULT_FORMULA
+    scale: Scale = DEFAULT_SCALE
+    cut: Cut = "own"
+    strength: float = 0.0
+    budget: float | None = None
+    is_own: bool = False
+
+    @property
+    def steers(self) -> bool:
+        return self.kind in ("steered", "shuffled", "both")
+
+    @property
+    def group(self) -> str:
+        """What conditions of different domains have in common: all but the domain, and but a strength of its own."""
+        if not self.steers:
+            return self.kind
+        level = f"strength-{self.strength:g}" if self.budget is None else f"budget-{self.budget:g}"
+        level = "own-strength" if self.is_own else level
+        return f"{self.kind}-{self.formula}-{self.scale}-{self.cut}-{level}"
+
+    @property
+    def name(self) -> str:
+        """Names its file. The budget is no part of it: the same strength is the same story."""
+        if self.kind == "unsteered":
+            return self.kind
+        how = f"-{self.formula}-{self.scale}-{self.cut}-{self.strength:g}" if self.steers else ""
+        return f"{self.domain}-{self.kind}{how}"
+
+    def prompt(self, opening: str) -> str:
+        return ASKING.format(domain=self.domain, opening=opening) if self.kind in ("prompted", "both") else opening
+
+    def plan(self, vector: SteeringVector | None) -> SteeringPlan | None:
+        """The plan to steer with, or None."""
+        if not self.steers or vector is None:
+            return None
+        used = cut_vector(vector, self.cut)
+        used = shuffled(used) if self.kind == "shuffled" else used
+        return SteeringPlan(used, self.strength, self.formula, self.scale)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "group": self.group, **asdict(self)}
+
+
+def cut_vector(vector: SteeringVector, cut: Cut) -> SteeringVector:
+    """The vector thresholded another way, if it keeps frequencies.
+
+    Raises:
+        VectorError: it does not, or has no baseline for a relative threshold.
+    """
+    return vector if cut == "own" else vector.with_threshold(vector.threshold, relative=cut == "relative")
+
+
+def shuffled(vector: SteeringVector, seed: int = 0) -> SteeringVector:
+    """A control: the same weights on other experts, shuffled within each layer so that none keeps its place if it can.
+
+    What steers because logits are moved at all, and not because of which experts they belong to, this does too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    experts = vector.experts.clone()
+    for row in experts:
+        used = row.nonzero().flatten().tolist()
+        others = [expert for expert in range(len(row)) if expert not in used]
+        places = torch.randperm(len(others), generator=generator).tolist()
+        target = [others[place] for place in places[: len(used)]]
+        target += used[: len(used) - len(target)]  # more than half are used: some must stay among themselves
+        values = row[used].clone()
+        row[used] = 0.0
+        row[target] = values
+    info = replace(vector.info, keywords=(), title=f"{vector.domain}, experts shuffled")
+    return SteeringVector(vector.domain, None, vector.layers, weights=experts, info=info)
+
+
+def own_strength(vector: SteeringVector) -> float:
+    return vector.info.strength if vector.info.strength is not None else DEFAULT_STRENGTH
+
+
+def own_condition(vector: SteeringVector) -> Condition:
+    """How `steermoe generate` steers with this vector by default."""
+    info = vector.info
+    return Condition(
+        "steered",
+        vector.domain,
+        info.formula or DEFAULT_FORMULA,
+        info.scale or DEFAULT_SCALE,
+        strength=own_strength(vector),
+        is_own=True,
+    )
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which conditions an evaluation compares: all combinations, for every domain.
+
+    Attributes:
+        formulas, scales: None takes each vector's own.
+        cuts: thresholds.
+        strengths: given ones.
+        budgets: also the strengths that spend so many nats. Where neither is given: each vector's own strength, or
+            where formulas or thresholds are compared, whose strengths mean different things, a budget of 1 nat.
+        controls: hold the first condition of each domain against shuffled experts, and against a prompt in words.
+    """
+
+    formulas: tuple[Formula, ...] | None = None
+    scales: tuple[Scale, ...] | None = None
+    cuts: tuple[Cut, ...] = ("own",)
+    strengths: tuple[float, ...] = ()
+    budgets: tuple[float, ...] = ()
+    controls: bool = True
+
+    @property
+    def compares(self) -> bool:
+        return self.formulas is not None or self.scales is not None or self.cuts != ("own",)
+
+    def steered(self, vector: SteeringVector) -> list[Condition]:
+        """The steered conditions of a domain, the most telling first; those with a budget still lack their strength."""
+        own = own_condition(vector)
+        budgets = self.budgets or ((DEFAULT_BUDGET,) if self.compares and not self.strengths else ())
+        if not budgets and not self.strengths:
+            return [own]
+        levels = [replace(own, budget=budget, is_own=False) for budget in sorted(budgets, reverse=True)]
+        levels += [replace(own, strength=strength, is_own=False) for strength in sorted(self.strengths, reverse=True)]
+        formulas = _first(own.formula, self.formulas)
+        found = [
+            replace(level, formula=formula, scale=scale, cut=cut)
+            for level in levels
+            for scale in _first(own.scale, self.scales)
+            for cut in self.cuts
+            for formula in formulas
+            if not (formula == "additive" and scale != _first(own.scale, self.scales)[0])  # it has no scale
+        ]
+        return list(dict.fromkeys(found))
+
+
+def _first(own: Any, given: Sequence[Any] | None) -> list[Any]:
+    """What was given, a vector's own before others; only that if nothing was."""
+    return sorted(given, key=lambda value: value != own) if given else [own]
+
+
+def controls_for(steered: Condition) -> Iterator[Condition]:
+    """The conditions that a steered one has to be held against."""
+    yield replace(steered, kind="shuffled")
+    yield Condition("prompted", steered.domain)
+    yield replace(steered, kind="both")
+
+
+def parse_list(text: str, known: Sequence[str], what: str) -> list[Any]:
+    """Names joined by commas, or "all".
+
+    Raises:
+        SteeringError: a name that is not known.
+    """
+    names = list(known) if text == "all" else [part.strip() for part in text.split(",") if part.strip()]
+    if not names or (wrong := [name for name in names if name not in known]):
+        shown = f"'{wrong[0]}'" if names else "empty"
+        raise SteeringError(f"{what} {shown} is unknown: use {', '.join(known)}, joined by commas, or all")
+    return list(dict.fromkeys(names))
+
+
+def parse_formulas(text: str) -> list[Formula]:
+    return parse_list(text, FORMULAS, "formula")
+
+
+def parse_scales(text: str) -> list[Scale]:
+    return parse_list(text, SCALES, "scale")
+
+
+def parse_numbers(text: str, what: str) -> list[float]:
+    """Numbers joined by commas, each above 0.
+
+    Raises:
+        SteeringError: something else.
+    """
+    try:
+        numbers = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise SteeringError(f"{what} '{text}': write numbers joined by commas, such as 1,2,4") from error
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
+        raise SteeringError(f"{what} '{text}': expected numbers above 0 joined by commas, such as 1,2,4")
+    return sorted(set(numbers))

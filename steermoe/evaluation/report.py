@@ -1,0 +1,149 @@
+"""Evaluate into a folder, and write what a reader wants of it: `evaluation.json`, a CSV, pictures, table rows."""
+
+import csv
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steermoe.evaluation.classifier import DomainClassifier
+from steermoe.evaluation.judge import FIGURES, Judge
+from steermoe.evaluation.pictures import draw_all
+from steermoe.evaluation.protocol import Design, Settings
+from steermoe.evaluation.run import Evaluation, Told, evaluate
+from steermoe.evaluation.store import ResultFolder
+from steermoe.evaluation.summary import MAIN
+from steermoe.evaluation.texts import Labelled, domain_list
+from steermoe.library import tensors_sha256
+from steermoe.models import LoadedModel
+from steermoe.vectors import SteeringVector
+
+SUMMARY, CSV = "evaluation.json", "conditions.csv"
+TITLES = (
+    "domain",
+    "condition",
+    "strength",
+    "sound success",
+    "unsteered",
+    "difference",
+    "wrong way",
+    "KL p95",
+    "words/1000",
+)
+
+
+def evaluate_into(
+    folder: Path,
+    loaded: LoadedModel,
+    vectors: Mapping[str, SteeringVector],
+    texts: Labelled,
+    settings: Settings,
+    design: Design,
+    *,
+    words: Path | None = None,
+    told: Told = lambda what: None,
+) -> dict[str, Any]:
+    """Evaluate vectors; what the folder holds already is not run again.
+
+    Args:
+        folder: for the results.
+        loaded: the model.
+        vectors: by domain.
+        texts: labelled, which no vector was built from.
+        settings: the protocol.
+        design: what to compare.
+        words: a folder of lists of words, by default the package's.
+        told: hears what is being done.
+
+    Returns:
+        the summary, as in `evaluation.json`.
+
+    Raises:
+        SteerMoEError: a folder that was begun with other settings, or can't be written; scikit-learn or matplotlib is
+            missing. SteeringError: a plan that does not fit.
+    """
+    classifier = DomainClassifier(texts)
+    about = {
+        "model": loaded.name,
+        "dtype": str(loaded.model.dtype),
+        **settings.as_dict(),
+        "vectors": {
+            domain: tensors_sha256({"experts": vector.experts.contiguous()})[:16] for domain, vector in vectors.items()
+        },
+    }
+    results = ResultFolder(folder, about)
+    started, counted = time.monotonic(), [0, 0]
+
+    def progress(stories: int, tokens: int) -> None:
+        counted[0] += stories
+        counted[1] += tokens
+        rate = counted[1] / (time.monotonic() - started)
+        told(f"{counted[0]:,} stories so far, {rate:,.0f} tokens/s over all")
+
+    evaluation = Evaluation(loaded, vectors, texts, settings, results, progress)
+    lists = {domain: domain_list(domain, vector.info.keywords, words) for domain, vector in vectors.items()}
+    summary = evaluate(
+        evaluation,
+        design,
+        lambda unsteered: Judge(classifier, lists, unsteered, len(settings.openings), settings.seeds),
+        told,
+    )
+    summary["words"] = {domain: len(listed) for domain, listed in lists.items()}
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    results.write_json(SUMMARY, summary)
+    results.write_text(CSV, _csv(summary))
+    draw_all(summary, folder)
+    return summary
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Rows for `TITLES`: each condition, and where there are several domains the mean of each group."""
+    rows = [_row(row, row["domain"], summary["unsteered"][row["domain"]]) for row in summary["conditions"]]
+    if len(summary["unsteered"]) > 1:
+        rows += [_row(group, "all", None) for group in summary["groups"]]
+    return rows
+
+
+def _row(row: Mapping[str, Any], domain: str, unsteered: Mapping[str, Any] | None) -> list[str]:
+    how = [row["kind"]]
+    if row["kind"] not in ("prompted", "unsteered"):
+        how += [row["formula"], *([row["cut"]] if row["cut"] != "own" else [])]
+        how += ["paper's scale"] if row["scale"] == "paper" else []
+        how += [f"{row['budget']:g} nats"] if row["budget"] is not None else []
+    strength = f"{row['strength']:g}" if row.get("strength") else ""
+    usual = _rate(unsteered[MAIN]) if unsteered else ""
+    worse = row.get("worse")
+    damage, words = row["on_texts"].get("kl_p95"), row["figures"]["words_per_1000"]
+    return [
+        domain,
+        ", ".join(how),
+        strength,
+        _rate(row["figures"][MAIN]),
+        usual,
+        _rate(row["differences"][MAIN], signed=True),
+        "" if worse is None else f"{worse:.0%}",
+        "" if damage is None else f"{damage:.2f}",
+        "" if words is None else f"{words['mean']:.0f}",
+    ]
+
+
+def _rate(interval: Mapping[str, float] | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return ""
+    form = "+.0%" if signed else ".0%"
+    return f"{interval['mean']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
+
+
+def _csv(summary: Mapping[str, Any]) -> str:
+    """One line a condition: what it is, each figure with its interval, what was measured on texts."""
+    on_texts = sorted({name for row in summary["conditions"] for name in row["on_texts"]})
+    what = ("domain", "kind", "formula", "scale", "cut", "budget", "strength", "worse")
+    parts = ("mean", "low", "high")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*what, *(f"{name}_{part}" for name in FIGURES for part in parts), *on_texts])
+    for row in summary["conditions"]:
+        figures = [(row["figures"][name] or {}).get(part, "") for name in FIGURES for part in parts]
+        writer.writerow([*(row[name] for name in what), *figures, *(row["on_texts"].get(n, "") for n in on_texts)])
+    return buffer.getvalue()

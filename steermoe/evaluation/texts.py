@@ -1,0 +1,114 @@
+"""The texts that an evaluation needs: openings to continue, texts of known domains, and lists of a domain's words.
+
+Those that come with the package were written for the purpose: neither the default model's experts nor its vectors have
+seen any of them. They are English; for another language or another domain give your own.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from steermoe.discovery.corpus import Corpus
+from steermoe.errors import CorpusError
+from steermoe.words import without_forms_of
+
+TEXTS = Path(__file__).parent / "texts"
+WORDS = Path(__file__).parent / "words"
+NEUTRAL = "neutral"
+"""The label of texts that belong to no domain; damage is measured on them."""
+LEAST_TEXTS = 8
+"""So many texts of a domain are needed at least, half to learn from and half to measure on."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts of known domains: `learn` is for the classifier, `measure` for everything that is measured on texts."""
+
+    learn: tuple[tuple[str, str], ...]
+    measure: tuple[tuple[str, str], ...]
+
+    def of(self, label: str) -> list[str]:
+        """The texts of one domain to measure on."""
+        return [text for text, found in self.measure if found == label]
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({label for _, label in self.learn})
+
+
+def packaged_texts() -> Labelled:
+    """The package's own: texts written for this to learn from, the held-out stories to measure on."""
+    from steermoe.default_model.stories import load_stories
+
+    learn = [
+        (record["text"], record["domain"])
+        for path in sorted(TEXTS.glob("*.jsonl"))
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    ]
+    return Labelled(tuple(learn), tuple((story.rest, story.topic) for story in load_stories("heldout")))
+
+
+def read_texts(corpus: Corpus, domains: Iterable[str]) -> Labelled:
+    """A user's labelled corpus; of each domain every second text is for learning.
+
+    Raises:
+        CorpusError: a domain, or "neutral", has too few texts.
+    """
+    by_label: dict[str, list[str]] = {}
+    for text in corpus:
+        by_label.setdefault(text.label, []).append(text.text)
+    for label in (*domains, NEUTRAL):
+        found = len(by_label.get(label, ()))
+        if found < LEAST_TEXTS:
+            raise CorpusError(
+                f"'{corpus.path}' has {found} texts labelled '{label}', {LEAST_TEXTS} are needed; labels are: "
+                f"{', '.join(sorted(by_label))} (subfolders' names, or --label-field)"
+            )
+    pairs = {label: [(text, label) for text in texts] for label, texts in sorted(by_label.items()) if label}
+    return Labelled(
+        tuple(pair for own in pairs.values() for pair in own[::2]),
+        tuple(pair for own in pairs.values() for pair in own[1::2]),
+    )
+
+
+def read_openings(path: Path) -> list[str]:
+    """Openings from a file: a line each, or JSONL with a `prompt`.
+
+    Raises:
+        CorpusError: it can't be read, or holds none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"can't read openings from '{path}': {error}") from error
+    openings = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        if path.suffix != ".jsonl":
+            openings.append(line)
+            continue
+        try:
+            opening = json.loads(line)["prompt"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorpusError(f"'{path}' line {number} is no JSON object with a prompt ({error!r})") from error
+        if not isinstance(opening, str) or not opening.strip():
+            raise CorpusError(f"'{path}' line {number}: its prompt is {opening!r}, expected text")
+        openings.append(opening)
+    if not openings:
+        raise CorpusError(f"'{path}' holds no openings: write one a line, or JSONL with a prompt")
+    return list(dict.fromkeys(openings))
+
+
+def domain_list(domain: str, without: Sequence[str] = (), folder: Path | None = None) -> list[str]:
+    """The words that tell a domain, less those that the vector itself is described with; [] if there is no list.
+
+    Args:
+        domain: its name.
+        without: words to leave out in any of their forms.
+        folder: of `<domain>.txt` files, a word a line; by default the package's, which come from WordNet's topics.
+    """
+    path = (folder or WORDS) / f"{domain}.txt"
+    words = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    return without_forms_of(words, without)
