@@ -54,6 +54,10 @@ bench-model: model ## what the default model reaches on held-out openings (about
 bench-discovery: model ## how well domains are found and how fast texts are embedded (about 40 minutes)
 	$(BIN)/python benchmarks/discovery.py
 
+.PHONY: evidence
+evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 2 hours; goes on where it was ended)
+	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence
+
 .PHONY: clean
 clean: ## remove the environment and caches, not the pulled model
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

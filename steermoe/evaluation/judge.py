@@ -41,6 +41,7 @@ class Judge:
     Args:
         classifier: knows the domains.
         words: a list of words by domain; a domain without one gets no figures of words.
+        keywords: further words by domain, such as the vectors' own; only bare lists are told by them, no success.
         unsteered: the stories that say what is usual.
         openings, seeds: how many there are.
     """
@@ -49,6 +50,7 @@ class Judge:
         self,
         classifier: DomainClassifier,
         words: Mapping[str, Sequence[str]],
+        keywords: Mapping[str, Sequence[str]],
         unsteered: Sequence[StoryRecord],
         openings: int,
         seeds: int,
@@ -56,6 +58,11 @@ class Judge:
         self.classifier = classifier
         self.openings, self.seeds = openings, seeds
         self._patterns = {domain: word_pattern(listed) for domain, listed in words.items() if listed}
+        self._known = {
+            domain: word_pattern({*words.get(domain, ()), *keywords.get(domain, ())})
+            for domain in words.keys() | keywords.keys()
+            if words.get(domain) or keywords.get(domain)
+        }
         self._unsteered = unsteered
 
     @cached_property
@@ -80,7 +87,7 @@ class Judge:
 
     def damage_of(self, story: StoryRecord, domain: str) -> str:
         """What is wrong with a story that is to be about a domain, in `soundness`'s words; "" for nothing."""
-        pattern = self._patterns.get(domain)
+        pattern = self._known.get(domain)
         density = measures.word_figures(story.text, pattern).per_thousand if pattern else 0.0
         tokens = story.token_ids
         return damage_of(

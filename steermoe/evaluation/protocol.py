@@ -184,8 +184,8 @@ class Design:
         formulas = _first(own.formula, self.formulas)
         found = [
             replace(level, formula=formula, scale=scale, cut=cut)
-            for level in levels
             for scale in _first(own.scale, self.scales)
+            for level in levels
             for cut in self.cuts
             for formula in formulas
             if not (formula == "additive" and scale != _first(own.scale, self.scales)[0])  # it has no scale

@@ -83,10 +83,11 @@ def evaluate_into(
 
     evaluation = Evaluation(loaded, vectors, texts, settings, results, progress)
     lists = {domain: domain_list(domain, vector.info.keywords, words) for domain, vector in vectors.items()}
+    keywords = {domain: vector.info.keywords for domain, vector in vectors.items()}
     summary = evaluate(
         evaluation,
         design,
-        lambda unsteered: Judge(classifier, lists, unsteered, len(settings.openings), settings.seeds),
+        lambda unsteered: Judge(classifier, lists, keywords, unsteered, len(settings.openings), settings.seeds),
         told,
     )
     summary["words"] = {domain: len(listed) for domain, listed in lists.items()}
