@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from steermoe.default_model import spec
-from steermoe.evaluation.classifier import DomainClassifier
+from steermoe.evaluation.classifier import DomainClassifier, pieces
 from steermoe.evaluation.judge import FIGURES, Judge
 from steermoe.evaluation.store import StoryRecord
 from steermoe.evaluation.summary import Summary, _damage_at
@@ -34,8 +34,15 @@ def judge(classifier):
 
 def test_classifier_tells_held_out_stories_apart(classifier):
     assert set(classifier.auc) == set(spec.TOPICS)
-    assert min(classifier.auc.values()) > 0.98
-    assert classifier.accuracy > 0.95
+    assert min(classifier.auc.values()) > 0.9
+    assert np.mean(list(classifier.recall.values())) > 0.8
+
+
+def test_pieces_of_a_text():
+    text = "one two three four five six seven"
+    assert list(pieces(text, 3)) == ["one two three", "four five six"]
+    assert list(pieces(text, 4)) == ["one two three four", "five six seven"]
+    assert list(pieces("one", 4)) == ["one"]
 
 
 def test_probabilities_sum_to_one(classifier):

@@ -31,7 +31,6 @@ class Settings:
         openings: the beginnings to continue.
         seeds: so many continuations of each opening; the same seeds under every condition.
         max_new_tokens, temperature: of the sampling.
-        nats_seeds: of so many seeds the stories are read again by the unsteered model, for their likelihood.
         forced_texts: so many texts of each domain, and neutral ones, are read with and without steering.
         batch_size: stories in one batch; part of the settings because floating point makes it count.
     """
@@ -40,7 +39,6 @@ class Settings:
     seeds: int = 3
     max_new_tokens: int = 48
     temperature: float = 0.7
-    nats_seeds: int = 3
     forced_texts: int = 24
     batch_size: int = 150
 

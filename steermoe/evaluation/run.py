@@ -134,12 +134,11 @@ class Evaluation:
             part = self._engine.generate(requests[first : first + settings.batch_size], record=True)
             self._progress(len(part), sum(one.new_tokens for one in part))
             done += part
-        judged = [number for number, (_, seed) in enumerate(numbers) if seed < settings.nats_seeds]
-        plain = [
-            replace(done[number], request=Request(settings.openings[numbers[number][0]]))  # as if nobody had asked
-            for number in judged
+        plain = [  # judged as if nobody had asked for the domain
+            replace(one, request=Request(settings.openings[opening]))
+            for one, (opening, _) in zip(done, numbers, strict=True)
         ]
-        nats = dict(zip(judged, continuation_nats(self._loaded, plain), strict=True))
+        nats = continuation_nats(self._loaded, plain)
         return [
             StoryRecord(
                 opening,
@@ -147,7 +146,7 @@ class Evaluation:
                 one.text,
                 one.token_ids,
                 one.finish_reason,
-                nats.get(number),
+                nats[number],
                 self._shares(one.frequency),
                 None if one.frequency is None else evenness(one.frequency),
             )

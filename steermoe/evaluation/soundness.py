@@ -39,7 +39,7 @@ def damage_of(usual: Usual, nats: float | None, repeated: float, loop: int, per_
 
     Args:
         usual: of the unsteered texts.
-        nats: mean negative log-likelihood a token under the unsteered model; None if it was not measured.
+        nats: mean negative log-likelihood a token under the unsteered model; None for a text without tokens.
         repeated: share of repeated 4-grams.
         loop: tokens of the longest loop.
         per_thousand: words of the domain per 1,000 words, all lists together.

@@ -20,8 +20,8 @@ class StoryRecord:
 
     Attributes:
         opening: number of its opening. seed: number of its seed, 0 to `Settings.seeds` - 1.
-        nats: mean negative log-likelihood a token under the unsteered model; None if it was not measured.
-        frequency: for each vector of the evaluation, the share of the text's top-k slots that its experts got.
+        nats: mean negative log-likelihood a token under the unsteered model; None for a text without tokens.
+        vector_shares: for each vector of the evaluation, the share of the text's top-k slots that its experts got.
         entropy: of the experts' use, a share of log N, mean over layers; None for a text without tokens.
     """
 

@@ -78,7 +78,7 @@ class Summary:
         """All of it; `main_group` is the steered group that controls and the confusion matrix are about."""
         controls = self._controls(main_group)
         return {
-            "classifier": {"auc": self.judge.classifier.auc, "accuracy": self.judge.classifier.accuracy},
+            "classifier": {"auc": self.judge.classifier.auc, "recall": self.judge.classifier.recall},
             "unsteered": {domain: _intervals(figures) for domain, figures in self._unsteered.items()},
             "conditions": self._rows,
             "groups": self._groups(),
