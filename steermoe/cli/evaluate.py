@@ -99,7 +99,7 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
-    """Measure success, damage and controls of steering. Prints a table; the folder gets JSON, CSV and pictures.
+    """Measure success, damage and controls of steering. Prints a table, fills the folder.
 
     A classifier judges success, on texts that are no gibberish, loop or list of words; damage is the divergence from
     the unsteered model on neutral texts. Stories are kept: a run that was ended goes on when it is started again.

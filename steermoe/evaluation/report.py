@@ -1,4 +1,4 @@
-"""Evaluate into a folder, and write what a reader wants of it: `evaluation.json`, a CSV, pictures, table rows."""
+"""Evaluate into a folder, and write what a reader wants of it: `evaluation.json`, CSV, Markdown, pictures."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from typing import Any
 
 from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.judge import FIGURES, Judge
+from steermoe.evaluation.markdown import markdown
 from steermoe.evaluation.pictures import draw_all
 from steermoe.evaluation.protocol import Design, Settings
 from steermoe.evaluation.run import Evaluation, Told, evaluate
@@ -19,7 +20,7 @@ from steermoe.library import tensors_sha256
 from steermoe.models import LoadedModel
 from steermoe.vectors import SteeringVector
 
-SUMMARY, CSV = "evaluation.json", "conditions.csv"
+SUMMARY, CSV, TABLES = "evaluation.json", "conditions.csv", "summary.md"
 TITLES = (
     "domain",
     "condition",
@@ -94,6 +95,7 @@ def evaluate_into(
     summary["seconds"] = round(time.monotonic() - started, 1)
     results.write_json(SUMMARY, summary)
     results.write_text(CSV, _csv(summary))
+    results.write_text(TABLES, markdown(summary))
     draw_all(summary, folder)
     return summary
 

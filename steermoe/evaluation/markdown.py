@@ -1,0 +1,161 @@
+"""The tables of an evaluation in Markdown, for a report or a README: what is written comes from the summary alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from steermoe.evaluation.summary import MAIN
+
+Summary = Mapping[str, Any]
+NAMES = {"additive": "(3) additive", "max_scaled": "(4) max-scaled", "zero_max_scaled": "(5) zero-max-scaled"}
+
+
+def markdown(summary: Summary) -> str:
+    """All tables under headings."""
+    parts = [
+        ("Domains and controls", _domains(summary)),
+        ("Conditions, mean over domains", _groups(summary)),
+        ("Which domain the texts are about", _confusion(summary)),
+        ("The classifier, on the first 30 words of held-out texts", _classifier(summary)),
+    ]
+    if summary["formulas"]["equal_damage"]:
+        parts += [
+            ("Formulas at equal damage budget", _equal_damage(summary)),
+            ("Formulas at equal success", _equal_success(summary)),
+        ]
+    settings = summary["settings"]
+    head = (
+        f"{summary['model']}: {len(settings['openings'])} openings x {settings['seeds']} seeds x "
+        f"{len(summary['unsteered'])} domains, {settings['max_new_tokens']} tokens each, temperature "
+        f"{settings['temperature']:g}. Intervals: 95%, paired bootstrap over openings. Largest logit difference at "
+        f"strength 0: {summary['strength_0']:g}."
+    )
+    complaints = [f"- CONTROL FAILED: {line}" for line in summary["complaints"]] or ["All controls came out."]
+    return "\n".join([head, "", *complaints, *(f"\n### {title}\n\n{table}" for title, table in parts)]) + "\n"
+
+
+def _domains(summary: Summary) -> str:
+    main = summary["main_group"]
+    level = main.removeprefix("steered-")
+    columns = {"steered": main, "shuffled": f"shuffled-{level}", "asked in words": "prompted", "both": f"both-{level}"}
+    rows = {(row["domain"], row["group"]): row for row in summary["conditions"]}
+    table = []
+    for domain, usual in summary["unsteered"].items():
+        cells = [_rate(usual[MAIN])]
+        cells += [
+            _rate(rows[domain, group]["figures"][MAIN]) if (domain, group) in rows else "" for group in columns.values()
+        ]
+        steered = rows[domain, main]
+        foreign = next((c.get("foreign") for c in summary["controls"] if c["domain"] == domain), None)
+        cells += [
+            _points(foreign),
+            f"{steered['worse']:.0%}",
+            f"{steered['strength']:g}",
+            f"{steered['on_texts']['kl_p95']:.2f}",
+        ]
+        table.append([domain, *cells])
+    titles = ["domain", "unsteered", *columns, "raised by other vectors", "openings gone the wrong way", "c", "KL p95"]
+    return _table(titles, table)
+
+
+def _groups(summary: Summary) -> str:
+    rows = []
+    for group in summary["groups"]:
+        figures, texts = group["figures"], group["on_texts"]
+        rows.append(
+            [
+                _what(group),
+                _rate(figures[MAIN]),
+                *(_number(figures[name], digits) for name, digits in (
+                    ("probability", 2), ("words_per_1000", 0), ("nats", 2), ("distinct_2", 2), ("repeated_4", 3),
+                    ("vector_share", 2),
+                )),
+                f"{figures['damaged']['mean']:.1%}",
+                *(f"{texts[name]:.2f}" if name in texts else "" for name in ("kl_p95", "kl_mean", "lift", "jaccard")),
+            ]
+        )  # fmt: skip
+    titles = [
+        "condition", "sound success", "probability", "words/1000", "nats", "distinct-2", "repeated 4-grams",
+        "slots to the vector's experts", "damaged", "KL p95", "KL mean", "lift", "top-k Jaccard",
+    ]  # fmt: skip
+    return _table(titles, rows)
+
+
+def _what(group: Mapping[str, Any]) -> str:
+    if group["kind"] == "prompted":
+        return "asked in words"
+    name = {"both": "asked and steered", "shuffled": "experts shuffled", "steered": ""}[group["kind"]]
+    parts = [name, NAMES[group["formula"]], group["cut"] if group["cut"] != "own" else ""]
+    parts += ["paper's scale" if group["scale"] == "paper" else ""]
+    parts += [f"{group['budget']:g} nats" if group["budget"] is not None else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _confusion(summary: Summary) -> str:
+    confusion = summary["confusion"]
+    rows = [
+        [vector, *(f"{share:.0%}" for share in shares)]
+        for vector, shares in zip(confusion["vectors"], confusion["share"], strict=True)
+    ]
+    return _table(["steered with", *confusion["classified"]], rows)
+
+
+def _classifier(summary: Summary) -> str:
+    found = summary["classifier"]
+    return _table(
+        ["", *found["auc"]],
+        [
+            ["area under ROC", *(f"{value:.3f}" for value in found["auc"].values())],
+            ["recall", *(f"{value:.0%}" for value in found["recall"].values())],
+        ],
+    )
+
+
+def _equal_damage(summary: Summary) -> str:
+    rows = [
+        [
+            _setting(pair),
+            f"{pair['budget']:g}",
+            f"{NAMES[pair['better']]} less {NAMES[pair['worse']]}",
+            _points(pair["success"]),
+            _signed(pair["nats"]),
+        ]
+        for pair in summary["formulas"]["equal_damage"]
+    ]
+    return _table(["threshold, scale", "budget", "pair", "difference in sound success", "difference in nats"], rows)
+
+
+def _equal_success(summary: Summary) -> str:
+    rows = []
+    for at in summary["formulas"]["equal_success"]:
+        for one in at["damage"]:
+            found = one["kl_p95"]
+            shown = "not reached" if found is None else f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+            rows.append([f"{at['success']:.0%}", _setting(one), NAMES[one["formula"]], shown])
+    return _table(["sound success", "threshold, scale", "formula", "KL p95, nats"], rows)
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    return f"{row['cut']}, {row['scale']}"
+
+
+def _rate(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f"{interval['mean']:.0%} [{interval['low']:.0%}, {interval['high']:.0%}]"
+
+
+def _points(interval: Mapping[str, float] | None) -> str:
+    if interval is None:
+        return ""
+    return f"{100 * interval['mean']:+.0f} points [{100 * interval['low']:+.0f}, {100 * interval['high']:+.0f}]"
+
+
+def _signed(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f"{interval['mean']:+.2f} [{interval['low']:+.2f}, {interval['high']:+.2f}]"
+
+
+def _number(interval: Mapping[str, float] | None, digits: int) -> str:
+    return "" if interval is None else f"{interval['mean']:.{digits}f}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
