@@ -34,7 +34,7 @@ from steermoe.steering import plan_for
 from steermoe.vectors import SteeringVector
 
 PARTS = ("clusters", "heldout", "steering", "speed", "memory")
-STRENGTH = 6.0
+FORMULA, STRENGTH = "zero_max_scaled", 6.0
 
 
 class Report:
@@ -105,7 +105,11 @@ def compare_steering(loaded, embedded: EmbeddedTexts, found: Discovery, count: i
         )
         vectors = {"labelled": labelled, "discovered": own[0].vector if own else None}
         for kind, vector in vectors.items():
-            texts = continue_openings(loaded, prompts, plan_for(vector, STRENGTH)) if vector is not None else []
+            texts = (
+                continue_openings(loaded, prompts, plan_for(vector, STRENGTH, formula=FORMULA))
+                if vector is not None
+                else []
+            )
             rate = success_rate([text.text for text in texts], domain_words(domain)) if texts else 0.0
             rates.setdefault(kind, {})[domain] = rate
         print(f"steered {domain}: {rates['labelled'][domain]:.0%}, {rates['discovered'][domain]:.0%}", file=sys.stderr)

@@ -35,12 +35,12 @@ def additive(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale
 
 
 def max_scaled(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
-    """Equation (4): z + max(z) c E, the maximum over the experts of each token."""
+    """Equation (4), the default: z + max(z) c E, the maximum over the experts of each token."""
     return apply("max_scaled", logits_TN, strength * experts, experts > 0, scale)
 
 
 def zero_max_scaled(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
-    """Equation (5), the default: z set to 0 where E > 0, then + max(z) c E, with the maximum of the original z.
+    """Equation (5): z set to 0 where E > 0, then + max(z) c E, with the maximum of the original z.
 
     With `magnitude` a negative strength never raises a logit: where zeroing would, the original stays.
     """

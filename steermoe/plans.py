@@ -17,9 +17,11 @@ from steermoe.library import load_vector
 from steermoe.tracking import POSITIONS, Positions, select
 from steermoe.vectors import SteeringVector, mix
 
-DEFAULT_FORMULA: Formula = "zero_max_scaled"
+DEFAULT_FORMULA: Formula = "max_scaled"
+"""At equal damage it reached more texts than (5), whose effect jumps where c E passes 1 (docs/evidence.md)."""
 DEFAULT_SCALE: Scale = "magnitude"
-DEFAULT_STRENGTH = 4.0
+DEFAULT_STRENGTH = 8.0
+"""For vectors that were not calibrated; `steermoe calibrate` finds their own."""
 
 LayerExpert = tuple[int, int]
 """(decoder layer, expert)."""

@@ -25,7 +25,7 @@ from transformers import (
 from steermoe.models import LoadedModel
 from steermoe.routers import chosen_experts, find_routers
 from steermoe.steering import SteeringHandle, SteeringPlan
-from steermoe.vectors import SteeringVector
+from steermoe.vectors import SteeringVector, VectorInfo
 
 PAD, BEGIN, END = 0, 1, 2
 VOCABULARY = 300
@@ -103,15 +103,15 @@ def _switch() -> PreTrainedModel:
 
 
 def vector_for(model: PreTrainedModel, *experts: int, domain: str = "sport") -> SteeringVector:
-    """A vector that raises the given experts (0 to EXPERTS - 1) in every layer."""
+    """A vector that raises the given experts (0 to EXPERTS - 1) in every layer, by formula (5): weak ones do at once."""
     layers = tuple(router.layer for router in find_routers(model))
     frequency = torch.full((len(layers), EXPERTS), 0.1 / EXPERTS)
     frequency[:, list(experts or (1,))] += 0.9 / len(experts or (1,))
-    return SteeringVector(domain, frequency, layers, threshold=1.0)
+    return SteeringVector(domain, frequency, layers, threshold=1.0, info=VectorInfo(formula="zero_max_scaled"))
 
 
 def plan_for_experts(model: PreTrainedModel, *experts: int, **fields: Any) -> SteeringPlan:
-    return SteeringPlan(vector_for(model, *experts), **{"strength": 5.0, **fields})
+    return SteeringPlan(vector_for(model, *experts), **{"strength": 5.0, "formula": "zero_max_scaled", **fields})
 
 
 def prompt(length: int = 6, rows: int = 1, seed: int = 3) -> Tensor:

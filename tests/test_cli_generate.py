@@ -36,7 +36,7 @@ def test_json_is_one_object_with_every_parameter(run, tiny_checkpoint, vectors):
     assert result.out.count("\n") == 1
     assert record["domain"] == "sport"
     assert record["strength"] == 2.0
-    assert record["formula"] == "zero_max_scaled"
+    assert record["formula"] == "max_scaled"
     assert record["seed"] == 0
     assert record["model"] == "tiny-mixtral"
     assert record["prompt"] == "A dog."

@@ -34,7 +34,7 @@ def test_every_text_is_measured_against_every_vector():
         ]
     )
     assert [column.label for column in columns] == ["unsteered", "sport", "food"]
-    assert [column.detail for column in columns] == ["", "zero_max_scaled, strength 2", "additive, strength 3"]
+    assert [column.detail for column in columns] == ["", "max_scaled, strength 2", "additive, strength 3"]
     assert columns[1].shares == pytest.approx({"sport": 0.75, "food": 0.25})
     assert columns[0].shares == pytest.approx({"sport": 0.25, "food": 0.25})
     assert [column.word_count for column in columns] == [

@@ -176,6 +176,9 @@ def test_everything_is_there_and_a_second_run_tells_nothing_anew(tiny_model, vec
     assert first["strength_0"] == 0
     assert len(first["conditions"]) == 2 * (2 + 3)
     assert json.loads((folder / "evaluation.json").read_text())["groups"] == first["groups"]
+    tables = (folder / "summary.md").read_text()
+    assert "### Domains and controls" in tables
+    assert "### Formulas" not in tables  # one formula only
     rows = list(csv.DictReader((folder / "conditions.csv").read_text().splitlines()))
     assert len(rows) == len(first["conditions"])
     assert {row["kind"] for row in rows} == {"steered", "shuffled", "prompted", "both"}
@@ -219,6 +222,7 @@ def test_strengths_that_follow_a_budget_stay_within_it(tiny_model, vectors, text
     assert len(summary["groups"]) == 6
     for row in summary["conditions"]:
         assert row["on_texts"]["kl_p95"] <= row["budget"]
+    assert "### Formulas at equal damage budget" in (tmp_path / "out" / "summary.md").read_text()
     compared = summary["formulas"]["equal_damage"]
     assert {(pair["worse"], pair["better"]) for pair in compared} == {
         ("additive", "max_scaled"),

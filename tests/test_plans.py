@@ -84,11 +84,11 @@ def test_strength_0_does_nothing_but_lists_do():
 
 
 def test_plan_for_takes_what_the_vector_was_calibrated_with():
-    info = VectorInfo(strength=2.5, formula="max_scaled", scale="paper")
+    info = VectorInfo(strength=2.5, formula="zero_max_scaled", scale="paper")
     calibrated = replace(VECTOR, info=info)
-    assert plan_for(calibrated) == SteeringPlan(calibrated, 2.5, "max_scaled", "paper")
+    assert plan_for(calibrated) == SteeringPlan(calibrated, 2.5, "zero_max_scaled", "paper")
     assert plan_for(calibrated, 0.0, formula="additive") == SteeringPlan(calibrated, 0.0, "additive", "paper")
-    assert plan_for(VECTOR) == SteeringPlan(VECTOR, 4.0, "zero_max_scaled", "magnitude")
+    assert plan_for(VECTOR) == SteeringPlan(VECTOR, 8.0, "max_scaled", "magnitude")
 
 
 @pytest.mark.parametrize(

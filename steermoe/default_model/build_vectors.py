@@ -1,8 +1,8 @@
 """Build the default model's steering vectors: `python -m steermoe.default_model.build_vectors -o FOLDER`.
 
 A domain's vector is the mean routing embedding of its training stories without their openings, which are neutral; the
-baseline is that of all stories. The strengths are not found here but measured, by `benchmarks/strengths.py`, and kept
-when a vector is built again.
+baseline is that of all stories. The strengths are not found here but by `steermoe calibrate`, and kept when a vector is
+built again.
 """
 
 import argparse
@@ -38,7 +38,14 @@ def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: fl
         )
         if path.exists():
             old = read_vector(path).info
-            info = replace(info, strength=old.strength, formula=old.formula, scale=old.scale, safe_range=old.safe_range)
+            info = replace(
+                info,
+                strength=old.strength,
+                formula=old.formula,
+                scale=old.scale,
+                safe_range=old.safe_range,
+                damage=old.damage,
+            )
         vector = SteeringVector(
             domain,
             frequencies[rows].mean(0),
