@@ -103,7 +103,7 @@ def _switch() -> PreTrainedModel:
 
 
 def vector_for(model: PreTrainedModel, *experts: int, domain: str = "sport") -> SteeringVector:
-    """A vector that raises the given experts (0 to EXPERTS - 1) in every layer, by formula (5): weak ones do at once."""
+    """A vector that raises the given experts (0 to EXPERTS - 1) in every layer, by formula (5)."""
     layers = tuple(router.layer for router in find_routers(model))
     frequency = torch.full((len(layers), EXPERTS), 0.1 / EXPERTS)
     frequency[:, list(experts or (1,))] += 0.9 / len(experts or (1,))

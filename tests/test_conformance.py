@@ -34,7 +34,17 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from steermoe import SteeringPlan, SteeringVector, attach, find_routers, list_families, record_routing, steer
+from steermoe import (
+    SteeringPlan,
+    SteeringVector,
+    VectorInfo,
+    attach,
+    find_routers,
+    list_families,
+    plan_for,
+    record_routing,
+    steer,
+)
 from steermoe.errors import SteeringError, UnsupportedModel
 from steermoe.families import UNKNOWN_REASON, Family
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
@@ -104,7 +114,8 @@ class Case:
         for row in range(len(weights)):
             weights[row, (1 + row) % EXPERTS] = 0.5
             weights[row, (5 + 2 * row) % EXPERTS] = 0.3
-        return SteeringVector("test", None, tuple(router.layer for router in self.routers), weights=weights)
+        info = VectorInfo(formula="zero_max_scaled")
+        return SteeringVector("test", None, tuple(router.layer for router in self.routers), weights=weights, info=info)
 
     def steered(self, vector: SteeringVector | None = None, strength: float = STRENGTH, **plan: Any) -> Tensor:
         with steer(self.model, vector or self.vector, strength, **({"positions": "all"} | plan)):
@@ -203,7 +214,7 @@ def test_equals_the_reference(case: Case) -> None:
 
 
 def test_removal_leaves_nothing_behind(case: Case) -> None:
-    handle = attach(case.model, SteeringPlan(case.vector, STRENGTH, positions="all"))
+    handle = attach(case.model, plan_for(case.vector, STRENGTH, positions="all"))
     assert not torch.equal(run(case.model, case.inputs), case.plain)
     handle.remove()
     handle.remove()
@@ -236,7 +247,8 @@ def test_large_strength_takes_every_place(case: Case) -> None:
     weights = torch.zeros(len(boosted), EXPERTS)
     for row, experts in enumerate(boosted):
         weights[row, experts] = 1 / len(experts)
-    vector = SteeringVector("test", weights, tuple(router.layer for router in case.routers))
+    info = VectorInfo(formula="zero_max_scaled")
+    vector = SteeringVector("test", weights, tuple(router.layer for router in case.routers), info=info)
     with record_routing(case.model) as record:
         case.steered(vector, 1e4)
     assert record.counts is not None
@@ -291,7 +303,7 @@ def test_mixed_batch_keeps_rows_apart(case: Case) -> None:
     batch = left_padded(case, lengths)
     other = SteeringVector("other", None, case.vector.layers, weights=case.vector.experts.roll(3, -1))
     plans = [
-        SteeringPlan(case.vector, STRENGTH, positions="all"),
+        plan_for(case.vector, STRENGTH, positions="all"),
         None,
         SteeringPlan(other, 2.0, formula="max_scaled", positions="all"),
     ]
@@ -353,7 +365,7 @@ def test_experts_implementations_agree(case: Case) -> None:
         pytest.skip(f"{case.family} has but one implementation of its experts")
     expected = case.steered()
     batch = left_padded(case, (9, 6))
-    plan = SteeringPlan(case.vector, STRENGTH, positions="all")
+    plan = plan_for(case.vector, STRENGTH, positions="all")
     try:
         for implementation in ("batched_mm", "grouped_mm"):
             case.model.set_experts_implementation(implementation)
@@ -573,7 +585,7 @@ class InterruptibleRouter(WrappingRouter):
 def test_failed_call_does_not_spoil_the_next(linear: type[nn.Linear]) -> None:
     case = Case.of(stand_in(lambda: InterruptibleRouter(linear(HIDDEN, EXPERTS, bias=False))))
     expected = case.steered()
-    handle = attach(case.model, SteeringPlan(case.vector, STRENGTH, positions="all"))
+    handle = attach(case.model, plan_for(case.vector, STRENGTH, positions="all"))
     case.routers[0].module.fails = True
     with pytest.raises(MemoryError):
         run(case.model, case.inputs)
@@ -687,7 +699,7 @@ def test_accelerate_hooks_live_together_with_ours(first: str, first_removed: str
     expected = case.steered()
     hook = CountingHook()
     add: dict[str, Callable[[], Any]] = {
-        "ours": lambda: attach(case.model, SteeringPlan(case.vector, STRENGTH, positions="all")),
+        "ours": lambda: attach(case.model, plan_for(case.vector, STRENGTH, positions="all")),
         "theirs": lambda: [add_hook_to_module(module, hook) for module in modules],
     }
     added = {name: add[name]() for name in sorted(add, key=lambda name: name != first)}
