@@ -47,21 +47,11 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class Pointer:
-    """From one synset to another; `source` and `target` number the lemmas that it links from 1, 0 is the whole synset."""
-
-    symbol: str
-    source: int
-    key: Key
-    target: int
-
-
-@dataclass(frozen=True)
 class Synset:
-    """Lemmas as written, and pointers."""
+    """Lemmas as written, pointers as symbol and target."""
 
     lemmas: tuple[str, ...]
-    pointers: tuple[Pointer, ...]
+    pointers: tuple[tuple[str, Key], ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ class WordNet:
         synsets: by key.
         senses: of a lemma in small letters and a part of speech, the first sense first.
         tags: how often a lemma's sense of that number was met in tagged texts.
-            mentions: how many definitions and examples hold a word.
+        mentions: how many definitions and examples hold a word.
     """
 
     synsets: Mapping[Key, Synset]
@@ -302,8 +292,8 @@ def _parse_synset(fields: list[str]) -> tuple[str, Synset]:
     # An adjective's lemma may carry its position, such as "afloat(p)".
     lemmas = tuple(re.sub(r"\(.*\)$", "", lemma) for lemma in fields[4 : 4 + 2 * words : 2])
     start = 5 + 2 * words
-    pointers = (fields[i : i + 4] for i in range(start, start + 4 * int(fields[start - 1]), 4))
-    return fields[0], Synset(lemmas, tuple(Pointer(p[0], int(p[3][:2], 16), (p[2], p[1]), int(p[3][2:], 16)) for p in pointers))
+    pointers = (fields[i : i + 3] for i in range(start, start + 4 * int(fields[start - 1]), 4))
+    return fields[0], Synset(lemmas, tuple((symbol, (speech, offset)) for symbol, offset, speech in pointers))
 
 
 def _read_tags(path: Path) -> dict[tuple[str, str, int], int]:
@@ -334,7 +324,7 @@ def below(wordnet: WordNet, names: Iterable[str]) -> set[Key]:
 
 
 def _targets(wordnet: WordNet, key: Key, symbol: str) -> list[Key]:
-    return [pointer.key for pointer in wordnet.synsets[key].pointers if pointer.symbol == symbol]
+    return [target for found, target in wordnet.synsets[key].pointers if found == symbol]
 
 
 def domain_synsets(wordnet: WordNet, domain: Domain) -> set[Key]:
