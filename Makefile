@@ -55,8 +55,10 @@ bench-discovery: model ## how well domains are found and how fast texts are embe
 	$(BIN)/python benchmarks/discovery.py
 
 .PHONY: evidence
-evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 2 hours; goes on where it was ended)
-	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence
+evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; goes on where it was ended)
+	$(BIN)/steermoe evaluate --formulas all --thresholds relative --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence
+	mkdir -p evidence/curve && cp evidence/evaluation.json evidence/conditions.csv evidence/summary.md evidence/*.png evidence/curve/
+	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 1 --max-new-tokens 40 --texts 16 -o evidence
 
 .PHONY: clean
 clean: ## remove the environment and caches, not the pulled model
