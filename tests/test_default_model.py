@@ -217,7 +217,8 @@ def test_shipped_vectors_fit_and_are_measured(default_model, domain):
 def test_steering_turns_openings_to_the_domain_and_leaves_the_unsteered_ones_alone(default_model):
     """A small version of `benchmarks/default_model.py`: 6 held-out openings, unsteered and to sport and space."""
     openings = [story.opening for story in load_stories("heldout", "neutral")][:6]
-    plans = [None] + [plan_for(load_vector(d, default_model.model, group=spec.NAME)) for d in ("sport", "space")]
+    vectors = [load_vector(domain, default_model.model, group=spec.NAME) for domain in ("sport", "space")]
+    plans = [None, *(plan_for(vector, 6.0, formula="zero_max_scaled") for vector in vectors)]
     requests = [
         Request(opening, plan, Sampling(max_new_tokens=90, seed=seed))
         for plan in plans

@@ -72,16 +72,14 @@ def test_by_default_each_vector_steers_as_generate_would(make_vector):
     assert (only.strength, only.formula, only.group) == (
         4.0,
         "zero_max_scaled",
-        "steered-zero_max_scaled-magnitude-own-own-strength",
+        "steered-max_scaled-magnitude-own-own-strength",
     )
 
 
 def test_a_design_is_all_combinations(make_vector):
-    found = Design(("additive", "zero_max_scaled"), cuts=("own", "absolute"), strengths=(1.0, 2.0)).steered(
-        make_vector()
-    )
+    found = Design(("additive", "max_scaled"), cuts=("own", "absolute"), strengths=(1.0, 2.0)).steered(make_vector())
     assert len(found) == 8
-    assert found[0] == Condition("steered", "sport", "zero_max_scaled", strength=2.0)
+    assert found[0] == Condition("steered", "sport", "max_scaled", strength=2.0)
 
 
 def test_formulas_are_compared_at_equal_damage(make_vector):
