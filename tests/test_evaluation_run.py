@@ -71,7 +71,7 @@ def test_by_default_each_vector_steers_as_generate_would(make_vector):
     (only,) = Design().steered(make_vector())
     assert (only.strength, only.formula, only.group) == (
         4.0,
-        "zero_max_scaled",
+        "max_scaled",
         "steered-max_scaled-magnitude-own-own-strength",
     )
 
