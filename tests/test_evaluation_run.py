@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +193,19 @@ def test_everything_is_there_and_a_second_run_tells_nothing_anew(tiny_model, vec
     monkeypatch.setattr(HFEngine, "generate", tell_again)
     second = evaluate_into(folder, tiny_model, vectors, texts, SETTINGS, design)
     assert {k: v for k, v in second.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+
+
+def test_vectors_that_steer_by_different_formulas(tiny_model, vectors, texts, tmp_path):
+    food = vectors["food"]
+    vectors["food"] = replace(food, info=replace(food.info, formula="additive"))
+    summary = evaluate_into(tmp_path / "out", tiny_model, vectors, texts, SETTINGS, Design(controls=False))
+    assert {row["domain"]: row["formula"] for row in summary["conditions"]} == {
+        "sport": "max_scaled",
+        "food": "additive",
+    }
+    table = (tmp_path / "out" / "summary.md").read_text().split("### ")[1]
+    assert "| sport |" in table
+    assert "| food |" not in table
 
 
 def test_a_run_that_was_killed_goes_on(tiny_model, vectors, texts, tmp_path, monkeypatch):

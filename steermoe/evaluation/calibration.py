@@ -71,7 +71,7 @@ def calibrate(
     saturates = damage(high) <= budget
     if saturates:
         limit, enough = high, SATURATED * damage(high)
-        low, high = _between(low_and_high(measured, enough), lambda strength: damage(strength) >= enough, tolerance)
+        low, high = _between(_around(measured, enough), lambda strength: damage(strength) >= enough, tolerance)
         strength = high
     else:
         low, high = _between((low, high), lambda strength: damage(strength) > budget, tolerance)
@@ -125,7 +125,7 @@ def calibrate_vector(
     return replace(vector, info=info), found
 
 
-def low_and_high(measured: dict[float, float], enough: float) -> tuple[float, float]:
+def _around(measured: dict[float, float], enough: float) -> tuple[float, float]:
     """The strengths on both sides of where the damage first reaches `enough`."""
     low = 0.0
     for strength, damage in sorted(measured.items()):

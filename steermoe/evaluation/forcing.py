@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steermoe.discovery.embedding import batches
 from steermoe.engines.base import Completion
 from steermoe.errors import GenerationError
 from steermoe.models import LoadedModel
 from steermoe.routers import chosen_experts, find_routers, module_that_routes
-from steermoe.steering import SteeringPlan, attach
+from steermoe.steering import SteeringPlan, steer
 
 PROMPT_TOKENS = 16
 MAX_TOKENS = 112
@@ -103,7 +104,8 @@ class Forcing:
             raise GenerationError(
                 f"none of {len(texts)} texts has more than {prompt_tokens + 1} tokens: give longer texts to measure on"
             )
-        self._batches = [self._unsteered(batch) for batch in _batches(usable)]
+        cut = batches(range(len(usable)), list(map(len, usable)), BATCH_TOKENS)
+        self._batches = [self._unsteered([usable[i] for i in numbers]) for numbers in cut]
         self.tokens = sum(len(batch.targets) for batch in self._batches)
         nats = [F.cross_entropy(batch.logits.float(), batch.targets, reduction="sum") for batch in self._batches]
         self.nats = float(torch.stack(nats).sum()) / self.tokens
@@ -115,9 +117,7 @@ class Forcing:
             SteeringError: the plan does not fit the model, or steers none of the tokens.
         """
         kl, losses, overlaps = [], [], []
-        handle = attach(self._model, plan)
-        with ExitStack() as undo:
-            undo.callback(handle.remove)
+        with steer(self._model, rows=[plan]) as handle:
             handle.set(prompt_length=self.prompt_tokens)
             for batch in self._batches:
                 logits_TV, chosen = self._read(batch.ids, batch.mask, batch.scored)
@@ -126,7 +126,6 @@ class Forcing:
                 losses.append(F.nll_loss(log_TV, batch.targets, reduction="sum"))
                 if chosen is not None and batch.chosen is not None:
                     overlaps.append(_jaccard(chosen, batch.chosen).flatten())
-            handle.require_steered_tokens()
             report = handle.report()
         kl_T = torch.cat(kl)
         return ForcedFigures(
@@ -142,22 +141,16 @@ class Forcing:
 
     def largest_difference(self, plan: SteeringPlan) -> float:
         """The largest difference of any scored logit that a plan makes; 0 means bit-identical."""
-        handle = attach(self._model, plan)
-        try:
+        with steer(self._model, rows=[plan]) as handle:
             handle.set(prompt_length=self.prompt_tokens)
             read = [self._read(batch.ids, batch.mask, batch.scored)[0] for batch in self._batches]
-        finally:
-            handle.remove()
         return max(
             float((logits.float() - batch.logits.float()).abs().max())
             for logits, batch in zip(read, self._batches, strict=True)
         )
 
     def _unsteered(self, texts: Sequence[Sequence[int]]) -> _Batch:
-        width = max(map(len, texts))
-        device = self._model.device
-        ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
-        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
+        ids, mask = _padded(texts, self._model.device)
         scored = mask[:, 1:].bool()
         scored[:, : self.prompt_tokens] = False
         logits, chosen = self._read(ids, mask, scored)
@@ -200,10 +193,8 @@ def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) ->
     texts = [[*prompt, *done.token_ids] for prompt, done in zip(prompts, completions, strict=True)]
     found: list[float | None] = [None] * len(completions)
     order = sorted((i for i, done in enumerate(completions) if done.token_ids), key=lambda i: len(texts[i]))
-    for numbers in _batches(order, lambda i: len(texts[i])):
-        width = max(len(texts[i]) for i in numbers)
-        ids = torch.tensor([texts[i] + [0] * (width - len(texts[i])) for i in numbers], device=model.device)
-        mask = torch.tensor([[1] * len(texts[i]) + [0] * (width - len(texts[i])) for i in numbers], device=model.device)
+    for numbers in batches(order, list(map(len, texts)), BATCH_TOKENS):
+        ids, mask = _padded([texts[i] for i in numbers], model.device)
         first = min(len(prompts[i]) for i in numbers) - 1
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, first:-1].float()
@@ -214,16 +205,12 @@ def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) ->
     return found
 
 
-def _batches(items: Sequence[Any], length: Any = len) -> Iterator[list[Any]]:
-    """Runs of sorted items whose padded tokens stay within `BATCH_TOKENS`."""
-    batch: list[Any] = []
-    for item in items:
-        if batch and length(item) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+def _padded(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [B, S], filled up on the right."""
+    width = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
+    return ids, mask
 
 
 def _jaccard(chosen: Tensor, before: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Judge:
             if words.get(domain) or keywords.get(domain)
         }
         self._unsteered = unsteered
+        self._probabilities: dict[str, Floats] = {}
 
     @cached_property
     def usual(self) -> Usual:
@@ -71,33 +72,41 @@ class Judge:
 
     def likeliest(self, stories: Sequence[StoryRecord]) -> dict[str, float]:
         """Share of stories by the domain that the classifier finds likeliest."""
-        found = self.classifier.probabilities([story.text for story in stories]).argmax(1)
+        found = self._classified(stories).argmax(1)
         return {label: float((found == column).mean()) for column, label in enumerate(self.classifier.labels)}
+
+    def success(self, stories: Sequence[StoryRecord], domain: str) -> Floats:
+        """The figure of that name alone, [O], for a domain that the stories need not be meant for."""
+        hits = self._classified(stories).argmax(1) == self.classifier.labels.index(domain)
+        values = np.full((self.openings, self.seeds), np.nan)
+        for story, hit in zip(stories, hits, strict=True):
+            values[story.opening, story.seed] = hit
+        return _mean_over_seeds(values)
 
     def figures(self, stories: Sequence[StoryRecord], domain: str) -> dict[str, Floats]:
         """Each figure of `FIGURES` as its mean over seeds for each opening [O]; NaN where there is none."""
-        probabilities = self.classifier.probabilities([story.text for story in stories])
         column = self.classifier.labels.index(domain)
-        sums = {name: np.full((self.openings, self.seeds), np.nan) for name in FIGURES}
-        for story, row in zip(stories, probabilities, strict=True):
+        values = {name: np.full((self.openings, self.seeds), np.nan) for name in FIGURES}
+        for story, row in zip(stories, self._classified(stories), strict=True):
             for name, value in self._of_story(story, row, column, domain).items():
                 if value is not None:
-                    sums[name][story.opening, story.seed] = value
-        return {name: _mean_over_seeds(values) for name, values in sums.items()}
+                    values[name][story.opening, story.seed] = value
+        return {name: _mean_over_seeds(of_stories) for name, of_stories in values.items()}
 
-    def damage_of(self, story: StoryRecord, domain: str) -> str:
-        """What is wrong with a story that is to be about a domain, in `soundness`'s words; "" for nothing."""
-        pattern = self._known.get(domain)
-        density = measures.word_figures(story.text, pattern).per_thousand if pattern else 0.0
-        tokens = story.token_ids
-        return damage_of(
-            self.usual, story.nats, measures.repeated_ngrams(tokens), measures.longest_loop(tokens), density
-        )
+    def _classified(self, stories: Sequence[StoryRecord]) -> Floats:
+        """Probabilities [stories, domains]; each text is classified once, though many domains ask for it."""
+        new = list({story.text for story in stories} - self._probabilities.keys())
+        self._probabilities.update(zip(new, self.classifier.probabilities(new), strict=True))
+        found = [self._probabilities[story.text] for story in stories]
+        return np.array(found).reshape(-1, len(self.classifier.labels))
 
     def _of_story(self, story: StoryRecord, probabilities: Floats, column: int, domain: str) -> dict[str, float | None]:
         tokens = story.token_ids
+        repeated, loop = measures.repeated_ngrams(tokens), measures.longest_loop(tokens)
+        known = self._known.get(domain)
+        density = measures.word_figures(story.text, known).per_thousand if known else 0.0
         success = float(probabilities.argmax() == column)
-        damaged = bool(self.damage_of(story, domain)) or not tokens
+        damaged = bool(damage_of(self.usual, story.nats, repeated, loop, density)) or not tokens
         figures: dict[str, float | None] = {
             "sound_success": success * (not damaged),
             "success": success,
@@ -105,8 +114,8 @@ class Judge:
             "damaged": float(damaged),
             "nats": story.nats,
             **{f"distinct_{size}": measures.distinct_ngrams(tokens, size) for size in (1, 2, 3)},
-            "repeated_4": measures.repeated_ngrams(tokens),
-            "loop": float(measures.longest_loop(tokens)),
+            "repeated_4": repeated,
+            "loop": float(loop),
             "length": float(len(tokens)),
             "vector_share": story.vector_shares.get(domain),
             "evenness": story.entropy,

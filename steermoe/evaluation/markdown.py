@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from steermoe.evaluation.summary import MAIN
+from steermoe.evaluation.summary import MAIN, control_groups
 
 Summary = Mapping[str, Any]
 NAMES = {"additive": "(3) additive", "max_scaled": "(4) max-scaled", "zero_max_scaled": "(5) zero-max-scaled"}
@@ -35,14 +35,16 @@ def markdown(summary: Summary) -> str:
 
 def _domains(summary: Summary) -> str:
     main = summary["main_group"]
-    level = main.removeprefix("steered-")
-    columns = {"steered": main, "shuffled": f"shuffled-{level}", "asked in words": "prompted", "both": f"both-{level}"}
+    groups = control_groups(main)
+    columns = {"steered": main, "shuffled": groups["shuffled"], "asked in words": "prompted", "both": groups["both"]}
     rows = {(row["domain"], row["group"]): row for row in summary["conditions"]}
     table = []
     for domain, usual in summary["unsteered"].items():
-        cells = [_rate(usual[MAIN])]
+        if (domain, main) not in rows:
+            continue  # its vector steers by another formula than the first one's
+        cells = [rate(usual[MAIN])]
         cells += [
-            _rate(rows[domain, group]["figures"][MAIN]) if (domain, group) in rows else "" for group in columns.values()
+            rate(rows[domain, group]["figures"][MAIN]) if (domain, group) in rows else "" for group in columns.values()
         ]
         steered = rows[domain, main]
         foreign = next((c.get("foreign") for c in summary["controls"] if c["domain"] == domain), None)
@@ -64,7 +66,7 @@ def _groups(summary: Summary) -> str:
         rows.append(
             [
                 _what(group),
-                _rate(figures[MAIN]),
+                rate(figures[MAIN]),
                 *(_number(figures[name], digits) for name, digits in (
                     ("probability", 2), ("words_per_1000", 0), ("nats", 2), ("distinct_2", 2), ("repeated_4", 3),
                     ("vector_share", 2),
@@ -117,7 +119,7 @@ def _equal_damage(summary: Summary) -> str:
             f"{pair['budget']:g}",
             f"{NAMES[pair['better']]} less {NAMES[pair['worse']]}",
             _points(pair["success"]),
-            _signed(pair["nats"]),
+            rate(pair["nats"], "+.2f"),
         ]
         for pair in summary["formulas"]["equal_damage"]
     ]
@@ -138,18 +140,17 @@ def _setting(row: Mapping[str, Any]) -> str:
     return f"{row['cut']}, {row['scale']}"
 
 
-def _rate(interval: Mapping[str, float] | None) -> str:
-    return "" if interval is None else f"{interval['mean']:.0%} [{interval['low']:.0%}, {interval['high']:.0%}]"
+def rate(interval: Mapping[str, float] | None, form: str = ".0%") -> str:
+    """A share with its interval, such as 72% [68%, 76%]; "" where there is none."""
+    if interval is None:
+        return ""
+    return f"{interval['mean']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
 
 
 def _points(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return ""
     return f"{100 * interval['mean']:+.0f} points [{100 * interval['low']:+.0f}, {100 * interval['high']:+.0f}]"
-
-
-def _signed(interval: Mapping[str, float] | None) -> str:
-    return "" if interval is None else f"{interval['mean']:+.2f} [{interval['low']:+.2f}, {interval['high']:+.2f}]"
 
 
 def _number(interval: Mapping[str, float] | None, digits: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steermoe.evaluation.summary import MAIN
+from steermoe.evaluation.summary import MAIN, control_groups
 from steermoe.plots import figure_class, save
 
 COLOURS = {"additive": "#cc6677", "max_scaled": "#ddaa33", "zero_max_scaled": "#4477aa"}
@@ -147,7 +147,7 @@ def _domains(figure: Any, summary: Summary) -> bool:
         "unsteered": {domain: figures[MAIN] for domain, figures in summary["unsteered"].items()},
         **{
             kind: {row["domain"]: row["figures"][MAIN] for row in summary["conditions"] if row["group"] == group}
-            for kind, group in _control_groups(main).items()
+            for kind, group in control_groups(main).items()
         },
     }
     rows = {kind: by_domain for kind, by_domain in rows.items() if by_domain}
@@ -177,11 +177,6 @@ def _domains(figure: Any, summary: Summary) -> bool:
     axis.legend(fontsize=8, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.06))
     figure.suptitle(f"Domains and controls with 95% intervals, {_what(summary)}")
     return True
-
-
-def _control_groups(main: str) -> dict[str, str]:
-    level = main.removeprefix("steered-")
-    return {"shuffled": f"shuffled-{level}", "prompted": "prompted", "steered": main, "both": f"both-{level}"}
 
 
 def _confusion(figure: Any, summary: Summary) -> bool:

@@ -9,7 +9,7 @@ import torch
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import DEFAULT_BUDGET
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.plans import DEFAULT_FORMULA, DEFAULT_SCALE, DEFAULT_STRENGTH, SteeringPlan
+from steermoe.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
 from steermoe.vectors import SteeringVector
 
 Cut = Literal["own", "absolute", "relative"]
@@ -130,21 +130,10 @@ def shuffled(vector: SteeringVector, seed: int = 0) -> SteeringVector:
     return SteeringVector(vector.domain, None, vector.layers, weights=experts, info=info)
 
 
-def own_strength(vector: SteeringVector) -> float:
-    return vector.info.strength if vector.info.strength is not None else DEFAULT_STRENGTH
-
-
 def own_condition(vector: SteeringVector) -> Condition:
     """How `steermoe generate` steers with this vector by default."""
-    info = vector.info
-    return Condition(
-        "steered",
-        vector.domain,
-        info.formula or DEFAULT_FORMULA,
-        info.scale or DEFAULT_SCALE,
-        strength=own_strength(vector),
-        is_own=True,
-    )
+    plan = plan_for(vector)
+    return Condition("steered", vector.domain, plan.formula, plan.scale, strength=plan.strength, is_own=True)
 
 
 @dataclass(frozen=True)
@@ -179,14 +168,14 @@ class Design:
             return [own]
         levels = [replace(own, budget=budget, is_own=False) for budget in sorted(budgets, reverse=True)]
         levels += [replace(own, strength=strength, is_own=False) for strength in sorted(self.strengths, reverse=True)]
-        formulas = _first(own.formula, self.formulas)
+        scales = _first(own.scale, self.scales)
         found = [
             replace(level, formula=formula, scale=scale, cut=cut)
-            for scale in _first(own.scale, self.scales)
+            for scale in scales
             for level in levels
             for cut in self.cuts
-            for formula in formulas
-            if not (formula == "additive" and scale != _first(own.scale, self.scales)[0])  # it has no scale
+            for formula in _first(own.formula, self.formulas)
+            if not (formula == "additive" and scale != scales[0])  # it has no scale
         ]
         return list(dict.fromkeys(found))
 

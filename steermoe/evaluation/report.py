@@ -9,7 +9,7 @@ from typing import Any
 
 from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.judge import FIGURES, Judge
-from steermoe.evaluation.markdown import markdown
+from steermoe.evaluation.markdown import markdown, rate
 from steermoe.evaluation.pictures import draw_all
 from steermoe.evaluation.protocol import Design, Settings
 from steermoe.evaluation.run import Evaluation, Told, evaluate
@@ -115,27 +115,20 @@ def _row(row: Mapping[str, Any], domain: str, unsteered: Mapping[str, Any] | Non
         how += ["paper's scale"] if row["scale"] == "paper" else []
         how += [f"{row['budget']:g} nats"] if row["budget"] is not None else []
     strength = f"{row['strength']:g}" if row.get("strength") else ""
-    usual = _rate(unsteered[MAIN]) if unsteered else ""
+    usual = rate(unsteered[MAIN]) if unsteered else ""
     worse = row.get("worse")
     damage, words = row["on_texts"].get("kl_p95"), row["figures"]["words_per_1000"]
     return [
         domain,
         ", ".join(how),
         strength,
-        _rate(row["figures"][MAIN]),
+        rate(row["figures"][MAIN]),
         usual,
-        _rate(row["differences"][MAIN], signed=True),
+        rate(row["differences"][MAIN], "+.0%"),
         "" if worse is None else f"{worse:.0%}",
         "" if damage is None else f"{damage:.2f}",
         "" if words is None else f"{words['mean']:.0f}",
     ]
-
-
-def _rate(interval: Mapping[str, float] | None, *, signed: bool = False) -> str:
-    if interval is None:
-        return ""
-    form = "+.0%" if signed else ".0%"
-    return f"{interval['mean']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
 
 
 def _csv(summary: Mapping[str, Any]) -> str:

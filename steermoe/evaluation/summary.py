@@ -40,7 +40,7 @@ class Summary:
         self._rows: list[dict[str, Any]] = []
         self._figures: dict[str, FigureTable] = {}
         self._likeliest = {"unsteered": judge.likeliest(unsteered)}
-        self._foreign: dict[str, dict[str, FigureTable]] = {}
+        self._foreign: dict[str, dict[str, Floats]] = {}
 
     def add(
         self,
@@ -72,7 +72,7 @@ class Summary:
         if condition.kind == "steered":
             self._likeliest[f"{condition.domain}|{condition.group}"] = self.judge.likeliest(stories)
             others = [domain for domain in self.domains if domain != condition.domain]
-            self._foreign[key] = {domain: self.judge.figures(stories, domain) for domain in others}
+            self._foreign[key] = {domain: self.judge.success(stories, domain) for domain in others}
 
     def as_dict(self, main_group: str) -> dict[str, Any]:
         """All of it; `main_group` is the steered group that controls and the confusion matrix are about."""
@@ -134,7 +134,7 @@ class Summary:
     def _controls(self, group: str) -> list[dict[str, Any]]:
         """For each domain: does the true vector do more than a shuffled one, and do foreign ones do nothing?"""
         true = self._members(group)
-        shuffled = self._members(group.replace("steered-", "shuffled-", 1))
+        shuffled = self._members(control_groups(group)["shuffled"])
         found = []
         for domain, figures in true.items():
             complaints = []
@@ -150,9 +150,7 @@ class Summary:
                         f"{domain}: the vector with shuffled experts does over half of what the true one does"
                     )
             foreign = [
-                tables[domain]["success"]
-                for key, tables in self._foreign.items()
-                if domain in tables and key.endswith(f"|{group}")
+                rates[domain] for key, rates in self._foreign.items() if domain in rates and key.endswith(f"|{group}")
             ]
             if foreign:
                 raised = _mean(foreign) - self._unsteered[domain]["success"]
@@ -213,6 +211,12 @@ class Summary:
                 for formula, points in formulas.items()
             ],
         }
+
+
+def control_groups(main: str) -> dict[str, str]:
+    """The groups that a steered group is to be seen beside, itself among them, by kind."""
+    level = main.removeprefix("steered-")
+    return {"shuffled": f"shuffled-{level}", "prompted": "prompted", "steered": main, "both": f"both-{level}"}
 
 
 def _damage_at(points: Sequence[tuple[float, Floats]], target: float) -> dict[str, float] | None:
