@@ -43,7 +43,7 @@ class HFEngine:
         samplings = [request.sampling for request in requests]
         limits = [sampling.max_new_tokens for sampling in samplings]
         plans = [request.plan for request in requests]
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         handle = None
         with ExitStack() as undo:
             if any(plans):
@@ -107,7 +107,8 @@ class HFEngine:
             )
         return ids
 
-    def _end_tokens(self) -> set[int]:
+    def end_tokens(self) -> set[int]:
+        """Tokens that end a text."""
         end = self.loaded.model.generation_config.eos_token_id
         end = self.loaded.tokenizer.eos_token_id if end is None else end
         return set(end) if isinstance(end, list | tuple) else {end} - {None}
