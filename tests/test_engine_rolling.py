@@ -6,12 +6,10 @@ from dataclasses import replace
 import pytest
 import steering_models as tiny
 import tiny_models
-import torch
 
 from steermoe.engines.base import Request, Sampling
 from steermoe.engines.hf import HFEngine
-from steermoe.engines.rolling import RollingDecoder, StaticDecoder, decoder_for
-from steermoe.errors import SteeringError
+from steermoe.engines.rolling import RollingDecoder, decoder_for
 
 FAMILIES = ("mixtral", "qwen3_moe", "granitemoeshared", "gpt_oss", "deepseek_v3")
 STORIES = ("Once upon a time", "A dog", "The cat is on the mat today", "It", "x", "When they came home, all was quiet.")

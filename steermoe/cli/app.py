@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from steermoe import __version__
-from steermoe.cli import compare, console, embed, generate, models, vectors
+from steermoe.cli import batch, compare, console, embed, generate, models, vectors
 from steermoe.errors import SteerMoEError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=batch.EXAMPLES)(batch.batch)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(models.app, name="models")

@@ -85,8 +85,11 @@ class HFEngine:
             )
         return completions
 
-    def encode(self, request: Request) -> list[int]:
+    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """The prompt's tokens; text that looks like a special token stays text.
+
+        Args:
+            request: what to check and encode. known: the tokens, if another request had the same prompt.
 
         Raises:
             GenerationError: an empty prompt, or one that leaves no room in the model's context.
@@ -94,7 +97,7 @@ class HFEngine:
         tokenizer = self.loaded.tokenizer
         if not request.prompt.strip():
             raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
-        ids: list[int] = tokenizer(request.prompt, split_special_tokens=True)["input_ids"]
+        ids = tokenizer(request.prompt, split_special_tokens=True)["input_ids"] if known is None else known
         if not ids:
             raise GenerationError(
                 f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another"
