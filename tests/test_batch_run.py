@@ -104,7 +104,7 @@ def test_each_story_is_what_generate_gives_for_its_record(loaded, place):
     from steermoe.plans import make_plan
 
     for story in stories():
-        assert list(story)[0] == "job"
+        assert next(iter(story)) == "job"
         sampling = Sampling(**{name: story[name] for name in Sampling.__dataclass_fields__})
         fields = {n: story[n] for n in ("strength", "formula", "scale", "positions", "schedule")}
         domains = story["domain"].split("+") if story["domain"] else []
@@ -162,7 +162,7 @@ def test_other_settings_are_not_mixed_into_a_file(loaded, place, now, prompts, w
     now = replace(now, steering=replace(now.steering, strength=now.steering.strength or 5.0))
     tell(loaded, "A dog.", wanted=first)
     before = Path("s.jsonl").read_bytes()
-    with pytest.raises(BatchError, match=f"holds 1 stories that are not asked for now .{why}.*--keep.*--overwrite"):
+    with pytest.raises(BatchError, match=f"holds 1 stories that are not asked for now .*{why}.*--keep.*--overwrite"):
         tell(loaded, prompts, wanted=now)
     assert Path("s.jsonl").read_bytes() == before
     assert tell(loaded, prompts, wanted=now, keep=True).new == 1
@@ -205,7 +205,7 @@ def test_bad_lines_are_told_and_kept_and_the_rest_runs(loaded, place):
         4: "hold no router",
         5: "finite number",
         6: "'sed'",
-        7: "told already: give it a seed or an id",
+        7: "is asked for already: give it a seed or an id",
     }
     assert {number: text in found[number]["error"] for number, text in expected.items()} == dict.fromkeys(found, True)
     assert [(story["line"], story["id"]) for story in sorted(stories(), key=lambda s: s["line"])] == [
@@ -457,9 +457,9 @@ def test_disk_full(loaded, place, tmp_path):
 
 
 def test_windows_are_sorted_and_joined(loaded, place, monkeypatch):
-    monkeypatch.setattr(run_module, "WINDOW", 3)
-    tell(loaded, LINES, rows=2)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "WINDOW", 3)
+        tell(loaded, LINES, rows=2)
     tell(loaded, LINES, "all.jsonl")
     assert texts() == texts("all.jsonl")
 

@@ -1,5 +1,6 @@
 """`steermoe batch` on a tiny checkpoint: what goes where, exit codes, pipes, Ctrl-C, kill -9, full devices."""
 
+import io
 import json
 import os
 import re
@@ -137,7 +138,7 @@ def test_the_guide_s_commands_run(run, tiny_checkpoint, vectors, make_vector):
     assert sorted(story["line"] for story in stories("letters.jsonl")) == [1, 1, 1, 1, 2, 3]
 
 
-def command_line(tiny_checkpoint, *arguments, **options):
+def command_line(tiny_checkpoint, *arguments):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "steermoe.cli.app", "batch", *arguments, "-m", str(tiny_checkpoint)],
@@ -145,7 +146,6 @@ def command_line(tiny_checkpoint, *arguments, **options):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        **options,
     )
 
 
@@ -156,32 +156,32 @@ def wait_for_stories(process, count):
         time.sleep(0.005)
 
 
-def test_ctrl_c_then_kill_then_from_a_pipe_to_the_end(tiny_checkpoint, vectors):
-    prompts = "".join(f"It was day {i}.\n" for i in range(400))
+def test_ctrl_c_then_kill_then_from_a_pipe_to_the_end(run, tiny_checkpoint, vectors, monkeypatch):
+    prompts = "".join(f"It was day {i}.\n" for i in range(120))
     Path("p.txt").write_text(prompts)
-    options = ("-o", "s.jsonl", "--max-new-tokens", "60", "--batch-size", "8", "-d", "sport")
-    process = command_line(tiny_checkpoint, "p.txt", *options)
+    options = ("-o", "s.jsonl", "--max-new-tokens", "60", "-d", "sport")
+    process = command_line(tiny_checkpoint, "p.txt", *options, "--batch-size", "2")
     wait_for_stories(process, 3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert out == ""
     assert "the stories so far are in 's.jsonl'; run again to go on" in err
     assert "interrupted" in err
     assert "Traceback" not in err
     first = len(stories())
-    assert 3 <= first < 400
-    process = command_line(tiny_checkpoint, "p.txt", *options)
+    assert 3 <= first < 120
+    process = command_line(tiny_checkpoint, "p.txt", *options, "--batch-size", "2")
     wait_for_stories(process, first + 3)
     process.kill()
-    process.communicate(timeout=100)
+    process.communicate(timeout=300)
     second = Path("s.jsonl").read_bytes().count(b"\n")
-    assert first + 3 <= second < 400
-    process = command_line(tiny_checkpoint, "-", *options, "--json", stdin=subprocess.PIPE)
-    out, err = process.communicate(prompts, timeout=100)
-    assert process.returncode == 0, err
-    summary = json.loads(out)
-    assert summary["stories"] == 400
+    assert first + 3 <= second < 120
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompts.encode())))
+    result = run("batch", "-", *options, "--json", "-m", tiny_checkpoint)
+    assert result.code == 0, result.err
+    summary = json.loads(result.out)
+    assert summary["stories"] == 120
     assert summary["already"] in (second, second + 1)
-    assert len({story["job"] for story in stories()}) == len(stories()) == 400
-    assert "\x1b" not in out + err
+    assert len({story["job"] for story in stories()}) == len(stories()) == 120
+    assert "\x1b" not in result.out + result.err

@@ -199,7 +199,7 @@ class ErrorFile:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         try:
-            self._file = None if path is None else path.open("w", encoding="utf-8")
+            self._file = None if path is None else path.open("wb", buffering=0)
         except OSError as error:
             raise BatchError(f"can't write the errors to '{path}': {error.strerror}; name another file") from error
 
@@ -207,8 +207,7 @@ class ErrorFile:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             raise BatchError(f"can't write the errors to '{self._path}': {error.strerror}") from error
 

@@ -11,7 +11,7 @@ from steermoe.batch.jobs import NO_DOMAIN, Job, Steering
 from steermoe.fitting import check_plan
 from steermoe.library import load_vector
 from steermoe.models import LoadedModel
-from steermoe.plans import SteeringPlan, parse_domain, parse_expert, parse_layers, plan_for
+from steermoe.plans import Schedule, SteeringPlan, parse_domain, parse_expert, parse_layers, plan_for
 from steermoe.vectors import SteeringVector, mix
 
 KEPT_VECTORS, KEPT_PLANS = 64, 1024
@@ -41,17 +41,17 @@ class PlanBook:
             SteerMoEError: anything in it that can't be read, found, or fitted to the model.
         """
         forced, banned = tuple(map(parse_expert, steering.force)), tuple(map(parse_expert, steering.ban))
-        if steering.domain == NO_DOMAIN or not (steering.domain or forced or banned):
-            return None
         fields: dict[str, Any] = {
             "positions": steering.positions,
-            "schedule": steering.schedule,
+            "schedule": Schedule.parse(steering.schedule),
             "layers": None if steering.layers is None else parse_layers(steering.layers),
             "force": forced,
             "ban": banned,
             "formula": steering.formula,
             "scale": steering.scale,
         }
+        if steering.domain == NO_DOMAIN or not (steering.domain or forced or banned):
+            return None
         vector = self._vector(steering.domain)[0] if steering.domain else None
         plan = plan_for(vector, steering.strength, **fields)
         self._check(replace(steering, strength=None, formula=None, scale=None, positions="generated"))
@@ -79,7 +79,7 @@ class PlanBook:
         steering = None
         if plan is not None:
             steering = [
-                self._vector(job.steering.domain)[1] if plan.vector is not None else None,
+                *((plan.vector.domain, self._vector(job.steering.domain)[1]) if plan.vector is not None else ()),
                 float(plan.strength),
                 *(plan.formula, plan.scale, plan.positions, str(plan.schedule)),
                 *(plan.layers, plan.force, plan.ban),

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from steermoe.batch.jobs import STEERING_FIELDS, Job, Problem, PromptFile, Settings
+from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, Job, Problem, PromptFile, Settings
 from steermoe.batch.memory import Room, is_out_of_memory
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.plans import PlanBook
@@ -146,7 +146,10 @@ class Batch:
 
         Raises:
             BatchError: no line can be used, or the file holds stories that are not asked for.
+            SteerMoEError: what holds for all lines can't be read, found, or fitted to the model.
         """
+        for domain in self._settings.domains:  # the options' own mistakes are no line's
+            self._book.plan(replace(self._settings.steering, domain=domain))
         self._asked = _Numbers(array("Q", (key for _, key in self._jobs(self._leave_out_line))))
         if not self.total:
             left_out = f" that can be used ({self._lines_left_out} can't)" if self._lines_left_out else ""
@@ -163,7 +166,7 @@ class Batch:
             try:
                 keys = [int(self._book.key(job), 16) for job in line]
             except SteerMoEError as error:
-                on_problem(Problem(line[0].line, str(error), line[0].prompt[:200]))
+                on_problem(Problem(line[0].line, str(error), line[0].prompt[:KEPT_TEXT]))
             else:
                 yield from zip(line, keys, strict=True)
 
@@ -191,7 +194,7 @@ class Batch:
     def _leave_out_story(self, job: Job, reason: str) -> None:
         self._failed += 1
         if self._last_left_out != (job.line, reason):  # once for all stories of a prompt that is too long
-            self._tell(Problem(job.line, reason, job.prompt[:200]))
+            self._tell(Problem(job.line, reason, job.prompt[:KEPT_TEXT]))
         self._last_left_out = (job.line, reason)
 
     def _tell(self, problem: Problem) -> None:
@@ -258,17 +261,12 @@ class Batch:
         last_line = 0
         for number, (job, key) in enumerate(self._jobs()):
             first = self._asked.place(key)
-            if first < 0 or key in self._told:
-                continue
-            if first == number:
+            if first == number and key not in self._told:
                 yield job, key
-            elif job.line != last_line:
+            elif 0 <= first < number and job.line != last_line:
                 last_line = job.line
-                self._leave_out_line(
-                    Problem(
-                        job.line, "asks for a story that is told already: give it a seed or an id", job.prompt[:200]
-                    )
-                )
+                reason = "asks for a story that is asked for already: give it a seed or an id"
+                self._leave_out_line(Problem(job.line, reason, job.prompt[:KEPT_TEXT]))
 
     def _complete(
         self, decoder: Decoder, stories: Iterator[_Ready], progress: Progress

@@ -73,8 +73,10 @@ class RowLayer(CacheLayerMixin):
         """Put rows of a computed prompt behind the others, aligned at the end.
 
         Args:
-            first: the row to begin with. source: rows of `keys` and `values` to take, one for each new row.
-            keys: [*, H, S, D]. values: likewise.
+            first: the row to begin with.
+            source: rows of `keys` and `values` to take, one for each new row.
+            keys: [*, H, S, D].
+            values: likewise.
         """
         columns, self.rows = keys.shape[-2], first + len(source)
         room = 0 if self.keys is None else len(self.keys)

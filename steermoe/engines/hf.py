@@ -89,7 +89,8 @@ class HFEngine:
         """The prompt's tokens; text that looks like a special token stays text.
 
         Args:
-            request: what to check and encode. known: the tokens, if another request had the same prompt.
+            request: what to check and encode.
+            known: the tokens, if another request had the same prompt.
 
         Raises:
             GenerationError: an empty prompt, or one that leaves no room in the model's context.

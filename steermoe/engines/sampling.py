@@ -31,7 +31,9 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
     """The scores [B, V] that tokens are drawn from, float32: each row under its own settings.
 
     Args:
-        scores: [B, V], the model's logits. samplings: one a row. new: tokens that each row has so far.
+        scores: [B, V], the model's logits.
+        samplings: one a row.
+        new: tokens that each row has so far.
         ends: tokens that end a text, kept away until a row has its `min_new_tokens`.
         history: asked of rows with a repetition penalty only.
     """
@@ -54,7 +56,7 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
 
 
 def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row, [B]: drawn from the warped scores [B, V], or the likeliest where it is not sampled."""
+    """The next token of each row, [B], drawn from the warped scores [B, V]; the likeliest where it is not sampled."""
     drawing = [row for row, is_drawn in enumerate(samples) if is_drawn]
     if len(drawing) < len(samples):
         token_B = warped.argmax(-1)
