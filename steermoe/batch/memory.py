@@ -62,7 +62,7 @@ def _bytes_in(thing: Any) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that may still be taken: of an accelerator, or of this machine, its container and this process."""
     if device.type != "cpu":
-        module = getattr(torch, device.type, None)
+        module: Any = getattr(torch, device.type, None)
         free = module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else UNKNOWN_FREE
         return int(free)
     found = [UNKNOWN_FREE]

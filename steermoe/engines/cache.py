@@ -30,6 +30,8 @@ class RowLayer(CacheLayerMixin):
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.window = window
         self.is_sliding = window is not None
         self.rows = 0
