@@ -178,7 +178,7 @@ class Batch:
                 yield key
             else:
                 foreign += 1
-                first = first or f"line {number} {_difference(record, self._settings, self._loaded.name)}"
+                first = first or f"line {number} {_difference(record, self._settings, self._loaded)}"
         if foreign and not self._keep:
             raise BatchError(
                 f"'{self._output.path}' holds {foreign} stories that are not asked for now ({first}): name another "
@@ -345,6 +345,7 @@ class Batch:
             "line": job.line,
             "sample": job.sample,
             **record,
+            "dtype": _dtype(self._loaded),
             "force": _listed(plan, "force"),
             "ban": _listed(plan, "ban"),
             **({} if job.meta is None else {"meta": job.meta}),
@@ -371,13 +372,17 @@ class _Numbers:
         return int(self._first[position]) if is_there else -1
 
 
+def _dtype(loaded: LoadedModel) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
+
+
 def _listed(plan: SteeringPlan | None, name: str) -> list[str]:
     return [f"{layer}:{expert}" for layer, expert in getattr(plan, name)] if plan else []
 
 
-def _difference(record: dict[str, Any], settings: Settings, model: str) -> str:
+def _difference(record: dict[str, Any], settings: Settings, loaded: LoadedModel) -> str:
     """In what a story differs from what is asked for now, as far as the settings of all lines tell."""
-    now: dict[str, Any] = {"model": model}
+    now: dict[str, Any] = {"model": loaded.name, "dtype": _dtype(loaded)}
     now |= {f.name: getattr(settings.sampling, f.name) for f in fields(Sampling) if f.name != "seed"}
     if record.get("domain") is not None:
         now |= {name: getattr(settings.steering, name) for name in STEERING_FIELDS if name != "layers"}

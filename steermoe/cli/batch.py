@@ -66,7 +66,13 @@ def batch(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     model: o.Model = None,
-    dtype: o.Dtype = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16. auto: float32 for a small model on a CPU, to be repeatable.",
+            rich_help_panel=o.MODEL,
+        ),
+    ] = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
@@ -104,7 +110,7 @@ def batch(
         StoryFile(output, overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
-        loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+        loaded = o.load_model(model, dtype, device_map, trust_remote_code, repeatable=True)
         from steermoe.batch.run import Batch
 
         complain = _Complaints()
