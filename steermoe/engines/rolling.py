@@ -20,7 +20,7 @@ from torch import Tensor
 from steermoe.engines.base import Completion, Request
 from steermoe.engines.cache import RowCache, empty_cache, rows_can_change
 from steermoe.engines.hf import HFEngine
-from steermoe.engines.sampling import generators_of, pick, warp
+from steermoe.engines.sampling import generators_of, next_tokens
 from steermoe.engines.text import continuation
 from steermoe.steering import SteeringHandle, SteeringPlan, SteeringReport, attach
 from steermoe.tracking import Window
@@ -201,8 +201,10 @@ class RollingDecoder:
     def _take_tokens(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
         samplings = [row.request.sampling for row in rows]
         new = [len(row.new) for row in rows]
-        warped_BV = warp(logits_BV, samplings, new, self._end_tokens, lambda number: rows[number].history())
-        token_B = pick(warped_BV, [s.do_sample for s in samplings], [row.generator for row in rows])
+        generators = [row.generator for row in rows]
+        token_B = next_tokens(
+            logits_BV, samplings, new, self._end_tokens, lambda number: rows[number].history(), generators
+        )
         for row, token in zip(rows, token_B.tolist(), strict=True):
             row.new.append(token)
 

@@ -6,7 +6,7 @@ Shapes: B rows, V tokens of the vocabulary, G rows of equal settings, S tokens o
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,8 +23,34 @@ from transformers import (
 
 from steermoe.engines.base import Sampling
 
+BLOCK = 1 << 18
+"""Scores that are treated at once on a CPU: 2 MB of probabilities stay in its cache, where 25 MB would not."""
+
 History = Callable[[int], Tensor]
 """A row's own tokens so far, [S], prompt and all, no padding."""
+
+
+def next_tokens(
+    scores: Tensor,
+    samplings: Sequence[Sampling],
+    new: Sequence[int],
+    ends: Tensor,
+    history: History,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """The next token of each row, [B]; arguments as for `warp` and `pick`."""
+    rows = max(1, BLOCK // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
+    picked = []
+    for first in range(0, len(scores), rows):
+        here = slice(first, first + rows)
+        own = partial(_shifted, history, first)
+        warped = warp(scores[here], samplings[here], new[here], ends, own)
+        picked.append(pick(warped, [sampling.do_sample for sampling in samplings[here]], generators[here]))
+    return torch.cat(picked)
+
+
+def _shifted(history: History, first: int, row: int) -> Tensor:
+    return history(first + row)
 
 
 def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends: Tensor, history: History) -> Tensor:
@@ -66,10 +92,10 @@ def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Gen
         token_B = torch.empty(len(warped), dtype=torch.long, device=warped.device)
     index = torch.tensor(drawing, device=warped.device)
     scores = warped if len(drawing) == len(samples) else warped[index]
-    # float64: the sum of a large vocabulary's probabilities is not exact enough in float32
-    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     numbers = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawing]
     number = torch.stack(numbers).to(warped.device)
+    # float64: the sum of a large vocabulary's probabilities is not exact enough in float32
+    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
     token_B[index] = drawn.clamp(max=warped.shape[-1] - 1)[:, 0]
     return token_B
@@ -94,22 +120,21 @@ class RowSampler(LogitsProcessor):
         self.prompt_lengths = prompt_lengths
         self.width = max(prompt_lengths)
         self.ends = torch.tensor(sorted(ends), dtype=torch.long)
-        self.warpers = [_warpers(*_warping(sampling)) for sampling in samplings]
         self.generators = generators_of(samplings)
-        self.samples = torch.tensor([sampling.do_sample for sampling in samplings])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token_B = pick(self.warp(input_ids, scores), self.samples.tolist(), self.generators)
+        token_B = next_tokens(scores, self.samplings, *self._given(input_ids), self.generators)
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
 
     def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores [B, V] that tokens are drawn from, padding left out of each row's history."""
+        return warp(scores, self.samplings, *self._given(input_ids))
 
+    def _given(self, input_ids: Tensor) -> tuple[list[int], Tensor, History]:
         def history(row: int) -> Tensor:
             return input_ids[row, self.width - self.prompt_lengths[row] :]
 
-        new = [input_ids.shape[1] - self.width] * len(self.samplings)
-        return warp(scores, self.samplings, new, self.ends, history)
+        return [input_ids.shape[1] - self.width] * len(self.samplings), self.ends, history
 
 
 class RowLimits(StoppingCriteria):
