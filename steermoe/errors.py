@@ -8,6 +8,7 @@
     |   +-- UnsupportedModel  it has no router that can be steered
     +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
     +-- CorpusError           texts can't be read, or their embeddings not be kept
+    +-- BatchError            prompts can't be read, or stories not be kept
     +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
 
 Every message names the value, what was expected, and the fix.
@@ -44,6 +45,10 @@ class SteeringError(SteerMoEError):
 
 class CorpusError(SteerMoEError):
     """Texts can't be read as given, or their routing embeddings can't be kept or found."""
+
+
+class BatchError(SteerMoEError):
+    """A file of prompts can't be read, or one of stories can't be written or gone on with."""
 
 
 class GenerationError(SteerMoEError):

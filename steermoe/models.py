@@ -219,8 +219,27 @@ def _natural_dtype(where: str, device_map: str | None) -> Any:
 
     if device_map is not None or torch.cpu._is_avx512_bf16_supported():
         return "auto"
-    size = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else None
-    return torch.float32 if size is not None and size <= SMALL_CHECKPOINT_BYTES else "auto"
+    return torch.float32 if Path(where).is_dir() and _weight_bytes(where) <= SMALL_CHECKPOINT_BYTES else "auto"
+
+
+def repeatable_dtype(model: str | Path | None) -> str:
+    """The dtype under which a text is the same in any batch: float32 for a small model on a CPU, else "auto".
+
+    In bfloat16 logits change in their third digit with the number of rows, and a sampled text soon goes another way.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    import torch
+
+    _, where, _ = _locate(model)
+    is_small = 0 < _weight_bytes(where) <= SMALL_CHECKPOINT_BYTES
+    return "float32" if is_small and not torch.accelerator.is_available() else "auto"
+
+
+def _weight_bytes(where: str) -> int:
+    """Of the weight files in a folder; 0 if it is none."""
+    return sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
 
 
 def _why_not_loaded(name: str, error: Exception) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steermoe.editing import Bank, Editor, RowLayout, Step, Tally
+from steermoe.editing import Editor, RowLayout, Step, Tally
 from steermoe.errors import SteeringError
+from steermoe.fitting import banks_for
 from steermoe.plans import (
     DEFAULT_FORMULA,
     DEFAULT_SCALE,
@@ -90,6 +91,7 @@ class SteeringHandle:
         self._calls_before: list[int] = []
         self._bypassed: dict[str, int] = {}
         self._layout: tuple[Any, RowLayout] | None = None
+        self._distinct: list[SteeringPlan] = []
         self._install(plans)
         with ExitStack() as undo:
             self._tracker = Tracker(self._model, self._before_forward, self._after_forward)
@@ -138,6 +140,14 @@ class SteeringHandle:
             self._install(plans)
         if prompt_length is not None:
             self._tracker.prompt_length = prompt_length
+
+    def expect(self, window: Window | None) -> None:
+        """Say which tokens the forward calls that follow are of, for a caller whose rows begin at different times.
+
+        Args:
+            window: as `tracking.Window`, with an `index` a row; None finds out by itself again, as at first.
+        """
+        self._tracker.told = window
 
     def remove(self) -> None:
         """Take the steering off; the model is as it was. Does nothing the second time."""
@@ -189,51 +199,21 @@ class SteeringHandle:
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
         if not plans:
             raise SteeringError("no plans given: pass a plan, or one a row (None for rows to leave alone)")
+        if self._distinct and set(plans) <= {None, *self._distinct}:
+            self._assign(plans)  # rows that come and go between plans that are known already
+            return
         distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
-        for plan in distinct:
-            self._check_fits(plan)
-        banks = [Bank.of(router, number, distinct) for number, router in enumerate(self._routers)]
-        for slot, plan in enumerate(distinct):
-            does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
-            if plan.does_something and not does:
-                raise SteeringError(_nothing_to_do(plan))
+        banks = banks_for(self._model, self._routers, distinct)
         for editor, bank in zip(self._editors, banks, strict=True):
             editor.bank = bank
-        self._plans = tuple(plans)
         self._distinct = distinct
-        self._slots = [-1 if plan is None else distinct.index(plan) for plan in plans]
-        self._layout = None
+        self._assign(plans)
 
-    def _check_fits(self, plan: SteeringPlan) -> None:
-        config = getattr(self._model, "config", None)
-        name = getattr(config, "name_or_path", "") or type(self._model).__name__
-        layers = [router.layer for router in self._routers]
-        if plan.vector is not None:
-            widths = [router.num_experts for router in self._routers]
-            plan.vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
-        for layer, expert in (*plan.force, *plan.ban):
-            experts = max((router.num_experts for router in self._routers if router.layer == layer), default=0)
-            if not 0 <= expert < experts:
-                raise SteeringError(
-                    f"expert ({layer}, {expert}) does not exist: {name} has routers in layers "
-                    f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or self._routers[0].num_experts) - 1}"
-                )
-        if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
-            first, last = plan.layers
-            raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
-        for router in self._routers:
-            forced = {expert for layer, expert in plan.force if layer == router.layer}
-            if len(forced) > router.top_k:
-                raise SteeringError(
-                    f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} a token: "
-                    f"force {router.top_k} at most"
-                )
-            banned = {expert for layer, expert in plan.ban if layer == router.layer}
-            if len(banned) > router.num_experts - router.top_k:
-                raise SteeringError(
-                    f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
-                    f"{router.top_k} a token: ban {router.num_experts - router.top_k} at most"
-                )
+    def _assign(self, plans: Sequence[SteeringPlan | None]) -> None:
+        numbers = {plan: number for number, plan in enumerate(self._distinct)}
+        self._plans = tuple(plans)
+        self._slots = [-1 if plan is None else numbers[plan] for plan in plans]
+        self._layout = None
 
     # ---- what the tracker calls ----
 
@@ -258,16 +238,13 @@ class SteeringHandle:
 
     def _step(self, window: Window) -> Step | None:
         """The step for these tokens, or None if none of them is steered."""
-        index = window.generated_index()
-        factors_PS = [plan.factor(index) for plan in self._distinct]
-        if not any(bool(factor.any()) for factor in factors_PS):
-            return None
         slots = self._slots_of(window.rows)
+        factor_BS = self._factors(window, slots)
+        if factor_BS is None or not bool(factor_BS.any()):
+            return None
         counted_T = None if window.counted is None else window.counted.flatten()
-        if len(set(slots)) == 1 and bool((factors_PS[0] == factors_PS[0][0]).all()):
-            return Step(window.tokens, counted_T, plan=self._distinct[0], factor=float(factors_PS[0][0]))
-        idle = torch.zeros(window.columns)
-        factor_BS = torch.stack([idle if slot < 0 else factors_PS[slot] for slot in slots])
+        if len(self._distinct) == 1 and -1 not in slots and bool((factor_BS == factor_BS[0, 0]).all()):
+            return Step(window.tokens, counted_T, plan=self._distinct[0], factor=float(factor_BS[0, 0]))
         steered_T = (factor_BS != 0).flatten()
         if counted_T is not None:
             counted_T = counted_T & steered_T.to(counted_T.device)
@@ -275,6 +252,22 @@ class SteeringHandle:
         else:
             counted_T, tokens = steered_T, int(steered_T.sum())
         return Step(tokens, counted_T, layout=self._layout_for(slots, factor_BS))
+
+    def _factors(self, window: Window, slots: list[int]) -> Tensor | None:
+        """[B, S], by how much each token's strength is to be multiplied; None if no row has a plan."""
+        index = window.generated_index()
+        used = sorted(set(slots) - {-1})
+        if not used:
+            return None
+        if index.dim() == 1:
+            factors_PS = {slot: self._distinct[slot].factor(index) for slot in used}
+            idle = torch.zeros(window.columns)
+            return torch.stack([factors_PS.get(slot, idle) for slot in slots])
+        factor_BS = torch.zeros(index.shape)
+        slot_B = torch.tensor(slots)
+        for slot in used:
+            factor_BS[slot_B == slot] = self._distinct[slot].factor(index[slot_B == slot])
+        return factor_BS
 
     def _slots_of(self, rows: int) -> list[int]:
         """The number of each row's plan."""
@@ -295,16 +288,6 @@ class SteeringHandle:
         if self._layout is None or self._layout[0] != key:
             self._layout = key, RowLayout.of(self._distinct, slots, factor_BS)
         return self._layout[1]
-
-
-def _nothing_to_do(plan: SteeringPlan) -> str:
-    where = "" if plan.layers is None else f" in layers {plan.layers[0]}-{plan.layers[1]}"
-    if plan.vector is None:
-        return f"the experts to force and ban are outside layers {plan.layers}: nothing would be steered"
-    return (
-        f"vector '{plan.vector.domain}' has no expert above its threshold {plan.vector.threshold:g}{where}: nothing "
-        "would be steered; lower the threshold (vector.with_threshold) or widen the layers"
-    )
 
 
 def attach(

@@ -37,6 +37,7 @@ class Window:
 
     Attributes:
         prompt_length: columns of the prompt; what comes after is generated.
+        index: [B, S], as `generated_index`, where rows began at different times; then it is used instead of `first`.
         counted: [B, S], true for tokens to count: not padding, not the filling of rows that are finished, not computed
             again for want of a cache; None if all are.
     """
@@ -47,9 +48,12 @@ class Window:
     prompt_length: int
     counted: Tensor | None = None
     stack: Stack = "decoder"
+    index: Tensor | None = None
 
     def generated_index(self) -> Tensor:
-        """[S]: 0 for the first generated token, negative in the prompt."""
+        """[S], or [B, S] where rows differ: 0 for the first generated token, negative in the prompt."""
+        if self.index is not None:
+            return self.index
         return torch.arange(self.first - self.prompt_length, self.first - self.prompt_length + self.columns)
 
     @property
@@ -89,6 +93,8 @@ class Tracker:
     ) -> None:
         self.prompt_length: int | None = None
         """Set by hand for direct calls; else a call with an empty cache is taken for the prompt."""
+        self.told: Window | None = None
+        """The window of the calls that follow, from who drives the model and knows better; None to find out."""
         self._model = model
         self._before, self._after = before, after
         self._prompt_seen = 0
@@ -164,6 +170,8 @@ class Tracker:
     # ---- forward ----
 
     def _window(self, given: dict[str, Any]) -> Window:
+        if self.told is not None:
+            return self.told
         prefix = "decoder_" if self._is_encoder_decoder else ""
         ids = given.get(f"{prefix}input_ids")
         tokens = next(

@@ -257,3 +257,16 @@ def test_cache_that_can_not_be_written(cache, monkeypatch):
     cache.write_text("a file")
     with pytest.raises(ModelError, match=r"can't write the model to .*set STEERMOE_CACHE to another folder"):
         models.pull("base")
+
+
+def test_repeatable_dtype(tiny_checkpoint, tmp_path, monkeypatch):
+    """float32 for what is small and runs on a CPU."""
+    assert models.repeatable_dtype(tiny_checkpoint) == "float32"
+    assert models.repeatable_dtype("an/id-on-the-hub") == "auto"
+    with pytest.raises(ModelError, match="holds no model"):
+        models.repeatable_dtype(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "SMALL_CHECKPOINT_BYTES", 10)
+        assert models.repeatable_dtype(tiny_checkpoint) == "auto"
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert models.repeatable_dtype(tiny_checkpoint) == "auto"

@@ -60,7 +60,7 @@ def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
             write_vector(make_vector(), tmp_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors")
         command = command.replace(PLACEHOLDER, str(tiny_checkpoint))
     command = re.sub(r"\bsteermoe ", f"{sys.executable} -m steermoe.cli.app ", command)
-    if re.search(r"app (generate|compare)", command):
+    if re.search(r"app (generate|compare|batch)", command):
         command += " --max-new-tokens 12"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr

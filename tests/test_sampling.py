@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import steering_models as tiny
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from steermoe.engines.base import Sampling
 from steermoe.engines.sampling import RowLimits, RowSampler
@@ -54,11 +54,8 @@ def test_drawn_tokens_follow_the_distribution():
     rows = 6_000
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, float("-inf"), 3.0]])
     samplings = [Sampling(seed=seed, temperature=0.8, top_k=4) for seed in range(rows)]
-    sampler = RowSampler(samplings[:1], [1], [])
-    expected = sampler.warp(torch.ones(1, 1, dtype=torch.long), scores).softmax(-1)[0]
-    sampler.samplings, sampler.warpers = samplings, sampler.warpers * rows
-    sampler.generators = [torch.Generator().manual_seed(sampling.seed) for sampling in samplings]
-    sampler.samples, sampler.prompt_lengths = torch.ones(rows, dtype=torch.bool), [1] * rows
+    expected = RowSampler(samplings[:1], [1], []).warp(torch.ones(1, 1, dtype=torch.long), scores).softmax(-1)[0]
+    sampler = RowSampler(samplings, [1] * rows, [])
     picked = sampler(torch.ones(rows, 1, dtype=torch.long), scores.expand(rows, -1))
     assert ((picked == 0).sum(-1) == 1).all()
     assert torch.isneginf(picked).sum() == rows * 5
@@ -131,3 +128,23 @@ def test_row_limits():
 def test_values_out_of_range(wrong, match):
     with pytest.raises(GenerationError, match=match):
         replace(Sampling(), **wrong)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["no ties", "ties"])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+def test_top_p_by_sorted_values_has_the_bits_of_transformers(rounded, top_p):
+    """With ties at the border too, as bfloat16 logits have them, and where top-k has been before."""
+    scores = torch.randn(12, 3000, generator=torch.Generator().manual_seed(1)) * 3
+    scores = scores.bfloat16().float() if rounded else scores
+    for given in (scores, TopKLogitsWarper(40)(None, scores)):
+        samplings = [Sampling(top_p=top_p, temperature=1.0)] * 12
+        ours = RowSampler(samplings, [1] * 12, []).warp(torch.ones(12, 1, dtype=torch.long), given)
+        assert torch.equal(ours, TopPLogitsWarper(top_p)(None, given))
+
+
+def test_rows_in_blocks_draw_the_same(monkeypatch):
+    samplings = [Sampling(seed=i, repetition_penalty=1 + i % 2, do_sample=i % 3 > 0, top_k=i % 4) for i in range(13)]
+    ids, scores = tiny.prompt(5, rows=13), SCORES.expand(13, -1) / 2
+    whole = RowSampler(samplings, [5] * 13, [tiny.END])(ids, scores)
+    monkeypatch.setattr("steermoe.engines.sampling.BLOCK", 3 * tiny.VOCABULARY)
+    assert torch.equal(RowSampler(samplings, [5] * 13, [tiny.END])(ids, scores), whole)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from steermoe import __version__
-from steermoe.cli import calibrate, compare, console, embed, evaluate, generate, models, vectors
+from steermoe.cli import batch, calibrate, compare, console, embed, evaluate, generate, models, vectors
 from steermoe.errors import SteerMoEError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=batch.EXAMPLES)(batch.batch)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)

@@ -45,9 +45,16 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def counting(what: str, things: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: things done, tokens a second, time left. Yields what is told (things, tokens) done."""
+def counting(what: str, things: str, total: int, done: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: things done, tokens a second, time left. Yields what is told (things, tokens) done.
+
+    Where stderr is no terminal, a line now and then. `done` things were done before.
+    """
     from rich import progress
+
+    if not err.is_terminal:
+        yield _lines(what, things, total, done)
+        return
 
     columns = (
         progress.TextColumn("{task.description}"),
@@ -58,7 +65,7 @@ def counting(what: str, things: str, total: int) -> Iterator[Callable[[int, int]
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=err) as bar:
-        task = bar.add_task(what, total=total, rate="")
+        task = bar.add_task(what, total=total, completed=done, rate="")
         start, tokens_done = time.monotonic(), 0
 
         def advance(done: int, tokens: int) -> None:
@@ -68,3 +75,25 @@ def counting(what: str, things: str, total: int) -> Iterator[Callable[[int, int]
             bar.update(task, advance=done, rate=f"{rate:,.0f} tokens/s" if tokens_done else "")
 
         yield advance
+
+
+LINE_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def _lines(what: str, things: str, total: int, done: int) -> Callable[[int, int], None]:
+    """Progress as lines, for logs; none for what is quick."""
+    start = shown = time.monotonic()
+    before, tokens_done = done, 0
+
+    def advance(more: int, tokens: int) -> None:
+        nonlocal done, tokens_done, shown
+        done, tokens_done = done + more, tokens_done + tokens
+        now = time.monotonic()
+        if now - shown >= LINE_SECONDS and done > before:
+            shown = now
+            left = (total - done) * (now - start) / (done - before)
+            rate = f", {tokens_done / (now - start):,.0f} tokens/s" if tokens_done else ""
+            err.print(f"{what}: {done}/{total} {things}{rate}, {left / 60:,.0f} min left", soft_wrap=True)
+
+    return advance

@@ -106,8 +106,13 @@ def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
             err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
 
 
-def load_model(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
-    """Load with a spinner; the default model is pulled first if it isn't here."""
+def load_model(
+    model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool, *, repeatable: bool = False
+) -> "LoadedModel":
+    """Load with a spinner; the default model is pulled first if it isn't here.
+
+    `repeatable` reads dtype "auto" as `models.repeatable_dtype` does.
+    """
     from steermoe import models
     from steermoe.cli.console import err, quiet_transformers, working
 
@@ -116,5 +121,7 @@ def load_model(model: str | None, dtype: str, device_map: str | None, trust_remo
         err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
         with working("Pulling the default model ..."):
             models.pull()
+    if repeatable and dtype == "auto" and device_map is None:
+        dtype = models.repeatable_dtype(model)
     with working(f"Loading {model or models.DEFAULT_MODEL} ..."):
         return models.load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)

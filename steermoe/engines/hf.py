@@ -43,7 +43,7 @@ class HFEngine:
         samplings = [request.sampling for request in requests]
         limits = [sampling.max_new_tokens for sampling in samplings]
         plans = [request.plan for request in requests]
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         handle = None
         with ExitStack() as undo:
             if any(plans):
@@ -85,8 +85,12 @@ class HFEngine:
             )
         return completions
 
-    def encode(self, request: Request) -> list[int]:
+    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """The prompt's tokens; text that looks like a special token stays text.
+
+        Args:
+            request: what to check and encode.
+            known: the tokens, if another request had the same prompt.
 
         Raises:
             GenerationError: an empty prompt, or one that leaves no room in the model's context.
@@ -94,7 +98,7 @@ class HFEngine:
         tokenizer = self.loaded.tokenizer
         if not request.prompt.strip():
             raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
-        ids: list[int] = tokenizer(request.prompt, split_special_tokens=True)["input_ids"]
+        ids = tokenizer(request.prompt, split_special_tokens=True)["input_ids"] if known is None else known
         if not ids:
             raise GenerationError(
                 f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another"
@@ -107,7 +111,8 @@ class HFEngine:
             )
         return ids
 
-    def _end_tokens(self) -> set[int]:
+    def end_tokens(self) -> set[int]:
+        """Tokens that end a text."""
         end = self.loaded.model.generation_config.eos_token_id
         end = self.loaded.tokenizer.eos_token_id if end is None else end
         return set(end) if isinstance(end, list | tuple) else {end} - {None}

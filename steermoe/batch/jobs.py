@@ -1,0 +1,294 @@
+"""What to tell: prompts, as lines of text or JSON, times domains, times samples. Knows no models.
+
+Nothing is kept: a file is read line by line, twice if need be. A line that can't be used is a `Problem`, not an error.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from steermoe.engines.base import Sampling
+from steermoe.errors import BatchError, SteerMoEError
+
+NO_DOMAIN = "none"
+"""The name that leaves a story unsteered."""
+MAX_LINE = 1 << 20
+"""Bytes of a line at most: a file without line ends must not fill the memory."""
+KEPT_TEXT = 200
+"""Characters of a bad line that its problem quotes."""
+
+Format = Literal["auto", "text", "jsonl"]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A steering as it is asked for, not yet looked up.
+
+    Attributes:
+        domain: "none", a domain or vector file, or a mixture such as "sport=0.7+food=0.3"; "" where nothing is said.
+        strength, formula, scale: None for what the vector was calibrated with.
+    """
+
+    domain: str = ""
+    strength: float | None = None
+    formula: str | None = None
+    scale: str | None = None
+    positions: str = "generated"
+    schedule: str = "constant"
+    layers: str | None = None
+    force: tuple[str, ...] = ()
+    ban: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every line that does not say otherwise.
+
+    Attributes:
+        domains: every prompt is told once with each.
+        samples: stories of each prompt and domain, with the seeds that follow the first one.
+    """
+
+    steering: Steering = field(default_factory=Steering)
+    domains: tuple[str, ...] = ("",)
+    sampling: Sampling = field(default_factory=Sampling)
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise BatchError(f"samples {self.samples} is out of range: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One story to tell.
+
+    Attributes:
+        line: where its prompt stands in the file.
+        sample: 0 to samples - 1; its seed is in `sampling`.
+        id: what the line calls itself; None if it doesn't.
+        meta: what the line wants to find again beside its story.
+    """
+
+    line: int
+    prompt: str
+    steering: Steering
+    sampling: Sampling
+    sample: int = 0
+    id: str | int | None = None
+    meta: Any = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line, or a story of it, that is left out.
+
+    Attributes:
+        text: the line, or the beginning of a long one.
+    """
+
+    line: int
+    reason: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason}"
+
+
+class _BadLine(Exception):
+    """Says why a line can't be used; never leaves this file."""
+
+
+class PromptFile:
+    """A file of prompts that can be read several times; what can't, such as a pipe, is copied to a temporary file.
+
+    Args:
+        path: "-" for stdin. format: "auto" goes by the ending .jsonl or .ndjson, else by the first line.
+
+    Raises:
+        BatchError: it can't be read.
+    """
+
+    def __init__(self, path: str | Path, format: Format = "auto") -> None:
+        self.name = "stdin" if str(path) == "-" else str(path)
+        self._undo = contextlib.ExitStack()
+        try:
+            if str(path) == "-":
+                self._file = self._copied(sys.stdin.buffer)
+            else:
+                file = self._undo.enter_context(Path(path).open("rb"))  # noqa: SIM115
+                self._file = file if Path(path).is_file() else self._copied(file)
+        except OSError as error:
+            raise BatchError(
+                f"can't read the prompts '{self.name}': {error.strerror}; give a file of lines, or - for stdin"
+            ) from error
+        self.is_json = format == "jsonl" or (format == "auto" and self._looks_like_json())
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def _copied(self, source: IO[bytes]) -> Any:
+        copy = self._undo.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        shutil.copyfileobj(source, copy)
+        return copy
+
+    def _looks_like_json(self) -> bool:
+        if self.name.endswith((".jsonl", ".ndjson", ".txt")):
+            return not self.name.endswith(".txt")
+        first = next((content for _, content in self._lines() if content.strip()), b"")
+        try:
+            return isinstance(json.loads(first), dict)
+        except (ValueError, RecursionError):
+            return False
+
+    def jobs(self, settings: Settings) -> Iterator[list[Job] | Problem]:
+        """Line after line: its stories, or what is wrong with it. Blank lines are passed over."""
+        for number, content in self._lines():
+            if not content.strip():
+                continue
+            try:
+                text = _decoded(content)
+                given = _parse(text) if self.is_json else {"prompt": text.rstrip("\r\n")}
+                yield _expand(number, given, settings)
+            except (_BadLine, SteerMoEError) as problem:
+                yield Problem(number, str(problem), content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT])
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Numbered from 1; of a line that is too long, enough to see that it is."""
+        try:
+            self._file.seek(0)
+            number = 0
+            while content := self._file.readline(MAX_LINE + 1):
+                number += 1
+                part = content
+                while len(part) > MAX_LINE and not part.endswith(b"\n"):
+                    part = self._file.readline(MAX_LINE + 1)
+                yield number, content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
+        except OSError as error:
+            raise BatchError(f"can't read the prompts '{self.name}': {error.strerror}") from error
+
+
+def _decoded(content: bytes) -> str:
+    if len(content) > MAX_LINE and not content.endswith(b"\n"):
+        raise _BadLine(f"is longer than {MAX_LINE} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"is not UTF-8 (byte {error.start})") from error
+
+
+# ---- JSON lines ----
+
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "prompt": ((str,), "text"),
+    "id": ((str, int), "text or a whole number"),
+    "domain": ((str, dict, list), "text, an object of weights, or a list of these"),
+    "domains": ((list,), "a list"),
+    "samples": ((int,), "a whole number"),
+    "strength": ((int, float), "a number"),
+    "formula": ((str,), "text"),
+    "scale": ((str,), "text"),
+    "positions": ((str,), "text"),
+    "schedule": ((str,), "text"),
+    "layers": ((str, int), "text such as 15-29"),
+    "seed": ((int,), "a whole number"),
+    "max_new_tokens": ((int,), "a whole number"),
+    "min_new_tokens": ((int,), "a whole number"),
+    "do_sample": ((bool,), "true or false"),
+    "temperature": ((int, float), "a number"),
+    "top_p": ((int, float), "a number"),
+    "top_k": ((int,), "a whole number"),
+    "repetition_penalty": ((int, float), "a number"),
+    "meta": ((object,), "anything"),
+}
+"""The fields of a JSON line; all but the prompt may be missing, or null, for what the options say."""
+STEERING_FIELDS = ("strength", "formula", "scale", "positions", "schedule", "layers")
+SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        given = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _BadLine(f"is not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise _BadLine(f"is no JSON object but {type(given).__name__}")
+    for name, value in given.items():
+        if name not in KINDS:
+            raise _BadLine(f"has a field '{name}' that means nothing here: use {', '.join(KINDS)}")
+        kinds, wanted = KINDS[name]
+        if value is None or name == "meta":
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise _BadLine(f"field '{name}' is {json.dumps(value)[:60]}, expected {wanted}")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise _BadLine(f"field '{name}' is too large a number")
+    return {name: value for name, value in given.items() if value is not None or name in ("domain", "meta")}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _expand(line: int, given: dict[str, Any], settings: Settings) -> list[Job]:
+    prompt = given.get("prompt")
+    if prompt is None:
+        raise _BadLine("has no field 'prompt'")
+    if not prompt.strip():
+        raise _BadLine("has an empty prompt")
+    for text in (prompt, str(given.get("id", "")), json.dumps(given.get("meta"), ensure_ascii=False)):
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode()
+            continue
+        raise _BadLine("holds half a surrogate pair, which is no text")
+    changes = {name: given[name] for name in STEERING_FIELDS if name in given}
+    if "layers" in changes:
+        changes["layers"] = str(changes["layers"])
+    steering = replace(settings.steering, **changes)
+    sampling = replace(settings.sampling, **{name: given[name] for name in SAMPLING_FIELDS if name in given})
+    samples = given.get("samples", settings.samples)
+    if samples < 1:
+        raise _BadLine(f"samples {samples} is out of range: expected 1 or more")
+    return [
+        Job(
+            line,
+            prompt,
+            replace(steering, domain=domain),
+            replace(sampling, seed=sampling.seed + sample),
+            sample,
+            given.get("id"),
+            given.get("meta"),
+        )
+        for domain in _domains(given, settings)
+        for sample in range(samples)
+    ]
+
+
+def _domains(given: dict[str, Any], settings: Settings) -> tuple[str, ...]:
+    if "domain" in given and "domains" in given:
+        raise _BadLine("has both 'domain' and 'domains': give one of them")
+    if "domain" not in given and "domains" not in given:
+        return settings.domains
+    wanted = given["domain"] if "domain" in given else given["domains"]
+    listed = wanted if isinstance(wanted, list) else [wanted]
+    if not listed:
+        raise _BadLine("has an empty list of domains")
+    return tuple(map(_domain, listed))
+
+
+def _domain(wanted: Any) -> str:
+    if wanted is None:
+        return NO_DOMAIN
+    if isinstance(wanted, str) and wanted:
+        return wanted
+    weights = wanted.values() if isinstance(wanted, dict) else ()
+    if weights and all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights):
+        return "+".join(f"{name}={weight!r}" for name, weight in wanted.items())
+    raise _BadLine(f"domain {json.dumps(wanted)[:60]}: expected a name, or an object of names and weights")

@@ -1,0 +1,179 @@
+"""A cache of keys and values whose rows come and go: room is kept in both directions, nothing is copied a step.
+
+All rows end at the same column, and a shorter one begins further right, so that the distance of two columns is the
+distance of two tokens in every row. What is left of a row's beginning belongs to nobody and has to be masked.
+
+Shapes: R rows that there is room for, B rows in use, H heads, C columns that there is room for, W columns in use, S
+columns of new states, D size of a head (keys and values may differ in it).
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
+
+SPARE_COLUMNS = 64
+"""Columns of room, at least, that a layer makes whenever it has to move."""
+
+
+class RowLayer(CacheLayerMixin):
+    """The keys and values of one attention layer.
+
+    Args:
+        window: tokens that a sliding layer sees, itself included; None for all.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.window = window
+        self.is_sliding = window is not None
+        self.rows = 0
+        self.width = 0
+        """Columns of the whole batch, those that a sliding layer forgot included."""
+        self._end = 0
+
+    # ---- what transformers calls ----
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("rows are placed before anything is added")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add columns [B, H, S, D] for all rows and give back what they may see."""
+        assert self.keys is not None
+        assert self.values is not None
+        columns = key_states.shape[-2]
+        before = self._kept(self.width)
+        if self._end + columns > self.keys.shape[-2]:
+            self._move(len(self.keys), before, 0, columns + max(SPARE_COLUMNS, self.width // 4))
+        here = slice(self._end, self._end + columns)
+        self.keys[: self.rows, :, here], self.values[: self.rows, :, here] = key_states, value_states
+        self._end += columns
+        self.width += columns
+        seen = slice(self._end - before - columns, self._end)
+        return self.keys[: self.rows, :, seen], self.values[: self.rows, :, seen]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = self._kept(self.width)
+        return kept + query_length, self.width - kept
+
+    def get_seq_length(self) -> int:
+        return self.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # ---- rows that come and go ----
+
+    def place(self, first: int, source: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Put rows of a computed prompt behind the others, aligned at the end.
+
+        Args:
+            first: the row to begin with.
+            source: rows of `keys` and `values` to take, one for each new row.
+            keys: [*, H, S, D].
+            values: likewise.
+        """
+        columns, self.rows = keys.shape[-2], first + len(source)
+        room = 0 if self.keys is None else len(self.keys)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (states.new_zeros(0, *states.shape[1:]) for states in (keys, values))
+            self._end = columns
+        kept = self._kept(self.width)
+        if self.rows > room or columns > self._end:
+            self._move(max(self.rows, room), kept, max(0, columns - kept), SPARE_COLUMNS)
+        here = slice(self._end - columns, self._end)
+        index = torch.tensor(source, device=keys.device)
+        self.keys[first : self.rows, :, here] = keys[index]
+        self.values[first : self.rows, :, here] = values[index]
+
+    def drop(self, row: int) -> None:
+        """Give up a row; the last one takes its place."""
+        self.rows -= 1
+        if row != self.rows and self.keys is not None and self.values is not None:
+            here = slice(self._end - self._kept(self.width), self._end)
+            self.keys[row, :, here] = self.keys[self.rows, :, here]
+            self.values[row, :, here] = self.values[self.rows, :, here]
+
+    def _kept(self, width: int) -> int:
+        """Columns of so many that the next token sees."""
+        return width if self.window is None else min(width, self.window - 1)
+
+    def _move(self, rows: int, kept: int, before: int, after: int) -> None:
+        """Into tensors of so many rows, with room before and after the columns that are kept."""
+        moved = []
+        for states in (self.keys, self.values):
+            assert states is not None
+            _, heads, _, size = states.shape
+            new = states.new_zeros(rows, heads, before + kept + after, size)  # what is masked must be finite too
+            new[: len(states), :, before : before + kept] = states[:, :, self._end - kept : self._end]
+            moved.append(new)
+        self.keys, self.values = moved
+        self._end = before + kept
+
+
+class RowCache(Cache):
+    """The cache of a whole model, whose rows come and go.
+
+    Args:
+        template: an empty cache of the model's own kind.
+    """
+
+    def __init__(self, template: Cache) -> None:
+        super().__init__(layers=[_like(layer) for layer in template.layers])
+
+    def place(self, first: int, source: Sequence[int], computed: Cache, width: int) -> None:
+        """As `RowLayer.place`, in every layer; `width` is the widest row's number of columns from now on."""
+        for layer, other in zip(self._row_layers(), _with_states(computed), strict=True):
+            layer.place(first, source, other.keys, other.values)
+        self.set_width(width)
+
+    def drop(self, row: int) -> None:
+        for layer in self._row_layers():
+            layer.drop(row)
+
+    def set_width(self, width: int) -> None:
+        """Say how many columns the widest row has: those further left belong to rows that are gone."""
+        for layer in self._row_layers():
+            layer.width = width
+
+    def _row_layers(self) -> list[RowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RowLayer)]
+
+
+def _like(layer: Any) -> Any:
+    if isinstance(layer, SlidingLayer):
+        return RowLayer(layer.sliding_window)
+    return RowLayer(None) if isinstance(layer, DynamicLayer) else DummyLayer()
+
+
+def _with_states(cache: Cache) -> list[Any]:
+    return [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """What `generate` would begin with."""
+    config: Any = model.config
+    return DynamicCache(config=config.get_text_config(decoder=True))
+
+
+def rows_can_change(model: PreTrainedModel) -> bool:
+    """Whether the model's cache is made of keys and values a token alone, so that rows may begin at different times.
+
+    It is not where layers are recurrent or convolutional, index their keys, or belong to an encoder-decoder.
+    """
+    config: Any = model.config
+    accepted = inspect.signature(model.forward).parameters
+    if config.is_encoder_decoder or not {"position_ids", "attention_mask", "past_key_values"} <= accepted.keys():
+        return False
+    if not model._supports_default_dynamic_cache():
+        return False
+    layers = empty_cache(model).layers
+    known = (DynamicLayer, SlidingLayer, DummyLayer)
+    return any(type(layer) is not DummyLayer for layer in layers) and all(type(layer) in known for layer in layers)

@@ -1,0 +1,212 @@
+"""The file of stories: torn lines, foreign files, full disks, order, two runs at once."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from steermoe.batch import output
+from steermoe.batch.output import ErrorFile, StoryFile, check_apart
+from steermoe.errors import BatchError
+
+
+def record(key: int, **more) -> dict:
+    return {"job": f"{key:016x}", "text": "Ein Hund \U0001f415\n", **more}
+
+
+def line(key: int) -> bytes:
+    return json.dumps(record(key), ensure_ascii=False).encode() + b"\n"
+
+
+def keys_in(path: Path) -> list[int]:
+    return [int(json.loads(content)["job"], 16) for content in path.read_bytes().splitlines()]
+
+
+def test_append_and_find_again(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with StoryFile(path) as stories:
+        assert list(stories.records()) == []
+        stories.begin()
+        stories.append(record(1))
+        stories.append(record(2))
+    assert path.read_bytes() == line(1) + line(2)
+    with StoryFile(path) as stories:
+        assert list(stories.records()) == [(1, record(1)), (2, record(2))]
+        stories.begin()
+        stories.append(record(3))
+    assert keys_in(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", range(1, len(line(2)) + 1))
+def test_a_torn_last_line_is_cut_off_wherever_it_was_torn(tmp_path, cut):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes((line(1) + line(2))[:-cut] or b"")
+    with StoryFile(path) as stories:
+        found = [int(told["job"], 16) for _, told in stories.records()]
+        assert found == ([1, 2] if cut == 1 else [1])  # only its line end was missing
+        stories.begin()
+        stories.append(record(3))
+    assert keys_in(path) == [*found, 3]
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 40, b"\0" * 40 + b"\n", line(2)[:20] + b"\0" * 9, line(2)[:20] + b"\n", b"{", b"\n"]
+)
+def test_what_a_crash_of_the_machine_leaves(tmp_path, tail):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(line(1) + tail)
+    with StoryFile(path) as stories:
+        assert [number for number, _ in stories.records()] == [1]
+        stories.begin()
+    assert path.read_bytes() == line(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my diary\n", b"my diary", line(1) + b"my diary\n", line(1)[:20] + b"\n" + line(2), b'{"prompt": "x"}\n', b"[1]"],
+)
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path, content):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(content)
+    with StoryFile(path) as stories, pytest.raises(BatchError, match=r"line \d of .* is no story: name another"):
+        list(stories.records())
+    assert path.read_bytes() == content
+
+
+def test_overwrite_waits_for_the_beginning(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"my diary\n")
+    with StoryFile(path, overwrite=True) as stories:
+        assert list(stories.records()) == []
+        assert path.read_bytes() == b"my diary\n"
+        stories.begin()
+        stories.append(record(1))
+    assert path.read_bytes() == line(1)
+
+
+def test_a_file_that_was_made_for_nothing_goes_away(tmp_path):
+    for was_there in (False, True):
+        path = tmp_path / f"{was_there}.jsonl"
+        if was_there:
+            path.touch()
+        with StoryFile(path):
+            assert path.exists()
+        assert path.exists() == was_there
+
+
+def test_two_runs_on_one_file(tmp_path):
+    with StoryFile(tmp_path / "s.jsonl"), pytest.raises(BatchError, match="being written by another run"):
+        StoryFile(tmp_path / "s.jsonl")
+    StoryFile(tmp_path / "s.jsonl").close()
+
+
+@pytest.mark.parametrize("name", ["no-such-folder/s.jsonl", "."])
+def test_where_nothing_can_be_written(tmp_path, name):
+    with pytest.raises(BatchError, match=r"can't write .*; name another file"):
+        StoryFile(tmp_path / name)
+    with pytest.raises(BatchError, match="can't write the errors"):
+        ErrorFile(tmp_path / name)
+
+
+def test_full_device():
+    with StoryFile(Path("/dev/full")) as stories:
+        assert list(stories.records()) == []
+        stories.begin()
+        with pytest.raises(BatchError, match=r"can't write '/dev/full': No space left on device$"):
+            stories.append(record(1))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_story_of_which_only_a_part_fits_leaves_no_trace(tmp_path, monkeypatch, error):
+    path = tmp_path / "s.jsonl"
+    write = os.write
+    with StoryFile(path) as stories:
+        stories.append(record(1))
+        calls = []
+
+        def fill(fd, content):
+            calls.append(1)
+            if len(calls) > 1:
+                raise error
+            return write(fd, content[:7])
+
+        monkeypatch.setattr(output.os, "write", fill)
+        expected = BatchError if isinstance(error, OSError) else KeyboardInterrupt
+        with pytest.raises(expected) as caught:
+            stories.append(record(2))
+        monkeypatch.undo()
+        assert expected is KeyboardInterrupt or "are whole, make room and run again" in str(caught.value)
+        assert path.read_bytes() == line(1)
+        stories.append(record(3))
+    assert keys_in(path) == [1, 3]
+
+
+def test_it_is_forced_to_the_disk_now_and_then(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(output.os, "fsync", synced.append)
+    with StoryFile(tmp_path / "s.jsonl") as stories:
+        stories.append(record(1))
+        assert not synced
+        monkeypatch.setattr(output, "SYNC_SECONDS", 0.0)
+        stories.append(record(2))
+        assert len(synced) == 1
+
+
+def test_sort(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with StoryFile(path) as stories:
+        for key in (3, 9, 1, 8, 2):
+            stories.append(record(key))
+        stories.sort(lambda key: key if key < 5 else -1)
+    assert keys_in(path) == [9, 8, 1, 2, 3]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+def test_sort_without_room_leaves_the_file(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with StoryFile(path) as stories:
+        for key in (2, 1):
+            stories.append(record(key))
+        (tmp_path / ".s.jsonl.sorting").symlink_to("/dev/full")
+        with pytest.raises(BatchError, match=r"complete, but there is no room .*No space left"):
+            stories.sort(lambda key: key)
+    assert keys_in(path) == [2, 1]
+
+
+def test_sorted_already_is_not_copied(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with StoryFile(path) as stories:
+        for key in (1, 2):
+            stories.append(record(key))
+        before = path.stat().st_ino
+        stories.sort(lambda key: key)
+        assert path.stat().st_ino == before
+
+
+def test_error_file(tmp_path):
+    ErrorFile(None).add({"line": 1})
+    errors = ErrorFile(tmp_path / "bad.jsonl")
+    errors.add({"line": 3, "error": "ü"})
+    assert (tmp_path / "bad.jsonl").read_text() == '{"line": 3, "error": "ü"}\n'  # at once, not at the end
+    errors.close()
+    full = ErrorFile(Path("/dev/full"))
+    with pytest.raises(BatchError, match="can't write the errors"):
+        full.add({"line": 1})
+    full.close()  # nothing is left to be written
+
+
+def test_no_file_is_written_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").touch()
+    Path("link").symlink_to("p.txt")
+    check_apart("p.txt", Path("s.jsonl"), Path("bad.jsonl"))
+    check_apart("-", Path("s.jsonl"), None)
+    for prompts, stories, errors in (
+        ("p.txt", "p.txt", None),
+        ("p.txt", "link", None),
+        ("-", "a", "a"),
+        ("p.txt", "a", "link"),
+    ):
+        with pytest.raises(BatchError, match="would be written over"):
+            check_apart(prompts, Path(stories), errors and Path(errors))
