@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steermoe.editing import Bank, Editor, RowLayout, Step, Tally
+from steermoe.editing import Editor, RowLayout, Step, Tally
 from steermoe.errors import SteeringError
+from steermoe.fitting import banks_for
 from steermoe.plans import (
     DEFAULT_FORMULA,
     DEFAULT_SCALE,
@@ -190,50 +191,13 @@ class SteeringHandle:
         if not plans:
             raise SteeringError("no plans given: pass a plan, or one a row (None for rows to leave alone)")
         distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
-        for plan in distinct:
-            self._check_fits(plan)
-        banks = [Bank.of(router, number, distinct) for number, router in enumerate(self._routers)]
-        for slot, plan in enumerate(distinct):
-            does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
-            if plan.does_something and not does:
-                raise SteeringError(_nothing_to_do(plan))
+        banks = banks_for(self._model, self._routers, distinct)
         for editor, bank in zip(self._editors, banks, strict=True):
             editor.bank = bank
         self._plans = tuple(plans)
         self._distinct = distinct
         self._slots = [-1 if plan is None else distinct.index(plan) for plan in plans]
         self._layout = None
-
-    def _check_fits(self, plan: SteeringPlan) -> None:
-        config = getattr(self._model, "config", None)
-        name = getattr(config, "name_or_path", "") or type(self._model).__name__
-        layers = [router.layer for router in self._routers]
-        if plan.vector is not None:
-            widths = [router.num_experts for router in self._routers]
-            plan.vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
-        for layer, expert in (*plan.force, *plan.ban):
-            experts = max((router.num_experts for router in self._routers if router.layer == layer), default=0)
-            if not 0 <= expert < experts:
-                raise SteeringError(
-                    f"expert ({layer}, {expert}) does not exist: {name} has routers in layers "
-                    f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or self._routers[0].num_experts) - 1}"
-                )
-        if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
-            first, last = plan.layers
-            raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
-        for router in self._routers:
-            forced = {expert for layer, expert in plan.force if layer == router.layer}
-            if len(forced) > router.top_k:
-                raise SteeringError(
-                    f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} a token: "
-                    f"force {router.top_k} at most"
-                )
-            banned = {expert for layer, expert in plan.ban if layer == router.layer}
-            if len(banned) > router.num_experts - router.top_k:
-                raise SteeringError(
-                    f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
-                    f"{router.top_k} a token: ban {router.num_experts - router.top_k} at most"
-                )
 
     # ---- what the tracker calls ----
 
@@ -295,16 +259,6 @@ class SteeringHandle:
         if self._layout is None or self._layout[0] != key:
             self._layout = key, RowLayout.of(self._distinct, slots, factor_BS)
         return self._layout[1]
-
-
-def _nothing_to_do(plan: SteeringPlan) -> str:
-    where = "" if plan.layers is None else f" in layers {plan.layers[0]}-{plan.layers[1]}"
-    if plan.vector is None:
-        return f"the experts to force and ban are outside layers {plan.layers}: nothing would be steered"
-    return (
-        f"vector '{plan.vector.domain}' has no expert above its threshold {plan.vector.threshold:g}{where}: nothing "
-        "would be steered; lower the threshold (vector.with_threshold) or widen the layers"
-    )
 
 
 def attach(

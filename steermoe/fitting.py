@@ -1,0 +1,74 @@
+"""Whether plans fit a model, and what they come to in each of its layers."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from steermoe.editing import Bank
+from steermoe.errors import SteeringError
+from steermoe.library import FittedModel
+from steermoe.plans import SteeringPlan
+from steermoe.routers import Router, find_routers
+from steermoe.tracking import language_model
+
+
+def check_plan(model: nn.Module, plan: SteeringPlan) -> None:
+    """Raise what attaching the plan would raise, without attaching it."""
+    model = language_model(model)
+    banks_for(model, find_routers(model), [plan])
+
+
+def banks_for(model: nn.Module | FittedModel, routers: Sequence[Router], plans: Sequence[SteeringPlan]) -> list[Bank]:
+    """The plans' tensors for each router, once it is sure that they fit and do something."""
+    for plan in plans:
+        _check_fits(model, routers, plan)
+    banks = [Bank.of(router, number, plans) for number, router in enumerate(routers)]
+    for slot, plan in enumerate(plans):
+        does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
+        if plan.does_something and not does:
+            raise SteeringError(_nothing_to_do(plan))
+    return banks
+
+
+def _check_fits(model: nn.Module | FittedModel, routers: Sequence[Router], plan: SteeringPlan) -> None:
+    config = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", "") or getattr(model, "name", "") or type(model).__name__
+    layers = [router.layer for router in routers]
+    if plan.vector is not None and hasattr(model, "check_fits"):
+        model.check_fits(plan.vector)
+    elif plan.vector is not None:
+        widths = [router.num_experts for router in routers]
+        plan.vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
+    for layer, expert in (*plan.force, *plan.ban):
+        experts = max((router.num_experts for router in routers if router.layer == layer), default=0)
+        if not 0 <= expert < experts:
+            raise SteeringError(
+                f"expert ({layer}, {expert}) does not exist: {name} has routers in layers "
+                f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or routers[0].num_experts) - 1}"
+            )
+    if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
+        first, last = plan.layers
+        raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
+    for router in routers:
+        forced = {expert for layer, expert in plan.force if layer == router.layer}
+        if len(forced) > router.top_k:
+            raise SteeringError(
+                f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} a token: "
+                f"force {router.top_k} at most"
+            )
+        banned = {expert for layer, expert in plan.ban if layer == router.layer}
+        if len(banned) > router.num_experts - router.top_k:
+            raise SteeringError(
+                f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
+                f"{router.top_k} a token: ban {router.num_experts - router.top_k} at most"
+            )
+
+
+def _nothing_to_do(plan: SteeringPlan) -> str:
+    where = "" if plan.layers is None else f" in layers {plan.layers[0]}-{plan.layers[1]}"
+    if plan.vector is None:
+        return f"the experts to force and ban are outside layers {plan.layers}: nothing would be steered"
+    return (
+        f"vector '{plan.vector.domain}' has no expert above its threshold {plan.vector.threshold:g}{where}: nothing "
+        "would be steered; lower the threshold (vector.with_threshold) or widen the layers"
+    )
