@@ -59,8 +59,10 @@ def _qwen(writer: Any, config: Any) -> None:
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if getattr(config, "shared_expert_intermediate_size", 0):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    if not getattr(config, "norm_topk_prob", True) and config.model_type == "qwen3_moe":
-        raise ModelError("llama.cpp always normalises the weights of qwen3_moe's experts, this checkpoint does not")
+    if bool(config.norm_topk_prob) != (config.model_type == "qwen3_moe"):
+        raise ModelError(
+            f"norm_topk_prob is {config.norm_topk_prob}: llama.cpp runs qwen3_moe with it only, qwen2_moe without it only"
+        )
 
 
 def _olmoe(writer: Any, config: Any) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from steermoe.engines.hf import HFEngine
+    from steermoe.engines.llamacpp import LlamaCppEngine
     from steermoe.models import LoadedModel
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
@@ -68,6 +70,11 @@ Model = Annotated[
         "--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL
     ),
 ]
+EngineName = Literal["auto", "hf", "llamacpp"]
+Engine = Annotated[
+    EngineName,
+    typer.Option("--engine", help="transformers, or llama.cpp for a GGUF file.", rich_help_panel=MODEL),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
@@ -91,6 +98,31 @@ def read_prompt(prompt: str | None) -> str:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise GenerationError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def open_engine(
+    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
+) -> "HFEngine | LlamaCppEngine":
+    """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers."""
+    from steermoe.cli.console import working
+    from steermoe.engines.opening import choose_engine
+    from steermoe.engines.opening import open_engine as opened
+
+    if choose_engine(model, engine) == "llamacpp":
+        with working(f"Loading {model} ..."):
+            return opened(model, "llamacpp", dtype=dtype, device_map=device_map)
+    loaded = load_model(model, dtype, device_map, trust_remote_code)
+    from steermoe.engines.hf import HFEngine
+
+    return HFEngine(loaded)
+
+
+def open_source(
+    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
+) -> "LoadedModel | LlamaCppEngine":
+    """A model to record routing of, opened likewise."""
+    opened = open_engine(model, engine, dtype, device_map, trust_remote_code)
+    return getattr(opened, "loaded", opened)
 
 
 def load_model(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
