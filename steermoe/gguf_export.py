@@ -61,7 +61,7 @@ def _qwen(writer: Any, config: Any) -> None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if bool(config.norm_topk_prob) != (config.model_type == "qwen3_moe"):
         raise ModelError(
-            f"norm_topk_prob is {config.norm_topk_prob}: llama.cpp runs qwen3_moe with it only, qwen2_moe without it only"
+            f"norm_topk_prob is {config.norm_topk_prob}: llama.cpp runs qwen3_moe only with it, qwen2_moe only without"
         )
 
 
@@ -227,7 +227,9 @@ def tensors(model: Any, config: Any, family: GGUFFamily) -> "Iterator[tuple[str,
             continue
         stem, _, suffix = name.rpartition(".")
         if stem not in WHOLE_MODEL:
-            raise ModelError(f"weight '{name}' has no name in GGUF's {family.architecture}: the model can't be exported")
+            raise ModelError(
+                f"weight '{name}' has no name in GGUF's {family.architecture}: the model can't be exported"
+            )
         yield f"{WHOLE_MODEL[stem]}.{suffix}", tensor
 
 

@@ -87,13 +87,16 @@ def _words(data: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", size: int
         raise ModelError(f"its tokenizer has token {highest}, but the model's embedding only {size} rows")
     texts, types = [], []
     for number in range(size):
-        if number in added:
-            texts.append(added[number]["content"])
-            is_unknown = added[number]["content"] == model.get("unk_token")
-            types.append(UNKNOWN if is_unknown else CONTROL if added[number]["special"] else USER_DEFINED)
-        elif number in words:
-            texts.append(words[number])
-            types.append(BYTE if model.get("byte_fallback") and _is_byte(words[number]) else NORMAL)
+        entry = added.get(number)
+        if entry is not None or number in words:
+            text = words[number] if entry is None else entry["content"]
+            texts.append(text)
+            if text == model.get("unk_token"):
+                types.append(UNKNOWN)
+            elif entry is not None:
+                types.append(CONTROL if entry["special"] else USER_DEFINED)
+            else:
+                types.append(BYTE if model.get("byte_fallback") and _is_byte(text) else NORMAL)
         else:
             texts.append(f"[PAD{number}]")
             types.append(UNUSED)

@@ -164,7 +164,11 @@ class FittedModel(Protocol):
 
 
 def load_vector(
-    name: str | Path, model: "nn.Module | FittedModel | None" = None, *, folder: Path | str | None = None, group: str | None = None
+    name: str | Path,
+    model: "nn.Module | FittedModel | None" = None,
+    *,
+    folder: Path | str | None = None,
+    group: str | None = None,
 ) -> SteeringVector:
     """Load a domain's vector.
 

@@ -4,8 +4,10 @@ import ctypes
 
 import pytest
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
 pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
+
+import llama_cpp
 
 from steermoe.engines import ggml
 from steermoe.errors import ModelError
@@ -20,7 +22,7 @@ def test_layout_is_consistent():
 
 
 def test_functions_that_are_missing():
-    with pytest.raises(ModelError, match="this llama.cpp has no ggml_nonsense"):
+    with pytest.raises(ModelError, match=r"this llama.cpp has no ggml_nonsense"):
         ggml.function(LIBRARY, "ggml_nonsense")
     assert ggml.address(LIBRARY, "ggml_backend_tensor_get") != ggml.address(LIBRARY, "ggml_backend_tensor_set")
 

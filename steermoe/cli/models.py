@@ -108,7 +108,9 @@ def export(
     with console.working(f"Writing {path} ..."):
         export_gguf(loaded, path, gguf)
     if json:
-        console.write_json({"path": str(path), "model": loaded.name, "quantization": gguf, "bytes": path.stat().st_size})
+        console.write_json(
+            {"path": str(path), "model": loaded.name, "quantization": gguf, "bytes": path.stat().st_size}
+        )
     else:
         console.write(f"{path}\n")
 

@@ -175,7 +175,7 @@ class Embedder:
 
 @contextmanager
 def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> Iterator[TextEmbedder]:
-    """A `TextEmbedder`. While it is open the model can't be used otherwise; steering attached to it has no part in it."""
+    """A `TextEmbedder`. While it is open the model can't be used otherwise; steering attached to it has no part."""
     options = options or EmbeddingOptions()
     if not isinstance(loaded, LoadedModel):
         from steermoe.discovery.gguf_embedding import GGUFEmbedder

@@ -25,7 +25,8 @@ class GGUFEmbedder:
     def __init__(self, engine: "LlamaCppEngine", options: EmbeddingOptions) -> None:
         if options.hidden or options.both or options.features != "counts":
             raise CorpusError(
-                "llama.cpp counts the chosen experts; for hidden states, probabilities and routing health use --engine hf"
+                "llama.cpp counts the chosen experts; for hidden states, probabilities and routing health use "
+                "--engine hf"
             )
         self._engine = engine
         self._options = options
@@ -40,7 +41,8 @@ class GGUFEmbedder:
             tokens = self._engine.tokenizer.encode(text)[: self._options.max_tokens]
             lengths[number] = len(tokens)
             if tokens:
-                counts = torch.from_numpy(self._engine.choices(tokens, last=self._options.tokens == "last"))
+                chosen = torch.from_numpy(self._engine.chosen(tokens))
+                counts = chosen[-1] if self._options.tokens == "last" else chosen.sum(0)
                 frequency[number] = (counts / counts.sum(-1, keepdim=True)).float()
             if progress is not None:
                 progress(1, len(tokens))

@@ -47,7 +47,10 @@ class CallbackState:
         experts = {router.num_experts for router in model.routers}
         top_k = {router.top_k for router in model.routers}
         if len(experts) > 1 or len(top_k) > 1:
-            raise SteeringError(f"{model.name} has layers of {sorted(experts)} experts, {sorted(top_k)} chosen: not supported")
+            raise SteeringError(
+                f"{model.name} has layers of {sorted(experts)} experts with {sorted(top_k)} chosen, expected the "
+                "same in all: use --engine hf"
+            )
         self._model = model
         self.header = np.zeros(len(FIELD), dtype=np.int64)
         self.counts = np.zeros((0, 0, 0), dtype=np.int64)
@@ -99,9 +102,7 @@ class CallbackState:
         push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
         marks_PLN = np.stack(
             [
-                (
-                    bank.raised * callback.RAISED + bank.forced * callback.FORCED + bank.banned * callback.BANNED
-                ).numpy()
+                (bank.raised * callback.RAISED + bank.forced * callback.FORCED + bank.banned * callback.BANNED).numpy()
                 for bank in banks
             ],
             1,
@@ -138,7 +139,8 @@ class CallbackState:
         """Say what is to be done with the tokens of the next forward call, in their order.
 
         Args:
-            slots: [T], each token's plan, or -1. factors: [T], what to multiply its strength with; 0 leaves it alone.
+            slots: [T], each token's plan, or -1.
+            factors: [T], what to multiply its strength with; 0 leaves it alone.
             outputs: which tokens' logits are wanted: the last layer sees only those.
             texts: [T], which text a token's choices count for, or -1; by default none.
 
@@ -183,8 +185,8 @@ class CallbackState:
         if missed.any():
             layer = self._model.layers[int(missed.argmax())]
             raise SteeringError(
-                f"{int(missed.sum())} of {int(active_L.sum())} routers were to be steered but llama.cpp computed no node "
-                f"'{self._model.node}-{layer}': this architecture can't be steered here; use --engine hf"
+                f"{int(missed.sum())} of {int(active_L.sum())} routers were to be steered but llama.cpp computed no "
+                f"node '{self._model.node}-{layer}': this architecture can't be steered here; use --engine hf"
             )
         return int(calls_L.sum())
 

@@ -1,7 +1,7 @@
 """ggml's own functions by ctypes, and where things stand in its tensors, found out from tensors that ggml makes.
 
-The callback reads and writes tensors by address. Their layout is no part of ggml's interface and changes with versions, so it is not
-written down here but looked up at run time. Knows no models; gets the loaded library from `llamacpp`.
+The callback reads and writes tensors by address. Their layout is no part of ggml's interface and changes with
+versions, so it is not written down here but looked up at run time. Knows no models; `llamacpp` hands it the library.
 """
 
 import ctypes
@@ -93,7 +93,7 @@ def _find_in(library: ctypes.CDLL, context: int) -> TensorLayout:
         pattern = struct.pack(f"={len(wanted)}Q", *wanted)
         there = content(of)
         if there.count(pattern) != 1:
-            raise ModelError(f"{what} are not where this ggml's tensors should have them: its version is not known here")
+            raise ModelError(f"this ggml's tensors do not have {what} where they should: its version is not known here")
         return there.find(pattern)
 
     def number(of: int, offset: int) -> int:

@@ -5,9 +5,10 @@ it is computed. Python would cost as much as a tenth of the time, so this is mac
 disk. It knows nothing of models and does not import llama.cpp: where things are in a ggml tensor is in `TensorLayout`,
 what is to be done in the arrays of `CallbackState`.
 
-There are two ways to reach the logits. On any backend, the callback asks for the node of the logits, gets them when they are computed,
-and writes them back; the graph then runs in pieces, one a steered layer. On the CPU the node that turns logits into
-probabilities is made a custom operation instead, which edits the logits and then does the same; the graph stays whole.
+There are two ways to reach the logits. On any backend, the callback asks for the node of the logits, gets them when
+they are computed, and writes them back; the graph then runs in pieces, one a steered layer. On the CPU the node that
+turns logits into probabilities is made a custom operation instead, which edits the logits and then does the same; the
+graph stays whole.
 
 Shapes: T tokens of a forward call, N experts of a layer, L routers, P distinct plans, B texts, k experts chosen.
 """
@@ -20,7 +21,6 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
 
@@ -60,7 +60,7 @@ SAVED = 1 + PARAMETERS
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Byte offsets in ggml's tensor struct, and numbers of its operations; `engines.ggml` reads them off ggml itself."""
+    """Byte offsets in ggml's tensor struct, and numbers of its operations; `engines.ggml` finds them out."""
 
     name: int
     op: int
@@ -364,7 +364,7 @@ def _switch(state, row, tensor, active):
 
 @njit(error_model="numpy")
 def _edit_in_graph(target, source, state):
-    kind, layer = _kind_of(state, target)
+    _, layer = _kind_of(state, target)
     row = carray(_pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
     experts = _word(source + state[_AT_NE])
     tokens = _word(source + state[_AT_NE] + 8)
@@ -396,6 +396,6 @@ def on_node(tensor, asks, state):
 
 @cfunc(types.void(types.int64, types.int64, types.int32, types.int32, types.int64), cache=True, error_model="numpy")
 def edit_in_graph(target, source, thread, threads, state):
-    """ggml's custom operation with one source: void (dst, a, ith, nth, userdata)."""
+    """A custom operation of ggml with one source: void (dst, a, ith, nth, userdata)."""
     if thread == 0:
         _edit_in_graph(target, source, carray(_pointer(state), (len(_FIELDS),), np.int64))

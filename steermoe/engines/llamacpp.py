@@ -1,6 +1,6 @@
-"""The llama.cpp engine: quantised models of GGUF files, steered inside llama.cpp's own graph. The only importer of llama_cpp.
+"""The llama.cpp engine: quantised models of GGUF files, steered inside llama.cpp's own graph.
 
-Prompts are read one after the other; then all texts go on together, a token each a call.
+The only importer of llama_cpp. Prompts are read one after the other; then all texts go on together, a token a call.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from steermoe.engines.base import Completion, Request
 from steermoe.engines.callback_state import CallbackState, Reach
 from steermoe.engines.text import Pieces, continuation
 from steermoe.engines.token_sampler import TokenSampler
-from steermoe.errors import GenerationError, ModelError, SteeringError
+from steermoe.errors import GenerationError, ModelError
 from steermoe.gguf_models import GGUFModel, read_gguf
 from steermoe.plans import SteeringPlan
 from steermoe.steering import SteeringReport
@@ -78,7 +78,9 @@ class GGUFTokenizer:
 class _Context:
     """One llama.cpp context with room for some texts, and the batch that is handed to it."""
 
-    def __init__(self, model: Any, texts: int, cells: int, threads: int, state: CallbackState | None, cache: str) -> None:
+    def __init__(
+        self, model: Any, texts: int, cells: int, threads: int, state: CallbackState | None, cache: str
+    ) -> None:
         self.texts, self.cells = texts, cells
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = cells, texts, True
@@ -122,7 +124,10 @@ class _Context:
         """Compute some tokens, at most CALL_TOKENS.
 
         Args:
-            tokens, positions, texts: [T]. wanted: which tokens' logits are wanted; None for all.
+            tokens: [T].
+            positions: [T], each token's place in its text.
+            texts: [T], which text each is of.
+            wanted: which tokens' logits are wanted; None for all.
 
         Raises:
             GenerationError: llama.cpp can't.
@@ -174,6 +179,7 @@ class LlamaCppEngine:
             ggml's get and set, which is not tested.
         reach: how logits are reached (see `ggml_callback`); by default inside the graph on the CPU.
         cache: ggml's type of the attention cache, "f16" or "f32".
+        callback: False leaves it away, to measure what it costs; nothing can be steered or recorded then.
 
     Raises:
         ModelError: the file can't be loaded. UnsupportedModel: it has no routers.
@@ -187,10 +193,12 @@ class LlamaCppEngine:
         gpu_layers: int | None = None,
         reach: Reach | None = None,
         cache: str = "f16",
+        callback: bool = True,
     ) -> None:
         self.target = model if isinstance(model, GGUFModel) else read_gguf(model)
         self.threads = threads or torch.get_num_threads()
         self._cache = cache
+        self._callback = callback
         llama_cpp.llama_log_set(_on_message, None)
         llama_cpp.llama_backend_init()
         if gpu_layers is None:
@@ -307,38 +315,39 @@ class LlamaCppEngine:
         return self.context(len(rows), cells)
 
     def context(self, texts: int, cells: int) -> _Context:
-        """An empty context with room for so many texts, and tokens of all together; the last one if it is large enough."""
+        """An empty context with room for so many texts and, of all together, tokens; the last one if that has it."""
         if self._context is None or self._context.texts < texts or self._context.cells < cells:
             if self._context is not None:
                 self._context.close()
             cells = -(-cells // CELL_STEP) * CELL_STEP
-            self._context = _Context(self._model, texts, cells, self.threads, self.state, self._cache)
+            state = self.state if self._callback else None
+            self._context = _Context(self._model, texts, cells, self.threads, state, self._cache)
         self._context.clear()
         return self._context
 
     # ---- recording texts ----
 
-    def choices(self, token_ids: Sequence[int], last: bool = False) -> NDArray[np.int64]:
-        """How often each expert is chosen on a text, unsteered [L, N].
+    def chosen(self, token_ids: Sequence[int], plan: SteeringPlan | None = None) -> NDArray[np.int64]:
+        """Which experts each token of a text is sent to, 1 or 0, [T, L, N].
 
         Nothing after the last router is computed.
 
         Args:
-            token_ids: the text's tokens. last: count its last token only.
+            token_ids: the text's tokens.
+            plan: steers them; they are all taken for the prompt.
         """
         context = self.context(1, len(token_ids))
-        self.state.install([])
-        self.state.record(1, stop=True)
+        self.state.install([] if plan is None else [plan])
+        self.state.record(len(token_ids), stop=True)
+        factor = _factors(plan, len(token_ids), 0)
         for start in range(0, len(token_ids), CALL_TOKENS):
             part = token_ids[start : start + CALL_TOKENS]
-            count = len(part)
-            texts = np.full(count, -1 if last else 0, dtype=np.int32)
-            if last and start + count == len(token_ids):
-                texts[-1] = 0
-            self.state.steer([-1] * count, [0.0] * count, range(count), texts)
-            context.forward(part, range(start, start + count), [0] * count, None)
+            places = np.arange(start, start + len(part), dtype=np.int32)
+            slots = np.full(len(part), -1 if plan is None else 0, dtype=np.int32)
+            self.state.steer(slots, factor[places], np.arange(len(part), dtype=np.int32), places)
+            context.forward(part, places.tolist(), [0] * len(part), None)
             self.state.verify()
-        return self.state.counts[0]
+        return self.state.counts
 
 
 class _Run:
@@ -379,7 +388,9 @@ class _Run:
             self._forward([row] * count, part, range(start, start + count), [count - 1] if is_end else [])
         return self._context.logits(count - 1)
 
-    def _forward(self, rows: Sequence[_Row], tokens: Sequence[int], places: Sequence[int], wanted: Sequence[int]) -> None:
+    def _forward(
+        self, rows: Sequence[_Row], tokens: Sequence[int], places: Sequence[int], wanted: Sequence[int]
+    ) -> None:
         factors = [row.factor[place] for row, place in zip(rows, places, strict=True)]
         texts = None
         if self._record:

@@ -38,8 +38,8 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
             )
         if missing:
             raise ModelError(
-                f"--engine llamacpp needs {' and '.join(missing)}: pip install 'steermoe[llamacpp]' (llama.cpp is then compiled, "
-                "about 6 minutes on 2 cores), or use --engine hf"
+                f"--engine llamacpp needs {' and '.join(missing)}: pip install 'steermoe[llamacpp]' (llama.cpp is then "
+                "compiled, about 6 minutes on 2 cores), or use --engine hf"
             )
         return "llamacpp"
     if not is_gguf or missing:
@@ -62,7 +62,9 @@ def open_engine(
     Args:
         model: as in `models.load`.
         engine: "auto", "hf" or "llamacpp".
-        dtype, device_map, trust_remote_code: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
+        dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
+        device_map: as in `models.load`, for transformers.
+        trust_remote_code: likewise.
 
     Raises:
         ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.

@@ -1,4 +1,4 @@
-"""Draws one row's next token with numpy, by the rules of `sampling.RowSampler`: the same logits and seed give the same token.
+"""Draws one row's next token with numpy, by the rules of `sampling.RowSampler`: equal logits and seed, equal token.
 
 torch's threads would wake for every token and then compete with those of llama.cpp, so they are left asleep.
 
