@@ -195,6 +195,8 @@ class LlamaCppEngine:
         cache: str = "f16",
         callback: bool = True,
     ) -> None:
+        self._model: Any = None
+        self._context: _Context | None = None
         self.target = model if isinstance(model, GGUFModel) else read_gguf(model)
         self.threads = threads or torch.get_num_threads()
         self._cache = cache
@@ -221,7 +223,6 @@ class LlamaCppEngine:
             CALL_TOKENS,
             reach or ("graph" if gpu_layers == 0 else "pieces"),
         )
-        self._context: _Context | None = None
 
     @property
     def name(self) -> str:
@@ -384,8 +385,8 @@ class _Run:
         for start in range(0, len(row.prompt), CALL_TOKENS):
             part = row.prompt[start : start + CALL_TOKENS]
             count = len(part)
-            is_end = start + count == len(row.prompt)
-            self._forward([row] * count, part, range(start, start + count), [count - 1] if is_end else [])
+            # the last token's logits are wanted each time: without any, the last layer would not be computed
+            self._forward([row] * count, part, range(start, start + count), [count - 1])
         return self._context.logits(count - 1)
 
     def _forward(
