@@ -52,10 +52,17 @@ def _granite(writer: Any, config: Any) -> None:
 
 
 def _mixtral(writer: Any, config: Any) -> None:
+    if config.sliding_window is not None:
+        raise ModelError(
+            f"its attention slides over {config.sliding_window} tokens, but llama.cpp's mixtral sees them all: it can't "
+            "be exported"
+        )
     writer.add_rope_dimension_count(_head_size(config))
 
 
 def _qwen(writer: Any, config: Any) -> None:
+    if config.use_sliding_window:
+        raise ModelError("its attention slides, but llama.cpp's qwen sees all tokens: it can't be exported")
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if getattr(config, "shared_expert_intermediate_size", 0):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
@@ -66,8 +73,10 @@ def _qwen(writer: Any, config: Any) -> None:
 
 
 def _olmoe(writer: Any, config: Any) -> None:
-    if config.norm_topk_prob or config.clip_qkv is not None:
-        raise ModelError("llama.cpp runs olmoe without norm_topk_prob and clip_qkv, this checkpoint has them")
+    if config.norm_topk_prob or config.clip_qkv is not None or config.num_key_value_heads != config.num_attention_heads:
+        raise ModelError(
+            "llama.cpp runs olmoe only without norm_topk_prob, without clip_qkv, and with as many key as query heads"
+        )
 
 
 def _deepseek(writer: Any, config: Any) -> None:

@@ -97,7 +97,8 @@ def test_rows_that_no_block_fits_stay_float32(tmp_path):
     ("family", "overrides", "message"),
     [
         ("phimoe", {}, r"is phimoe: GGUF files are written of deepseek_v2, .* convert_hf_to_gguf"),
-        ("olmoe", {"norm_topk_prob": True}, "olmoe without norm_topk_prob"),
+        ("olmoe", {"norm_topk_prob": True}, "olmoe only without norm_topk_prob"),
+        ("mixtral", {"sliding_window": 16}, "slides over 16 tokens"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}, "groups of experts"),
         ("mixtral", {"rope_parameters": tiny_models.ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),

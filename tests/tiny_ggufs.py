@@ -15,7 +15,8 @@ PLAIN = {"rope_parameters": tiny_models.ROPE}
 OVERRIDES = {
     "deepseek_v2": {"topk_method": "greedy", "n_group": None, "topk_group": None},
     "gpt_oss": PLAIN,
-    "olmoe": {"norm_topk_prob": False},
+    "mixtral": {"sliding_window": None},
+    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
     "qwen2_moe": {"norm_topk_prob": False},
 }
 """What llama.cpp can't do otherwise."""

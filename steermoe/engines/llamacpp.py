@@ -92,6 +92,7 @@ class _Context:
         if state is not None:
             params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(ggml_callback.on_node.address)
             params.cb_eval_user_data = state.header.ctypes.data
+        _messages.clear()
         self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
             raise GenerationError(f"llama.cpp can't make room for {cells} tokens: {_last_message()}; ask for fewer")
@@ -207,6 +208,7 @@ class LlamaCppEngine:
             gpu_layers = ALL_LAYERS if llama_cpp.llama_supports_gpu_offload() else NO_LIBRARY_GPU_LAYERS
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        _messages.clear()
         self._model = llama_cpp.llama_model_load_from_file(str(self.target.path).encode(), params)
         if not self._model:
             raise ModelError(f"llama.cpp can't load '{self.target.path}': {_last_message()}; get or export it again")
@@ -440,4 +442,5 @@ def _last_message() -> str:
     """What llama.cpp said last of an error."""
     said = [text for text in _messages if text]
     errors = [text for text in said if "error" in text.lower() or "fail" in text.lower()]
-    return " ".join((errors or said or ["it gave no reason"])[-1].split())[:300]
+    # the first error is the cause, later ones only pass it on
+    return " ".join((errors[:1] or said[-1:] or ["it gave no reason"])[0].split())[:300]
