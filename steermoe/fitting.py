@@ -34,7 +34,7 @@ def _check_fits(model: nn.Module | FittedModel, routers: Sequence[Router], plan:
     config = getattr(model, "config", None)
     name = getattr(config, "name_or_path", "") or getattr(model, "name", "") or type(model).__name__
     layers = [router.layer for router in routers]
-    if plan.vector is not None and hasattr(model, "check_fits"):
+    if plan.vector is not None and not isinstance(model, nn.Module):
         model.check_fits(plan.vector)
     elif plan.vector is not None:
         widths = [router.num_experts for router in routers]

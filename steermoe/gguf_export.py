@@ -54,8 +54,8 @@ def _granite(writer: Any, config: Any) -> None:
 def _mixtral(writer: Any, config: Any) -> None:
     if config.sliding_window is not None:
         raise ModelError(
-            f"its attention slides over {config.sliding_window} tokens, but llama.cpp's mixtral sees them all: it can't "
-            "be exported"
+            f"its attention slides over {config.sliding_window} tokens, but llama.cpp's mixtral sees them all: it "
+            "can't be exported"
         )
     writer.add_rope_dimension_count(_head_size(config))
 
@@ -139,11 +139,9 @@ IN_LAYER = {
     "mlp.gate": "ffn_gate_inp",
     "mlp.router": "ffn_gate_inp",
     "block_sparse_moe.router": "ffn_gate_inp",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{
         f"mlp.{shared}.{name}_proj": f"ffn_{name}_shexp"
         for shared in ("shared_expert", "shared_experts")
@@ -268,6 +266,8 @@ def _layer_tensors(name: str, tensor: "Tensor", config: Any, family: GGUFFamily)
         yield from (("attn_k_b.weight", key.transpose(1, 2)), ("attn_v_b.weight", value))
     elif stem == "post_attention_layernorm" and is_gpt_oss:
         yield "post_attention_norm.weight", tensor
+    elif stem == "mlp.shared_expert_gate":
+        yield "ffn_gate_inp_shexp.weight", tensor.flatten()
     elif stem == "mlp.gate.e_score_correction_bias":
         yield "exp_probs_b.bias", tensor
     elif stem in ("self_attn.q_proj", "self_attn.k_proj") and family.permutes:

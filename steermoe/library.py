@@ -184,14 +184,18 @@ def load_vector(
     paths = find_vector(name, folder=folder, group=group)
     if model is None:
         return read_vector(paths[0])
-    check = getattr(model, "check_fits", None) or (lambda vector: check_fits_model(vector, model))
-    return read_fitting(paths, check)[1]
+    return read_fitting(paths, lambda vector: check_fits_model(vector, model))[1]
 
 
-def check_fits_model(vector: SteeringVector, model: "nn.Module") -> None:
+def check_fits_model(vector: SteeringVector, model: "nn.Module | FittedModel") -> None:
     """As `SteeringVector.check_fits`, reading shape and names off the model."""
+    from torch import nn
+
     from steermoe.routers import find_routers
 
+    if not isinstance(model, nn.Module):
+        model.check_fits(vector)
+        return
     routers = find_routers(model)
     config = getattr(model, "config", None)
     name = Path(getattr(config, "name_or_path", "") or type(model).__name__).name

@@ -59,9 +59,13 @@ def test_errors_of_the_choice(gguf, monkeypatch):
 
 def test_without_the_extra_a_gguf_runs_through_transformers(run, gguf, vectors, monkeypatch):
     monkeypatch.setattr(opening, "find_spec", without("llama_cpp"))
-    result = run("generate", "A dog.", "-m", gguf, "--json", *SHORT)
+    known = tiny_ggufs.write(tiny_ggufs.build("qwen3_moe", moe_intermediate_size=768, head_dim=128), vectors)
+    result = run("generate", "A dog.", "-m", known, "--json", *SHORT)
     assert result.code == 0, result.err
     assert json.loads(result.out)["new_tokens"] <= 6
+    result = run("generate", "A dog.", "-m", gguf, *SHORT)  # transformers takes mixtral's files for dense llamas
+    assert (result.code, result.out) == (1, "")
+    assert "llama.cpp can run it: pip install 'steermoe[llamacpp]'" in result.err
     result = run("generate", "x", "-m", gguf, "--engine", "llamacpp")
     assert (result.code, result.out) == (1, "")
     assert "pip install 'steermoe[llamacpp]'" in result.err

@@ -11,13 +11,15 @@ from steermoe.engines.base import Request, Sampling
 from steermoe.engines.hf import HFEngine
 from steermoe.engines.llamacpp import LlamaCppEngine
 from steermoe.recording import record_routing
-from steermoe.steering import SteeringPlan
+from steermoe.steering import SteeringPlan, attach
 from steermoe.vectors import SteeringVector
 
 GREEDY = Sampling(max_new_tokens=12, min_new_tokens=12, do_sample=False)
 PROMPT = "The dog ran in an inn and then the cat"
 SAME = 0.99
 """Share of choices that agree: random models have ties within rounding."""
+TIE = 5e-3
+"""Logits that are closer than this may swap places: the two libraries round differently."""
 
 
 @pytest.fixture(scope="module", params=tiny_ggufs.FAMILIES)
@@ -41,11 +43,31 @@ def test_texts_and_choices(family, reach, formula):
     (theirs,) = HFEngine(loaded).generate([Request(PROMPT, plan, GREEDY)], record=True)
     engine = LlamaCppEngine(str(path), reach=reach, cache="f32")
     (ours,) = engine.generate([Request(PROMPT, plan, GREEDY)], record=True)
-    assert ours.token_ids == theirs.token_ids
+    same = [own == other for own, other in zip(ours.token_ids, theirs.token_ids, strict=True)]
+    if not all(same):
+        first = same.index(False)
+        assert first > 0
+        assert margin(loaded, plan, theirs.token_ids[:first]) < TIE
+        return
     torch.testing.assert_close(ours.frequency, theirs.frequency)
     if plan is not None:
         assert ours.report.tokens_steered == theirs.report.tokens_steered == 11
         assert ours.report.vector_share == pytest.approx(theirs.report.vector_share, abs=0.01)
+
+
+def margin(loaded, plan, new) -> float:
+    """By how much the likeliest token leads the second after some new tokens, in transformers."""
+    prompt = loaded.tokenizer(PROMPT)["input_ids"]
+    handle = None if plan is None else attach(loaded.model, plan)
+    try:
+        if handle is not None:
+            handle.set(prompt_length=len(prompt))
+        with torch.no_grad():
+            best = loaded.model(torch.tensor([[*prompt, *new]])).logits[0, -1].topk(2).values
+    finally:
+        if handle is not None:
+            handle.remove()
+    return float(best[0] - best[1])
 
 
 def test_choices_on_a_text(family):

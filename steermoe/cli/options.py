@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -105,13 +105,17 @@ def open_engine(
 ) -> "HFEngine | LlamaCppEngine":
     """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers."""
     from steermoe.cli.console import working
-    from steermoe.engines.opening import choose_engine
+    from steermoe.engines.opening import choose_engine, with_hint
     from steermoe.engines.opening import open_engine as opened
+    from steermoe.errors import ModelError
 
     if choose_engine(model, engine) == "llamacpp":
         with working(f"Loading {model} ..."):
             return opened(model, "llamacpp", dtype=dtype, device_map=device_map)
-    loaded = load_model(model, dtype, device_map, trust_remote_code)
+    try:
+        loaded = load_model(model, dtype, device_map, trust_remote_code)
+    except ModelError as error:
+        raise with_hint(error, model) from error
     from steermoe.engines.hf import HFEngine
 
     return HFEngine(loaded)
@@ -121,7 +125,7 @@ def open_source(
     model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
 ) -> "LoadedModel | LlamaCppEngine":
     """A model to record routing of, opened likewise."""
-    opened = open_engine(model, engine, dtype, device_map, trust_remote_code)
+    opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code)
     return getattr(opened, "loaded", opened)
 
 

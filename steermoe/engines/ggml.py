@@ -15,7 +15,7 @@ F32 = 0
 """GGML_TYPE_F32."""
 NAME = b"ffn_moe_layout"
 ROWS, COLUMNS = 7, 5
-MEMORY = 1 << 20
+MEMORY, ALIGNMENT = 1 << 20, 64
 MARK_FUNCTION, MARK_DATA = 0x1122334455667788, 0x1020304050607080
 """Numbers that are unlikely to stand anywhere else."""
 
@@ -68,7 +68,9 @@ def find_layout(library: ctypes.CDLL) -> TensorLayout:
     Raises:
         ModelError: something is not found where tensors of any known version have it.
     """
-    context = function(library, "ggml_init")(_InitParams(MEMORY, None, False))
+    room = ctypes.create_string_buffer(MEMORY + ALIGNMENT)  # zeros: what lies in used memory could look like an address
+    start = -(-ctypes.addressof(room) // ALIGNMENT) * ALIGNMENT
+    context = function(library, "ggml_init")(_InitParams(MEMORY, start, False))
     if not context:
         raise ModelError("ggml could not be started: out of memory?")
     try:

@@ -217,7 +217,7 @@ def _edit_node(state, row, z_TN):
 
 
 @njit(error_model="numpy")
-def _count_node(state, row, tensor):
+def _count_node(state, row, tensor, steered):
     """Count the experts that one layer chose, from llama.cpp's own choice [T, k]."""
     top_k = _word(tensor + state[_AT_NE])
     tokens = _word(tensor + state[_AT_NE] + 8)
@@ -243,7 +243,7 @@ def _count_node(state, row, tensor):
             for expert in chosen_k:
                 if 0 <= expert < experts:
                     counts_N[expert] += 1
-        if slot >= 0 and factor_T[token] != 0:
+        if steered and slot >= 0 and factor_T[token] != 0:
             marks_N = carray(_pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
             for expert in chosen_k:
                 if 0 <= expert < experts:
@@ -301,7 +301,7 @@ def _on_node(tensor, asks, state):
     if kind == TOP_K:
         wanted = state[_FROM_TOPK] != 0 and (active or state[_HAS_TEXTS] != 0)
         if asks == 0 and wanted:
-            _count_node(state, row, tensor)
+            _count_node(state, row, tensor, active)
             return row != state[_STOP_AFTER]
         return wanted if asks != 0 else True
     wanted = kind == state[_KIND] and active and state[_IN_GRAPH] == 0

@@ -38,7 +38,7 @@ ALL_LAYERS = -1
 _messages: list[str] = []
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_message(level: int, text: bytes, data: Any) -> None:
     """Keep llama.cpp's own messages off the terminal; the last ones explain an error."""
     _messages.append(text.decode("utf-8", errors="replace").strip())

@@ -49,6 +49,18 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
     return "llamacpp" if is_moe(str(model)) else "hf"
 
 
+def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
+    """The error of a GGUF file that transformers can't run, with what could run it; any other error as it is."""
+    is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
+    if not is_gguf or all(find_spec(name) for name in LIBRARIES):
+        return error
+    from steermoe.gguf_models import is_moe
+
+    if not is_moe(str(model)):
+        return error
+    return ModelError(f"{error}; transformers tried it, llama.cpp can run it: pip install 'steermoe[llamacpp]'")
+
+
 def open_engine(
     model: str | Path | None = None,
     engine: EngineName = "auto",
@@ -78,4 +90,8 @@ def open_engine(
     from steermoe.engines.hf import HFEngine
     from steermoe.models import load
 
-    return HFEngine(load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code))
+    try:
+        loaded = load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise with_hint(error, model) from error
+    return HFEngine(loaded)
