@@ -107,7 +107,7 @@ class CallbackState:
         self._keep("push", np.ascontiguousarray(push_PLN))
         self._keep("marks", np.ascontiguousarray(marks_PLN))
         self._keep("formula", np.array([FORMULAS.index(plan.formula) for plan in plans] or [0], dtype=np.int32))
-        self._keep("paper", np.array([plan.scale == "paper" for plan in plans] or [0], dtype=np.int32))
+        self._keep("paper", np.array([plan.scale == "paper" for plan in plans] or [False], dtype=np.int32))
         self.steer([], [])
 
     def record(self, texts: int, stop: bool = False) -> None:
