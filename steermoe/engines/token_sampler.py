@@ -28,6 +28,8 @@ class TokenSampler:
         self.sampling = sampling
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._weights = np.empty(0, dtype=np.float32)
+        self._cumulative = np.empty(0)
 
     def draw(self, logits: Floats, context: Sequence[int], new_tokens: int) -> int:
         """The next token.
@@ -41,8 +43,11 @@ class TokenSampler:
         if not self.sampling.do_sample:
             return int(warped.argmax())
         drawn = torch.rand(1, generator=self._generator, dtype=torch.float64).item()
-        weights = np.exp(warped - warped.max())
-        cumulative = np.cumsum(weights, dtype=np.float64)
+        # memory that is used again: this much anew for every token would cost more than the arithmetic
+        if self._weights.shape != warped.shape:
+            self._weights, self._cumulative = np.empty_like(warped), np.empty(len(warped))
+        np.exp(np.subtract(warped, warped.max(), out=self._weights), out=self._weights)
+        cumulative = np.cumsum(self._weights, dtype=np.float64, out=self._cumulative)
         picked = int(np.searchsorted(cumulative, drawn * cumulative[-1], side="right"))
         return min(picked, len(logits) - 1)
 
