@@ -122,7 +122,7 @@ def test_many_requests_go_in_groups(engine, monkeypatch):
 def test_prompts_longer_than_a_call(engine, hf, monkeypatch):
     request = Request("the dog and " * 8, PLANS["all positions"], GREEDY)
     (whole,) = engine.generate([request], record=True)
-    monkeypatch.setattr("steermoe.engines.llamacpp.CALL_TOKENS", 16)
+    monkeypatch.setattr("steermoe.engines.llama_run.CALL_TOKENS", 16)
     (parts,) = engine.generate([request], record=True)
     assert parts.token_ids == whole.token_ids == hf.generate([request])[0].token_ids
     assert parts.report.tokens_seen == whole.report.tokens_seen

@@ -1,33 +1,29 @@
 """The llama.cpp engine: quantised models of GGUF files, steered inside llama.cpp's own graph.
 
-The only importer of llama_cpp. Prompts are read one after the other; then all texts go on together, a token a call.
+The only importer of llama_cpp; `llama_run` says how texts are written.
 """
 
 import ctypes
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from steermoe.engines import ggml, ggml_callback
 from steermoe.engines.base import Completion, Request
 from steermoe.engines.callback_state import CallbackState, Reach
+from steermoe.engines.llama_run import CALL_TOKENS, Row, Run, factors_of, frequency_of
 from steermoe.engines.text import Pieces, continuation
 from steermoe.engines.token_sampler import TokenSampler
 from steermoe.errors import GenerationError, ModelError
 from steermoe.gguf_models import GGUFModel, read_gguf
 from steermoe.plans import SteeringPlan
-from steermoe.steering import SteeringReport
 
-CALL_TOKENS = 256
-"""Tokens of a forward call at most; longer prompts are read in several."""
 MAX_TEXTS = 64
 """Texts that go on together; more are done in groups."""
 CELL_STEP = 256
@@ -151,25 +147,6 @@ class _Context:
         return np.ctypeslib.as_array(pointer, (self._vocabulary,))
 
 
-@dataclass(eq=False)
-class _Row:
-    """One text that is being written."""
-
-    number: int
-    request: Request
-    prompt: list[int]
-    sampler: TokenSampler
-    slot: int
-    factor: NDArray[np.float32]
-    pieces: Pieces | None
-    new: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.new)
-
-
 class LlamaCppEngine:
     """Generates with llama.cpp, each text under its own plan.
 
@@ -283,18 +260,18 @@ class LlamaCppEngine:
         self.state.record(len(requests) if record else 0)
         self.state.take_share()
         rows = [
-            _Row(
+            Row(
                 number=number,
                 request=request,
                 prompt=prompt,
                 sampler=TokenSampler(request.sampling, sorted(self.tokenizer.ends)),
                 slot=-1 if request.plan is None else plans.index(request.plan),
-                factor=_factors(request.plan, len(prompt), request.sampling.max_new_tokens),
+                factor=factors_of(request.plan, len(prompt), request.sampling.max_new_tokens),
                 pieces=None if on_text is None else Pieces(self.tokenizer, prompt),  # type: ignore[arg-type]
             )
             for number, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
         ]
-        run = _Run(self._room(rows), self.state, on_text, record)
+        run = Run(self._room(rows), self.state, on_text, record)
         started = time.perf_counter()
         run.write(rows, self.tokenizer.ends)
         seconds = time.perf_counter() - started
@@ -308,12 +285,12 @@ class LlamaCppEngine:
                 finish_reason=row.finish_reason,
                 seconds=seconds,
                 report=report,
-                frequency=_frequency(self.state.counts[row.number]) if record else None,
+                frequency=frequency_of(self.state.counts[row.number]) if record else None,
             )
             for row in rows
         ]
 
-    def _room(self, rows: Sequence[_Row]) -> _Context:
+    def _room(self, rows: Sequence[Row]) -> _Context:
         cells = sum(len(row.prompt) + row.request.sampling.max_new_tokens for row in rows)
         return self.context(len(rows), cells)
 
@@ -342,7 +319,7 @@ class LlamaCppEngine:
         context = self.context(1, len(token_ids))
         self.state.install([] if plan is None else [plan])
         self.state.record(len(token_ids), stop=True)
-        factor = _factors(plan, len(token_ids), 0)
+        factor = factors_of(plan, len(token_ids), 0)
         for start in range(0, len(token_ids), CALL_TOKENS):
             part = token_ids[start : start + CALL_TOKENS]
             places = np.arange(start, start + len(part), dtype=np.int32)
@@ -351,91 +328,6 @@ class LlamaCppEngine:
             context.forward(part, places.tolist(), [0] * len(part), None)
             self.state.verify()
         return self.state.counts
-
-
-class _Run:
-    """Writes some texts together, and keeps count of what was steered."""
-
-    def __init__(
-        self, context: _Context, state: CallbackState, on_text: Callable[[str], None] | None, record: bool
-    ) -> None:
-        self._context, self._state, self._on_text, self._record = context, state, on_text, record
-        self._calls = self._seen = self._steered = 0
-
-    def write(self, rows: Sequence[_Row], ends: set[int]) -> None:
-        """Read all prompts, then a token a row and call until every row is finished."""
-        for row in rows:
-            self._take(row, self._read_prompt(row), ends)
-        active = [row for row in rows if not row.finish_reason]
-        while active:
-            self._forward(
-                active,
-                [row.new[-1] for row in active],
-                [row.length - 1 for row in active],
-                range(len(active)),
-            )
-            logits = [self._context.logits(i) for i in range(len(active))]
-            for row, own in zip(active, logits, strict=True):
-                self._take(row, own, ends)
-            active = [row for row in active if not row.finish_reason]
-
-    def report(self) -> SteeringReport:
-        hits, slots = self._state.take_share()
-        return SteeringReport(self._calls, self._seen, self._steered, hits / slots if slots else 0.0)
-
-    def _read_prompt(self, row: _Row) -> NDArray[np.float32]:
-        for start in range(0, len(row.prompt), CALL_TOKENS):
-            part = row.prompt[start : start + CALL_TOKENS]
-            count = len(part)
-            # the last token's logits are wanted each time: without any, the last layer would not be computed
-            self._forward([row] * count, part, range(start, start + count), [count - 1])
-        return self._context.logits(count - 1)
-
-    def _forward(
-        self, rows: Sequence[_Row], tokens: Sequence[int], places: Sequence[int], wanted: Sequence[int]
-    ) -> None:
-        factors = [row.factor[place] for row, place in zip(rows, places, strict=True)]
-        texts = None
-        if self._record:
-            is_new = [place >= len(row.prompt) for row, place in zip(rows, places, strict=True)]
-            texts = [row.number if new else -1 for row, new in zip(rows, is_new, strict=True)]
-        self._steered += self._state.steer([row.slot for row in rows], factors, wanted, texts)  # type: ignore[arg-type]
-        self._context.forward(tokens, places, [row.number for row in rows], wanted)
-        self._calls += self._state.verify()
-        self._seen += len(tokens)
-
-    def _take(self, row: _Row, logits: NDArray[np.float32], ends: set[int]) -> None:
-        """Draw a row's next token and see whether it is the last."""
-        token = row.sampler.draw(logits, row.prompt + row.new, len(row.new))
-        if token in ends:
-            row.finish_reason = "stop"
-        else:
-            row.new.append(token)
-            if row.pieces is not None:
-                self._send(row.pieces.add(token))
-            if len(row.new) == row.request.sampling.max_new_tokens:
-                row.finish_reason = "length"
-        if row.finish_reason:
-            self._context.forget(row.number)
-            if row.pieces is not None:
-                self._send(row.pieces.rest())
-
-    def _send(self, text: str) -> None:
-        if text and self._on_text is not None:
-            self._on_text(text)
-
-
-def _factors(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:
-    """By how much the plan's strength is multiplied at each place of the text."""
-    if plan is None:
-        return np.zeros(prompt + new, dtype=np.float32)
-    return plan.factor(torch.arange(-prompt, new)).float().numpy()
-
-
-def _frequency(counts: NDArray[np.int64]) -> Tensor | None:
-    """Routing embedding F [L, N], or None if nothing was counted."""
-    sums = counts.sum(-1, keepdims=True)
-    return torch.from_numpy((counts / sums).astype(np.float32)) if sums.all() else None
 
 
 def _last_message() -> str:
