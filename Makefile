@@ -82,8 +82,8 @@ llamacpp: smollm2-moe-q8_0.gguf ## llama.cpp (compiled from source, about 6 minu
 .PHONY: test-llamacpp
 test-llamacpp: $(LLAMACPP_INSTALLED) ## the tests of the llama.cpp engine
 	$(LLAMACPP_BIN)/steermoe models pull
-	$(LLAMACPP_BIN)/pytest tests/test_ggml_callback.py tests/test_ggml.py tests/test_gguf_models.py tests/test_gguf_export.py \
-		tests/test_token_sampler.py tests/test_engine_llamacpp.py tests/test_llamacpp_families.py tests/test_cli_llamacpp.py tests/test_docs_llamacpp.py
+	$(LLAMACPP_BIN)/pytest tests/test_llamacpp_*.py tests/test_gguf_*.py tests/test_engine_llamacpp.py tests/test_cli_llamacpp.py \
+		tests/test_docs_llamacpp.py
 
 .PHONY: bench-llamacpp
 bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without steering, and its agreement with transformers

@@ -24,8 +24,8 @@ from rich.table import Table
 from steermoe.default_model.stories import load_stories
 from steermoe.engines.base import Request, Sampling
 from steermoe.engines.hf import HFEngine
-from steermoe.engines.llamacpp import LlamaCppEngine
-from steermoe.gguf_export import export_gguf
+from steermoe.engines.llamacpp.engine import LlamaCppEngine
+from steermoe.gguf.export import export_gguf
 from steermoe.library import load_vector
 from steermoe.models import default_model_folder, load
 from steermoe.routers import chosen_experts, find_routers

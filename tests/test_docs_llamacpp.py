@@ -47,7 +47,7 @@ def test_page_has_examples():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, folder):
     if not (folder / FILE).is_file() and not command.startswith("steermoe models export"):
-        from steermoe.gguf_export import export_gguf
+        from steermoe.gguf.export import export_gguf
 
         export_gguf(models.load(), folder / FILE, "q8_0")
     if "PATH_OR_HUB_ID" in command:
@@ -64,7 +64,7 @@ def test_command_runs(command, folder):
 def test_python_runs(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     if not (folder / FILE).is_file():
-        from steermoe.gguf_export import export_gguf
+        from steermoe.gguf.export import export_gguf
 
         export_gguf(models.load(), folder / FILE, "q8_0")
     exec(compile(blocks("python")[0], "llamacpp.md", "exec"), {})

@@ -17,6 +17,8 @@ steermoe batch prompts.txt -o stories.jsonl -d sport -d food -d none --samples 2
 steermoe batch prompts.jsonl -o stories.jsonl --ordered --errors bad.jsonl
 
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
+
+steermoe batch prompts.txt -o quantised.jsonl -d sport --model smollm2-moe-q8_0.gguf --engine llamacpp
 """
 SHOWN_PROBLEMS = 5
 """So many bad lines are told one by one; the rest is a number."""
@@ -66,6 +68,7 @@ def batch(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     model: o.Model = None,
+    engine: o.Engine = "auto",
     dtype: Annotated[
         str,
         typer.Option(
@@ -110,12 +113,12 @@ def batch(
         StoryFile(output, overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
-        loaded = o.load_model(model, dtype, device_map, trust_remote_code, repeatable=True)
+        runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code, repeatable=True)
         from steermoe.batch.run import Batch
 
         complain = _Complaints()
         job = Batch(
-            loaded,
+            runner,
             source,
             settings,
             stories,

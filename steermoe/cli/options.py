@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from steermoe.engines.opening import EngineName
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from steermoe.engines.hf import HFEngine
-    from steermoe.engines.llamacpp import LlamaCppEngine
+    from steermoe.discovery.embedding import RoutingSource
+    from steermoe.engines.base import Engine as RunningEngine
     from steermoe.models import LoadedModel
     from steermoe.plans import SteeringPlan
 
@@ -73,7 +75,6 @@ Model = Annotated[
         "--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL
     ),
 ]
-EngineName = Literal["auto", "hf", "llamacpp"]
 Engine = Annotated[
     EngineName,
     typer.Option("--engine", help="transformers, or llama.cpp for a GGUF file.", rich_help_panel=MODEL),
@@ -114,21 +115,27 @@ def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
 
 
 def open_engine(
-    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
-) -> "HFEngine | LlamaCppEngine":
-    """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers."""
+    model: str | None,
+    engine: EngineName,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    *,
+    repeatable: bool = False,
+) -> "RunningEngine":
+    """As `opening.open_engine`, with a spinner, and for transformers as `load_model`."""
     from steermoe.cli.console import working
-    from steermoe.engines.opening import choose_engine, with_hint
-    from steermoe.engines.opening import open_engine as opened
+    from steermoe.engines import opening
     from steermoe.errors import ModelError
 
-    if choose_engine(model, engine) == "llamacpp":
+    chosen = opening.choose_engine(model, engine)
+    if chosen != "hf":
         with working(f"Loading {model} ..."):
-            return opened(model, "llamacpp", dtype=dtype, device_map=device_map)
+            return opening.open_engine(model, chosen, dtype=dtype, device_map=device_map)
     try:
-        loaded = load_model(model, dtype, device_map, trust_remote_code)
+        loaded = load_model(model, dtype, device_map, trust_remote_code, repeatable=repeatable)
     except ModelError as error:
-        raise with_hint(error, model) from error
+        raise opening.with_hint(error, model) from error
     from steermoe.engines.hf import HFEngine
 
     return HFEngine(loaded)
@@ -136,7 +143,7 @@ def open_engine(
 
 def open_source(
     model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
-) -> "LoadedModel | LlamaCppEngine":
+) -> "RoutingSource":
     """A model to record routing of, opened likewise."""
     opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code)
     return getattr(opened, "loaded", opened)

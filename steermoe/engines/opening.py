@@ -5,16 +5,14 @@ A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is instal
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from steermoe.errors import ModelError
 
 if TYPE_CHECKING:
-    from steermoe.engines.hf import HFEngine
-    from steermoe.engines.llamacpp import LlamaCppEngine
+    from steermoe.engines.base import Engine
 
 EngineName = Literal["auto", "hf", "llamacpp"]
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 LIBRARIES = ("llama_cpp", "numba")
 """What the llamacpp engine needs beside steermoe's own dependencies."""
@@ -44,7 +42,7 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
         return "llamacpp"
     if not is_gguf or missing:
         return "hf"
-    from steermoe.gguf_models import is_moe
+    from steermoe.gguf.header import is_moe
 
     return "llamacpp" if is_moe(str(model)) else "hf"
 
@@ -54,7 +52,7 @@ def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
     if not is_gguf or all(find_spec(name) for name in LIBRARIES):
         return error
-    from steermoe.gguf_models import is_moe
+    from steermoe.gguf.header import is_moe
 
     if not is_moe(str(model)):
         return error
@@ -68,7 +66,7 @@ def open_engine(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
-) -> "HFEngine | LlamaCppEngine":
+) -> "Engine":
     """Load a model into the engine that `choose_engine` names.
 
     Args:
@@ -81,12 +79,14 @@ def open_engine(
     Raises:
         ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
     """
-    if choose_engine(model, engine) == "llamacpp":
-        if dtype != "auto" or device_map is not None:
-            raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
-        from steermoe.engines.llamacpp import LlamaCppEngine
+    match choose_engine(model, engine):
+        case "llamacpp":
+            return _open_llamacpp(str(model), dtype, device_map)
+        case _:
+            return _open_hf(model, dtype, device_map, trust_remote_code)
 
-        return LlamaCppEngine(str(model))
+
+def _open_hf(model: str | Path | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "Engine":
     from steermoe.engines.hf import HFEngine
     from steermoe.models import load
 
@@ -95,3 +95,11 @@ def open_engine(
     except ModelError as error:
         raise with_hint(error, model) from error
     return HFEngine(loaded)
+
+
+def _open_llamacpp(model: str, dtype: str, device_map: str | None) -> "Engine":
+    if dtype != "auto" or device_map is not None:
+        raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
+    from steermoe.engines.llamacpp.engine import LlamaCppEngine
+
+    return LlamaCppEngine(model)

@@ -11,11 +11,11 @@ pytest.importorskip("numba", reason="numba comes with steermoe[llamacpp]")
 import numpy as np
 
 from steermoe import formulas
-from steermoe.engines import ggml_callback as callback
-from steermoe.engines.callback_state import CallbackState
-from steermoe.engines.ggml_callback import FIELD, TensorLayout
+from steermoe.engines.llamacpp import callback
+from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
+from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.errors import CompatibilityError, SteeringError
-from steermoe.gguf_models import GGUFModel, GGUFRouter
+from steermoe.gguf.header import GGUFModel, GGUFRouter
 from steermoe.plans import SteeringPlan
 from steermoe.vectors import SteeringVector
 

@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.editing import Bank
-from steermoe.engines import ggml_callback as callback
-from steermoe.engines.ggml_callback import FIELD, TensorLayout
+from steermoe.engines.llamacpp import callback
+from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
 from steermoe.errors import SteeringError
 from steermoe.fitting import banks_for
 from steermoe.formulas import FORMULAS
-from steermoe.gguf_models import GGUFModel
+from steermoe.gguf.header import GGUFModel
 from steermoe.plans import SteeringPlan
 
 Reach = Literal["graph", "pieces"]
-"""How logits are reached: inside the graph, or between pieces of it (see `ggml_callback`)."""
+"""How logits are reached: inside the graph, or between pieces of it (see `callback`)."""
 
 KINDS = {
     "ffn_moe_logits": callback.LOGITS,
