@@ -43,7 +43,7 @@ class Context:
     ) -> None:
         self.texts, self.cells = texts, cells
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = cells, texts, True
+        params.n_ctx, params.n_seq_max, params.kv_unified = texts * cells, texts, False
         params.n_batch = params.n_ubatch = CALL_TOKENS
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}")
@@ -55,7 +55,7 @@ class Context:
         messages.clear()
         self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
-            raise NoRoom(f"llama.cpp can't make room for {cells} tokens: {last_message()}; ask for fewer")
+            raise NoRoom(f"llama.cpp can't make room for {texts} times {cells} tokens: {last_message()}; ask for fewer")
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(CALL_TOKENS, 0, 1)
         as_array = np.ctypeslib.as_array
@@ -76,7 +76,7 @@ class Context:
         llama_cpp.llama_memory_clear(self._memory, False)
 
     def copy(self, text: int, to: int) -> None:
-        """Let another text begin as this one does, without computing it again."""
+        """Let another text go on as this one does, without computing it again."""
         llama_cpp.llama_memory_seq_cp(self._memory, text, to, -1, -1)
 
     def forget(self, text: int) -> None:
@@ -91,7 +91,7 @@ class Context:
         Args:
             tokens: [T].
             positions: [T], each token's place in its text.
-            texts: [T], which text each is of.
+            texts: [T], which text each is of: in groups, one number after the other.
             wanted: which tokens' logits are wanted; None for all.
 
         Raises:

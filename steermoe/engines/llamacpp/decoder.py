@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class RollingDecoder:
-    """As `base.Decoder`. The cache has a fixed size: rows that do not fit beside the others wait, and when none is in
-    flight it is made larger.
+    """As `base.Decoder`. The cache has room for so many tokens a row: one that may become longer waits until none is in
+    flight, and it is made larger.
 
     Args:
         engine: which must do nothing else meanwhile.
@@ -34,7 +34,6 @@ class RollingDecoder:
 
     def clear(self) -> None:
         self._waiting: deque[Row] = deque()
-        self._free = list(range(self._most))
         if self._run is not None:
             self._run.rows = []
 
@@ -46,14 +45,13 @@ class RollingDecoder:
 
     def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
-            self._waiting.append(self._engine.row(-1, request, prompt))
+            self._waiting.append(self._engine.row(request, prompt))
             self._was_steered |= request.plan is not None
 
     def step(self) -> list[Completion]:
         finished = self._begin()
         if self._run is not None:
             finished += self._run.step()
-        self._free += [row.number for row in finished]
         now = time.perf_counter()
         return [self._engine.completion(row, now - row.started) for row in finished]
 
@@ -64,19 +62,17 @@ class RollingDecoder:
         if self._run is None or not self._run.rows:
             self._make_room()
         assert self._run is not None
-        used = sum(row.most for row in self._run.rows)
-        beginning = []
-        while self._waiting and self._free and used + self._waiting[0].most <= self._run.context.cells:
-            row = self._waiting.popleft()
-            row.number = self._free.pop()
-            used += row.most
-            beginning.append(row)
+        context = self._run.context
+        free = context.texts - len(self._run.rows)
+        beginning: list[Row] = []
+        while self._waiting and len(beginning) < free and self._waiting[0].most <= context.cells:
+            beginning.append(self._waiting.popleft())
         return self._run.begin(beginning) if beginning else []
 
     def _make_room(self) -> None:
         """Where nothing is in flight, a cache for all that could go on together."""
-        cells = sum(row.most for row in list(self._waiting)[: self._most])
-        context = self._engine.context(self._most, cells)
+        rows = list(self._waiting)[: self._most]
+        context = self._engine.context(len(rows), max(row.most for row in rows))
         if self._run is None:
             self._engine.state.record(0)
             self._run = Run(context, self._engine.state, self._engine.tokenizer.ends)

@@ -27,10 +27,10 @@ from steermoe.gguf.header import GGUFModel, read_gguf
 from steermoe.plans import SteeringPlan
 from steermoe.steering import SteeringReport
 
-MOST_ROWS = 32
-"""Texts that go on together; more of `generate` are done in groups. Beyond that there is no speed to gain"""
+MOST_ROWS = 128
+"""Texts that go on together; more of `generate` are done in groups. Beyond these, rows add little speed."""
 CELL_STEP = 256
-"""The cache grows by so many tokens."""
+"""The cache of a text grows by so many tokens."""
 NO_LIBRARY_GPU_LAYERS = 0
 ALL_LAYERS = -1
 LOGITS_BYTES = 16
@@ -185,11 +185,11 @@ class LlamaCppEngine:
         on_text: Callable[[str], None] | None,
         record: bool,
     ) -> list[Completion]:
-        rows = [self.row(number, *given) for number, given in enumerate(zip(requests, prompts, strict=True))]
+        rows = [self.row(*given, text=text) for text, given in enumerate(zip(requests, prompts, strict=True))]
         if on_text is not None:
             rows[0].pieces = Pieces(self.tokenizer, rows[0].prompt)  # type: ignore[arg-type]
         self.state.record(len(rows) if record else 0)
-        run = Run(self.context(len(rows), sum(row.most for row in rows)), self.state, self.tokenizer.ends, on_text)
+        run = Run(self.context(len(rows), max(row.most for row in rows)), self.state, self.tokenizer.ends, on_text)
         started = time.perf_counter()
         run.begin(rows)
         while run.rows:
@@ -198,11 +198,11 @@ class LlamaCppEngine:
         report = run.report() if any(request.plan is not None for request in requests) else None
         return [self.completion(row, seconds, report, recorded=record) for row in rows]
 
-    def row(self, number: int, request: Request, prompt: list[int]) -> Row:
-        """A text to be written, in the context's place of that number."""
+    def row(self, request: Request, prompt: list[int], *, text: int = -1) -> Row:
+        """A text to be written; `text` is its place among those that are counted."""
         sampler = TokenSampler(request.sampling, sorted(self.tokenizer.ends))
         factor = factors_of(request.plan, len(prompt), request.sampling.max_new_tokens)
-        return Row(number, request, prompt, sampler, factor)
+        return Row(request, prompt, sampler, factor, text=text)
 
     def completion(
         self, row: Row, seconds: float, report: SteeringReport | None = None, *, recorded: bool = False
@@ -216,11 +216,11 @@ class LlamaCppEngine:
             finish_reason=row.finish_reason,
             seconds=seconds,
             report=report,
-            frequency=frequency_of(self.state.counts[row.number]) if recorded else None,
+            frequency=frequency_of(self.state.counts[row.text]) if recorded else None,
         )
 
     def context(self, texts: int, cells: int) -> Context:
-        """An empty context with room for so many texts and, of all together, tokens; the last one if that has it."""
+        """An empty context with room for so many texts of so many tokens each; the last one if that has it."""
         if self._context is None or self._context.texts < texts or self._context.cells < cells:
             if self._context is not None:
                 self._context.close()

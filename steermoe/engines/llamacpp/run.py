@@ -28,9 +28,10 @@ class Context(Protocol):
     """What computes; see `context`.
 
     Attributes:
-        cells: tokens of all texts together that it has room for.
+        texts, cells: how many texts have room for how many tokens each.
     """
 
+    texts: int
     cells: int
 
     def forward(
@@ -42,7 +43,7 @@ class Context(Protocol):
         """[V], of a token of the last call."""
 
     def copy(self, text: int, to: int) -> None:
-        """Let another text begin as this one does."""
+        """Let another text go on as this one does."""
 
     def forget(self, text: int) -> None:
         """Free the cache of one text."""
@@ -53,19 +54,21 @@ class Row:
     """One text that is being written.
 
     Attributes:
-        number: its place in the context's cache, and among the counted texts.
+        number: its place in the context's cache, and among the rows in flight.
+        text: its place among the texts whose choices are counted.
         slot: its plan's place among those that the callback knows, or -1.
         new: its tokens so far; all but the last one are in the cache, behind the prompt's.
         finish_reason: empty until it is finished.
     """
 
-    number: int
     request: Request
     prompt: list[int]
     sampler: TokenSampler
     factor: NDArray[np.float32]
     pieces: Pieces | None = None
     started: float = field(default_factory=time.perf_counter)
+    number: int = -1
+    text: int = -1
     slot: int = -1
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -88,6 +91,9 @@ class Row:
 
 class Run:
     """Writes texts together, each from its own beginning to its own end, and keeps count of what was steered.
+
+    Each has a cache of its own, so what it reads does not depend on the others. llama.cpp computes those texts in one
+    go whose numbers follow each other, so the last one takes the place of one that is finished.
 
     Attributes:
         context: what computes; to be changed only when no row is in flight.
@@ -116,6 +122,9 @@ class Run:
             the rows that are finished with it.
         """
         self._install([*self.rows, *rows])
+        for row in rows:
+            row.number = len(self.rows)
+            self.rows.append(row)
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in rows:
             groups.setdefault(row.beginning, []).append(row)
@@ -125,8 +134,7 @@ class Run:
                 self.context.copy(group[0].number, row.number)
             for row in group:
                 self._take(row, logits)
-        self.rows += [row for row in rows if not row.finish_reason]
-        return [row for row in rows if row.finish_reason]
+        return self._drop()
 
     def step(self) -> list[Row]:
         """Add a token to every row in flight; those that are finished with it."""
@@ -136,8 +144,7 @@ class Run:
         self._forward(rows, [row.new[-1] for row in rows], [row.length - 1 for row in rows], range(len(rows)))
         for number, row in enumerate(rows):
             self._take(row, self.context.logits(number))
-        self.rows = [row for row in rows if not row.finish_reason]
-        return [row for row in rows if row.finish_reason]
+        return self._drop()
 
     def report(self) -> SteeringReport:
         hits, slots = self._state.take_share()
@@ -145,6 +152,18 @@ class Run:
         self._slots += slots
         share = self._hits / self._slots if self._slots else 0.0
         return SteeringReport(self._calls, self._seen, self._steered, share)
+
+    def _drop(self) -> list[Row]:
+        """Take the finished rows out, and close the gaps that they leave."""
+        finished = [row for row in self.rows if row.finish_reason]
+        for row in reversed(finished):
+            last = self.rows.pop()
+            if last is not row:
+                self.context.copy(last.number, row.number)
+                last.number = row.number
+                self.rows[row.number] = last
+            self.context.forget(len(self.rows))
+        return finished
 
     def _install(self, rows: Sequence[Row]) -> None:
         """Let the callback know the plans of all rows."""
@@ -170,7 +189,7 @@ class Run:
         texts = None
         if len(self._state.counts):
             is_new = [place >= len(row.prompt) for row, place in zip(rows, places, strict=True)]
-            texts = [row.number if new else -1 for row, new in zip(rows, is_new, strict=True)]
+            texts = [row.text if new else -1 for row, new in zip(rows, is_new, strict=True)]
         self._steered += self._state.steer([row.slot for row in rows], factors, wanted, texts)  # type: ignore[arg-type]
         self.context.forward(tokens, places, [row.number for row in rows], wanted)
         self._calls += self._state.verify()
@@ -187,10 +206,8 @@ class Run:
                 self._send(row.pieces.add(token))
             if len(row.new) == row.request.sampling.max_new_tokens:
                 row.finish_reason = "length"
-        if row.finish_reason:
-            self.context.forget(row.number)
-            if row.pieces is not None:
-                self._send(row.pieces.rest())
+        if row.finish_reason and row.pieces is not None:
+            self._send(row.pieces.rest())
 
     def _send(self, text: str) -> None:
         if text and self._on_text is not None:
