@@ -235,6 +235,11 @@ def _kind_of(state, tensor):
 
 @njit(error_model="numpy")
 def _on_node(tensor, asks, state):
+    if state[_IN_GRAPH] != 0 and state[_FROM_TOPK] == 0:
+        # the operation stands where llama.cpp looks anyway, a node's name does not: it would have to come from memory
+        op = half_word(tensor + state[_AT_OP])
+        if op != state[_OP_SOFTMAX] and op != state[_OP_UNARY] and op != state[_OP_CUSTOM]:
+            return asks == 0
     kind, layer = _kind_of(state, tensor)
     if kind < 0 or layer > state[_MAX_LAYER]:
         return asks == 0

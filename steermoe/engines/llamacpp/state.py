@@ -181,7 +181,8 @@ class CallbackState:
             layer = self._model.layers[int(missed.argmax())]
             raise SteeringError(
                 f"{int(missed.sum())} of {int(active_L.sum())} routers were to be steered but llama.cpp computed no "
-                f"node '{self._model.node}-{layer}': this architecture can't be steered here; use --engine hf"
+                f"node '{self._model.node}-{layer}' in a way that is known: this architecture can't be steered here; "
+                "use --engine hf"
             )
         return int(calls_L.sum())
 
