@@ -92,5 +92,5 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 
 .PHONY: clean
 clean: ## remove the environment and caches, not the pulled model
-	rm -rf $(VENV) $(LLAMACPP_VENV) *.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -101,13 +101,16 @@ def measure_speed(files: dict[str, Path], plan, rounds: int, server: Path | None
         single = HFEngine(load(dtype="float32"))
         ways["transformers float32"] = lambda: speed_of(single, None)
     speeds: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 1):
-        for way, run in ways.items():
-            found = run()
-            if turn:  # the first round warms up
-                speeds[way].append(found)
-    for each in servers:
-        each.process.terminate()
+    try:
+        for turn in range(rounds + 1):
+            for way, run in ways.items():
+                found = run()
+                if turn:  # the first round warms up
+                    speeds[way].append(found)
+    finally:
+        for each in servers:
+            each.process.terminate()
+            each.process.wait()
     return speeds
 
 

@@ -171,7 +171,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             return _Header(data).read()
     except OSError as error:
         raise ModelError(f"can't read '{path}': {error.strerror or error}; give a .gguf file") from error
-    except (struct.error, ValueError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+    except (struct.error, IndexError) as error:
+        raise ModelError(f"'{path}' is no GGUF file or is cut off within its header: get it again") from error
+    except (ValueError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
         raise ModelError(f"'{path}' is no GGUF file or is cut off ({error}): get it again") from error
 
 
