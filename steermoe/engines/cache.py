@@ -46,18 +46,24 @@ class RowLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add columns [B, H, S, D] for all rows and give back what they may see."""
+        before = self._kept(self.width)
+        here = self.claim(key_states.shape[-2])
         assert self.keys is not None
         assert self.values is not None
-        columns = key_states.shape[-2]
-        before = self._kept(self.width)
-        if self._end + columns > self.keys.shape[-2]:
-            self._move(len(self.keys), before, 0, columns + max(SPARE_COLUMNS, self.width // 4))
-        here = slice(self._end, self._end + columns)
         self.keys[: self.rows, :, here], self.values[: self.rows, :, here] = key_states, value_states
+        seen = slice(here.start - before, here.stop)
+        return self.keys[: self.rows, :, seen], self.values[: self.rows, :, seen]
+
+    def claim(self, columns: int) -> slice:
+        """So many new columns, for who writes them."""
+        assert self.keys is not None
+        if self._end + columns > self.keys.shape[-2]:
+            spare = columns + max(SPARE_COLUMNS, self.width // 4)
+            self._move(len(self.keys), self._kept(self.width), 0, spare)
+        here = slice(self._end, self._end + columns)
         self._end += columns
         self.width += columns
-        seen = slice(self._end - before - columns, self._end)
-        return self.keys[: self.rows, :, seen], self.values[: self.rows, :, seen]
+        return here
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = self._kept(self.width)
@@ -123,10 +129,11 @@ class RowCache(Cache):
 
     Args:
         template: an empty cache of the model's own kind.
+        forgets: whether sliding layers forget what they no longer see; else all layers have the same columns.
     """
 
-    def __init__(self, template: Cache) -> None:
-        super().__init__(layers=[_like(layer) for layer in template.layers])
+    def __init__(self, template: Cache, forgets: bool = True) -> None:
+        super().__init__(layers=[_like(layer, forgets) for layer in template.layers])
 
     def place(self, first: int, source: Sequence[int], computed: Cache, width: int) -> None:
         """As `RowLayer.place`, in every layer; `width` is the widest row's number of columns from now on."""
@@ -143,12 +150,26 @@ class RowCache(Cache):
         for layer in self._row_layers():
             layer.width = width
 
+    def claim(self) -> tuple[int, list[Tensor]]:
+        """A new column for who writes it; its number, and the keys and values [B, H, C, D] of each layer in turn.
+
+        Only where no layer forgets, so that it has the same number in all of them.
+        """
+        states: list[Tensor] = []
+        column = 0
+        for layer in self._row_layers():
+            column = layer.claim(1).start
+            assert layer.keys is not None
+            assert layer.values is not None
+            states += [layer.keys[: layer.rows], layer.values[: layer.rows]]
+        return column, states
+
     def _row_layers(self) -> list[RowLayer]:
         return [layer for layer in self.layers if isinstance(layer, RowLayer)]
 
 
-def _like(layer: Any) -> Any:
-    if isinstance(layer, SlidingLayer):
+def _like(layer: Any, forgets: bool) -> Any:
+    if isinstance(layer, SlidingLayer) and forgets:
         return RowLayer(layer.sliding_window)
     return RowLayer(None) if isinstance(layer, DynamicLayer) else DummyLayer()
 

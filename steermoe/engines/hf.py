@@ -4,7 +4,8 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -19,6 +20,9 @@ from steermoe.models import LoadedModel
 from steermoe.recording import record_routing
 from steermoe.steering import attach
 
+if TYPE_CHECKING:
+    from steermoe.engines.compiled.run import CompiledSteps
+
 MOST_ROWS, MOST_ROWS_ON_CPU = 256, 64
 """Beyond these, rows add little speed and much memory."""
 LOGITS_BYTES = 40
@@ -28,10 +32,16 @@ SAMPLED_WEIGHTS = 8
 
 
 class HFEngine:
-    """Generates with transformers' own `generate`, with steering attached around it."""
+    """Generates with transformers' own `generate`, with steering attached around it, or with compiled steps.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    Args:
+        loaded: the model.
+        compiled: take the steps that `steermoe models compile` made, where there are any for this model.
+    """
+
+    def __init__(self, loaded: LoadedModel, compiled: bool = True) -> None:
         self.loaded = loaded
+        self.compiled = compiled
 
     @property
     def name(self) -> str:
@@ -76,6 +86,9 @@ class HFEngine:
             return []
         if on_text is not None and len(requests) != 1:
             raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
+        steps = None if record else self.compiled_steps()
+        if steps is not None and steps.serves(len(requests)):
+            return self._generate_rolling(requests, on_text)
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         prompts = [self.encode(request) for request in requests]
         lengths = [len(ids) for ids in prompts]
@@ -127,6 +140,37 @@ class HFEngine:
             )
         return completions
 
+    def compiled_steps(self) -> "CompiledSteps | None":
+        """The model's compiled steps; None where they are not wanted, or would pass by what else is attached to it."""
+        if not self.compiled or self.loaded.model.device.type != "cpu" or not _is_plain(self.loaded.model):
+            return None
+        from steermoe.engines.compiled.run import CompiledSteps
+
+        return CompiledSteps(self.loaded.model)
+
+    def _generate_rolling(self, requests: Sequence[Request], on_text: Callable[[str], None] | None) -> list[Completion]:
+        from steermoe.engines.rolling import RollingDecoder
+
+        prompts = [self.encode(request) for request in requests]
+        streamer = None if on_text is None else TextStreamer(self.loaded.tokenizer, on_text, self.end_tokens())
+        if streamer is not None:
+            streamer.put(torch.tensor(prompts[0]))
+        started = time.perf_counter()
+        decoder = RollingDecoder(self, None if streamer is None else lambda token: streamer.put(torch.tensor([token])))
+        try:
+            decoder.start(requests, prompts)
+            done: dict[int, list[Completion]] = {}
+            while len(decoder):
+                for completion in decoder.step():
+                    done.setdefault(id(completion.request), []).append(completion)
+            report = decoder.report()
+        finally:
+            decoder.close()
+        if streamer is not None:
+            streamer.end()
+        seconds = time.perf_counter() - started
+        return [replace(done[id(request)].pop(), seconds=seconds, report=report) for request in requests]
+
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """The prompt's tokens; text that looks like a special token stays text.
 
@@ -167,3 +211,10 @@ class HFEngine:
             eos_token_id=sorted(ends) or None,
             pad_token_id=self.loaded.tokenizer.pad_token_id,
         )
+
+
+def _is_plain(model: torch.nn.Module) -> bool:
+    """Whether nothing hangs on to a module that a compiled step would not call."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )

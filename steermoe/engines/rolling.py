@@ -10,7 +10,7 @@ the vocabulary.
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,13 @@ class RollingDecoder:
     """Continuous batching with one cache for all rows, on any device.
 
     Requests that begin together and share a prompt share its computation, unless steering changes the prompt.
+
+    Args:
+        engine: with the model; where it has compiled steps that serve the rows in flight, they are taken.
+        on_token: called with every token as it is picked, for a single request.
     """
 
-    def __init__(self, engine: HFEngine) -> None:
+    def __init__(self, engine: HFEngine, on_token: Callable[[int], None] | None = None) -> None:
         self._engine = engine
         self._model: Any = engine.loaded.model
         self._ends = engine.end_tokens()
@@ -70,6 +74,8 @@ class RollingDecoder:
         accepted = inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._handle: SteeringHandle | None = None
+        self._compiled = engine.compiled_steps()
+        self._on_token = on_token
         self.clear()
 
     def __len__(self) -> int:
@@ -82,7 +88,10 @@ class RollingDecoder:
         self._rows_changed = True
 
     def report(self) -> SteeringReport | None:
-        return self._handle.report() if self._handle is not None else None
+        reports = [] if self._handle is None else [self._handle.report()]
+        if self._compiled is not None and self._compiled.report().tokens_steered:
+            reports.append(self._compiled.report())
+        return _sum(reports) if reports else None
 
     def close(self) -> None:
         self.clear()
@@ -107,23 +116,29 @@ class RollingDecoder:
     def step(self) -> list[Completion]:
         if self._rows:
             assert self._cache is not None
-            cached = torch.tensor([row.cached for row in self._rows])
-            width = int(cached.max())
-            tokens_B1 = torch.tensor([row.new[-1:] for row in self._rows])
-            mask_BW = torch.arange(width + 1) >= (width - cached)[:, None]
-            if self._rows_changed:
-                self._steer([row.request.plan for row in self._rows])
-            self._rows_changed = False
-            index_B1 = torch.tensor([[len(row.new) - 1] for row in self._rows])
-            window = Window(len(self._rows), 1, 0, 0, index=index_B1)
-            logits_BV = self._forward(tokens_B1, mask_BW, cached[:, None], self._cache, window)
-            self._take_tokens(self._rows, logits_BV)
+            self._take_tokens(self._rows, self._next_logits(self._cache))
             for number in reversed(range(len(self._rows))):
                 if self._ended(self._rows[number]):
                     self._drop(number)
             self._cache.set_width(max((row.cached for row in self._rows), default=0))
         finished, self._finished = self._finished, []
         return finished
+
+    def _next_logits(self, cache: RowCache) -> Tensor:
+        """[B, V] after each row's last token, float32."""
+        plans = [row.request.plan for row in self._rows]
+        tokens_B1 = torch.tensor([row.new[-1:] for row in self._rows])
+        cached_B = torch.tensor([row.cached for row in self._rows])
+        index_B1 = torch.tensor([[len(row.new) - 1] for row in self._rows])
+        if self._compiled is not None and self._compiled.serves(len(self._rows)):
+            return self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
+        width = int(cached_B.max())
+        mask_BW = torch.arange(width + 1) >= (width - cached_B)[:, None]
+        if self._rows_changed:
+            self._steer(plans)
+        self._rows_changed = False
+        window = Window(len(self._rows), 1, 0, 0, index=index_B1)
+        return self._forward(tokens_B1, mask_BW, cached_B[:, None], cache, window)
 
     # ---- prompts ----
 
@@ -142,13 +157,15 @@ class RollingDecoder:
         computed = empty_cache(self._model)
         window = Window(len(groups), width, 0, width, mask_MS)
         logits_MV = self._forward(tokens_MS, mask_MS, positions_MS, computed, window)
+        if self._compiled is not None and self._handle is None:
+            self._compiled.saw(int(mask_MS.sum()))
         rows = [row for group in groups for row in group]
         source = [number for number, group in enumerate(groups) for _ in group]
         self._take_tokens(rows, logits_MV[torch.tensor(source, device=logits_MV.device)])
         staying = [(row, number) for row, number in zip(rows, source, strict=True) if not self._ended(row)]
         if staying:
             if self._cache is None:
-                self._cache = RowCache(computed)
+                self._cache = RowCache(computed, forgets=self._compiled is None)
             widest = max(row.cached for row in [*self._rows, *(row for row, _ in staying)])
             self._cache.place(len(self._rows), [number for _, number in staying], computed, widest)
             self._rows += [row for row, _ in staying]
@@ -181,6 +198,8 @@ class RollingDecoder:
         )
         for row, token in zip(rows, token_B.tolist(), strict=True):
             row.new.append(token)
+            if self._on_token is not None:
+                self._on_token(token)
 
     def _ended(self, row: _Row) -> bool:
         """Whether the row's last token was its last; then its completion is ready."""

@@ -57,7 +57,7 @@ class Evaluation:
         self._loaded = loaded
         self._texts = texts
         self._progress = progress
-        self._engine = HFEngine(loaded)
+        self._engine = HFEngine(loaded, compiled=False)
         self._of_domain: tuple[str, Forcing] | None = None
 
     def stories(self, condition: Condition) -> list[StoryRecord]:
