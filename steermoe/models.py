@@ -145,6 +145,7 @@ def load(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    quantize: "Quantization | None" = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer with transformers.
 
@@ -153,6 +154,7 @@ def load(
         dtype: torch dtype by name; "auto" takes the checkpoint's, or float32 for small models where bfloat16 is slow.
         device_map: as in transformers; by default "auto" where there is an accelerator.
         trust_remote_code: run model code that comes with the checkpoint.
+        quantize: "int8" for weights of that type, on a CPU.
 
     Raises:
         ModelError: it can't be found or loaded. UnsupportedModel: it has no routers.
@@ -179,6 +181,10 @@ def load(
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error)) from error
     find_routers(loaded)
+    if quantize is not None:
+        from steermoe.quantization import quantize_model
+
+        quantize_model(loaded)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return LoadedModel(name, loaded.eval(), tokenizer)
