@@ -14,6 +14,7 @@ from steermoe.vectors import VectorInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from steermoe.quantization import Quantization
     from steermoe.vectors import SteeringVector
 
 DEFAULT_MODEL = spec.NAME

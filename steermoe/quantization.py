@@ -1,4 +1,4 @@
-"""Int8 weights, on request: a quarter of float32's memory, and one row decodes at the pace at which memory gives it weights.
+"""Int8 weights, on request: a quarter of float32's memory, and what memory has to hand over for a token shrinks alike.
 
 Every row of a weight gets its own scale, by its largest number; activations keep their type. Routers and embeddings
 stay as they are, since a router that is off by a little chooses other experts (docs/speed.md has what it costs).

@@ -78,6 +78,8 @@ def batch(
     ] = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    quantize: o.Quantize = None,
+    compiled: o.Compiled = True,
     json: o.Json = False,
 ) -> None:
     """Tell many stories: prompts times domains times samples, in one batch that is refilled as stories are finished.
@@ -113,7 +115,9 @@ def batch(
         StoryFile(output, overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
-        runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code, repeatable=True)
+        runner = o.open_engine(
+            model, engine, dtype, device_map, trust_remote_code, repeatable=True, quantize=quantize, compiled=compiled
+        )
         from steermoe.batch.run import Batch
 
         complain = _Complaints()

@@ -57,6 +57,8 @@ def compare(
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    quantize: o.Quantize = None,
+    compiled: o.Compiled = True,
     svg: Annotated[Path | None, typer.Option(help="Draw the comparison into this SVG file too.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -74,7 +76,7 @@ def compare(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code)
+    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled=compiled)
     from steermoe.comparison import compare_completions
     from steermoe.library import SUFFIX
     from steermoe.plans import make_plan

@@ -51,6 +51,8 @@ def generate(
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    quantize: o.Quantize = None,
+    compiled: o.Compiled = True,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. Default: on a terminal.")
     ] = None,
@@ -70,7 +72,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code)
+    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled=compiled)
     from steermoe.plans import make_plan
 
     plan = make_plan(

@@ -33,6 +33,14 @@ steermoe models inspect ./my-model --json
 
 steermoe models inspect smollm2-moe --texts stories --png load.png
 """
+COMPILE_EXAMPLES = """Examples:
+
+steermoe models compile
+
+steermoe models compile --quantize int8
+
+steermoe models compile ./my-model --dtype float32
+"""
 EXPORT_EXAMPLES = """Examples:
 
 steermoe models export --gguf q8_0
@@ -45,7 +53,7 @@ MAX_LISTED = 8
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect and export models.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect, compile and export models.")
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
@@ -86,6 +94,40 @@ def pull(
         console.write_json({"name": models.DEFAULT_MODEL, "path": str(folder)})
     else:
         console.write(f"{folder}\n")
+
+
+@app.command("compile", epilog=COMPILE_EXAMPLES)
+def compile_(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")] = None,
+    dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Compile a model's decode step for this CPU, which takes minutes and makes every later text faster.
+
+    There is one step for a text alone and one for texts together. What it computes is compared with the model; what is
+    wrong is not kept, what is not faster is not used. `batch` runs small models in float32: give that --dtype for it.
+    """
+    from dataclasses import asdict
+
+    from steermoe.cli import tables
+
+    loaded = o.load_model(model, dtype, None, trust_remote_code, quantize=quantize)
+    from steermoe.engines.compiled.artifacts import KINDS, compile_step, folder_of
+
+    rows = []
+    for kind in KINDS:
+        with console.working(f"Compiling the step of {kind} text{'s' * (kind == 'many')} ..."):
+            facts = compile_step(loaded.model, kind)
+        rows.append({"model": loaded.name, **asdict(facts), "path": str(folder_of(loaded.model, kind))})
+    if json:
+        console.write_json(rows)
+        return
+    tables.print_table(
+        ("texts", "compiled in", "off by", "speed-up"),
+        [(row["kind"], f"{row['seconds']:.0f} s", f"{row['error']:.0e}", f"{row['speedup']:.2f}") for row in rows],
+    )
 
 
 @app.command(epilog=EXPORT_EXAMPLES)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from steermoe.engines.base import Engine as RunningEngine
     from steermoe.models import LoadedModel
     from steermoe.plans import SteeringPlan
+    from steermoe.quantization import Quantization
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 
@@ -81,6 +82,10 @@ Engine = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
+Quantize = Annotated[
+    Literal["int8"] | None, typer.Option(help="Keep weights in int8, on a CPU.", rich_help_panel=MODEL)
+]
+Compiled = Annotated[bool, typer.Option(help="Take steps that `steermoe models compile` made.", rich_help_panel=MODEL)]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one object a line.")]
@@ -122,23 +127,27 @@ def open_engine(
     trust_remote_code: bool,
     *,
     repeatable: bool = False,
+    quantize: "Quantization | None" = None,
+    compiled: bool = True,
 ) -> "RunningEngine":
-    """As `opening.open_engine`, with a spinner, and for transformers as `load_model`."""
+    """As `opening.open_engine`, with a spinner, and for transformers as `load_model` and `HFEngine`."""
     from steermoe.cli.console import working
     from steermoe.engines import opening
     from steermoe.errors import ModelError
 
     chosen = opening.choose_engine(model, engine)
     if chosen != "hf":
+        if quantize is not None:
+            raise ModelError("--quantize belongs to --engine hf: llama.cpp runs files that are quantised already")
         with working(f"Loading {model} ..."):
             return opening.open_engine(model, chosen, dtype=dtype, device_map=device_map)
     try:
-        loaded = load_model(model, dtype, device_map, trust_remote_code, repeatable=repeatable)
+        loaded = load_model(model, dtype, device_map, trust_remote_code, repeatable=repeatable, quantize=quantize)
     except ModelError as error:
         raise opening.with_hint(error, model) from error
     from steermoe.engines.hf import HFEngine
 
-    return HFEngine(loaded)
+    return HFEngine(loaded, compiled)
 
 
 def open_source(
@@ -150,7 +159,13 @@ def open_source(
 
 
 def load_model(
-    model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool, *, repeatable: bool = False
+    model: str | None,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    *,
+    repeatable: bool = False,
+    quantize: "Quantization | None" = None,
 ) -> "LoadedModel":
     """Load with a spinner; the default model is pulled first if it isn't here.
 
@@ -167,4 +182,6 @@ def load_model(
     if repeatable and dtype == "auto" and device_map is None:
         dtype = models.repeatable_dtype(model)
     with working(f"Loading {model or models.DEFAULT_MODEL} ..."):
-        return models.load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        return models.load(
+            model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, quantize=quantize
+        )

@@ -66,9 +66,9 @@ class CompiledSteps:
         self._tokens_seen += len(tokens_B1)
         if steered:
             self._tokens_steered += steered
-            self._router_calls += len(chosen_RBk)
+            self._router_calls += sum(not bank.is_idle for bank in self._banks)
             self._hits += wanted_RBN.gather(-1, chosen_RBk).sum()
-            self._slots += steered * chosen_RBk.shape[-1] * len(chosen_RBk)
+            self._slots += steered * chosen_RBk.shape[-1] * sum(not bank.is_idle for bank in self._banks)
         return logits_BV
 
     def saw(self, tokens: int) -> None:
