@@ -60,7 +60,37 @@ evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domai
 	mkdir -p evidence/curve && cp evidence/evaluation.json evidence/conditions.csv evidence/summary.md evidence/*.png evidence/curve/
 	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 1 --max-new-tokens 40 --texts 16 -o evidence
 
+LLAMACPP_VENV := .venv-llamacpp
+LLAMACPP_BIN := $(LLAMACPP_VENV)/bin
+LLAMACPP_INSTALLED := $(LLAMACPP_VENV)/.installed
+
+$(LLAMACPP_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steermoe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(LLAMACPP_VENV)
+	$(LLAMACPP_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(LLAMACPP_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
+	touch $@
+
+smollm2-moe-q8_0.gguf: $(LLAMACPP_INSTALLED)
+	$(LLAMACPP_BIN)/steermoe models pull
+	$(LLAMACPP_BIN)/steermoe models export --gguf q8_0 -o $@
+
+.PHONY: llamacpp
+llamacpp: smollm2-moe-q8_0.gguf ## llama.cpp (compiled from source, about 6 minutes on 2 cores), the default model as GGUF, a steered story
+	$(LLAMACPP_BIN)/steermoe generate --model smollm2-moe-q8_0.gguf --domain sport
+
+.PHONY: test-llamacpp
+test-llamacpp: $(LLAMACPP_INSTALLED) ## the tests of the llama.cpp engine
+	$(LLAMACPP_BIN)/steermoe models pull
+	$(LLAMACPP_BIN)/pytest tests/test_ggml_callback.py tests/test_ggml.py tests/test_gguf_models.py tests/test_gguf_export.py \
+		tests/test_token_sampler.py tests/test_engine_llamacpp.py tests/test_llamacpp_families.py tests/test_cli_llamacpp.py tests/test_docs_llamacpp.py
+
+.PHONY: bench-llamacpp
+bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without steering, and its agreement with transformers
+	$(LLAMACPP_BIN)/steermoe models pull
+	$(LLAMACPP_BIN)/python benchmarks/llamacpp.py
+
 .PHONY: clean
 clean: ## remove the environment and caches, not the pulled model
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LLAMACPP_VENV) *.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ from torch import nn
 
 from steermoe.editing import Bank
 from steermoe.errors import SteeringError
+from steermoe.library import FittedModel
 from steermoe.plans import SteeringPlan
 from steermoe.routers import Router, find_routers
 from steermoe.tracking import language_model
@@ -17,7 +18,7 @@ def check_plan(model: nn.Module, plan: SteeringPlan) -> None:
     banks_for(model, find_routers(model), [plan])
 
 
-def banks_for(model: nn.Module, routers: Sequence[Router], plans: Sequence[SteeringPlan]) -> list[Bank]:
+def banks_for(model: nn.Module | FittedModel, routers: Sequence[Router], plans: Sequence[SteeringPlan]) -> list[Bank]:
     """The plans' tensors for each router, once it is sure that they fit and do something."""
     for plan in plans:
         _check_fits(model, routers, plan)
@@ -29,11 +30,13 @@ def banks_for(model: nn.Module, routers: Sequence[Router], plans: Sequence[Steer
     return banks
 
 
-def _check_fits(model: nn.Module, routers: Sequence[Router], plan: SteeringPlan) -> None:
+def _check_fits(model: nn.Module | FittedModel, routers: Sequence[Router], plan: SteeringPlan) -> None:
     config = getattr(model, "config", None)
-    name = getattr(config, "name_or_path", "") or type(model).__name__
+    name = getattr(config, "name_or_path", "") or getattr(model, "name", "") or type(model).__name__
     layers = [router.layer for router in routers]
-    if plan.vector is not None:
+    if plan.vector is not None and not isinstance(model, nn.Module):
+        model.check_fits(plan.vector)
+    elif plan.vector is not None:
         widths = [router.num_experts for router in routers]
         plan.vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
     for layer, expert in (*plan.force, *plan.ban):

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.vectors import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
@@ -156,8 +156,19 @@ def read_fitting(paths: Sequence[Path], check: Callable[[SteeringVector], None])
     raise misfits[0]
 
 
+class FittedModel(Protocol):
+    """A model that knows by itself which vectors fit it, such as `GGUFModel`."""
+
+    def check_fits(self, vector: SteeringVector) -> None:
+        """As `SteeringVector.check_fits`."""
+
+
 def load_vector(
-    name: str | Path, model: "nn.Module | None" = None, *, folder: Path | str | None = None, group: str | None = None
+    name: str | Path,
+    model: "nn.Module | FittedModel | None" = None,
+    *,
+    folder: Path | str | None = None,
+    group: str | None = None,
 ) -> SteeringVector:
     """Load a domain's vector.
 
@@ -176,10 +187,15 @@ def load_vector(
     return read_fitting(paths, lambda vector: check_fits_model(vector, model))[1]
 
 
-def check_fits_model(vector: SteeringVector, model: "nn.Module") -> None:
+def check_fits_model(vector: SteeringVector, model: "nn.Module | FittedModel") -> None:
     """As `SteeringVector.check_fits`, reading shape and names off the model."""
+    from torch import nn
+
     from steermoe.routers import find_routers
 
+    if not isinstance(model, nn.Module):
+        model.check_fits(vector)
+        return
     routers = find_routers(model)
     config = getattr(model, "config", None)
     name = Path(getattr(config, "name_or_path", "") or type(model).__name__).name

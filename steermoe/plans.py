@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.library import load_vector
+from steermoe.library import FittedModel, load_vector
 from steermoe.tracking import POSITIONS, Positions, select
 from steermoe.vectors import SteeringVector, mix
 
@@ -195,7 +195,7 @@ def parse_expert(text: str) -> LayerExpert:
 
 
 def make_plan(
-    model: nn.Module,
+    model: nn.Module | FittedModel,
     domains: list[str],
     *,
     strength: float | None = None,

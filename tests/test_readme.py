@@ -13,6 +13,7 @@ from steermoe.default_model import spec
 from steermoe.default_model.stories import load_stories
 from steermoe.discovery.corpus import Corpus
 from steermoe.discovery.embedding import embed_corpus
+from steermoe.gguf_export import export_gguf
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PLACEHOLDER = "PATH_OR_HUB_ID"
@@ -42,6 +43,12 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """The default model as a GGUF file."""
+    return export_gguf(models.load(), tmp_path_factory.mktemp("gguf") / "smollm2-moe-q8_0.gguf", "q8_0")
+
+
 @pytest.mark.default_model
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
@@ -59,6 +66,9 @@ def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
 
             write_vector(make_vector(), tmp_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors")
         command = command.replace(PLACEHOLDER, str(tiny_checkpoint))
+    if ".gguf" in command:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
+        shutil.copy(request.getfixturevalue("gguf"), tmp_path / "smollm2-moe-q8_0.gguf")
     command = re.sub(r"\bsteermoe ", f"{sys.executable} -m steermoe.cli.app ", command)
     if re.search(r"app (generate|compare|batch)", command):
         command += " --max-new-tokens 12"

@@ -56,6 +56,7 @@ def build(
     ] = None,
     max_tokens: MaxTokens = 512,
     model: o.Model = None,
+    engine: o.Engine = "auto",
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -72,7 +73,7 @@ def build(
         raise VectorError(f"--texts names a domain twice ({', '.join(texts)}): join its texts in one folder")
     paths = _targets(list(sources), output or Path("steering_vectors") / _group(model), force)
     corpora, others = _read_all(sources, against, text_field, label_field)
-    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    loaded = o.open_source(model, engine, dtype, device_map, trust_remote_code)
     from steermoe.discovery import labelled
 
     total = sum(map(len, corpora.values())) + len(others)

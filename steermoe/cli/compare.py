@@ -53,6 +53,7 @@ def compare(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     model: o.Model = None,
+    engine: o.Engine = "auto",
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -73,15 +74,14 @@ def compare(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code)
     from steermoe.comparison import compare_completions
-    from steermoe.engines.hf import HFEngine
     from steermoe.library import SUFFIX
     from steermoe.plans import make_plan
 
     plans = [
         make_plan(
-            loaded.model,
+            runner.target,
             [names] if names.endswith(SUFFIX) else names.split("+"),
             strength=c,
             layers=layers,
@@ -100,13 +100,13 @@ def compare(
     o.warn_beyond_safe_range(plans)
     requests = [Request(text, plan, sampling) for plan in (None, *plans)]
     with console.working(f"Telling {len(requests)} stories ..."):
-        completions = HFEngine(loaded).generate(requests, record=True)
+        completions = runner.generate(requests, record=True)
     columns = compare_completions(completions)
     from steermoe.cli.columns import print_columns, save_svg
 
     if json:
         for column in columns:
-            console.write_json(column.as_dict(loaded.name))
+            console.write_json(column.as_dict(runner.name))
     else:
         print_columns(text, columns)
     if svg is not None:

@@ -9,9 +9,8 @@ from steermoe.cli import options as o
 
 if TYPE_CHECKING:
     from steermoe.discovery.corpus import Corpus
-    from steermoe.discovery.embedding import EmbeddingOptions
+    from steermoe.discovery.embedding import EmbeddingOptions, RoutingSource
     from steermoe.discovery.store import EmbeddingStore
-    from steermoe.models import LoadedModel
 
 EXAMPLES = """Examples:
 
@@ -51,6 +50,7 @@ def embed(
     hidden: Annotated[bool, typer.Option("--hidden", help="Keep mean hidden states too.")] = False,
     batch_tokens: BatchTokens = 2048,
     model: o.Model = None,
+    engine: o.Engine = "auto",
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -61,7 +61,7 @@ def embed(
     from steermoe.discovery.corpus import Corpus
 
     texts = Corpus(corpus, text_field=text_field, label_field=label_field)
-    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    loaded = o.open_source(model, engine, dtype, device_map, trust_remote_code)
     from steermoe.discovery.embedding import EmbeddingOptions
 
     options = EmbeddingOptions(features, tokens, hidden, max_tokens, batch_tokens)
@@ -75,7 +75,7 @@ def embed(
 
 
 def embed_into(
-    folder: Path, corpus: "Corpus", loaded: "LoadedModel", options: "EmbeddingOptions | None" = None
+    folder: Path, corpus: "Corpus", loaded: "RoutingSource", options: "EmbeddingOptions | None" = None
 ) -> "EmbeddingStore":
     """Embed with a progress bar, then tell of what was left out. The corpus is read twice, to know how much is left."""
     from steermoe.cli import console

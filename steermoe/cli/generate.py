@@ -14,6 +14,8 @@ steermoe generate --domain sport
 steermoe generate "The two sisters met at the station." -d space=0.6 -d music=0.4
 
 echo "It rained all night." | steermoe generate - -d food --json
+
+steermoe generate --model smollm2-moe-q8_0.gguf -d space --engine llamacpp
 """
 
 
@@ -45,6 +47,7 @@ def generate(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     model: o.Model = None,
+    engine: o.Engine = "auto",
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -67,12 +70,11 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
-    from steermoe.engines.hf import HFEngine
+    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code)
     from steermoe.plans import make_plan
 
     plan = make_plan(
-        loaded.model,
+        runner.target,
         domain or [],
         strength=strength,
         layers=layers,
@@ -87,17 +89,16 @@ def generate(
     o.warn_beyond_safe_range([plan])
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:
-        engine = HFEngine(loaded)
         request = Request(text, plan, sampling)
-        engine.encode(request)
+        runner.encode(request)
         console.write(text)
-        (completion,) = engine.generate([request], on_text=console.write)
+        (completion,) = runner.generate([request], on_text=console.write)
         console.write("\n")
     else:
         with console.working("Generating ..."):
-            (completion,) = HFEngine(loaded).generate([Request(text, plan, sampling)])
+            (completion,) = runner.generate([Request(text, plan, sampling)])
         if json:
-            console.write_json(completion.as_dict(loaded.name))
+            console.write_json(completion.as_dict(runner.name))
         else:
             console.write(f"{text}{completion.text}\n")
     if completion.report is not None:

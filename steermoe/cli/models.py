@@ -1,7 +1,7 @@
 """`steermoe models`: which families can be steered, the default model, and what is in a checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,13 +33,19 @@ steermoe models inspect ./my-model --json
 
 steermoe models inspect smollm2-moe --texts stories --png load.png
 """
+EXPORT_EXAMPLES = """Examples:
+
+steermoe models export --gguf q8_0
+
+steermoe models export ./my-model --gguf bf16 -o my-model.gguf
+"""
 
 MAX_LISTED = 8
 """So many experts are named; the rest is counted."""
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull and inspect models.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect and export models.")
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
@@ -80,6 +86,33 @@ def pull(
         console.write_json({"name": models.DEFAULT_MODEL, "path": str(folder)})
     else:
         console.write(f"{folder}\n")
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")] = None,
+    gguf: Annotated[
+        Literal["q8_0", "q4_1", "bf16", "f32"], typer.Option("--gguf", help="How the matrices are stored.")
+    ] = "q8_0",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File. Default: MODEL-QUANTIZATION.gguf.")
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Write a model as a GGUF file, which llama.cpp runs. Prints the file."""
+    loaded = o.load_model(model, "auto", None, trust_remote_code)
+    from steermoe.gguf_export import export_gguf
+
+    path = output or Path(f"{loaded.name.rpartition('/')[2]}-{gguf}.gguf")
+    with console.working(f"Writing {path} ..."):
+        export_gguf(loaded, path, gguf)
+    if json:
+        console.write_json(
+            {"path": str(path), "model": loaded.name, "quantization": gguf, "bytes": path.stat().st_size}
+        )
+    else:
+        console.write(f"{path}\n")
 
 
 @app.command(epilog=INSPECT_EXAMPLES)

@@ -2,13 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from steermoe.engines.hf import HFEngine
+    from steermoe.engines.llamacpp import LlamaCppEngine
     from steermoe.models import LoadedModel
     from steermoe.plans import SteeringPlan
 
@@ -71,6 +73,11 @@ Model = Annotated[
         "--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL
     ),
 ]
+EngineName = Literal["auto", "hf", "llamacpp"]
+Engine = Annotated[
+    EngineName,
+    typer.Option("--engine", help="transformers, or llama.cpp for a GGUF file.", rich_help_panel=MODEL),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
@@ -104,6 +111,35 @@ def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
     for warning in dict.fromkeys(beyond_safe_range(plan) for plan in plans if plan is not None):
         if warning:
             err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
+
+
+def open_engine(
+    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
+) -> "HFEngine | LlamaCppEngine":
+    """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers."""
+    from steermoe.cli.console import working
+    from steermoe.engines.opening import choose_engine, with_hint
+    from steermoe.engines.opening import open_engine as opened
+    from steermoe.errors import ModelError
+
+    if choose_engine(model, engine) == "llamacpp":
+        with working(f"Loading {model} ..."):
+            return opened(model, "llamacpp", dtype=dtype, device_map=device_map)
+    try:
+        loaded = load_model(model, dtype, device_map, trust_remote_code)
+    except ModelError as error:
+        raise with_hint(error, model) from error
+    from steermoe.engines.hf import HFEngine
+
+    return HFEngine(loaded)
+
+
+def open_source(
+    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
+) -> "LoadedModel | LlamaCppEngine":
+    """A model to record routing of, opened likewise."""
+    opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code)
+    return getattr(opened, "loaded", opened)
 
 
 def load_model(

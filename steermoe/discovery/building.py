@@ -9,15 +9,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from steermoe.discovery.embedding import EmbeddingOptions, Progress, embedder
+from steermoe.discovery.embedding import (
+    EmbeddingOptions,
+    Progress,
+    RoutingSource,
+    architecture_of,
+    embedder,
+    routers_of,
+)
 from steermoe.errors import VectorError
-from steermoe.models import LoadedModel
-from steermoe.routers import find_routers
 from steermoe.vectors import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
 
 def routing_embeddings(
-    loaded: LoadedModel,
+    loaded: RoutingSource,
     texts: Sequence[str],
     *,
     max_tokens: int = 512,
@@ -49,7 +54,7 @@ def routing_embeddings(
 
 
 def vector_from_texts(
-    loaded: LoadedModel,
+    loaded: RoutingSource,
     domain: str,
     texts: Sequence[str],
     *,
@@ -72,16 +77,16 @@ def vector_from_texts(
     """
     frequencies, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens)
     info = replace(vector_info(loaded, texts, tokens, "steermoe.vector_from_texts"), keywords=tuple(keywords))
-    layers = tuple(router.layer for router in find_routers(loaded.model))
+    layers = tuple(router.layer for router in routers_of(loaded))
     return SteeringVector(domain, frequencies.mean(0), layers, threshold=threshold, info=info)
 
 
-def vector_info(loaded: LoadedModel, texts: Sequence[str], tokens: Tensor, created_by: str) -> VectorInfo:
+def vector_info(loaded: RoutingSource, texts: Sequence[str], tokens: Tensor, created_by: str) -> VectorInfo:
     """Where a vector comes from: its model and its texts."""
     return VectorInfo(
         model=loaded.name,
-        architecture=loaded.model.config.model_type,
-        top_k=find_routers(loaded.model)[0].top_k,
+        architecture=architecture_of(loaded),
+        top_k=routers_of(loaded)[0].top_k,
         texts=len(texts),
         tokens=int(tokens.sum()),
         corpus_sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ from steermoe.models import LoadedModel
 from steermoe.recording import RoutingRecord, record_routing
 from steermoe.routers import find_routers, module_that_routes
 from steermoe.tracking import language_model
+
+if TYPE_CHECKING:
+    from steermoe.engines.llamacpp import LlamaCppEngine
+
+RoutingSource: TypeAlias = "LoadedModel | LlamaCppEngine"
+"""What routing can be recorded of: a model of transformers, or a GGUF file in llama.cpp."""
 
 Features = Literal["counts", "probabilities"]
 Tokens = Literal["all", "last"]
@@ -77,6 +83,17 @@ class Embedded:
     probability: Tensor | None = None
 
 
+class TextEmbedder(Protocol):
+    """What embeds texts: `Embedder`, or `GGUFEmbedder` in llama.cpp."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """L, N."""
+
+    def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Embedded:
+        """Embed texts, in their order."""
+
+
 class _LastRouterSeen(Exception):
     """Ends a forward pass early; never leaves this file."""
 
@@ -99,7 +116,6 @@ class Embedder:
         self._record = record
         routers = find_routers(self._inner)
         self.shape = len(routers), max(router.num_experts for router in routers)
-        """L, N."""
         accepted = inspect.signature(self._inner.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         self._is_encoder_decoder = bool(getattr(self._inner.config, "is_encoder_decoder", False))
@@ -158,9 +174,14 @@ class Embedder:
 
 
 @contextmanager
-def embedder(loaded: LoadedModel, options: EmbeddingOptions | None = None) -> Iterator[Embedder]:
-    """An `Embedder`. While it is open the model can't be used otherwise; steering attached to it has no part in it."""
+def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> Iterator[TextEmbedder]:
+    """A `TextEmbedder`. While it is open the model can't be used otherwise; steering attached to it has no part."""
     options = options or EmbeddingOptions()
+    if not isinstance(loaded, LoadedModel):
+        from steermoe.discovery.gguf_embedding import GGUFEmbedder
+
+        yield GGUFEmbedder(loaded, options)
+        return
     inner = _without_head(loaded.model)
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode())
@@ -206,12 +227,22 @@ def batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> 
         yield batch
 
 
-def meta_of(loaded: LoadedModel, options: EmbeddingOptions) -> EmbeddingMeta:
+def routers_of(loaded: RoutingSource) -> Sequence[Any]:
+    """A model's routers, with `layer`, `num_experts` and `top_k` each."""
+    return find_routers(_without_head(loaded.model)) if isinstance(loaded, LoadedModel) else loaded.target.routers
+
+
+def architecture_of(loaded: RoutingSource) -> str:
+    """The `model_type` of transformers."""
+    return loaded.model.config.model_type if isinstance(loaded, LoadedModel) else loaded.target.model_type
+
+
+def meta_of(loaded: RoutingSource, options: EmbeddingOptions) -> EmbeddingMeta:
     """What a folder of this model's embeddings says of itself."""
-    routers = find_routers(_without_head(loaded.model))
+    routers = routers_of(loaded)
     return EmbeddingMeta(
         model=loaded.name,
-        architecture=loaded.model.config.model_type,
+        architecture=architecture_of(loaded),
         layers=tuple(router.layer for router in routers),
         num_experts=max(router.num_experts for router in routers),
         top_k=routers[0].top_k,
@@ -223,7 +254,7 @@ def meta_of(loaded: LoadedModel, options: EmbeddingOptions) -> EmbeddingMeta:
 
 
 def embed_corpus(
-    loaded: LoadedModel,
+    loaded: RoutingSource,
     corpus: Iterable[Text],
     folder: Path | str,
     options: EmbeddingOptions | None = None,

@@ -15,10 +15,8 @@ from steermoe.discovery.contrast import (
     risk_difference,
     strongest,
 )
-from steermoe.discovery.embedding import Progress
+from steermoe.discovery.embedding import Progress, RoutingSource, routers_of
 from steermoe.errors import VectorError
-from steermoe.models import LoadedModel
-from steermoe.routers import find_routers
 from steermoe.vectors import DEFAULT_THRESHOLD, SteeringVector
 
 CREATED_BY = "steermoe vectors build"
@@ -34,7 +32,7 @@ class Contrast:
 
 
 def vectors_from_labelled(
-    loaded: LoadedModel,
+    loaded: RoutingSource,
     corpora: Mapping[str, Sequence[str]],
     *,
     threshold: float = DEFAULT_THRESHOLD,
@@ -63,7 +61,7 @@ def vectors_from_labelled(
         infos[domain] = vector_info(loaded, texts, tokens, CREATED_BY)
     is_relative = len(corpora) > threshold if relative is None else relative
     baseline = torch.stack(list(frequencies.values())).mean(0)
-    layers = tuple(router.layer for router in find_routers(loaded.model))
+    layers = tuple(router.layer for router in routers_of(loaded))
     vectors = [
         SteeringVector(
             domain,
@@ -82,7 +80,7 @@ def vectors_from_labelled(
 
 
 def contrasts(
-    loaded: LoadedModel,
+    loaded: RoutingSource,
     corpora: Mapping[str, Sequence[str]],
     against: Sequence[str],
     *,
@@ -105,7 +103,7 @@ def contrasts(
     Raises:
         VectorError: no texts, a text without tokens, or sets that route alike.
     """
-    routers = find_routers(loaded.model)
+    routers = routers_of(loaded)
     layers = tuple(router.layer for router in routers)
 
     def rate(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

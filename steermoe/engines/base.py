@@ -115,6 +115,17 @@ class Engine(Protocol):
     def name(self) -> str:
         """The model's name."""
 
+    @property
+    def target(self) -> Any:
+        """What vectors must fit: the model, or what is known of its file."""
+
+    def encode(self, request: Request) -> list[int]:
+        """The prompt's tokens.
+
+        Raises:
+            GenerationError: an empty prompt, or one that leaves no room in the model's context.
+        """
+
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:

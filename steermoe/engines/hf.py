@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -25,6 +26,10 @@ class HFEngine:
     @property
     def name(self) -> str:
         return self.loaded.name
+
+    @property
+    def target(self) -> Any:
+        return self.loaded.model
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False

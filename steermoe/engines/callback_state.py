@@ -1,0 +1,200 @@
+"""What the compiled callback is to do with each token, as arrays that it reads by address.
+
+Shapes: T tokens of a forward call, L routers, N experts of each, P distinct plans, B texts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steermoe.editing import Bank
+from steermoe.engines import ggml_callback as callback
+from steermoe.engines.ggml_callback import FIELD, TensorLayout
+from steermoe.errors import SteeringError
+from steermoe.fitting import banks_for
+from steermoe.formulas import FORMULAS
+from steermoe.gguf_models import GGUFModel
+from steermoe.plans import SteeringPlan
+
+Reach = Literal["graph", "pieces"]
+"""How logits are reached: inside the graph, or between pieces of it (see `ggml_callback`)."""
+
+KINDS = {
+    "ffn_moe_logits": callback.LOGITS,
+    "ffn_moe_logits_biased": callback.BIASED,
+    "ffn_moe_probs": callback.PROBABILITIES,
+}
+
+
+class CallbackState:
+    """The arrays and their addresses, for one model and one llama.cpp context.
+
+    Args:
+        model: whose routers are steered.
+        layout: of this ggml's tensors.
+        functions: addresses of ggml_backend_tensor_get, ggml_backend_tensor_set and ggml_backend_buffer_is_host.
+        capacity: tokens of a forward call at most.
+        reach: see there; "graph" needs all layers on the CPU.
+
+    Attributes:
+        counts: [B, L, N] int64, choices of the tokens that were to be counted (see `record`).
+    """
+
+    def __init__(
+        self, model: GGUFModel, layout: TensorLayout, functions: tuple[int, int, int], capacity: int, reach: Reach
+    ) -> None:
+        experts = {router.num_experts for router in model.routers}
+        top_k = {router.top_k for router in model.routers}
+        if len(experts) > 1 or len(top_k) > 1:
+            raise SteeringError(
+                f"{model.name} has layers of {sorted(experts)} experts with {sorted(top_k)} chosen, expected the "
+                "same in all: use --engine hf"
+            )
+        self._model = model
+        self.header = np.zeros(len(FIELD), dtype=np.int64)
+        self.counts = np.zeros((0, 0, 0), dtype=np.int64)
+        self._kept: dict[str, NDArray[Any]] = {}
+        routers, layers = len(model.routers), model.layers
+        row = np.full(layers[-1] + 1, -1, dtype=np.int32)
+        row[list(layers)] = range(routers)
+        for name in ("name", "op", "op_params", "src", "data", "ne", "nb", "buffer"):
+            self._set(f"at_{name}", getattr(layout, name))
+        for name in ("op_custom", "op_softmax", "op_unary", "unary_sigmoid"):
+            self._set(name, getattr(layout, name))
+        for name, function in zip(("get", "set", "is_host"), functions, strict=True):
+            self._set(name, function)
+        self._set("custom_edit", callback.edit_in_graph.address)
+        self._set("kind", KINDS[model.node])
+        self._set("in_graph", int(reach == "graph" and model.node != "ffn_moe_probs"))
+        self._set("experts", experts.pop())
+        self._set("top_k", top_k.pop())
+        self._set("max_layer", layers[-1])
+        self._set("routers", routers)
+        self._set("stop_after", -1)
+        self._keep("row", row)
+        self._keep("active", np.zeros(routers, dtype=np.uint8))
+        self._keep("slot", np.full(capacity, -1, dtype=np.int32))
+        self._keep("factor", np.zeros(capacity, dtype=np.float32))
+        self._keep("output", np.zeros(capacity, dtype=np.int32))
+        self._keep("text", np.full(capacity, -1, dtype=np.int32))
+        self._keep("calls", np.zeros(routers, dtype=np.int64))
+        self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
+        self._keep("scratch", np.zeros(capacity * int(self.header[FIELD["experts"]]), dtype=np.float32))
+        self._set("a_state", self.header.ctypes.data)
+        self.install([])
+        self.record(0)
+
+    def _set(self, name: str, value: int) -> None:
+        self.header[FIELD[name]] = value
+
+    def _keep(self, name: str, values: NDArray[Any]) -> None:
+        self._kept[name] = values
+        self._set(f"a_{name}", values.ctypes.data)
+
+    def install(self, plans: Sequence[SteeringPlan]) -> None:
+        """Take the plans that tokens will follow, by their numbers in this list.
+
+        Raises:
+            CompatibilityError: a vector of another model. SteeringError: layers or experts that the model has not.
+        """
+        banks = banks_for(self._model, self._model.routers, plans)  # type: ignore[arg-type]
+        push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
+        marks_PLN = np.stack([_marks(bank) for bank in banks], 1)
+        busy_PL = (push_PLN != 0).any(-1) | (marks_PLN & (callback.FORCED | callback.BANNED) != 0).any(-1)
+        self._busy_PL = busy_PL
+        self._keep("push", np.ascontiguousarray(push_PLN))
+        self._keep("marks", np.ascontiguousarray(marks_PLN))
+        self._keep("formula", np.array([FORMULAS.index(plan.formula) for plan in plans] or [0], dtype=np.int32))
+        self._keep("paper", np.array([plan.scale == "paper" for plan in plans] or [False], dtype=np.int32))
+        self.steer([], [])
+
+    def record(self, texts: int, stop: bool = False) -> None:
+        """Count choices from now on, of so many texts; 0 counts none.
+
+        Args:
+            texts: B.
+            stop: end each forward call once the last router has chosen, where nothing after it is wanted.
+        """
+        header = self.header
+        self.counts = np.zeros((texts, int(header[FIELD["routers"]]), int(header[FIELD["experts"]])), dtype=np.int64)
+        self._keep("counts", self.counts)
+        self._set("has_texts", int(texts > 0))
+        self._set("from_topk", int(texts > 0 or not self._model.chooses_by_logits))
+        self._set("stop_after", int(header[FIELD["routers"]]) - 1 if stop else -1)
+
+    def steer(
+        self,
+        slots: Sequence[int] | NDArray[np.int32],
+        factors: Sequence[float] | NDArray[np.float32],
+        outputs: Sequence[int] | NDArray[np.int32] = (),
+        texts: Sequence[int] | NDArray[np.int32] | None = None,
+    ) -> int:
+        """Say what is to be done with the tokens of the next forward call, in their order.
+
+        Args:
+            slots: [T], each token's plan, or -1.
+            factors: [T], what to multiply its strength with; 0 leaves it alone.
+            outputs: which tokens' logits are wanted: the last layer sees only those.
+            texts: [T], which text a token's choices count for, or -1; by default none.
+
+        Returns:
+            how many tokens are steered.
+        """
+        tokens = len(slots)
+        slot_T, factor_T = self._kept["slot"], self._kept["factor"]
+        slot_T[:tokens], factor_T[:tokens] = slots, factors
+        self._kept["output"][: len(outputs)] = outputs
+        self._kept["text"][:tokens] = -1 if texts is None else texts
+        steered_T = (slot_T[:tokens] >= 0) & (factor_T[:tokens] != 0)
+        used = np.unique(slot_T[:tokens][steered_T])
+        self._kept["active"][:] = self._busy_PL[used].any(0) if len(used) else 0
+        self._set("tokens", tokens)
+        self._set("outputs", len(outputs))
+        self._kept["calls"][:] = 0
+        return int(steered_T.sum())
+
+    def verify(self) -> int:
+        """Make sure that the forward call was steered as it was to be.
+
+        Returns:
+            routers whose logits were changed.
+
+        Raises:
+            SteeringError: a router was passed by, or its logits have another shape or type.
+        """
+        problem, self.header[FIELD["problem"]] = int(self.header[FIELD["problem"]]), 0
+        if problem == callback.PROBLEM_SHAPE:
+            raise SteeringError(
+                f"{self._model.architecture}'s router logits in llama.cpp have other rows than the tokens given: "
+                "this architecture can't be steered here; use --engine hf"
+            )
+        if problem == callback.PROBLEM_TYPE:
+            raise SteeringError(
+                f"{self._model.architecture}'s router logits in llama.cpp are stored or used otherwise than known: "
+                "this architecture can't be steered here; use --engine hf"
+            )
+        calls_L, active_L = self._kept["calls"], self._kept["active"] != 0
+        missed = active_L & (calls_L == 0)
+        if missed.any():
+            layer = self._model.layers[int(missed.argmax())]
+            raise SteeringError(
+                f"{int(missed.sum())} of {int(active_L.sum())} routers were to be steered but llama.cpp computed no "
+                f"node '{self._model.node}-{layer}': this architecture can't be steered here; use --engine hf"
+            )
+        return int(calls_L.sum())
+
+    def take_share(self) -> tuple[int, int]:
+        """Top-k slots of steered tokens that went to raised or forced experts, and all of them, since the last call."""
+        hits, slots = int(self.header[FIELD["hits"]]), int(self.header[FIELD["slots"]])
+        self._set("hits", 0)
+        self._set("slots", 0)
+        return hits, slots
+
+
+def _marks(bank: Bank) -> NDArray[np.uint8]:
+    """[P, N]: which experts are raised, forced and banned, as bits."""
+    listed = ((bank.raised, callback.RAISED), (bank.forced, callback.FORCED), (bank.banned, callback.BANNED))
+    bits = [marks.numpy().astype(np.uint8) * np.uint8(bit) for marks, bit in listed]
+    return bits[0] | bits[1] | bits[2]

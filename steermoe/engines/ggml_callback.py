@@ -1,0 +1,401 @@
+"""What runs inside llama.cpp while it computes: the compiled callback that changes router logits and counts choices.
+
+llama.cpp asks a callback of every node of its graph, about 1,800 a token, whether it wants to see the node's data once
+it is computed. Python would cost as much as a tenth of the time, so this is machine code, compiled by numba and kept on
+disk. It knows nothing of models and does not import llama.cpp: where things are in a ggml tensor is in `TensorLayout`,
+what is to be done in the arrays of `CallbackState`.
+
+There are two ways to reach the logits. On any backend, the callback asks for the node of the logits, gets them when
+they are computed, and writes them back; the graph then runs in pieces, one a steered layer. On the CPU the node that
+turns logits into probabilities is made a custom operation instead, which edits the logits and then does the same; the
+graph stays whole.
+
+Shapes: T tokens of a forward call, N experts of a layer, L routers, P distinct plans, B texts, k experts chosen.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
+
+RAISED, FORCED, BANNED = 1, 2, 4
+"""Bits of `CallbackState.marks`: where E > 0, and the experts to force and to ban."""
+ADDITIVE, MAX_SCALED, ZERO_MAX_SCALED = (FORMULAS.index(name) for name in ("additive", "max_scaled", "zero_max_scaled"))
+
+NAME_BYTES = 64
+FFN_MOE = int.from_bytes(b"ffn_moe_", "little")
+LOGITS, BIASED, PROBABILITIES, TOP_K = 0, 1, 2, 3
+"""What a node of the graph is, by its name; others are -1."""
+
+# Where things stand in the state's header, an array of 64-bit integers that the callback gets as its user data.
+_FIELDS = (
+    *("at_name", "at_op", "at_op_params", "at_src", "at_data", "at_ne", "at_nb", "at_buffer"),
+    *("op_custom", "op_softmax", "op_unary", "unary_sigmoid", "custom_edit"),
+    *("get", "set", "is_host"),
+    *("kind", "in_graph", "from_topk", "stop_after", "experts", "top_k", "max_layer", "routers"),
+    *("tokens", "outputs", "has_texts", "hits", "slots", "problem"),
+    *("a_row", "a_active", "a_push", "a_marks", "a_formula", "a_paper", "a_slot", "a_factor", "a_output", "a_text"),
+    *("a_counts", "a_calls", "a_saved", "a_scratch", "a_state"),
+)
+FIELD = {name: number for number, name in enumerate(_FIELDS)}
+_AT_NAME, _AT_OP, _AT_OP_PARAMS, _AT_SRC, _AT_DATA, _AT_NE, _AT_NB, _AT_BUFFER = range(8)
+_OP_CUSTOM, _OP_SOFTMAX, _OP_UNARY, _UNARY_SIGMOID, _CUSTOM_EDIT, _GET, _SET, _IS_HOST = range(8, 16)
+_KIND, _IN_GRAPH, _FROM_TOPK, _STOP_AFTER, _EXPERTS, _TOP_K, _MAX_LAYER, _ROUTERS = range(16, 24)
+_TOKENS, _OUTPUTS, _HAS_TEXTS, _HITS, _SLOTS, _PROBLEM = range(24, 30)
+_A_ROW, _A_ACTIVE, _A_PUSH, _A_MARKS, _A_FORMULA, _A_PAPER, _A_SLOT, _A_FACTOR, _A_OUTPUT, _A_TEXT = range(30, 40)
+_A_COUNTS, _A_CALLS, _A_SAVED, _A_SCRATCH, _A_STATE = range(40, 45)
+
+PROBLEM_SHAPE, PROBLEM_TYPE = 1, 2
+PARAMETERS = 6
+"""32-bit words of a node's parameters that a custom operation has: function, tasks, user data."""
+SAVED = 1 + PARAMETERS
+"""Numbers kept of a node that was made a custom operation: its operation and parameters."""
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Byte offsets in ggml's tensor struct, and numbers of its operations; `engines.ggml` finds them out."""
+
+    name: int
+    op: int
+    op_params: int
+    src: int
+    data: int
+    ne: int
+    nb: int
+    buffer: int
+    op_custom: int
+    op_softmax: int
+    op_unary: int
+    unary_sigmoid: int
+
+
+# ---- reaching memory by address ----
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """The address as a pointer, for carray."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _copy_tensor(typing: Any, function: Any, tensor: Any, memory: Any, size: Any) -> Any:
+    """Call ggml_backend_tensor_get or _set: void (tensor, memory, offset 0, size)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word, word, word, word])
+        target = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(target, [args[1], args[2], ir.Constant(word, 0), args[3]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _ask_host(typing: Any, function: Any, buffer: Any) -> Any:
+    """Call ggml_backend_buffer_is_host: bool (buffer)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(8), [ir.IntType(64)])
+        target = builder.inttoptr(args[0], kind.as_pointer())
+        return builder.zext(builder.call(target, [args[1]]), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@njit(error_model="numpy")
+def _word(address):
+    return carray(_pointer(address), (1,), np.int64)[0]
+
+
+@njit(error_model="numpy")
+def _half_word(address):
+    return carray(_pointer(address), (1,), np.int32)[0]
+
+
+# ---- one row of logits ----
+
+
+@njit(cache=True, error_model="numpy")
+def edit_row(z_N, push_N, marks_N, formula, paper, factor):
+    """Steer one token's logits in place, as `steermoe.formulas` does.
+
+    Args:
+        z_N: logits, float32.
+        push_N: c E, float32.
+        marks_N: RAISED, FORCED and BANNED, uint8.
+        formula: its number in FORMULAS.
+        paper: whether the scale is `paper` and not `magnitude`.
+        factor: what to multiply the push with.
+    """
+    largest = np.float32(-np.inf)
+    listed = np.uint8(0)
+    for n in range(len(z_N)):
+        largest = max(largest, z_N[n])
+        listed |= marks_N[n]
+    scale = largest if paper else abs(largest)
+    for n in range(len(z_N)):
+        push = push_N[n] * factor
+        if formula == ADDITIVE:
+            z_N[n] += push
+        elif formula == MAX_SCALED:
+            z_N[n] += scale * push
+        else:
+            steered = (np.float32(0) if marks_N[n] & RAISED else z_N[n]) + scale * push
+            if not paper and push < 0:
+                steered = min(steered, z_N[n])
+            z_N[n] = steered
+    if listed & FORCED:
+        top = z_N.max() + np.float32(FORCE_MARGIN)
+        for n in range(len(z_N)):
+            if marks_N[n] & FORCED:
+                z_N[n] = top
+    if listed & BANNED:
+        bottom = z_N.max() - np.float32(BAN_DEPTH)
+        for n in range(len(z_N)):
+            if marks_N[n] & BANNED:
+                z_N[n] = bottom
+
+
+@njit(error_model="numpy")
+def _next_chosen(z_N, last):
+    """The expert that comes after `last` in the order of falling logits; the first of all for -1."""
+    found = -1
+    for n in range(len(z_N)):
+        if last >= 0 and (z_N[n] > z_N[last] or (z_N[n] == z_N[last] and n <= last)):
+            continue
+        if found < 0 or z_N[n] > z_N[found]:
+            found = n
+    return found
+
+
+# ---- a whole node ----
+
+
+@njit(error_model="numpy")
+def _edit_node(state, row, z_TN):
+    """Steer the rows of one layer's logits, and count what is chosen from them where nothing else tells."""
+    tokens, experts = z_TN.shape
+    every, outputs, routers = state[_TOKENS], state[_OUTPUTS], state[_ROUTERS]
+    if experts != state[_EXPERTS] or tokens not in (every, outputs):
+        state[_PROBLEM] = PROBLEM_SHAPE
+        return
+    slot_T = carray(_pointer(state[_A_SLOT]), (every,), np.int32)
+    factor_T = carray(_pointer(state[_A_FACTOR]), (every,), np.float32)
+    output_T = carray(_pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
+    carray(_pointer(state[_A_CALLS]), (routers,), np.int64)[row] += 1
+    for t in range(tokens):
+        token = t if tokens == every else output_T[t]
+        slot = slot_T[token]
+        if slot < 0 or factor_T[token] == 0:
+            continue
+        start = (slot * routers + row) * experts
+        push_N = carray(_pointer(state[_A_PUSH] + 4 * start), (experts,), np.float32)
+        marks_N = carray(_pointer(state[_A_MARKS] + start), (experts,), np.uint8)
+        formula = carray(_pointer(state[_A_FORMULA] + 4 * slot), (1,), np.int32)[0]
+        paper = carray(_pointer(state[_A_PAPER] + 4 * slot), (1,), np.int32)[0]
+        z_N = z_TN[t]
+        edit_row(z_N, push_N, marks_N, formula, paper != 0, factor_T[token])
+        if state[_FROM_TOPK] == 0:
+            chosen = -1
+            for _ in range(state[_TOP_K]):
+                chosen = _next_chosen(z_N, chosen)
+                state[_HITS] += (marks_N[chosen] & (RAISED | FORCED)) != 0
+            state[_SLOTS] += state[_TOP_K]
+
+
+@njit(error_model="numpy")
+def _count_node(state, row, tensor, steered):
+    """Count the experts that one layer chose, from llama.cpp's own choice [T, k]."""
+    top_k = _word(tensor + state[_AT_NE])
+    tokens = _word(tensor + state[_AT_NE] + 8)
+    stride = _word(tensor + state[_AT_NB] + 8)
+    every, outputs, routers, experts = state[_TOKENS], state[_OUTPUTS], state[_ROUTERS], state[_EXPERTS]
+    if tokens not in (every, outputs):
+        state[_PROBLEM] = PROBLEM_SHAPE
+        return
+    data = _word(tensor + state[_AT_DATA])
+    if _ask_host(state[_IS_HOST], _buffer(state, tensor)) == 0:
+        data = state[_A_SCRATCH]
+        _copy_tensor(state[_GET], tensor, data, (tokens - 1) * stride + 4 * top_k)
+    slot_T = carray(_pointer(state[_A_SLOT]), (every,), np.int32)
+    factor_T = carray(_pointer(state[_A_FACTOR]), (every,), np.float32)
+    text_T = carray(_pointer(state[_A_TEXT]), (every,), np.int32)
+    output_T = carray(_pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
+    for t in range(tokens):
+        token = t if tokens == every else output_T[t]
+        chosen_k = carray(_pointer(data + t * stride), (top_k,), np.int32)
+        slot, text = slot_T[token], text_T[token]
+        if state[_HAS_TEXTS] != 0 and text >= 0:
+            counts_N = carray(_pointer(state[_A_COUNTS] + 8 * (text * routers + row) * experts), (experts,), np.int64)
+            for expert in chosen_k:
+                if 0 <= expert < experts:
+                    counts_N[expert] += 1
+        if steered and slot >= 0 and factor_T[token] != 0:
+            marks_N = carray(_pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
+            for expert in chosen_k:
+                if 0 <= expert < experts:
+                    state[_HITS] += (marks_N[expert] & (RAISED | FORCED)) != 0
+            state[_SLOTS] += top_k
+
+
+@njit(error_model="numpy")
+def _buffer(state, tensor):
+    """The backend buffer of a tensor, or of the tensor that it is a view of."""
+    return _word(tensor + state[_AT_BUFFER])
+
+
+@njit(error_model="numpy")
+def _kind_of(state, tensor):
+    """What a node is (LOGITS, BIASED, ...) and its decoder layer, read off its name; (-1, -1) for all others."""
+    start = tensor + state[_AT_NAME]
+    if _word(start) != FFN_MOE:
+        return -1, -1
+    name = carray(_pointer(start), (NAME_BYTES,), np.uint8)
+    kind, at = -1, 8
+    if name[8] == 108 and name[9] == 111 and name[13] == 115:  # "lo", "s": logits
+        if name[14] == 45:  # "-"
+            kind, at = LOGITS, 15
+        elif name[14] == 95 and name[15] == 98 and name[21] == 45:  # "_b", "-": logits_biased
+            kind, at = BIASED, 22
+    elif name[8] == 112 and name[9] == 114 and name[12] == 115 and name[13] == 45:  # "pr", "s-": probs
+        kind, at = PROBABILITIES, 14
+    elif name[8] == 116 and name[9] == 111 and name[11] == 107 and name[12] == 45:  # "to", "k-": topk
+        kind, at = TOP_K, 13
+    if kind < 0:
+        return -1, -1
+    layer = 0
+    while 48 <= name[at] <= 57:
+        layer = 10 * layer + name[at] - 48
+        at += 1
+    if name[at] != 0:  # such as "ffn_moe_probs-3 (reshaped)"
+        return -1, -1
+    return kind, layer
+
+
+@njit(error_model="numpy")
+def _on_node(tensor, asks, state):
+    kind, layer = _kind_of(state, tensor)
+    if kind < 0 or layer > state[_MAX_LAYER]:
+        return asks == 0
+    row = carray(_pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
+    if row < 0:
+        return asks == 0
+    active = carray(_pointer(state[_A_ACTIVE]), (state[_ROUTERS],), np.uint8)[row] != 0
+    if kind == PROBABILITIES and state[_IN_GRAPH] != 0 and state[_KIND] != PROBABILITIES:
+        if asks != 0:
+            _switch(state, row, tensor, active)
+        return asks == 0
+    if kind == TOP_K:
+        wanted = state[_FROM_TOPK] != 0 and (active or state[_HAS_TEXTS] != 0)
+        if asks == 0 and wanted:
+            _count_node(state, row, tensor, active)
+            return row != state[_STOP_AFTER]
+        return wanted if asks != 0 else True
+    wanted = kind == state[_KIND] and active and state[_IN_GRAPH] == 0
+    if asks == 0 and wanted:
+        _edit_computed(state, row, tensor)
+    return wanted if asks != 0 else True
+
+
+@njit(error_model="numpy")
+def _edit_computed(state, row, tensor):
+    """Steer logits that have just been computed, where they are or through the backend."""
+    experts = _word(tensor + state[_AT_NE])
+    tokens = _word(tensor + state[_AT_NE] + 8)
+    if _word(tensor + state[_AT_NB]) != 4 or _word(tensor + state[_AT_NB] + 8) != 4 * experts:
+        state[_PROBLEM] = PROBLEM_TYPE
+        return
+    if _ask_host(state[_IS_HOST], _buffer(state, tensor)) != 0:
+        _edit_node(state, row, carray(_pointer(_word(tensor + state[_AT_DATA])), (tokens, experts), np.float32))
+        return
+    size = 4 * tokens * experts
+    _copy_tensor(state[_GET], tensor, state[_A_SCRATCH], size)
+    _edit_node(state, row, carray(_pointer(state[_A_SCRATCH]), (tokens, experts), np.float32))
+    _copy_tensor(state[_SET], tensor, state[_A_SCRATCH], size)
+
+
+# ---- in the graph ----
+
+
+@njit(error_model="numpy")
+def _write_address(words, at, number):
+    """64 bits into two words, since ggml aligns a node's parameters to 32."""
+    words[at] = np.int32(number & 0xFFFFFFFF)
+    words[at + 1] = np.int32(number >> 32)
+
+
+@njit(error_model="numpy")
+def _switch(state, row, tensor, active):
+    """Make the node that computes probabilities a custom operation if its layer is steered, and itself again if not."""
+    op = carray(_pointer(tensor + state[_AT_OP]), (1,), np.int32)
+    saved = carray(_pointer(state[_A_SAVED] + 8 * SAVED * row), (SAVED,), np.int64)
+    params = carray(_pointer(tensor + state[_AT_OP_PARAMS]), (PARAMETERS,), np.int32)
+    if op[0] == state[_OP_CUSTOM]:
+        op[0] = saved[0]
+        for i in range(PARAMETERS):
+            params[i] = saved[1 + i]
+    if not active:
+        return
+    is_sigmoid = op[0] == state[_OP_UNARY] and _half_word(tensor + state[_AT_OP_PARAMS]) == state[_UNARY_SIGMOID]
+    if op[0] != state[_OP_SOFTMAX] and not is_sigmoid:
+        state[_PROBLEM] = PROBLEM_TYPE
+        return
+    saved[0] = op[0]
+    for i in range(PARAMETERS):
+        saved[1 + i] = params[i]
+    op[0] = state[_OP_CUSTOM]
+    _write_address(params, 0, state[_CUSTOM_EDIT])
+    _write_address(params, 2, 1)  # one task: a router's logits are too few to share
+    _write_address(params, 4, state[_A_STATE])
+
+
+@njit(error_model="numpy")
+def _edit_in_graph(target, source, state):
+    _, layer = _kind_of(state, target)
+    row = carray(_pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
+    experts = _word(source + state[_AT_NE])
+    tokens = _word(source + state[_AT_NE] + 8)
+    z_TN = carray(_pointer(_word(source + state[_AT_DATA])), (tokens, experts), np.float32)
+    p_TN = carray(_pointer(_word(target + state[_AT_DATA])), (tokens, experts), np.float32)
+    _edit_node(state, row, z_TN)
+    is_softmax = carray(_pointer(state[_A_SAVED] + 8 * SAVED * row), (1,), np.int64)[0] == state[_OP_SOFTMAX]
+    for t in range(tokens):
+        if is_softmax:
+            largest = z_TN[t].max()
+            total = 0.0
+            for n in range(experts):
+                p = np.exp(z_TN[t, n] - largest)
+                p_TN[t, n] = p
+                total += p
+            scale = np.float32(1.0 / total)
+            for n in range(experts):
+                p_TN[t, n] *= scale
+        else:
+            for n in range(experts):
+                p_TN[t, n] = np.float32(1) / (np.float32(1) + np.exp(-z_TN[t, n]))
+
+
+@cfunc(types.uint8(types.int64, types.uint8, types.int64), cache=True, error_model="numpy")
+def on_node(tensor, asks, state):
+    """llama.cpp's eval callback: bool (struct ggml_tensor *, bool ask, void * user_data)."""
+    return np.uint8(_on_node(tensor, asks, carray(_pointer(state), (len(_FIELDS),), np.int64)))
+
+
+@cfunc(types.void(types.int64, types.int64, types.int32, types.int32, types.int64), cache=True, error_model="numpy")
+def edit_in_graph(target, source, thread, threads, state):
+    """A custom operation of ggml with one source: void (dst, a, ith, nth, userdata)."""
+    if thread == 0:
+        _edit_in_graph(target, source, carray(_pointer(state), (len(_FIELDS),), np.int64))

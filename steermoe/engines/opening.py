@@ -1,0 +1,97 @@
+"""Choose the engine that runs a model, and open it. Imports no engine before it is chosen.
+
+A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from steermoe.errors import ModelError
+
+if TYPE_CHECKING:
+    from steermoe.engines.hf import HFEngine
+    from steermoe.engines.llamacpp import LlamaCppEngine
+
+EngineName = Literal["auto", "hf", "llamacpp"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+LIBRARIES = ("llama_cpp", "numba")
+"""What the llamacpp engine needs beside steermoe's own dependencies."""
+
+
+def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> EngineName:
+    """The engine that will run a model: "hf" or "llamacpp".
+
+    Raises:
+        ModelError: llama.cpp is asked for but not installed, or for a model that is no GGUF file.
+    """
+    if engine == "hf":
+        return "hf"
+    is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if engine == "llamacpp":
+        if not is_gguf:
+            raise ModelError(
+                f"llama.cpp runs .gguf files, not '{model or 'smollm2-moe'}': make one with `steermoe models export "
+                "--gguf q8_0`, or use --engine hf"
+            )
+        if missing:
+            raise ModelError(
+                f"--engine llamacpp needs {' and '.join(missing)}: pip install 'steermoe[llamacpp]' (llama.cpp is then "
+                "compiled, about 6 minutes on 2 cores), or use --engine hf"
+            )
+        return "llamacpp"
+    if not is_gguf or missing:
+        return "hf"
+    from steermoe.gguf_models import is_moe
+
+    return "llamacpp" if is_moe(str(model)) else "hf"
+
+
+def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
+    """The error of a GGUF file that transformers can't run, with what could run it; any other error as it is."""
+    is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
+    if not is_gguf or all(find_spec(name) for name in LIBRARIES):
+        return error
+    from steermoe.gguf_models import is_moe
+
+    if not is_moe(str(model)):
+        return error
+    return ModelError(f"{error}; transformers tried it, llama.cpp can run it: pip install 'steermoe[llamacpp]'")
+
+
+def open_engine(
+    model: str | Path | None = None,
+    engine: EngineName = "auto",
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> "HFEngine | LlamaCppEngine":
+    """Load a model into the engine that `choose_engine` names.
+
+    Args:
+        model: as in `models.load`.
+        engine: "auto", "hf" or "llamacpp".
+        dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
+        device_map: as in `models.load`, for transformers.
+        trust_remote_code: likewise.
+
+    Raises:
+        ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
+    """
+    if choose_engine(model, engine) == "llamacpp":
+        if dtype != "auto" or device_map is not None:
+            raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
+        from steermoe.engines.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(str(model))
+    from steermoe.engines.hf import HFEngine
+    from steermoe.models import load
+
+    try:
+        loaded = load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise with_hint(error, model) from error
+    return HFEngine(loaded)

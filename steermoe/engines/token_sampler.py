@@ -1,0 +1,87 @@
+"""Draws one row's next token with numpy, by the rules of `sampling.RowSampler`: equal logits and seed, equal token.
+
+torch's threads would wake for every token and then compete with those of llama.cpp, so they are left asleep.
+
+Shapes: V tokens of the vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from steermoe.engines.base import Sampling
+
+Floats = NDArray[np.float32]
+
+
+class TokenSampler:
+    """One row's draws, one after the other.
+
+    Args:
+        sampling: its settings and seed.
+        ends: tokens that end a text, kept away until the row has its `min_new_tokens`.
+    """
+
+    def __init__(self, sampling: Sampling, ends: Sequence[int]) -> None:
+        self.sampling = sampling
+        self._ends = np.array(sorted(ends), dtype=np.int64)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._weights = np.empty(0, dtype=np.float32)
+        self._cumulative = np.empty(0)
+
+    def draw(self, logits: Floats, context: Sequence[int], new_tokens: int) -> int:
+        """The next token.
+
+        Args:
+            logits: [V], left as they are.
+            context: prompt and new tokens so far, for the repetition penalty.
+            new_tokens: how many of them are new.
+        """
+        warped = self.warp(logits, context, new_tokens)
+        if not self.sampling.do_sample:
+            return int(warped.argmax())
+        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64).item()
+        # memory that is used again: this much anew for every token would cost more than the arithmetic
+        if self._weights.shape != warped.shape:
+            self._weights, self._cumulative = np.empty_like(warped), np.empty(len(warped))
+        np.exp(np.subtract(warped, warped.max(), out=self._weights), out=self._weights)
+        cumulative = np.cumsum(self._weights, dtype=np.float64, out=self._cumulative)
+        picked = int(np.searchsorted(cumulative, drawn * cumulative[-1], side="right"))
+        return min(picked, len(logits) - 1)
+
+    def warp(self, logits: Floats, context: Sequence[int], new_tokens: int) -> Floats:
+        """The logits [V] that tokens are drawn from, in the order of transformers' own warpers."""
+        sampling = self.sampling
+        scores = logits
+        if new_tokens < sampling.min_new_tokens and len(self._ends):
+            scores = scores.copy()
+            scores[self._ends] = -np.inf
+        if sampling.repetition_penalty != 1:
+            scores = scores.copy()
+            seen = np.unique(np.asarray(context, dtype=np.int64))
+            penalty = np.float32(sampling.repetition_penalty)
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        if not sampling.do_sample:
+            return scores
+        if sampling.temperature != 1:
+            scores = scores / np.float32(sampling.temperature)
+        if sampling.top_k:
+            smallest = np.partition(scores, -min(sampling.top_k, len(scores)))[-min(sampling.top_k, len(scores))]
+            scores = np.where(scores < smallest, np.float32(-np.inf), scores)
+        if sampling.top_p < 1:
+            scores = _keep_probable(scores, sampling.top_p)
+        return scores
+
+
+def _keep_probable(scores: Floats, top_p: float) -> Floats:
+    """The likeliest tokens whose probabilities reach `top_p` together; always the likeliest one."""
+    order = np.argsort(scores, kind="stable")
+    weights = np.exp(scores[order] - scores[order[-1]])
+    cumulative = np.cumsum(weights / weights.sum())
+    removed = cumulative <= 1 - top_p
+    removed[-1] = False
+    kept = scores.copy()
+    kept[order[removed]] = -np.inf
+    return kept
