@@ -184,6 +184,61 @@ def load(
     return LoadedModel(name, loaded.eval(), tokenizer)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that another library than transformers loads.
+
+    Attributes:
+        name: as of `LoadedModel`.
+        folder: where it is, or its hub id.
+        dtype: torch dtype by name, or "auto".
+    """
+
+    name: str
+    folder: str
+    dtype: str
+
+    def tokenizer(self, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+        """Its tokenizer.
+
+        Raises:
+            ModelError: it has none that can be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # a damaged checkpoint can make transformers raise anything
+            raise ModelError(_why_not_loaded(self.name, error)) from error
+
+    def end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+        """Tokens that end a text, as its generation configuration says, else its tokenizer."""
+        from transformers import GenerationConfig
+
+        try:
+            end = GenerationConfig.from_pretrained(self.folder).eos_token_id
+        except OSError:
+            end = None
+        end = tokenizer.eos_token_id if end is None else end
+        return set(end) if isinstance(end, list | tuple) else {end} - {None}
+
+
+def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:
+    """Find a checkpoint without loading it; arguments as for `load`.
+
+    Raises:
+        ModelError: there is none, or it is a GGUF file, which only transformers and llama.cpp read.
+    """
+    import torch
+
+    name, where, extra = _locate(model)
+    if extra:
+        raise ModelError(f"'{model}' is a GGUF file: run it with --engine llamacpp or --engine hf")
+    device = "auto" if torch.accelerator.is_available() else None
+    chosen = _parse_dtype(dtype) if dtype != "auto" else _natural_dtype(where, device)
+    return Source(name, where, str(chosen).removeprefix("torch."))
+
+
 def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
     """Name, what transformers should load, and its extra arguments."""
     if model is None or str(model) == DEFAULT_MODEL:

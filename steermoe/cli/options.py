@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from steermoe.engines.hf import HFEngine
     from steermoe.engines.llamacpp import LlamaCppEngine
+    from steermoe.engines.vllm.engine import VLLMEngine
     from steermoe.models import LoadedModel
     from steermoe.plans import SteeringPlan
 
@@ -73,10 +74,10 @@ Model = Annotated[
         "--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL
     ),
 ]
-EngineName = Literal["auto", "hf", "llamacpp"]
+EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
 Engine = Annotated[
     EngineName,
-    typer.Option("--engine", help="transformers, or llama.cpp for a GGUF file.", rich_help_panel=MODEL),
+    typer.Option("--engine", help="transformers (hf), llama.cpp for a GGUF file, or vLLM.", rich_help_panel=MODEL),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
@@ -114,17 +115,30 @@ def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
 
 
 def open_engine(
-    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
-) -> "HFEngine | LlamaCppEngine":
-    """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers."""
+    model: str | None,
+    engine: EngineName,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    **vllm: Any,
+) -> "HFEngine | LlamaCppEngine | VLLMEngine":
+    """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers.
+
+    `vllm` is for vLLM alone (see `VLLMEngine`).
+    """
     from steermoe.cli.console import working
     from steermoe.engines.opening import choose_engine, with_hint
     from steermoe.engines.opening import open_engine as opened
     from steermoe.errors import ModelError
 
-    if choose_engine(model, engine) == "llamacpp":
-        with working(f"Loading {model} ..."):
-            return opened(model, "llamacpp", dtype=dtype, device_map=device_map)
+    chosen = choose_engine(model, engine)
+    if chosen != "hf":
+        if chosen == "vllm":
+            pull_if_needed(model)
+        with working(f"Loading {model or 'smollm2-moe'} ..."):
+            return opened(
+                model, chosen, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **vllm
+            )
     try:
         loaded = load_model(model, dtype, device_map, trust_remote_code)
     except ModelError as error:
@@ -150,14 +164,22 @@ def load_model(
     `repeatable` reads dtype "auto" as `models.repeatable_dtype` does.
     """
     from steermoe import models
-    from steermoe.cli.console import err, quiet_transformers, working
+    from steermoe.cli.console import quiet_transformers, working
 
     quiet_transformers()
-    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
-        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
-        with working("Pulling the default model ..."):
-            models.pull()
+    pull_if_needed(model)
     if repeatable and dtype == "auto" and device_map is None:
         dtype = models.repeatable_dtype(model)
     with working(f"Loading {model or models.DEFAULT_MODEL} ..."):
         return models.load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+
+
+def pull_if_needed(model: str | None) -> None:
+    """Pull the default model if it is meant and isn't here."""
+    from steermoe import models
+    from steermoe.cli.console import err, working
+
+    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
+        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
+        with working("Pulling the default model ..."):
+            models.pull()

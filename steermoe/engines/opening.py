@@ -1,19 +1,21 @@
 """Choose the engine that runs a model, and open it. Imports no engine before it is chosen.
 
-A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers.
+A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers;
+vLLM runs what it is asked to.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from steermoe.errors import ModelError
 
 if TYPE_CHECKING:
     from steermoe.engines.hf import HFEngine
     from steermoe.engines.llamacpp import LlamaCppEngine
+    from steermoe.engines.vllm.engine import VLLMEngine
 
-EngineName = Literal["auto", "hf", "llamacpp"]
+EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 LIBRARIES = ("llama_cpp", "numba")
@@ -21,13 +23,16 @@ LIBRARIES = ("llama_cpp", "numba")
 
 
 def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> EngineName:
-    """The engine that will run a model: "hf" or "llamacpp".
+    """The engine that will run a model: "hf", "llamacpp" or "vllm".
 
     Raises:
-        ModelError: llama.cpp is asked for but not installed, or for a model that is no GGUF file.
+        ModelError: an engine is asked for that is not installed, or llama.cpp for a model that is no GGUF file.
     """
     if engine == "hf":
         return "hf"
+    if engine == "vllm":
+        require_vllm()
+        return "vllm"
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if engine == "llamacpp":
@@ -49,6 +54,15 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
     return "llamacpp" if is_moe(str(model)) else "hf"
 
 
+def require_vllm() -> None:
+    """Raise ModelError if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "vLLM is not installed: pip install 'steermoe[vllm]' on a machine with an accelerator, `make vllm` in a "
+            "checkout for processors (docs/serving.md), or use --engine hf"
+        )
+
+
 def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
     """The error of a GGUF file that transformers can't run, with what could run it; any other error as it is."""
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
@@ -68,20 +82,30 @@ def open_engine(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
-) -> "HFEngine | LlamaCppEngine":
+    **vllm: Any,
+) -> "HFEngine | LlamaCppEngine | VLLMEngine":
     """Load a model into the engine that `choose_engine` names.
 
     Args:
         model: as in `models.load`.
-        engine: "auto", "hf" or "llamacpp".
+        engine: "auto", "hf", "llamacpp" or "vllm".
         dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
         device_map: as in `models.load`, for transformers.
         trust_remote_code: likewise.
+        vllm: further arguments of `VLLMEngine`, such as `tensor_parallel_size`.
 
     Raises:
         ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
     """
-    if choose_engine(model, engine) == "llamacpp":
+    chosen = choose_engine(model, engine)
+    if chosen == "vllm":
+        if device_map is not None:
+            raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
+        from steermoe.engines.vllm.engine import VLLMEngine
+
+        name = None if model is None else str(model)
+        return VLLMEngine(name, dtype=dtype, trust_remote_code=trust_remote_code, **vllm)
+    if chosen == "llamacpp":
         if dtype != "auto" or device_map is not None:
             raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
         from steermoe.engines.llamacpp import LlamaCppEngine

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from steermoe.engines.vllm.spec import SpecBook, skeleton_of
-from steermoe.engines.vllm.steps import Row, Steps
+from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.plans import SteeringPlan
 from steermoe.routers import Router, find_routers
-from steermoe.steering import SteeringReport
 
 TESTED = "0.32."
 """Releases of vLLM that this was tested with begin so."""
@@ -210,8 +209,9 @@ def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
         rows = []
         for number, request in enumerate(self.input_batch.req_ids):
             state = self.requests[request]
-            plan = steering_of(state.sampling_params)
-            rows.append(Row(request, plan, int(computed[number]), int(counts[number]), state.num_prompt_tokens))
+            extra = getattr(state.sampling_params, "extra_args", None) or {}
+            first, tokens = int(computed[number]), int(counts[number])
+            rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, RECORD in extra))
         if getattr(self, "steermoe", None) is not None:
             self.steermoe.begin(rows)
         elif any(row.plan for row in rows):
@@ -247,15 +247,15 @@ class WorkerReport:
             return ""
         return getattr(self.model_runner, "steermoe_reason", "its plugin was not loaded")
 
-    def steermoe_record(self, requests: list[str]) -> None:
-        self.model_runner.steermoe.record(requests)
+    def steermoe_recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
+        """As `Steps.recorded`, under the numbers that requests were given from outside."""
+        found = self.model_runner.steermoe.recorded()
+        return {number.rpartition("-")[0]: counts for number, counts in found.items()}
 
-    def steermoe_recorded(self) -> dict[str, list[list[int]]]:
-        return {request: counts.tolist() for request, counts in self.model_runner.steermoe.recorded.items()}
-
-    def steermoe_report(self) -> dict[str, float]:
-        report: SteeringReport = self.model_runner.steermoe.report()
-        return report.as_dict()
+    def steermoe_report(self) -> dict[str, Any]:
+        """As `SteeringReport`, and the rows of the routers that it is of."""
+        steps: Steps = self.model_runner.steermoe
+        return {**steps.report().as_dict(), "rows": steps.rows}
 
 
 # ---- requests ----
@@ -351,7 +351,3 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
     original = vars(owner)[name]
     setattr(owner, name, functools.wraps(original)(around(original)))
 
-
-def layer_modules(model: nn.Module) -> list[Any]:
-    """The steered layers of a model."""
-    return [module for module in model.modules() if type(module) is getattr(register, "runner", None)]

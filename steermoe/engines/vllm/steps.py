@@ -22,6 +22,8 @@ from steermoe.routers import Router
 from steermoe.steering import SteeringReport
 
 WAYS: tuple[tuple[Formula, Scale], ...] = tuple((formula, scale) for formula in FORMULAS for scale in SCALES)
+RECORD = "steermoe_record"
+"""Under which a request in `extra_args` asks for its choices to be counted."""
 BANK_TENSORS = ("push", "raised", "forced", "banned", "wanted")
 
 
@@ -34,6 +36,7 @@ class Row(NamedTuple):
         first: position of its first token in this call, counted from the beginning of its prompt.
         count: how many tokens of it the call holds.
         prompt: tokens of its prompt.
+        is_recorded: whether what its generated tokens choose is counted.
     """
 
     request: str
@@ -41,6 +44,7 @@ class Row(NamedTuple):
     first: int
     count: int
     prompt: int
+    is_recorded: bool = False
 
 
 @dataclass(eq=False)
@@ -74,7 +78,7 @@ class Steps:
         device: torch.device,
         graphs: bool,
     ) -> None:
-        self.routers, self._rows, self._graphs = list(routers), list(rows), graphs
+        self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
         self._tally = Tally()
         self.editors = [Editor(router, self._tally) for router in routers]
         for editor in self.editors:
@@ -87,9 +91,7 @@ class Steps:
         self._filled = self._calls = 0
         self._last: tuple[Row, ...] = ()
         self._tokens_seen = self._tokens_steered = 0
-        self.recorded: dict[str, Tensor] = {}
-        """Counts [L, N] of each request's generated tokens, of those that were asked for by `record`."""
-        self._recording = False
+        self._counts: dict[str, Tensor] = {}
         self._noted: list[tuple[str, slice]] = []
         self._ways: list[int] = []
 
@@ -100,7 +102,7 @@ class Steps:
         self._calls += 1
         tokens = sum(row.count for row in rows)
         self._tokens_seen += tokens
-        self._noted = _generated_tokens(rows) if self._recording else []
+        self._noted = _generated_tokens(rows)
         if not any(row.plan for row in rows):
             self._fill_nothing()
             return
@@ -147,18 +149,18 @@ class Steps:
             assert step.layout is not None
             self._tally.add(editor, step, chosen_Tk[: len(step.layout.slot_T)])
         for request, tokens in self._noted:
-            chosen = chosen_Tk[tokens].flatten().long()
-            counts = torch.bincount(chosen.clamp(max=editor.router.num_experts - 1), minlength=editor.router.num_experts)
-            self.recorded[request][number] += counts
+            if request not in self._counts:
+                experts = max(router.num_experts for router in self.routers)
+                self._counts[request] = torch.zeros(len(self.routers), experts, dtype=torch.long)
+            chosen = chosen_Tk[tokens].flatten().long().cpu()
+            self._counts[request][number].scatter_add_(0, chosen, torch.ones_like(chosen))
 
     # ---- what is asked of it ----
 
-    def record(self, requests: Sequence[str]) -> None:
-        """Count from now on what the generated tokens of these requests choose; nothing else any more."""
-        experts = max(router.num_experts for router in self.routers)
-        empty = torch.zeros(len(self.routers), experts, dtype=torch.int64)
-        self.recorded = {request: empty.clone() for request in requests}
-        self._recording = bool(requests)
+    def recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
+        """By request, what its generated tokens chose since this was asked last: each row's number, and counts [N]."""
+        found, self._counts = self._counts, {}
+        return {name: list(zip(self.rows, counts.tolist(), strict=True)) for name, counts in found.items()}
 
     def report(self) -> SteeringReport:
         """What was steered since the last report."""
@@ -246,7 +248,7 @@ class Steps:
 
     def _install(self, slot: _Slot) -> None:
         plans = [other.plan for other in self._slots.values()] + [slot.plan]
-        for editor, row in zip(self.editors, self._rows, strict=True):
+        for editor, row in zip(self.editors, self.rows, strict=True):
             own = Bank.of(editor.router, row, [slot.plan])
             for name in BANK_TENSORS:
                 getattr(editor.bank, name)[slot.number] = getattr(own, name)[0].to(editor.bank.push.device)
@@ -275,11 +277,11 @@ def _empty_bank(router: Router, plans: int, device: torch.device, *, all_flags: 
 
 
 def _generated_tokens(rows: Sequence[Row]) -> list[tuple[str, slice]]:
-    """Which tokens of a call are generated ones, by request."""
+    """Which tokens of a call are generated ones, by request, of those that are recorded."""
     found, at = [], 0
     for row in rows:
         start = at + max(0, row.prompt - row.first)
-        if start < at + row.count:
+        if row.is_recorded and start < at + row.count:
             found.append((row.request, slice(start, at + row.count)))
         at += row.count
     return found
