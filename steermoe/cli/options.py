@@ -83,6 +83,17 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", 
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
 
+VLLM = "vLLM"
+TensorParallelSize = Annotated[
+    int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)
+]
+PipelineParallelSize = Annotated[
+    int, typer.Option(min=1, help="Workers that divide the layers among them.", rich_help_panel=VLLM)
+]
+DataParallelSize = Annotated[
+    int, typer.Option(min=1, help="Copies of the model that divide the texts.", rich_help_panel=VLLM)
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one object a line.")]
 
 
@@ -146,6 +157,12 @@ def open_engine(
     from steermoe.engines.hf import HFEngine
 
     return HFEngine(loaded)
+
+
+def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
+    """vLLM's arguments for those that are more than one."""
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "data_parallel_size": data}
+    return {name: size for name, size in sizes.items() if size > 1}
 
 
 def open_source(

@@ -140,7 +140,7 @@ class VLLMEngine:
 
         number = f"steermoe-{next(self._numbers)}"
         params = sampling_params(request.sampling, sorted(self.ends))
-        extra: dict[str, Any] = {RECORD: 1} if record else {}
+        extra: dict[str, Any] = {RECORD: b"1"} if record else {}  # bytes, which no client of a server can send
         if (data := self._packed(request.plan)) is not None:
             extra[KEY] = data
         params.extra_args = extra or None

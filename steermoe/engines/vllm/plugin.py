@@ -211,7 +211,8 @@ def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
             state = self.requests[request]
             extra = getattr(state.sampling_params, "extra_args", None) or {}
             first, tokens = int(computed[number]), int(counts[number])
-            rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, RECORD in extra))
+            is_recorded = isinstance(extra.get(RECORD), bytes)
+            rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, is_recorded))
         if getattr(self, "steermoe", None) is not None:
             self.steermoe.begin(rows)
         elif any(row.plan for row in rows):
