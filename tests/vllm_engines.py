@@ -47,6 +47,7 @@ def write_checkpoint(family: str, folder: Path, **overrides: Any) -> HFEngine:
     """A random model of the family in a folder, with a tokenizer of bytes; its hf engine."""
     model = build(family, **{**SIZES, **FAMILIES.get(family, {}), **overrides})
     tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return HFEngine(LoadedModel(folder.name, model, tokenizer))

@@ -11,6 +11,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from steermoe.engines.vllm.engine import WORKER, cache_bytes, prepare_environment
 from steermoe.engines.vllm.spec import SpecBook, skeleton_of, spec_of_name
 from steermoe.engines.vllm.wire import KEY
@@ -124,7 +126,7 @@ class SteeringEndpoint:
         state.steermoe = book, list(args.served_model_name)
 
 
-async def list_models(request: "Any") -> Any:
+async def list_models(request: Request) -> Any:
     """The served models, and each with every domain that there are vectors of."""
     from fastapi.responses import JSONResponse
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from steermoe.engines.vllm.wire import pack
-from steermoe.errors import CompatibilityError, SteeringError, SteerMoEError, UnsupportedModel, VectorError
+from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel, VectorError, VectorNotFound
 from steermoe.fitting import check_plan
 from steermoe.library import SUFFIX, check_domain_name, check_fits_model, find_vector, find_vectors, read_vector
 from steermoe.plans import SteeringPlan, make_plan, parse_domain
@@ -102,14 +102,22 @@ class SpecBook:
             found.append(file.domain)
         return sorted(set(found))
 
+    def _find(self, name: str) -> list[Path]:
+        if not self._names_only:
+            return find_vector(name, folder=self._vectors)
+        check_domain_name(name)
+        try:
+            return find_vector(name, folder=self._vectors)
+        except VectorNotFound:  # which tells the folders that were searched: nothing for strangers
+            known = ", ".join(self.domains()) or "none"
+            raise VectorNotFound(f"no vector '{name}'; there are {known}") from None
+
     def _stamps(self, domains: list[str]) -> tuple[Any, ...]:
         """What tells whether a domain's files changed since they were read."""
         stamps = []
         for domain in domains:
             name, _ = parse_domain(domain)
-            if self._names_only:
-                check_domain_name(name)
-            for path in find_vector(name, folder=self._vectors):
+            for path in self._find(name):
                 try:
                     status = path.stat()
                 except OSError:
@@ -211,5 +219,3 @@ def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
-
-__all__ = ["FIELDS", "SpecBook", "SteerMoEError", "read_spec", "skeleton_of", "spec_of_name"]
