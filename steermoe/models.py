@@ -1,5 +1,6 @@
 """Load a model with its tokenizer, assemble the default one, and describe any checkpoint without its weights."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from steermoe.vectors import SteeringVector
 
 DEFAULT_MODEL = spec.NAME
+SAMPLED_BYTES = 32
+"""Of each tensor of a checkpoint, what its fingerprint looks at."""
 SMALL_CHECKPOINT_BYTES = 4 * 2**30
 """Up to this size a bfloat16 checkpoint is run in float32 on processors that compute bfloat16 slowly."""
 
@@ -221,6 +224,26 @@ class Source:
             end = None
         end = tokenizer.eos_token_id if end is None else end
         return set(end) if isinstance(end, list | tuple) else {end} - {None}
+
+
+    def fingerprint(self) -> str:
+        """Tells the checkpoint from others of its name: its configuration, and a few bytes of every tensor."""
+        import hashlib
+
+        digest = hashlib.sha256(self.name.encode())
+        if not Path(self.folder).is_dir():
+            return digest.hexdigest()  # of the hub, where names do not change hands
+        digest.update((Path(self.folder) / "config.json").read_bytes())
+        for path in sorted(Path(self.folder).glob("*.safetensors")):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(length)
+                digest.update(header)
+                for name, entry in sorted(json.loads(header).items()):
+                    if name != "__metadata__":
+                        file.seek(8 + length + entry["data_offsets"][0])
+                        digest.update(file.read(SAMPLED_BYTES))
+        return digest.hexdigest()
 
 
 def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:

@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from steermoe.batch.jobs import NO_DOMAIN, Job, Steering
 from steermoe.fitting import check_plan
 from steermoe.library import load_vector
@@ -23,13 +25,15 @@ class PlanBook:
     """Looks vectors up and makes plans of them; a plan that many jobs share is one object.
 
     Args:
+        model: what vectors must fit (`Engine.target`).
+        fingerprint: tells it from others; it is part of each story's key.
         vectors: a folder to search first.
     """
 
-    def __init__(self, loaded: LoadedModel, vectors: Path | None = None) -> None:
-        self._model = loaded.model
+    def __init__(self, model: nn.Module, fingerprint: str, vectors: Path | None = None) -> None:
+        self._model = model
         self._folder = vectors
-        self._fingerprint = fingerprint(loaded)
+        self._fingerprint = fingerprint
         self.plan = lru_cache(KEPT_PLANS)(self._plan)
         self._vector = lru_cache(KEPT_VECTORS)(self._find_vector)
         self._check = lru_cache(KEPT_PLANS)(self._check_fits)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, Job, Problem, PromptFile, Settings
 from steermoe.batch.memory import Room, is_out_of_memory
 from steermoe.batch.output import ErrorFile, StoryFile
-from steermoe.batch.plans import PlanBook
+from steermoe.batch.plans import PlanBook, fingerprint
 from steermoe.engines.base import Completion, Request, Sampling
 from steermoe.engines.hf import HFEngine
 from steermoe.engines.rolling import Decoder, decoder_for
@@ -38,6 +38,33 @@ GROW_AFTER = 16
 
 Progress = Callable[[int, int], None]
 """Called with the stories and tokens done since the last call."""
+
+
+class Teller(Protocol):
+    """What a batch asks of an engine other than the hf engine, beyond `Engine`: to look after its own memory."""
+
+    max_texts: int
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+
+    @property
+    def target(self) -> Any:
+        """As `Engine.target`."""
+
+    def fingerprint(self) -> str:
+        """Tells the model and the engine from others."""
+
+    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
+        """As `HFEngine.encode`."""
+
+    def decoder(self) -> Decoder:
+        """What tells the stories."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ class Batch:
     """A file of prompts on its way into a file of stories: `prepare` first, then `run`.
 
     Args:
-        loaded: the model.
+        model: the model for the hf engine, or another engine with the model in it.
         prompts: what to tell. settings: how, where a line doesn't say.
         output: where to.
         vectors: a folder of vectors to search first.
@@ -100,7 +127,7 @@ class Batch:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        model: LoadedModel | Teller,
         prompts: PromptFile,
         settings: Settings,
         output: StoryFile,
@@ -113,21 +140,19 @@ class Batch:
     ) -> None:
         if rows is not None and rows < 1:
             raise BatchError(f"batch size {rows} is out of range: expected 1 or more")
-        self._loaded = loaded
-        self._engine = HFEngine(loaded)
+        self._teller = HFTeller(model) if isinstance(model, LoadedModel) else model
         self._prompts, self._settings, self._output = prompts, settings, output
-        self._book = PlanBook(loaded, vectors)
+        self._book = PlanBook(self._teller.target, self._teller.fingerprint(), vectors)
         self._keep, self._errors, self._on_problem = keep, errors or ErrorFile(None), on_problem
         self._asked = _Numbers(array("Q"))
         self._told = _Numbers(array("Q"))
         self._lines_left_out = self._failed = 0
         self._finished_since_halving = 0
         self._last_left_out = (0, "")
-        most = MOST_ROWS_ON_CPU if loaded.model.device.type == "cpu" else MOST_ROWS
-        self._most_rows = most if rows is None else rows
+        self._most_rows = self._teller.max_texts if rows is None else rows
         self.rows = self._most_rows
         """Rows at once, at most."""
-        self._room = Room(loaded.model) if rows is None else None
+        self._room = Room(model.model) if rows is None and isinstance(model, LoadedModel) else None
 
     # ---- before ----
 
@@ -178,7 +203,7 @@ class Batch:
                 yield key
             else:
                 foreign += 1
-                first = first or f"line {number} {_difference(record, self._settings, self._loaded)}"
+                first = first or f"line {number} {_difference(record, self._settings, self._teller)}"
         if foreign and not self._keep:
             raise BatchError(
                 f"'{self._output.path}' holds {foreign} stories that are not asked for now ({first}): name another "
@@ -214,7 +239,7 @@ class Batch:
             BatchError: the output can't be written. SteeringError: steering that was asked for did not happen.
         """
         started, new, tokens = time.perf_counter(), 0, 0
-        decoder = decoder_for(self._engine)
+        decoder = self._teller.decoder()
         try:
             for ready, completion in self._complete(decoder, self._ready(progress), progress):
                 self._output.append(self._record(ready, completion))
@@ -247,7 +272,7 @@ class Batch:
             for job, key in window:
                 request = Request(job.prompt, self._book.plan(job.steering), job.sampling)
                 try:
-                    prompt = self._engine.encode(request, prompts.get(job.prompt))
+                    prompt = self._teller.encode(request, prompts.get(job.prompt))
                 except SteerMoEError as error:
                     self._leave_out_story(job, str(error))
                     progress(1, 0)
@@ -336,7 +361,7 @@ class Batch:
 
     def _record(self, ready: _Ready, completion: Completion) -> dict[str, Any]:
         job, plan = ready.job, ready.request.plan
-        record = completion.as_dict(self._loaded.name)
+        record = completion.as_dict(self._teller.name)
         del record["steering"]
         record["domain"] = job.steering.domain if plan is not None and plan.vector is not None else None
         return {
@@ -345,11 +370,29 @@ class Batch:
             "line": job.line,
             "sample": job.sample,
             **record,
-            "dtype": _dtype(self._loaded),
+            "dtype": self._teller.dtype,
             "force": _listed(plan, "force"),
             "ban": _listed(plan, "ban"),
             **({} if job.meta is None else {"meta": job.meta}),
         }
+
+
+class HFTeller(HFEngine):
+    """The hf engine, with rows that come and go."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
+        self.max_texts = MOST_ROWS_ON_CPU if loaded.model.device.type == "cpu" else MOST_ROWS
+
+    @property
+    def dtype(self) -> str:
+        return str(self.loaded.model.dtype).removeprefix("torch.")
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.loaded)
+
+    def decoder(self) -> Decoder:
+        return decoder_for(self)
 
 
 class _Numbers:
@@ -372,21 +415,17 @@ class _Numbers:
         return int(self._first[position]) if is_there else -1
 
 
-def _dtype(loaded: LoadedModel) -> str:
-    return str(loaded.model.dtype).removeprefix("torch.")
-
-
 def _listed(plan: SteeringPlan | None, name: str) -> list[str]:
     return [f"{layer}:{expert}" for layer, expert in getattr(plan, name)] if plan else []
 
 
-def _difference(record: dict[str, Any], settings: Settings, loaded: LoadedModel) -> str:
+def _difference(record: dict[str, Any], settings: Settings, teller: Teller) -> str:
     """In what a story differs from what is asked for now, as far as the settings of all lines tell."""
-    now: dict[str, Any] = {"model": loaded.name, "dtype": _dtype(loaded)}
+    now: dict[str, Any] = {"model": teller.name, "dtype": teller.dtype}
     now |= {f.name: getattr(settings.sampling, f.name) for f in fields(Sampling) if f.name != "seed"}
     if record.get("domain") is not None:
         now |= {name: getattr(settings.steering, name) for name in STEERING_FIELDS if name != "layers"}
     for name, value in now.items():
         if value is not None and name in record and record[name] != value:
             return f"was told with {name} {record[name]}, not {value}"
-    return "has another prompt, domain, seed, vector or model"
+    return "has another prompt, domain, seed, vector, model or engine"

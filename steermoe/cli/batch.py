@@ -16,6 +16,8 @@ steermoe batch prompts.txt -o stories.jsonl -d sport -d food -d none --samples 2
 
 steermoe batch prompts.jsonl -o stories.jsonl --ordered --errors bad.jsonl
 
+steermoe batch prompts.txt -o stories.jsonl -d sport --engine vllm --tensor-parallel-size 2 --compile
+
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
 """
 SHOWN_PROBLEMS = 5
@@ -73,7 +75,19 @@ def batch(
             rich_help_panel=o.MODEL,
         ),
     ] = "auto",
+    engine: Annotated[
+        Literal["auto", "hf", "vllm"], typer.Option(help="transformers (hf) or vLLM.", rich_help_panel=o.MODEL)
+    ] = "auto",
     device_map: o.DeviceMap = None,
+    tensor_parallel_size: o.TensorParallelSize = 1,
+    pipeline_parallel_size: o.PipelineParallelSize = 1,
+    data_parallel_size: o.DataParallelSize = 1,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=o.VLLM
+        ),
+    ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
@@ -110,12 +124,14 @@ def batch(
         StoryFile(output, overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
-        loaded = o.load_model(model, dtype, device_map, trust_remote_code, repeatable=True)
+        sizes = o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
+        vllm = {**sizes, **({"compiled": True} if compiled else {})}
+        teller = o.open_teller(model, engine, dtype, device_map, trust_remote_code, batch_size, vllm)
         from steermoe.batch.run import Batch
 
         complain = _Complaints()
         job = Batch(
-            loaded,
+            teller,
             source,
             settings,
             stories,

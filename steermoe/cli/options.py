@@ -165,6 +165,33 @@ def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size > 1}
 
 
+def open_teller(
+    model: str | None,
+    engine: Literal["auto", "hf", "vllm"],
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    rows: int | None,
+    vllm: dict[str, Any],
+) -> "LoadedModel | VLLMEngine":
+    """What tells the stories of a batch; dtype "auto" is one under which they can be repeated."""
+    from steermoe.errors import ModelError
+    from steermoe.models import repeatable_dtype
+
+    if engine != "vllm":
+        if vllm:
+            given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
+            raise ModelError(f"{given} need --engine vllm")
+        return load_model(model, dtype, device_map, trust_remote_code, repeatable=True)
+    pull_if_needed(model)
+    if dtype == "auto":
+        dtype = repeatable_dtype(model)
+    if rows is not None:
+        vllm = {**vllm, "max_texts": rows}
+    opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code, **vllm)
+    return opened
+
+
 def open_source(
     model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
 ) -> "LoadedModel | LlamaCppEngine":

@@ -4,6 +4,7 @@ Sampling is vLLM's own: a seed gives the same text again, but another one than t
 texts are the same.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from steermoe.engines.base import Completion, Request, Sampling
 from steermoe.engines.text import Pieces, continuation, encode_prompt
+from steermoe.engines.vllm.copies import Copies
 from steermoe.engines.vllm.spec import skeleton_of
 from steermoe.engines.vllm.steps import RECORD
 from steermoe.engines.vllm.wire import KEY, pack
@@ -43,6 +45,7 @@ class VLLMEngine:
         compiled: let vLLM compile the model: a minute or more at the start, more tokens a second after it. Then the
             share of the vector's experts is not counted, nor can routing be recorded.
         tensor_parallel_size, pipeline_parallel_size: as in vLLM, over how many workers a model is spread.
+        data_parallel_size: copies of all that, among which texts are divided.
         max_texts: texts that go on together at most.
         options: further arguments of vLLM's `EngineArgs`.
 
@@ -59,12 +62,13 @@ class VLLMEngine:
         compiled: bool = False,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         max_texts: int = MAX_TEXTS,
         **options: Any,
     ) -> None:
         self._source = find_source(model, dtype)
         self.compiled, self.max_texts = compiled, max_texts
-        workers = tensor_parallel_size * pipeline_parallel_size
+        workers = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
         prepare_environment(in_process=workers == 1)
         self._vllm = _start(
             self._source,
@@ -72,6 +76,7 @@ class VLLMEngine:
             enforce_eager=not compiled,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
+            data_parallel_size=data_parallel_size,
             max_num_seqs=max_texts,
             **options,
         )
@@ -93,6 +98,10 @@ class VLLMEngine:
     def ask(self, method: str, *args: Any) -> list[Any]:
         """What each worker answers (see `plugin.WorkerReport`)."""
         return self._vllm.collective_rpc(method, args=args)
+
+    def fingerprint(self) -> str:
+        """Tells the model, its type and this engine from others; texts that are sampled differ between engines."""
+        return hashlib.sha256(f"vllm {self.dtype} {self._source.fingerprint()}".encode()).hexdigest()
 
     def close(self) -> None:
         """End vLLM's processes and free its memory."""
@@ -296,16 +305,18 @@ def _start(source: Source, **options: Any) -> Any:
     plugin.register()
     if options.get("kv_cache_memory_bytes") is None and not torch.accelerator.is_available():
         options["kv_cache_memory_bytes"] = cache_bytes()
-    args = EngineArgs(
-        model=source.folder,
-        served_model_name=[source.name],
-        dtype=source.dtype,
-        worker_extension_cls=WORKER,
-        disable_log_stats=True,
-        **options,
-    )
+    options |= {
+        "model": source.folder,
+        "served_model_name": [source.name],
+        "dtype": source.dtype,
+        "worker_extension_cls": WORKER,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
     try:
-        return LLMEngine.from_engine_args(args)
+        if options["data_parallel_size"] > 1:
+            return Copies(**options)
+        return LLMEngine.from_engine_args(EngineArgs(**options))
     except (UnsupportedModel, KeyboardInterrupt):
         raise
     except Exception as error:  # vLLM raises anything, from its configuration's checks to its workers' end
@@ -330,12 +341,18 @@ def _with_frequency(completion: Completion, counts: Tensor | None) -> Completion
 
 
 def _sum_of_stages(workers: Sequence[dict[str, Any]]) -> SteeringReport:
-    """One report of all stages of a pipeline; workers of one stage all saw the same."""
-    stages = {tuple(worker.pop("rows")): SteeringReport(**worker) for worker in workers}
-    calls = sum(report.router_calls for report in stages.values())
-    first = next(iter(stages.values()))
-    shares = sum(report.vector_share * report.router_calls for report in stages.values())
-    return SteeringReport(calls, first.tokens_seen, first.tokens_steered, shares / calls if calls else 0.0)
+    """One report of all copies and stages; the workers that share a stage's layers all saw the same."""
+    parts = {(worker.pop("copy"), tuple(worker.pop("rows"))): SteeringReport(**worker) for worker in workers}
+    first = min(rows for _, rows in parts)
+    calls = sum(report.router_calls for report in parts.values())
+    shares = sum(report.vector_share * report.router_calls for report in parts.values())
+    whole = [report for (_, rows), report in parts.items() if rows == first]
+    return SteeringReport(
+        calls,
+        sum(report.tokens_seen for report in whole),
+        sum(report.tokens_steered for report in whole),
+        shares / calls if calls else 0.0,
+    )
 
 
 def _layers(model: nn.Module) -> list[int]:

@@ -254,9 +254,10 @@ class WorkerReport:
         return {number.rpartition("-")[0]: counts for number, counts in found.items()}
 
     def steermoe_report(self) -> dict[str, Any]:
-        """As `SteeringReport`, and the rows of the routers that it is of."""
+        """As `SteeringReport`, the rows of the routers that it is of, and which copy of the model they belong to."""
         steps: Steps = self.model_runner.steermoe
-        return {**steps.report().as_dict(), "rows": steps.rows}
+        copy = self.model_runner.vllm_config.parallel_config.data_parallel_index
+        return {**steps.report().as_dict(), "rows": steps.rows, "copy": copy}
 
 
 # ---- requests ----
