@@ -46,7 +46,6 @@ def serve(
     o.pull_if_needed(model)
     from steermoe.engines.vllm.server import serve
 
-    sizes = o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
     serve(
         model,
         host=host,
@@ -56,5 +55,6 @@ def serve(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         eager=eager,
-        arguments=[*(f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()), *(arguments or ())],
+        parallel=o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size),
+        arguments=arguments or (),
     )

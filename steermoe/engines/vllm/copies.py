@@ -69,8 +69,8 @@ class Copies:
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """What the workers of all copies answer."""
-        answers = self._wait(self._engine.collective_rpc(method, args=args))
-        return [one for answer in answers for one in (answer if isinstance(answer, list) else [answer])]
+        ask = self._engine.engine_core.call_utility_all_async  # collective_rpc's own answer is of the first copy alone
+        return [one for copy in self._wait(ask("collective_rpc", method, None, args, None)) for one in copy]
 
     def shutdown(self) -> None:
         self._loop.call_soon_threadsafe(self._engine.shutdown)

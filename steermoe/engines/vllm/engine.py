@@ -68,8 +68,13 @@ class VLLMEngine:
     ) -> None:
         self._source = find_source(model, dtype)
         self.compiled, self.max_texts = compiled, max_texts
+        if data_parallel_size > 1 and not torch.accelerator.is_available():
+            raise ModelError(
+                f"data_parallel_size {data_parallel_size}: vLLM runs copies of a Mixture-of-Experts model on accelerators "
+                "only; on processors, give each of several `steermoe batch` a part of the prompts"
+            )
         workers = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
-        prepare_environment(in_process=workers == 1)
+        prepare_environment(workers)
         self._vllm = _start(
             self._source,
             trust_remote_code=trust_remote_code,
@@ -263,19 +268,30 @@ class VLLMDecoder:
             self.on_text(rest)
 
 
-def prepare_environment(*, in_process: bool) -> None:
+def prepare_environment(workers: int, *, in_process: bool = True) -> None:
     """What vLLM reads from the environment, where the user has not said otherwise.
 
     Args:
-        in_process: run the model in this process: no second interpreter, and nothing that needs a `__main__` guard.
+        workers: that the model and its copies have in all.
+        in_process: run a single worker in this process: no second interpreter, nothing that needs a `__main__` guard.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process and workers == 1 else "1"
+    if workers > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", processors_of(workers))
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "steermoe" not in allowed.split(","):
         os.environ["VLLM_PLUGINS"] = ",".join(filter(None, (allowed, "steermoe")))
+
+
+def processors_of(workers: int) -> str:
+    """Each worker's own processors, as vLLM reads them: by itself it divides no node of memory among several workers."""
+    own = sorted(os.sched_getaffinity(0))
+    each = max(1, len(own) // workers)
+    parts = [own[(each * number) % len(own) :][:each] for number in range(workers)]
+    return "|".join(",".join(map(str, part)) for part in parts)
 
 
 def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
@@ -314,13 +330,17 @@ def _start(source: Source, **options: Any) -> Any:
         "use_tqdm_on_load": False,
     }
     try:
-        if options["data_parallel_size"] > 1:
+        if needs_copies(options):
             return Copies(**options)
         return LLMEngine.from_engine_args(EngineArgs(**options))
     except (UnsupportedModel, KeyboardInterrupt):
         raise
     except Exception as error:  # vLLM raises anything, from its configuration's checks to its workers' end
         raise ModelError(f"vLLM can't run '{source.name}': {' '.join(str(error).split())[:400]}") from error
+
+
+def needs_copies(options: dict[str, Any]) -> bool:
+    return options["data_parallel_size"] > 1
 
 
 def cache_bytes() -> int:

@@ -5,8 +5,9 @@ Requests are read here before vLLM sees them, so that a wrong steering is refuse
 
 import functools
 import json
+import math
 import os
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def serve(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     eager: bool = False,
+    parallel: Mapping[str, int] | None = None,
     arguments: Sequence[str] = (),
 ) -> None:
     """Serve until interrupted.
@@ -49,6 +51,7 @@ def serve(
         vectors: a folder of vectors to search first. It is searched at each request: vectors may come while it serves.
         dtype, trust_remote_code: as for `VLLMEngine`.
         eager: start at once, without compiling.
+        parallel: `VLLMEngine`'s sizes of parallelism, by name.
         arguments: further arguments of vLLM's server, as on its command line.
 
     Raises:
@@ -60,11 +63,13 @@ def serve(
         os.environ["STEERMOE_VECTORS"] = os.pathsep.join(filter(None, (str(vectors), before)))
     _allow_plugins()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    prepare_environment(in_process=False)
+    sizes = dict(parallel or {})
+    prepare_environment(math.prod(sizes.values()), in_process=False)
     given = ["--model", source.folder, "--served-model-name", source.name, "--dtype", source.dtype]
     given += ["--host", host, "--port", str(port), "--worker-extension-cls", WORKER]
     given += [part for key in api_key for part in ("--api-key", key)]
     given += ["--trust-remote-code"] * trust_remote_code + ["--enforce-eager"] * eager
+    given += [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
     if not any(part.startswith(("--kv-cache-memory", "--gpu-memory")) for part in arguments) and _is_cpu():
         given += ["--kv-cache-memory-bytes", str(cache_bytes())]
     _run([*given, *arguments])

@@ -1,0 +1,185 @@
+"""What steering costs in vLLM, and what vLLM gains over transformers: tokens a second, in one alternating run.
+
+    python benchmarks/vllm.py [--rounds 5] [--compile] [--json FILE]
+
+The engine without the plugin is a process of its own (VLLM_PLUGINS=""), as is the one with it; they take turns, so that
+whatever else the machine does falls on both. Each turn tells 64 stories of the default model, greedy, of equal length.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TEXTS = 64
+CASES = {"none steered": 0.0, "half steered": 0.5, "all steered": 1.0}
+DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "biology")
+
+
+def prompts(count: int) -> list[str]:
+    from steermoe.default_model.stories import load_stories
+
+    openings = [" ".join(story.text.split()[:12]) for story in load_stories() if story.split == "test"]
+    return [openings[i % len(openings)] for i in range(count)]
+
+
+# ---- a process with vLLM in it, which tells stories when it is told to ----
+
+
+def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
+    """Answers each line of stdin, a share of steered texts, by the seconds and tokens that they took."""
+    started = time.perf_counter()
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    os.environ["VLLM_PLUGINS"] = "steermoe" if with_plugin else ""
+    from vllm import LLM, SamplingParams
+
+    from steermoe.engines.vllm.engine import cache_bytes
+    from steermoe.models import find_source
+
+    model = LLM(
+        find_source(None, "auto").folder,
+        dtype="bfloat16",
+        enforce_eager=not compiled,
+        max_model_len=1024,
+        max_num_seqs=TEXTS,
+        kv_cache_memory_bytes=min(cache_bytes(), 2 << 30),
+        enable_prefix_caching=False,
+        use_tqdm_on_load=False,
+    )
+    texts = prompts(TEXTS)
+
+    def params(domain: str | None) -> Any:
+        extra = None if domain is None else {"steering": {"domain": domain}}
+        return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, extra_args=extra)
+
+    def run(share: float) -> tuple[float, int]:
+        steered = round(TEXTS * share)
+        asked = [params(DOMAINS[i % len(DOMAINS)] if i < steered else None) for i in range(TEXTS)]
+        begun = time.perf_counter()
+        made = model.generate(texts, asked, use_tqdm=False)
+        return time.perf_counter() - begun, sum(len(one.outputs[0].token_ids) for one in made)
+
+    if with_plugin:
+        run(1.0)  # vectors are read once
+    run(0.0)
+    say({"start": time.perf_counter() - started})
+    for line in sys.stdin:
+        seconds, made = run(float(line))
+        say({"seconds": seconds, "tokens": made})
+
+
+def say(record: dict[str, float]) -> None:
+    print("ANSWER " + json.dumps(record), flush=True)
+
+
+class Worker:
+    """Such a process, from outside."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, __file__, "--work", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.start = self.answer()["start"]
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        assert self.process.stderr is not None
+        raise SystemExit(f"the worker ended:\n{self.process.stderr.read()[-3000:]}")
+
+    def rate(self, share: float) -> float:
+        """Tokens a second."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{share}\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        return answer["tokens"] / answer["seconds"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+# ---- the comparison ----
+
+
+def alternate(rounds: int, options: list[str]) -> dict[str, Any]:
+    """Tokens a second with the plugin and without it, by turns."""
+    without, plugin = Worker("--without-plugin", *options), Worker(*options)
+    rates: dict[str, dict[str, list[float]]] = {case: {"with": [], "without": []} for case in CASES}
+    try:
+        for number in range(rounds):
+            for case, share in CASES.items():
+                for which in ("with", "without") if number % 2 else ("without", "with"):
+                    rates[case][which].append(plugin.rate(share) if which == "with" else without.rate(0.0))
+    finally:
+        without.close()
+        plugin.close()
+    found: dict[str, Any] = {"start": {"with": plugin.start, "without": without.start}, "cases": {}}
+    for case, rate in rates.items():
+        ratios = [a / b for a, b in zip(rate["with"], rate["without"], strict=True)]
+        found["cases"][case] = {
+            "with": statistics.median(rate["with"]),
+            "without": statistics.median(rate["without"]),
+            "ratio": statistics.median(ratios),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
+    return found
+
+
+def transformers_rate(tokens: int) -> float:
+    """Tokens a second of the hf engine, all steered, as `steermoe batch` runs it: rows that come and go."""
+    from steermoe.engines.base import Request, Sampling
+    from steermoe.engines.hf import HFEngine
+    from steermoe.engines.rolling import decoder_for
+    from steermoe.models import load
+    from steermoe.plans import make_plan
+
+    engine = HFEngine(load(dtype="bfloat16"))
+    plans = [make_plan(engine.target, [domain]) for domain in DOMAINS]
+    sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    asked = [Request(text, plans[i % len(plans)], sampling) for i, text in enumerate(prompts(TEXTS))]
+    decoder = decoder_for(engine)
+    begun, made = time.perf_counter(), 0
+    decoder.start(asked, [engine.encode(request) for request in asked])
+    while len(decoder):
+        made += sum(completion.new_tokens for completion in decoder.step())
+    return made / (time.perf_counter() - begun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
+    parser.add_argument("--no-hf", action="store_true", help="leave transformers out")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--without-plugin", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(not args.without_plugin, args.compile, args.tokens)
+        return
+    found = alternate(args.rounds, ["--tokens", str(args.tokens), *(["--compile"] if args.compile else [])])
+    print(f"start to the first texts: {found['start']['with']:.1f} s, without the plugin {found['start']['without']:.1f} s")
+    print(f"{TEXTS} texts, tokens/s   with steermoe   without   ratio (median of {args.rounds})   each")
+    for case, row in found["cases"].items():
+        print(f"{case:22}  {row['with']:13.0f}  {row['without']:8.0f}   {row['ratio']:5.3f}   {row['ratios']}")
+    if not args.no_hf:
+        found["hf"] = transformers_rate(args.tokens)
+        gain = found["cases"]["all steered"]["with"] / found["hf"]
+        print(f"hf engine, all steered: {found['hf']:.0f} tokens/s; vLLM is {gain:.2f} times as fast")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
