@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]  # of its own name
+
 TEXTS = 64
 CASES = {"none steered": 0.0, "half steered": 0.5, "all steered": 1.0}
 DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "biology")
@@ -34,7 +36,11 @@ def prompts(count: int) -> list[str]:
 def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     """Answers each line of stdin, a share of steered texts, by the seconds and tokens that they took."""
     started = time.perf_counter()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
     os.environ["VLLM_PLUGINS"] = "steermoe" if with_plugin else ""
     from vllm import LLM, SamplingParams
 
@@ -169,7 +175,8 @@ def main() -> None:
         work(not args.without_plugin, args.compile, args.tokens)
         return
     found = alternate(args.rounds, ["--tokens", str(args.tokens), *(["--compile"] if args.compile else [])])
-    print(f"start to the first texts: {found['start']['with']:.1f} s, without the plugin {found['start']['without']:.1f} s")
+    start = found["start"]
+    print(f"start to the first texts: {start['with']:.1f} s, without the plugin {start['without']:.1f} s")
     print(f"{TEXTS} texts, tokens/s   with steermoe   without   ratio (median of {args.rounds})   each")
     for case, row in found["cases"].items():
         print(f"{case:22}  {row['with']:13.0f}  {row['without']:8.0f}   {row['ratio']:5.3f}   {row['ratios']}")

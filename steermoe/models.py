@@ -225,7 +225,6 @@ class Source:
         end = tokenizer.eos_token_id if end is None else end
         return set(end) if isinstance(end, list | tuple) else {end} - {None}
 
-
     def fingerprint(self) -> str:
         """Tells the checkpoint from others of its name: its configuration, and a few bytes of every tensor."""
         import hashlib

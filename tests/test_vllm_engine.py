@@ -4,7 +4,16 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from vllm_engines import FAMILIES, OPTIONS, all_at_once, end, one_by_one, plans_of_every_kind, requests, write_checkpoint
+from vllm_engines import (
+    FAMILIES,
+    OPTIONS,
+    all_at_once,
+    end,
+    one_by_one,
+    plans_of_every_kind,
+    requests,
+    write_checkpoint,
+)
 
 from steermoe.engines.vllm.engine import VLLMEngine
 

@@ -1,4 +1,4 @@
-"""Whatever vLLM does with requests, a text stays its own: chunks, preemption, shared prefixes, compiled code, neighbours."""
+"""Whatever vLLM does with requests, a text stays its own: in chunks, preempted, compiled, beside others, from a cache."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def test_the_prefix_cache_is_shared_by_equal_steering_alone(start, positions):
 
 
 def test_what_was_generated_under_steering_is_no_prompt_of_others(start):
-    """A conversation goes on: its first answer, generated under steering, is now prompt, and under `generated` not steered."""
+    """A conversation goes on: its first answer was steered, now it is prompt, which `generated` leaves alone."""
     engine = start(block_size=32)
     plan = SteeringPlan(vector(engine.target, 1, 3), 3.0)
     opening = Request(LONG[:64], plan, greedy(40))

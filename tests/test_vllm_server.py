@@ -191,7 +191,11 @@ BAD = [
     ("no JSON", {"model": "tiny", "vllm_xargs": {"steering": "{"}}, "is not JSON"),
     ("an unknown field", {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","x":1}'}}, "has no x"),
     ("a number", {"model": "tiny", "vllm_xargs": {"steering": 7}}, "no object"),
-    ("two steerings", {"model": "tiny:sport", "vllm_xargs": {"steering": '{"domain":"food"}'}}, "leave one of them out"),
+    (
+        "two steerings",
+        {"model": "tiny:sport", "vllm_xargs": {"steering": '{"domain":"food"}'}},
+        "leave one of them out",
+    ),
     ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs into vllm_xargs"),
     ("beam search", {"model": "tiny:sport", "use_beam_search": True, "n": 2}, "beam search can't be steered"),
 ]

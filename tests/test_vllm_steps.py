@@ -37,7 +37,7 @@ def logits_for(routers, tokens, seed=0):
 def rows_of(plans, count=3, prompt=2):
     """A row a plan, each with some tokens of its prompt and some that are generated."""
     return [
-        Row(str(i), None if plan is None else pack(plan), first=i % 3, count=count, prompt=prompt)
+        Row(str(i), None if plan is None else pack(plan), first=i % 3, tokens=count, prompt=prompt)
         for i, plan in enumerate(plans)
     ]
 
@@ -48,7 +48,7 @@ def test_graphs_that_are_replayed_do_what_code_does(model, routers):
     assert {(plan.formula, plan.scale) for plan in plans if plan} == set(WAYS)
     for seed in range(4):
         rows = rows_of(plans[seed:] + plans[:seed])
-        tokens = sum(row.count for row in rows)
+        tokens = sum(row.tokens for row in rows)
         for steps in (live, graph):
             steps.begin(rows)
         for number in range(len(routers)):
@@ -75,7 +75,7 @@ def test_rows_without_a_plan_are_left_bit_for_bit(model, routers):
 def test_each_token_follows_the_formula(model, routers):
     plan = plans_of_every_kind(model)["zero_max_scaled-paper"]
     steps = steps_for(routers)
-    steps.begin([Row("a", pack(plan), first=1, count=3, prompt=2)])
+    steps.begin([Row("a", pack(plan), first=1, tokens=3, prompt=2)])
     logits = logits_for(routers, 3)
     expected = formulas.zero_max_scaled(logits, plan.vector.experts[0], plan.strength, "paper")
     edited = steps.edit(0, logits)

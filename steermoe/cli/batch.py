@@ -84,9 +84,7 @@ def batch(
     data_parallel_size: o.DataParallelSize = 1,
     compiled: Annotated[
         bool,
-        typer.Option(
-            "--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=o.VLLM
-        ),
+        typer.Option("--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=o.VLLM),
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,

@@ -84,9 +84,7 @@ DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
 
 VLLM = "vLLM"
-TensorParallelSize = Annotated[
-    int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)
-]
+TensorParallelSize = Annotated[int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)]
 PipelineParallelSize = Annotated[
     int, typer.Option(min=1, help="Workers that divide the layers among them.", rich_help_panel=VLLM)
 ]
@@ -160,7 +158,7 @@ def open_engine(
 
 
 def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
-    """vLLM's arguments for those that are more than one."""
+    """VLLM's arguments for those that are more than one."""
     sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "data_parallel_size": data}
     return {name: size for name, size in sizes.items() if size > 1}
 

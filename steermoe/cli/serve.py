@@ -14,7 +14,7 @@ steermoe serve org/some-moe --port 8001 --api-key secret --tensor-parallel-size 
 
 steermoe serve smollm2-moe --eager -- --max-num-seqs 32 --max-model-len 2048
 
-curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "smollm2-moe:sport", "prompt": "Once"}'
+curl localhost:8000/v1/completions --json '{"model": "smollm2-moe:sport", "prompt": "Once upon a time"}'
 """
 
 

@@ -17,7 +17,11 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", request: Request, model: str, limit: int | None, known: list[int] | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    request: Request,
+    model: str,
+    limit: int | None,
+    known: list[int] | None = None,
 ) -> list[int]:
     """A prompt's tokens; text that looks like a special token stays text.
 

@@ -70,8 +70,8 @@ class VLLMEngine:
         self.compiled, self.max_texts = compiled, max_texts
         if data_parallel_size > 1 and not torch.accelerator.is_available():
             raise ModelError(
-                f"data_parallel_size {data_parallel_size}: vLLM runs copies of a Mixture-of-Experts model on accelerators "
-                "only; on processors, give each of several `steermoe batch` a part of the prompts"
+                f"data_parallel_size {data_parallel_size}: vLLM runs copies of a Mixture-of-Experts model on "
+                "accelerators only; on processors, give each of several `steermoe batch` a part of the prompts"
             )
         workers = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
         prepare_environment(workers)
@@ -287,7 +287,7 @@ def prepare_environment(workers: int, *, in_process: bool = True) -> None:
 
 
 def processors_of(workers: int) -> str:
-    """Each worker's own processors, as vLLM reads them: by itself it divides no node of memory among several workers."""
+    """Each worker's own processors, as vLLM reads them: by itself it divides none of a node among several workers."""
     own = sorted(os.sched_getaffinity(0))
     each = max(1, len(own) // workers)
     parts = [own[(each * number) % len(own) :][:each] for number in range(workers)]

@@ -1,8 +1,8 @@
-"""The plugin that vLLM loads in each of its processes (entry point `vllm.general_plugins`): `register` puts steering in.
+"""The plugin that vLLM loads in all its processes (entry point `vllm.general_plugins`): `register` puts steering in.
 
 Where vLLM is touched, and nowhere else:
-- every MoE layer is run by `MoERunner`; its replacement (`register_oot`, vLLM's own way) edits the router's logits right
-  before they are dispatched and top-k reads them;
+- every MoE layer is run by `MoERunner`; its replacement (`register_oot`, vLLM's own way) edits the router's logits
+  right before they are dispatched and top-k reads them;
 - a worker's model runner says which tokens each forward call holds (`_prepare_inputs`), and when it is over;
 - a request's steering is read, checked and packed where requests come in (`InputProcessor.process_inputs`);
 - the prefix cache keeps apart what was computed under different steering (the hash of each block of keys and values).
@@ -20,7 +20,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steermoe.engines.vllm.spec import SpecBook, skeleton_of
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
@@ -70,8 +70,8 @@ def check_version() -> None:
     found = _load("vllm", "__version__")
     if not found.startswith(TESTED) and not os.environ.get(ANY_VERSION):
         raise UnsupportedModel(
-            f"vLLM {found} was not tested with steermoe, {TESTED}* was: install that, set {ANY_VERSION}=1 to try it all "
-            "the same, or VLLM_PLUGINS to load vLLM without steermoe"
+            f"vLLM {found} was not tested with steermoe, {TESTED}* was: install that, set {ANY_VERSION}=1 to try it "
+            "all the same, or VLLM_PLUGINS to load vLLM without steermoe"
         )
 
 
@@ -198,8 +198,8 @@ def _refuse_layer(router: Router, module: Any) -> None:
     experts, top_k = module.moe_config.num_logical_experts, module.router.top_k
     if (experts, top_k) != (router.num_experts, router.top_k):
         raise UnsupportedModel(
-            f"layer {router.layer} chooses {top_k} of {experts} experts in vLLM, {router.top_k} of {router.num_experts} "
-            "in transformers: they are not the same model"
+            f"layer {router.layer} chooses {top_k} of {experts} experts in vLLM, {router.top_k} of "
+            f"{router.num_experts} in transformers: they are not the same model"
         )
 
 
@@ -216,7 +216,9 @@ def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(self, "steermoe", None) is not None:
             self.steermoe.begin(rows)
         elif any(row.plan for row in rows):
-            raise UnsupportedModel(f"steering was asked for, but {getattr(self, 'steermoe_reason', 'it is not attached')}")
+            raise UnsupportedModel(
+                f"steering was asked for, but {getattr(self, 'steermoe_reason', 'it is not attached')}"
+            )
         return prepare(self, scheduled, counts, *args, **kwargs)
 
     return _prepare_inputs
@@ -352,4 +354,3 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
     _need(owner, name)
     original = vars(owner)[name]
     setattr(owner, name, functools.wraps(original)(around(original)))
-

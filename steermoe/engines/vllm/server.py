@@ -46,10 +46,12 @@ def serve(
 
     Args:
         model: as for `VLLMEngine`.
-        host, port: where to listen; 127.0.0.1 is this machine alone.
+        host: where to listen; 127.0.0.1 is this machine alone.
+        port: likewise.
         api_key: keys of which a request must show one; none for all that reach the port.
         vectors: a folder of vectors to search first. It is searched at each request: vectors may come while it serves.
-        dtype, trust_remote_code: as for `VLLMEngine`.
+        dtype: as for `VLLMEngine`.
+        trust_remote_code: likewise.
         eager: start at once, without compiling.
         parallel: `VLLMEngine`'s sizes of parallelism, by name.
         arguments: further arguments of vLLM's server, as on its command line.

@@ -38,8 +38,8 @@ def skeleton_of(model_config: Any) -> nn.Module:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
     except Exception as error:  # a foreign configuration can make transformers raise anything
         raise UnsupportedModel(
-            f"transformers can't build '{model_config.model}' ({' '.join(str(error).split())[:200]}): steermoe reads its "
-            "routers from there"
+            f"transformers can't build '{model_config.model}' ({' '.join(str(error).split())[:200]}): steermoe reads "
+            "its routers from there"
         ) from error
 
 
@@ -136,9 +136,9 @@ def read_spec(spec: Any) -> dict[str, Any]:
         try:
             spec = json.loads(spec)
         except (ValueError, RecursionError) as error:
-            raise SteeringError(f"{_short(spec)} is not JSON ({error}): write such as {{\"domain\": \"sport\"}}") from error
+            raise SteeringError(f'{_short(spec)} is not JSON ({error}): write such as {{"domain": "sport"}}') from error
     if not isinstance(spec, Mapping):
-        raise SteeringError(f"{_short(spec)} is no object: write such as {{\"domain\": \"sport\"}}")
+        raise SteeringError(f'{_short(spec)} is no object: write such as {{"domain": "sport"}}')
     if unknown := sorted(set(map(str, spec)) - set(FIELDS)):
         raise SteeringError(f"a steering has no {', '.join(unknown)}: it has {', '.join(FIELDS)}")
     fields: dict[str, Any] = {"domain": _domains(spec.get("domain"))}
@@ -153,7 +153,7 @@ def read_spec(spec: Any) -> dict[str, Any]:
         if spec.get(name) is not None:
             fields[name] = _experts(name, spec[name])
     if not fields["domain"] and not fields.get("force") and not fields.get("ban"):
-        raise SteeringError("it names no domain, and no experts to force or ban: write such as {\"domain\": \"sport\"}")
+        raise SteeringError('it names no domain, and no experts to force or ban: write such as {"domain": "sport"}')
     return fields
 
 
@@ -184,7 +184,7 @@ def _domains(value: Any) -> list[str]:
     elif isinstance(value, list):
         parts = [_text("domain", part) for part in value]
     else:
-        raise SteeringError(f"domain {_short(value)} is no name: write \"sport\", or {{\"sport\": 0.7, \"food\": 0.3}}")
+        raise SteeringError(f'domain {_short(value)} is no name: write "sport", or {{"sport": 0.7, "food": 0.3}}')
     if len(parts) > MOST_DOMAINS:
         raise SteeringError(f"{len(parts)} domains are too many to mix: name {MOST_DOMAINS} at most")
     return parts
@@ -210,7 +210,7 @@ def _layers(value: Any) -> str:
 
 def _experts(name: str, value: Any) -> list[str]:
     if not isinstance(value, list):
-        raise SteeringError(f"{name} {_short(value)} must be a list, such as [\"12:5\"]")
+        raise SteeringError(f'{name} {_short(value)} must be a list, such as ["12:5"]')
     pairs = [f"{one[0]}:{one[1]}" if isinstance(one, list) and len(one) == 2 else one for one in value]
     return [_text(name, one) for one in pairs]
 
@@ -218,4 +218,3 @@ def _experts(name: str, value: Any) -> list[str]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-

@@ -34,7 +34,7 @@ class Row(NamedTuple):
         request: its id.
         plan: what `wire.pack` made of its plan; None if it is not steered.
         first: position of its first token in this call, counted from the beginning of its prompt.
-        count: how many tokens of it the call holds.
+        tokens: how many tokens of it the call holds.
         prompt: tokens of its prompt.
         is_recorded: whether what its generated tokens choose is counted.
     """
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     request: str
     plan: bytes | None
     first: int
-    count: int
+    tokens: int
     prompt: int
     is_recorded: bool = False
 
@@ -100,7 +100,7 @@ class Steps:
     def begin(self, rows: Sequence[Row]) -> None:
         """Take the rows of the forward call that comes, in the order of their tokens."""
         self._calls += 1
-        tokens = sum(row.count for row in rows)
+        tokens = sum(row.tokens for row in rows)
         self._tokens_seen += tokens
         self._noted = _generated_tokens(rows)
         if not any(row.plan for row in rows):
@@ -185,13 +185,13 @@ class Steps:
         for row in rows:
             if row.plan is not None:
                 groups.setdefault(row.plan, []).append((at, row))
-            at += row.count
+            at += row.tokens
         keep = set(groups)
         for data, members in groups.items():
             slot = self._slot_of(data, keep)
-            places = torch.cat([torch.arange(start, start + row.count) for start, row in members])
+            places = torch.cat([torch.arange(start, start + row.tokens) for start, row in members])
             index = torch.cat(
-                [torch.arange(row.first - row.prompt, row.first - row.prompt + row.count) for _, row in members]
+                [torch.arange(row.first - row.prompt, row.first - row.prompt + row.tokens) for _, row in members]
             )
             factor = slot.plan.factor(index)
             slot_T[places], factor_T[places] = slot.number, factor
@@ -281,7 +281,7 @@ def _generated_tokens(rows: Sequence[Row]) -> list[tuple[str, slice]]:
     found, at = [], 0
     for row in rows:
         start = at + max(0, row.prompt - row.first)
-        if row.is_recorded and start < at + row.count:
-            found.append((row.request, slice(start, at + row.count)))
-        at += row.count
+        if row.is_recorded and start < at + row.tokens:
+            found.append((row.request, slice(start, at + row.tokens)))
+        at += row.tokens
     return found

@@ -1,4 +1,4 @@
-"""A plan on its way to vLLM's workers: bytes that hold all of it, the vector's numbers too, so that workers read no files.
+"""A plan on its way to vLLM's workers: bytes that hold all of it, its vector's numbers too: workers read no files.
 
 Equal plans are equal bytes. No pickle: a safetensors file in memory, with the plan's fields as JSON in its header.
 """
