@@ -26,7 +26,7 @@ DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "bi
 def prompts(count: int) -> list[str]:
     from steermoe.default_model.stories import load_stories
 
-    openings = [" ".join(story.text.split()[:12]) for story in load_stories() if story.split == "test"]
+    openings = [story.opening for story in load_stories() if story.split == "heldout"]
     return [openings[i % len(openings)] for i in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Whatever vLLM does with requests, a text stays its own: in chunks, preempted, compiled, beside others, from a cache."""
+"""Whatever vLLM does with requests, a text stays its own: in chunks, preempted, compiled, beside others, cached."""
 
 import json
 import os

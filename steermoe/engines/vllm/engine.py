@@ -44,7 +44,8 @@ class VLLMEngine:
         trust_remote_code: likewise.
         compiled: let vLLM compile the model: a minute or more at the start, more tokens a second after it. Then the
             share of the vector's experts is not counted, nor can routing be recorded.
-        tensor_parallel_size, pipeline_parallel_size: as in vLLM, over how many workers a model is spread.
+        tensor_parallel_size: as in vLLM, how many workers share each layer.
+        pipeline_parallel_size: how many of those divide the layers.
         data_parallel_size: copies of all that, among which texts are divided.
         max_texts: texts that go on together at most.
         options: further arguments of vLLM's `EngineArgs`.
@@ -86,6 +87,7 @@ class VLLMEngine:
             **options,
         )
         if reason := next(filter(None, self.ask("steermoe_reason")), ""):
+            self.close()
             raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
         self.target: nn.Module = skeleton_of(self._vllm.model_config)
         self.tokenizer = self._source.tokenizer(trust_remote_code)

@@ -273,7 +273,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
             if book is None:
                 book = self.steermoe_book = SpecBook(functools.partial(skeleton_of, self.model_config))
             try:
-                packed = asked if isinstance(asked, bytes) else book.packed(asked)
+                packed = book.checked(asked) if isinstance(asked, bytes) else book.packed(asked)
             except SteerMoEError as error:
                 refused = _load("vllm.exceptions", "VLLMValidationError")
                 raise refused(f"steering: {error}", parameter=KEY) from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steermoe.engines.vllm.wire import pack
+from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel, VectorError, VectorNotFound
 from steermoe.fitting import check_plan
 from steermoe.library import SUFFIX, check_domain_name, check_fits_model, find_vector, find_vectors, read_vector
@@ -77,11 +77,20 @@ class SpecBook:
         key = (json.dumps(fields, sort_keys=True), self._stamps(fields["domain"]))
         if key not in self._kept:
             plan = self.plan(fields)
-            self._kept[key] = pack(plan) if plan is not None and plan.does_something else None
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            self._keep(key, pack(plan) if plan is not None and plan.does_something else None)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def checked(self, data: bytes) -> bytes:
+        """A plan that was packed already, if it fits the model.
+
+        Raises:
+            SteerMoEError: it does not, or the bytes are no plan.
+        """
+        if data not in self._kept:
+            check_plan(self.model, unpack(data))
+            self._keep(data, data)
+        return data
 
     def plan(self, fields: Mapping[str, Any]) -> SteeringPlan | None:
         """The plan of what `read_spec` found."""
@@ -101,6 +110,11 @@ class SpecBook:
                 continue
             found.append(file.domain)
         return sorted(set(found))
+
+    def _keep(self, key: Any, packed: bytes | None) -> None:
+        self._kept[key] = packed
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
 
     def _find(self, name: str) -> list[Path]:
         if not self._names_only:
