@@ -166,6 +166,37 @@ def transformers_rate(tokens: int) -> float:
     return made / (time.perf_counter() - begun)
 
 
+def own_milliseconds(share: float, steps: int = 60) -> float:
+    """What steering adds to a decode step of all texts, without vLLM: laying out rows, and the edits of all routers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from steermoe.engines.vllm.spec import SpecBook
+    from steermoe.engines.vllm.steps import Row, Steps
+    from steermoe.models import find_source
+    from steermoe.routers import find_routers
+
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_source(None, "auto").folder))
+    routers, book = find_routers(model), SpecBook(model)
+    plans = [book.packed({"domain": domain}) for domain in DOMAINS]
+    own = Steps(routers, range(len(routers)), TEXTS, TEXTS, torch.device("cpu"), graphs=False)
+    logits = [torch.randn(TEXTS, router.width).bfloat16() for router in routers]
+    seconds = []
+    for step in range(steps):
+        rows = [
+            Row(str(i), plans[i % len(plans)] if i < TEXTS * share else None, 20 + step, 1, 20) for i in range(TEXTS)
+        ]
+        begun = time.perf_counter()
+        own.begin(rows)
+        for number, values in enumerate(logits):
+            own.edit(number, values)
+        own.end()
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -188,6 +219,9 @@ def main() -> None:
             f"{case}: {row['with']:.0f} with steermoe, {row['without']:.0f} without; "
             f"{row['ratio']:.3f} ({row['clock_ratio']:.3f}), each {row['ratios']}"
         )
+    found["own"] = {case: own_milliseconds(share) for case, share in CASES.items()}
+    costs = ", ".join(f"{case} {cost:.2f}" for case, cost in found["own"].items())
+    print(f"steering's own part of a decode step of {TEXTS} texts, ms: {costs}")
     if not args.no_hf:
         found["hf"] = transformers_rate(args.tokens)
         gain = found["cases"]["all steered"]["with"] / found["hf"]
