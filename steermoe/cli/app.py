@@ -75,7 +75,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|vllm)\b")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ texts are the same.
 """
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -278,6 +279,7 @@ def prepare_environment(workers: int, *, in_process: bool = True) -> None:
         in_process: run a single worker in this process: no second interpreter, nothing that needs a `__main__` guard.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads its own level
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process and workers == 1 else "1"
