@@ -10,6 +10,7 @@ import torch
 import vllm
 from steering_models import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from vllm.exceptions import VLLMValidationError
 from vllm_engines import OPTIONS, SIZES, end, requests, vector, write_checkpoint
 
 from steermoe.engines.vllm import plugin
@@ -100,7 +101,7 @@ def test_a_gguf_file_is_sent_to_the_other_engines(tmp_path):
 @pytest.mark.parametrize("steering", ["{", {"domain": "nosuch"}, {"domain": 3}, b"junk", 7])
 def test_a_request_that_can_not_be_read_is_refused(engine, steering):
     params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": steering})
-    with pytest.raises(ValueError, match="steering: "):
+    with pytest.raises(VLLMValidationError, match="steering: "):
         engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
     assert params.extra_args == {"steering": steering}
 
@@ -109,7 +110,7 @@ def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
     other = write_checkpoint("mixtral", tmp_path / "deep", num_hidden_layers=3)
     plan = SteeringPlan(vector(other.loaded.model, 1), 2.0)
     params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": pack(plan)})
-    with pytest.raises(ValueError, match=r"has 3x8 experts"):
+    with pytest.raises(VLLMValidationError, match=r"has 3x8 experts"):
         engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
     assert len(engine.generate(requests([None]))) == 1
 
