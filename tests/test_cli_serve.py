@@ -28,6 +28,13 @@ def test_sizes_of_parallelism_belong_to_vllm(run, tiny_checkpoint, bare_search_p
     assert "--tensor-parallel-size, --compile need --engine vllm" in result.err
 
 
+def test_vllm_embeds_nothing(run, tiny_checkpoint, bare_search_path):
+    (bare_search_path / "texts.txt").write_text("A dog.\n")
+    result = run("embed", "texts.txt", "-o", "out", "-m", tiny_checkpoint, "--engine", "vllm")
+    assert result.code == 1
+    assert "vLLM records no routing" in result.err
+
+
 def test_what_reaches_vllm(run, monkeypatch, tiny_checkpoint, bare_search_path):
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
     from steermoe.engines.vllm import server

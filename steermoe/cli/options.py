@@ -194,6 +194,12 @@ def open_source(
     model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
 ) -> "LoadedModel | LlamaCppEngine":
     """A model to record routing of, opened likewise."""
+    if engine == "vllm":
+        from steermoe.errors import ModelError
+
+        raise ModelError(
+            "vLLM records no routing of texts that are given: use --engine hf, or llamacpp for a GGUF file"
+        )
     opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code)
     return getattr(opened, "loaded", opened)
 
