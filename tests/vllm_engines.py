@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     "granitemoeshared": {"shared_intermediate_size": 64},
-    "glm4_moe": {"moe_intermediate_size": 64},
+    "glm4_moe": {"moe_intermediate_size": 64, "tie_word_embeddings": False},  # vLLM leaves a tied head uninitialised
     "gpt_oss": {"tie_word_embeddings": False},
 }
 """With the sizes that differ from SIZES."""
