@@ -15,7 +15,11 @@ from vllm_engines import (
     write_checkpoint,
 )
 
+from steermoe import models
+from steermoe.engines.base import Request, Sampling
+from steermoe.engines.hf import HFEngine
 from steermoe.engines.vllm.engine import VLLMEngine
+from steermoe.plans import make_plan
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -36,3 +40,19 @@ def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
     assert len(set(expected)) > len(plans) // 2, "steering must change these texts, or the test shows nothing"
     found = all_at_once(engine, asked)
     assert dict(zip(plans, found, strict=True)) == dict(zip(plans, expected, strict=True))
+
+
+@pytest.mark.default_model
+def test_the_default_model_tells_the_stories_of_the_hf_engine():
+    reference = HFEngine(models.load(dtype="float32"))
+    engine = VLLMEngine(dtype="float32", kv_cache_memory_bytes=1 << 28, max_model_len=256)
+    try:
+        plans = [None, *(make_plan(engine.target, [domain]) for domain in ("sport", "law=0.5", "food"))]
+        opening = "Once upon a time there was a brown dog named Milo who lived by the river."
+        asked = [Request(opening, plan, Sampling(max_new_tokens=40, do_sample=False)) for plan in plans]
+        expected, found = reference.generate(asked), engine.generate(asked)
+        assert [one.text for one in found] == [one.text for one in expected]
+        assert len({one.text for one in found}) == len(plans)
+        assert found[0].report == expected[0].report
+    finally:
+        end(engine)
