@@ -87,11 +87,11 @@ serve: vllm ## the default model behind an OpenAI-compatible server at 127.0.0.1
 	$(VLLM_BIN)/steermoe serve --eager
 
 .PHONY: test-vllm
-test-vllm: vllm ## the tests of the vLLM engine and its server (about 6 minutes)
+test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
 	$(VLLM_BIN)/pytest tests/test_vllm_*.py
 
 .PHONY: bench-vllm
-bench-vllm: vllm ## vLLM steered, without steermoe, and transformers (about 8 minutes)
+bench-vllm: vllm ## vLLM steered, without steermoe, and transformers
 	$(VLLM_BIN)/python benchmarks/vllm.py
 	$(VLLM_BIN)/python benchmarks/vllm.py --compile --no-hf
 
