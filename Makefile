@@ -117,8 +117,8 @@ llamacpp: smollm2-moe-q8_0.gguf ## llama.cpp (compiled from source, about 6 minu
 .PHONY: test-llamacpp
 test-llamacpp: $(LLAMACPP_INSTALLED) ## the tests of the llama.cpp engine
 	$(LLAMACPP_BIN)/steermoe models pull
-	$(LLAMACPP_BIN)/pytest tests/test_ggml_callback.py tests/test_ggml.py tests/test_gguf_models.py tests/test_gguf_export.py \
-		tests/test_token_sampler.py tests/test_engine_llamacpp.py tests/test_llamacpp_families.py tests/test_cli_llamacpp.py tests/test_docs_llamacpp.py
+	$(LLAMACPP_BIN)/pytest tests/test_llamacpp_*.py tests/test_gguf_*.py tests/test_engine_llamacpp.py tests/test_cli_llamacpp.py \
+		tests/test_docs_llamacpp.py
 
 .PHONY: bench-llamacpp
 bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without steering, and its agreement with transformers
@@ -127,5 +127,5 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 
 .PHONY: clean
 clean: ## remove the environment and caches, not the pulled model
-	rm -rf $(VENV) $(LLAMACPP_VENV) *.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

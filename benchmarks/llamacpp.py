@@ -24,8 +24,8 @@ from rich.table import Table
 from steermoe.default_model.stories import load_stories
 from steermoe.engines.base import Request, Sampling
 from steermoe.engines.hf import HFEngine
-from steermoe.engines.llamacpp import LlamaCppEngine
-from steermoe.gguf_export import export_gguf
+from steermoe.engines.llamacpp.engine import LlamaCppEngine
+from steermoe.gguf.export import export_gguf
 from steermoe.library import load_vector
 from steermoe.models import default_model_folder, load
 from steermoe.routers import chosen_experts, find_routers
@@ -66,11 +66,18 @@ class Server:
         raise SystemExit("the server does not answer")
 
     def speed(self) -> float:
-        wanted = {"prompt": PROMPT, "n_predict": LONG, "temperature": 0.7, "seed": 1, "ignore_eos": True}
+        """As `speed_of`, by the server's own clock."""
+        seconds = [self._seconds(tokens) for tokens in (SHORT, LONG)]
+        return (LONG - SHORT) / (seconds[1] - seconds[0])
+
+    def _seconds(self, tokens: int) -> float:
+        wanted = {"prompt": PROMPT, "n_predict": tokens, "temperature": 0.7, "seed": 1, "ignore_eos": True}
         body = json.dumps({**wanted, "cache_prompt": False}).encode()
         request = urllib.request.Request(f"{self.address}/completion", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["timings"]["predicted_per_second"]
+            timings = json.load(answer)["timings"]
+        assert timings["predicted_n"] == tokens, timings
+        return timings["predicted_ms"] / 1000
 
 
 def measure_speed(files: dict[str, Path], plan, rounds: int, server: Path | None, skip_hf: bool) -> dict:
@@ -94,13 +101,16 @@ def measure_speed(files: dict[str, Path], plan, rounds: int, server: Path | None
         single = HFEngine(load(dtype="float32"))
         ways["transformers float32"] = lambda: speed_of(single, None)
     speeds: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 1):
-        for way, run in ways.items():
-            found = run()
-            if turn:  # the first round warms up
-                speeds[way].append(found)
-    for each in servers:
-        each.process.terminate()
+    try:
+        for turn in range(rounds + 1):
+            for way, run in ways.items():
+                found = run()
+                if turn:  # the first round warms up
+                    speeds[way].append(found)
+    finally:
+        for each in servers:
+            each.process.terminate()
+            each.process.wait()
     return speeds
 
 

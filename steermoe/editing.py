@@ -18,6 +18,7 @@ from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
 from steermoe.plans import SteeringPlan
 from steermoe.routers import Router, chosen_experts
+from steermoe.targets import RouterShape
 
 PENDING_LIMIT = 1 << 16
 """Choices that the tally keeps before it counts them: a decode step stays far below, a long prompt goes at once."""
@@ -45,7 +46,7 @@ class Bank:
     _moved: dict[torch.device, "Bank"] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, router: Router, number: int, plans: Sequence[SteeringPlan]) -> "Bank":
+    def of(cls, router: RouterShape, number: int, plans: Sequence[SteeringPlan]) -> "Bank":
         """For the `number`-th router of a model that the plans fit."""
         experts = torch.zeros(max(1, len(plans)), router.num_experts)
         forced, banned = experts.bool(), experts.bool()

@@ -2,26 +2,21 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from steermoe.editing import Bank
 from steermoe.errors import SteeringError
-from steermoe.library import FittedModel
 from steermoe.plans import SteeringPlan
-from steermoe.routers import Router, find_routers
-from steermoe.tracking import language_model
+from steermoe.targets import RouterShape, Target, check_fits, name_of, routers_of
 
 
-def check_plan(model: nn.Module, plan: SteeringPlan) -> None:
+def check_plan(target: Target, plan: SteeringPlan) -> None:
     """Raise what attaching the plan would raise, without attaching it."""
-    model = language_model(model)
-    banks_for(model, find_routers(model), [plan])
+    banks_for(target, routers_of(target), [plan])
 
 
-def banks_for(model: nn.Module | FittedModel, routers: Sequence[Router], plans: Sequence[SteeringPlan]) -> list[Bank]:
+def banks_for(target: Target, routers: Sequence[RouterShape], plans: Sequence[SteeringPlan]) -> list[Bank]:
     """The plans' tensors for each router, once it is sure that they fit and do something."""
     for plan in plans:
-        _check_fits(model, routers, plan)
+        _check_fits(target, routers, plan)
     banks = [Bank.of(router, number, plans) for number, router in enumerate(routers)]
     for slot, plan in enumerate(plans):
         does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
@@ -30,15 +25,11 @@ def banks_for(model: nn.Module | FittedModel, routers: Sequence[Router], plans: 
     return banks
 
 
-def _check_fits(model: nn.Module | FittedModel, routers: Sequence[Router], plan: SteeringPlan) -> None:
-    config = getattr(model, "config", None)
-    name = getattr(config, "name_or_path", "") or getattr(model, "name", "") or type(model).__name__
+def _check_fits(target: Target, routers: Sequence[RouterShape], plan: SteeringPlan) -> None:
+    name = name_of(target)
     layers = [router.layer for router in routers]
-    if plan.vector is not None and not isinstance(model, nn.Module):
-        model.check_fits(plan.vector)
-    elif plan.vector is not None:
-        widths = [router.num_experts for router in routers]
-        plan.vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
+    if plan.vector is not None:
+        check_fits(target, plan.vector)
     for layer, expert in (*plan.force, *plan.ban):
         experts = max((router.num_experts for router in routers if router.layer == layer), default=0)
         if not 0 <= expert < experts:

@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.vectors import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from steermoe.targets import Target
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -156,19 +158,8 @@ def read_fitting(paths: Sequence[Path], check: Callable[[SteeringVector], None])
     raise misfits[0]
 
 
-class FittedModel(Protocol):
-    """A model that knows by itself which vectors fit it, such as `GGUFModel`."""
-
-    def check_fits(self, vector: SteeringVector) -> None:
-        """As `SteeringVector.check_fits`."""
-
-
 def load_vector(
-    name: str | Path,
-    model: "nn.Module | FittedModel | None" = None,
-    *,
-    folder: Path | str | None = None,
-    group: str | None = None,
+    name: str | Path, model: "Target | None" = None, *, folder: Path | str | None = None, group: str | None = None
 ) -> SteeringVector:
     """Load a domain's vector.
 
@@ -184,23 +175,9 @@ def load_vector(
     paths = find_vector(name, folder=folder, group=group)
     if model is None:
         return read_vector(paths[0])
-    return read_fitting(paths, lambda vector: check_fits_model(vector, model))[1]
+    from steermoe.targets import check_fits
 
-
-def check_fits_model(vector: SteeringVector, model: "nn.Module | FittedModel") -> None:
-    """As `SteeringVector.check_fits`, reading shape and names off the model."""
-    from torch import nn
-
-    from steermoe.routers import find_routers
-
-    if not isinstance(model, nn.Module):
-        model.check_fits(vector)
-        return
-    routers = find_routers(model)
-    config = getattr(model, "config", None)
-    name = Path(getattr(config, "name_or_path", "") or type(model).__name__).name
-    layers, widths = [r.layer for r in routers], [r.num_experts for r in routers]
-    vector.check_fits(layers, widths, name, getattr(config, "model_type", ""))
+    return read_fitting(paths, lambda vector: check_fits(model, vector))[1]
 
 
 def read_header(path: Path | str) -> VectorHeader:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.library import FittedModel, load_vector
+from steermoe.library import load_vector
+from steermoe.targets import Target
 from steermoe.tracking import POSITIONS, Positions, select
 from steermoe.vectors import SteeringVector, mix
 
@@ -195,7 +196,7 @@ def parse_expert(text: str) -> LayerExpert:
 
 
 def make_plan(
-    model: nn.Module | FittedModel,
+    model: Target,
     domains: list[str],
     *,
     strength: float | None = None,

@@ -63,7 +63,7 @@ def tell(loaded, prompts: str | Path, output="s.jsonl", wanted: Settings | None 
         StoryFile(Path(output), overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
-        batch = Batch(loaded, source, wanted or settings(), stories, errors=left_out, **options)
+        batch = Batch(HFEngine(loaded), source, wanted or settings(), stories, errors=left_out, **options)
         batch.prepare()
         summary = batch.run(**run)
     assert tiny.traces(loaded.model) == []
@@ -324,13 +324,13 @@ def test_other_errors_are_not_taken_for_short_memory(loaded, place, monkeypatch)
 
 
 def test_rows_fit_into_the_memory(loaded, place, monkeypatch):
-    from steermoe.batch import memory
+    from steermoe.engines import hf, memory
 
     most = []
     step = RollingDecoder.step
     monkeypatch.setattr(RollingDecoder, "step", lambda self: most.append(len(self)) or step(self))
-    row = memory.LOGITS_BYTES * tiny.VOCABULARY + (6 + 6) * (2 * tiny.LAYERS * 2 * 16 * 4)
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(3.5 * row / memory.SHARE))
+    row = hf.LOGITS_BYTES * tiny.VOCABULARY + (6 + 6) * (2 * tiny.LAYERS * 2 * 16 * 4)
+    monkeypatch.setattr(hf, "free_memory", lambda device: int(3.5 * row / memory.SHARE))
     tell(loaded, "A dog.", wanted=settings(samples=10))
     assert max(most) == 3
 

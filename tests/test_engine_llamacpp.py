@@ -14,7 +14,7 @@ from steermoe.discovery.building import vector_from_texts
 from steermoe.discovery.embedding import EmbeddingOptions, embedder
 from steermoe.engines.base import Request, Sampling
 from steermoe.engines.hf import HFEngine
-from steermoe.engines.llamacpp import LlamaCppEngine
+from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.errors import CompatibilityError, CorpusError, GenerationError, ModelError, SteeringError
 from steermoe.steering import SteeringPlan
 from steermoe.vectors import SteeringVector
@@ -113,7 +113,7 @@ def test_a_text_does_not_depend_on_its_neighbours(engine):
 
 
 def test_many_requests_go_in_groups(engine, monkeypatch):
-    monkeypatch.setattr("steermoe.engines.llamacpp.MAX_TEXTS", 2)
+    monkeypatch.setattr("steermoe.engines.llamacpp.engine.MOST_ROWS", 2)
     requests = [Request(PROMPT, PLANS["default"], replace(SAMPLED, seed=seed)) for seed in range(5)]
     texts = [done.token_ids for done in engine.generate(requests)]
     assert texts == [engine.generate([request])[0].token_ids for request in requests]
@@ -123,7 +123,7 @@ def test_many_requests_go_in_groups(engine, monkeypatch):
 def test_prompts_longer_than_a_call(engine, hf, monkeypatch):
     request = Request("the dog and " * 8, PLANS["all positions"], GREEDY)
     (whole,) = engine.generate([request], record=True)
-    monkeypatch.setattr("steermoe.engines.llama_run.CALL_TOKENS", 16)
+    monkeypatch.setattr("steermoe.engines.llamacpp.run.CALL_TOKENS", 16)
     (parts,) = engine.generate([request], record=True)
     assert parts.token_ids == whole.token_ids == hf.generate([request])[0].token_ids
     assert parts.report.tokens_seen == whole.report.tokens_seen

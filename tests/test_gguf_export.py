@@ -13,9 +13,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from steermoe.errors import ModelError
-from steermoe.gguf_export import FAMILIES, QUANTIZATIONS, export_gguf
-from steermoe.gguf_models import read_gguf
-from steermoe.gguf_vocabulary import SPLITS
+from steermoe.gguf.export import FAMILIES, QUANTIZATIONS, export_gguf
+from steermoe.gguf.header import read_gguf
+from steermoe.gguf.vocabulary import SPLITS
 from steermoe.models import LoadedModel
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 
 from steermoe.engines.base import Request, Sampling
 from steermoe.engines.hf import HFEngine
-from steermoe.engines.llamacpp import LlamaCppEngine
+from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.recording import record_routing
 from steermoe.steering import SteeringPlan, attach
 from steermoe.vectors import SteeringVector

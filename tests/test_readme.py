@@ -13,7 +13,7 @@ from steermoe.default_model import spec
 from steermoe.default_model.stories import load_stories
 from steermoe.discovery.corpus import Corpus
 from steermoe.discovery.embedding import embed_corpus
-from steermoe.gguf_export import export_gguf
+from steermoe.gguf.export import export_gguf
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PLACEHOLDER = "PATH_OR_HUB_ID"

@@ -6,7 +6,7 @@ import tiny_models
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steermoe.gguf_export import export_gguf
+from steermoe.gguf.export import export_gguf
 from steermoe.models import LoadedModel
 
 VOCABULARY = 320

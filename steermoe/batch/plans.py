@@ -7,33 +7,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from steermoe.batch.jobs import NO_DOMAIN, Job, Steering
+from steermoe.engines.base import Engine
 from steermoe.fitting import check_plan
 from steermoe.library import load_vector
-from steermoe.models import LoadedModel
 from steermoe.plans import Schedule, SteeringPlan, parse_domain, parse_expert, parse_layers, plan_for
 from steermoe.vectors import SteeringVector, mix
 
 KEPT_VECTORS, KEPT_PLANS = 64, 1024
-SAMPLED_WEIGHTS = 8
-"""Numbers of each tensor of a model that its fingerprint looks at."""
 
 
 class PlanBook:
     """Looks vectors up and makes plans of them; a plan that many jobs share is one object.
 
     Args:
-        model: what vectors must fit (`Engine.target`).
-        fingerprint: tells it from others; it is part of each story's key.
         vectors: a folder to search first.
     """
 
-    def __init__(self, model: nn.Module, fingerprint: str, vectors: Path | None = None) -> None:
-        self._model = model
+    def __init__(self, engine: Engine, vectors: Path | None = None) -> None:
+        self._model = engine.target
         self._folder = vectors
-        self._fingerprint = fingerprint
+        self._fingerprint = engine.fingerprint()
         self.plan = lru_cache(KEPT_PLANS)(self._plan)
         self._vector = lru_cache(KEPT_VECTORS)(self._find_vector)
         self._check = lru_cache(KEPT_PLANS)(self._check_fits)
@@ -91,13 +85,3 @@ class PlanBook:
         sampling = {name: float(value) for name, value in asdict(job.sampling).items() if name != "seed"}
         content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def fingerprint(loaded: LoadedModel) -> str:
-    """Tells a model from others of its name: its class and dtype, and a few numbers of every tensor."""
-    model: Any = loaded.model
-    digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:SAMPLED_WEIGHTS]
-        digest.update(f"{name} {tuple(parameter.shape)} {some.float().cpu().tolist()}".encode())
-    return digest.hexdigest()

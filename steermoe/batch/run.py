@@ -10,27 +10,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, Job, Problem, PromptFile, Settings
-from steermoe.batch.memory import Room, is_out_of_memory
 from steermoe.batch.output import ErrorFile, StoryFile
-from steermoe.batch.plans import PlanBook, fingerprint
-from steermoe.engines.base import Completion, Request, Sampling
-from steermoe.engines.hf import HFEngine
-from steermoe.engines.rolling import Decoder, decoder_for
+from steermoe.batch.plans import PlanBook
+from steermoe.engines.base import Completion, Decoder, Engine, Request, Sampling
+from steermoe.engines.memory import is_out_of_memory
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.models import LoadedModel
 from steermoe.plans import SteeringPlan
 from steermoe.steering import SteeringReport
 
 WINDOW = 1024
 """Stories that are looked at together, to put those of similar length side by side."""
-MOST_ROWS, MOST_ROWS_ON_CPU = 256, 64
-"""Beyond these, rows add little speed and much memory."""
 REFILL_SHARE = 16
 """New rows begin when a sixteenth of all are free: one by one, each would make all others wait for its prompt."""
 GROW_AFTER = 16
@@ -38,33 +33,6 @@ GROW_AFTER = 16
 
 Progress = Callable[[int, int], None]
 """Called with the stories and tokens done since the last call."""
-
-
-class Teller(Protocol):
-    """What a batch asks of an engine other than the hf engine, beyond `Engine`: to look after its own memory."""
-
-    max_texts: int
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-
-    @property
-    def dtype(self) -> str:
-        """What it computes in."""
-
-    @property
-    def target(self) -> Any:
-        """As `Engine.target`."""
-
-    def fingerprint(self) -> str:
-        """Tells the model and the engine from others."""
-
-    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
-        """As `HFEngine.encode`."""
-
-    def decoder(self) -> Decoder:
-        """What tells the stories."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +83,7 @@ class Batch:
     """A file of prompts on its way into a file of stories: `prepare` first, then `run`.
 
     Args:
-        model: the model for the hf engine, or another engine with the model in it.
+        engine: the model in its engine.
         prompts: what to tell. settings: how, where a line doesn't say.
         output: where to.
         vectors: a folder of vectors to search first.
@@ -127,7 +95,7 @@ class Batch:
 
     def __init__(
         self,
-        model: LoadedModel | Teller,
+        engine: Engine,
         prompts: PromptFile,
         settings: Settings,
         output: StoryFile,
@@ -140,19 +108,19 @@ class Batch:
     ) -> None:
         if rows is not None and rows < 1:
             raise BatchError(f"batch size {rows} is out of range: expected 1 or more")
-        self._teller = HFTeller(model) if isinstance(model, LoadedModel) else model
+        self._engine = engine
         self._prompts, self._settings, self._output = prompts, settings, output
-        self._book = PlanBook(self._teller.target, self._teller.fingerprint(), vectors)
+        self._book = PlanBook(engine, vectors)
         self._keep, self._errors, self._on_problem = keep, errors or ErrorFile(None), on_problem
         self._asked = _Numbers(array("Q"))
         self._told = _Numbers(array("Q"))
         self._lines_left_out = self._failed = 0
         self._finished_since_halving = 0
         self._last_left_out = (0, "")
-        self._most_rows = self._teller.max_texts if rows is None else rows
+        self._most_rows = engine.most_rows if rows is None else rows
         self.rows = self._most_rows
         """Rows at once, at most."""
-        self._room = Room(model.model) if rows is None and isinstance(model, LoadedModel) else None
+        self._room = engine.room() if rows is None else None
 
     # ---- before ----
 
@@ -203,7 +171,7 @@ class Batch:
                 yield key
             else:
                 foreign += 1
-                first = first or f"line {number} {_difference(record, self._settings, self._teller)}"
+                first = first or f"line {number} {_difference(record, self._settings, self._engine)}"
         if foreign and not self._keep:
             raise BatchError(
                 f"'{self._output.path}' holds {foreign} stories that are not asked for now ({first}): name another "
@@ -239,7 +207,7 @@ class Batch:
             BatchError: the output can't be written. SteeringError: steering that was asked for did not happen.
         """
         started, new, tokens = time.perf_counter(), 0, 0
-        decoder = self._teller.decoder()
+        decoder = self._engine.decoder(self._most_rows)
         try:
             for ready, completion in self._complete(decoder, self._ready(progress), progress):
                 self._output.append(self._record(ready, completion))
@@ -272,7 +240,7 @@ class Batch:
             for job, key in window:
                 request = Request(job.prompt, self._book.plan(job.steering), job.sampling)
                 try:
-                    prompt = self._teller.encode(request, prompts.get(job.prompt))
+                    prompt = self._engine.encode(request, prompts.get(job.prompt))
                 except SteerMoEError as error:
                     self._leave_out_story(job, str(error))
                     progress(1, 0)
@@ -361,7 +329,7 @@ class Batch:
 
     def _record(self, ready: _Ready, completion: Completion) -> dict[str, Any]:
         job, plan = ready.job, ready.request.plan
-        record = completion.as_dict(self._teller.name)
+        record = completion.as_dict(self._engine.name)
         del record["steering"]
         record["domain"] = job.steering.domain if plan is not None and plan.vector is not None else None
         return {
@@ -370,29 +338,11 @@ class Batch:
             "line": job.line,
             "sample": job.sample,
             **record,
-            "dtype": self._teller.dtype,
+            "dtype": self._engine.dtype,
             "force": _listed(plan, "force"),
             "ban": _listed(plan, "ban"),
             **({} if job.meta is None else {"meta": job.meta}),
         }
-
-
-class HFTeller(HFEngine):
-    """The hf engine, with rows that come and go."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(loaded)
-        self.max_texts = MOST_ROWS_ON_CPU if loaded.model.device.type == "cpu" else MOST_ROWS
-
-    @property
-    def dtype(self) -> str:
-        return str(self.loaded.model.dtype).removeprefix("torch.")
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.loaded)
-
-    def decoder(self) -> Decoder:
-        return decoder_for(self)
 
 
 class _Numbers:
@@ -419,9 +369,9 @@ def _listed(plan: SteeringPlan | None, name: str) -> list[str]:
     return [f"{layer}:{expert}" for layer, expert in getattr(plan, name)] if plan else []
 
 
-def _difference(record: dict[str, Any], settings: Settings, teller: Teller) -> str:
+def _difference(record: dict[str, Any], settings: Settings, engine: Engine) -> str:
     """In what a story differs from what is asked for now, as far as the settings of all lines tell."""
-    now: dict[str, Any] = {"model": teller.name, "dtype": teller.dtype}
+    now: dict[str, Any] = {"model": engine.name, "dtype": engine.dtype}
     now |= {f.name: getattr(settings.sampling, f.name) for f in fields(Sampling) if f.name != "seed"}
     if record.get("domain") is not None:
         now |= {name: getattr(settings.steering, name) for name in STEERING_FIELDS if name != "layers"}

@@ -19,6 +19,8 @@ steermoe batch prompts.jsonl -o stories.jsonl --ordered --errors bad.jsonl
 steermoe batch prompts.txt -o stories.jsonl -d sport --engine vllm --tensor-parallel-size 2 --compile
 
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
+
+steermoe batch prompts.txt -o quantised.jsonl -d sport --model smollm2-moe-q8_0.gguf --engine llamacpp
 """
 SHOWN_PROBLEMS = 5
 """So many bad lines are told one by one; the rest is a number."""
@@ -68,15 +70,13 @@ def batch(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     model: o.Model = None,
+    engine: o.Engine = "auto",
     dtype: Annotated[
         str,
         typer.Option(
             help="auto, float32, bfloat16 or float16. auto: float32 for a small model on a CPU, to be repeatable.",
             rich_help_panel=o.MODEL,
         ),
-    ] = "auto",
-    engine: Annotated[
-        Literal["auto", "hf", "vllm"], typer.Option(help="transformers (hf) or vLLM.", rich_help_panel=o.MODEL)
     ] = "auto",
     device_map: o.DeviceMap = None,
     tensor_parallel_size: o.TensorParallelSize = 1,
@@ -123,13 +123,20 @@ def batch(
         closing(ErrorFile(errors)) as left_out,
     ):
         sizes = o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
-        vllm = {**sizes, **({"compiled": True} if compiled else {})}
-        teller = o.open_teller(model, engine, dtype, device_map, trust_remote_code, batch_size, vllm)
+        runner = o.open_engine(
+            model,
+            engine,
+            dtype,
+            device_map,
+            trust_remote_code,
+            repeatable=True,
+            vllm={**sizes, **({"compiled": True} if compiled else {})},
+        )
         from steermoe.batch.run import Batch
 
         complain = _Complaints()
         job = Batch(
-            teller,
+            runner,
             source,
             settings,
             stories,

@@ -60,10 +60,11 @@ def calibrate(
     loaded = o.load_model(model, dtype, device_map, trust_remote_code)
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.forcing import Forcing
+    from steermoe.targets import check_fits
 
     def fitting(name: str) -> "tuple[Path, SteeringVector]":
         paths = library.find_vector(name, folder=vectors)
-        return library.read_fitting(paths, lambda vector: library.check_fits_model(vector, loaded.model))
+        return library.read_fitting(paths, lambda vector: check_fits(loaded.model, vector))
 
     found = [fitting(name) for name in dict.fromkeys(domain)]
     with console.working("Reading the texts unsteered ..."):

@@ -102,7 +102,7 @@ def export(
 ) -> None:
     """Write a model as a GGUF file, which llama.cpp runs. Prints the file."""
     loaded = o.load_model(model, "auto", None, trust_remote_code)
-    from steermoe.gguf_export import export_gguf
+    from steermoe.gguf.export import export_gguf
 
     path = output or Path(f"{loaded.name.rpartition('/')[2]}-{gguf}.gguf")
     with console.working(f"Writing {path} ..."):

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from steermoe.engines.opening import EngineName
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from steermoe.engines.hf import HFEngine
-    from steermoe.engines.llamacpp import LlamaCppEngine
-    from steermoe.engines.vllm.engine import VLLMEngine
+    from steermoe.discovery.embedding import RoutingSource
+    from steermoe.engines.base import Engine as RunningEngine
     from steermoe.models import LoadedModel
     from steermoe.plans import SteeringPlan
 
@@ -74,7 +75,6 @@ Model = Annotated[
         "--model", "-m", help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.", rich_help_panel=MODEL
     ),
 ]
-EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
 Engine = Annotated[
     EngineName,
     typer.Option("--engine", help="transformers (hf), llama.cpp for a GGUF file, or vLLM.", rich_help_panel=MODEL),
@@ -129,70 +129,60 @@ def open_engine(
     dtype: str,
     device_map: str | None,
     trust_remote_code: bool,
-    **vllm: Any,
-) -> "HFEngine | LlamaCppEngine | VLLMEngine":
-    """The engine with the model in it, opened with a spinner; as `load_model` where it is transformers.
-
-    `vllm` is for vLLM alone (see `VLLMEngine`).
-    """
+    *,
+    repeatable: bool = False,
+    vllm: dict[str, Any] | None = None,
+) -> "RunningEngine":
+    """As `opening.open_engine`, with a spinner, and for transformers as `load_model`."""
     from steermoe.cli.console import working
-    from steermoe.engines.opening import choose_engine, with_hint
-    from steermoe.engines.opening import open_engine as opened
+    from steermoe.engines import opening
     from steermoe.errors import ModelError
+    from steermoe.models import repeatable_dtype
 
-    chosen = choose_engine(model, engine)
-    if chosen != "hf":
-        if chosen == "vllm":
-            pull_if_needed(model)
-        with working(f"Loading {model or 'smollm2-moe'} ..."):
-            return opened(
-                model, chosen, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **vllm
+    chosen = opening.choose_engine(model, engine)
+    if chosen == "vllm":
+        pull_if_needed(model)
+        if repeatable and dtype == "auto":
+            dtype = repeatable_dtype(model)
+    if chosen != "hf" or vllm:
+        with working(f"Loading {model or 'the default model'} ..."):
+            return opening.open_engine(
+                model,
+                chosen,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                vllm=vllm,
             )
     try:
-        loaded = load_model(model, dtype, device_map, trust_remote_code)
+        loaded = load_model(model, dtype, device_map, trust_remote_code, repeatable=repeatable)
     except ModelError as error:
-        raise with_hint(error, model) from error
+        raise opening.with_hint(error, model) from error
     from steermoe.engines.hf import HFEngine
 
     return HFEngine(loaded)
 
 
 def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
-    """VLLM's arguments for those that are more than one."""
+    """The arguments of `VLLMEngine` for those that are more than one."""
     sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "data_parallel_size": data}
     return {name: size for name, size in sizes.items() if size > 1}
 
 
-def open_teller(
-    model: str | None,
-    engine: Literal["auto", "hf", "vllm"],
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
-    rows: int | None,
-    vllm: dict[str, Any],
-) -> "LoadedModel | VLLMEngine":
-    """What tells the stories of a batch; dtype "auto" is one under which they can be repeated."""
-    from steermoe.errors import ModelError
-    from steermoe.models import repeatable_dtype
+def pull_if_needed(model: str | None) -> None:
+    """Pull the default model if it is meant and isn't here."""
+    from steermoe import models
+    from steermoe.cli.console import err, working
 
-    if engine != "vllm":
-        if vllm:
-            given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
-            raise ModelError(f"{given} need --engine vllm")
-        return load_model(model, dtype, device_map, trust_remote_code, repeatable=True)
-    pull_if_needed(model)
-    if dtype == "auto":
-        dtype = repeatable_dtype(model)
-    if rows is not None:
-        vllm = {**vllm, "max_texts": rows}
-    opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code, **vllm)
-    return opened
+    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
+        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
+        with working("Pulling the default model ..."):
+            models.pull()
 
 
 def open_source(
     model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
-) -> "LoadedModel | LlamaCppEngine":
+) -> "RoutingSource":
     """A model to record routing of, opened likewise."""
     if engine == "vllm":
         from steermoe.errors import ModelError
@@ -220,14 +210,3 @@ def load_model(
         dtype = models.repeatable_dtype(model)
     with working(f"Loading {model or models.DEFAULT_MODEL} ..."):
         return models.load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-
-
-def pull_if_needed(model: str | None) -> None:
-    """Pull the default model if it is meant and isn't here."""
-    from steermoe import models
-    from steermoe.cli.console import err, working
-
-    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
-        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
-        with working("Pulling the default model ..."):
-            models.pull()

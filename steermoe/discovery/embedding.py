@@ -25,7 +25,7 @@ from steermoe.routers import find_routers, module_that_routes
 from steermoe.tracking import language_model
 
 if TYPE_CHECKING:
-    from steermoe.engines.llamacpp import LlamaCppEngine
+    from steermoe.engines.llamacpp.engine import LlamaCppEngine
 
 RoutingSource: TypeAlias = "LoadedModel | LlamaCppEngine"
 """What routing can be recorded of: a model of transformers, or a GGUF file in llama.cpp."""

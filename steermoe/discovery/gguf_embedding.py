@@ -12,7 +12,7 @@ from steermoe.discovery.embedding import Embedded, EmbeddingOptions, Progress
 from steermoe.errors import CorpusError
 
 if TYPE_CHECKING:
-    from steermoe.engines.llamacpp import LlamaCppEngine
+    from steermoe.engines.llamacpp.engine import LlamaCppEngine
 
 
 class GGUFEmbedder:

@@ -180,3 +180,26 @@ def rows_can_change(model: PreTrainedModel) -> bool:
     layers = empty_cache(model).layers
     known = (DynamicLayer, SlidingLayer, DummyLayer)
     return any(type(layer) is not DummyLayer for layer in layers) and all(type(layer) in known for layer in layers)
+
+
+@torch.inference_mode()
+def bytes_of_a_token(model: Any) -> int:
+    """What a token takes in the cache: measured, for every kind of cache; 0 where there is none."""
+    cache = None if model.config.is_encoder_decoder else empty_cache(model)
+    given: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}
+    if cache is None:
+        given["decoder_input_ids"] = given["input_ids"]
+    else:
+        given["past_key_values"] = cache
+    output = model(**given, use_cache=True)
+    return _bytes_in(getattr(output, "past_key_values", None))
+
+
+def _bytes_in(thing: Any) -> int:
+    if isinstance(thing, torch.Tensor):
+        return thing.numel() * thing.element_size()
+    if isinstance(thing, list | tuple):
+        return sum(map(_bytes_in, thing))
+    if isinstance(thing, dict):
+        return sum(map(_bytes_in, thing.values()))
+    return _bytes_in(vars(thing)) if type(thing).__module__.startswith("transformers") else 0

@@ -1,5 +1,6 @@
 """The default engine: any model and device that transformers reaches, one padded batch a call."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,13 +9,22 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from steermoe.engines.base import Completion, Request
+from steermoe.engines.base import Completion, Decoder, Request
+from steermoe.engines.cache import bytes_of_a_token
+from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.sampling import RowLimits, RowSampler
 from steermoe.engines.text import TextStreamer, continuation, encode_prompt
 from steermoe.errors import GenerationError
 from steermoe.models import LoadedModel
 from steermoe.recording import record_routing
 from steermoe.steering import attach
+
+MOST_ROWS, MOST_ROWS_ON_CPU = 256, 64
+"""Beyond these, rows add little speed and much memory."""
+LOGITS_BYTES = 40
+"""A token of the vocabulary and row: logits as the model gives them, in float32, warped, and twice in float64."""
+SAMPLED_WEIGHTS = 8
+"""Numbers of each tensor of a model that its fingerprint looks at."""
 
 
 class HFEngine:
@@ -30,6 +40,33 @@ class HFEngine:
     @property
     def target(self) -> Any:
         return self.loaded.model
+
+    @property
+    def dtype(self) -> str:
+        return str(self.loaded.model.dtype).removeprefix("torch.")
+
+    @property
+    def most_rows(self) -> int:
+        return MOST_ROWS_ON_CPU if self.loaded.model.device.type == "cpu" else MOST_ROWS
+
+    def room(self) -> Room:
+        model: Any = self.loaded.model
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        return Room(int(free_memory(model.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
+
+    def decoder(self, rows: int) -> Decoder:
+        from steermoe.engines.rolling import decoder_for
+
+        return decoder_for(self)
+
+    def fingerprint(self) -> str:
+        """Class and dtype, and a few numbers of every tensor."""
+        model: Any = self.loaded.model
+        digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
+        for name, parameter in model.named_parameters():
+            some = parameter.detach().flatten()[:SAMPLED_WEIGHTS]
+            digest.update(f"{name} {tuple(parameter.shape)} {some.float().cpu().tolist()}".encode())
+        return digest.hexdigest()
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False

@@ -1,32 +1,28 @@
 """Choose the engine that runs a model, and open it. Imports no engine before it is chosen.
 
-A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers;
-vLLM runs what it is asked to.
+A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from steermoe.errors import ModelError
 
 if TYPE_CHECKING:
-    from steermoe.engines.hf import HFEngine
-    from steermoe.engines.llamacpp import LlamaCppEngine
-    from steermoe.engines.vllm.engine import VLLMEngine
+    from steermoe.engines.base import Engine
 
 EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 LIBRARIES = ("llama_cpp", "numba")
 """What the llamacpp engine needs beside steermoe's own dependencies."""
 
 
 def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> EngineName:
-    """The engine that will run a model: "hf", "llamacpp" or "vllm".
+    """The engine that will run a model: "hf" or "llamacpp".
 
     Raises:
-        ModelError: an engine is asked for that is not installed, or llama.cpp for a model that is no GGUF file.
+        ModelError: llama.cpp is asked for but not installed, or for a model that is no GGUF file.
     """
     if engine == "hf":
         return "hf"
@@ -49,7 +45,7 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
         return "llamacpp"
     if not is_gguf or missing:
         return "hf"
-    from steermoe.gguf_models import is_moe
+    from steermoe.gguf.header import is_moe
 
     return "llamacpp" if is_moe(str(model)) else "hf"
 
@@ -68,7 +64,7 @@ def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
     if not is_gguf or all(find_spec(name) for name in LIBRARIES):
         return error
-    from steermoe.gguf_models import is_moe
+    from steermoe.gguf.header import is_moe
 
     if not is_moe(str(model)):
         return error
@@ -82,8 +78,8 @@ def open_engine(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    **vllm: Any,
-) -> "HFEngine | LlamaCppEngine | VLLMEngine":
+    vllm: dict[str, Any] | None = None,
+) -> "Engine":
     """Load a model into the engine that `choose_engine` names.
 
     Args:
@@ -98,19 +94,29 @@ def open_engine(
         ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
     """
     chosen = choose_engine(model, engine)
-    if chosen == "vllm":
-        if device_map is not None:
-            raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
-        from steermoe.engines.vllm.engine import VLLMEngine
+    if vllm and chosen != "vllm":
+        given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
+        raise ModelError(f"{given} need --engine vllm")
+    match chosen:
+        case "vllm":
+            return _open_vllm(None if model is None else str(model), dtype, device_map, trust_remote_code, vllm or {})
+        case "llamacpp":
+            return _open_llamacpp(str(model), dtype, device_map)
+        case _:
+            return _open_hf(model, dtype, device_map, trust_remote_code)
 
-        name = None if model is None else str(model)
-        return VLLMEngine(name, dtype=dtype, trust_remote_code=trust_remote_code, **vllm)
-    if chosen == "llamacpp":
-        if dtype != "auto" or device_map is not None:
-            raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
-        from steermoe.engines.llamacpp import LlamaCppEngine
 
-        return LlamaCppEngine(str(model))
+def _open_vllm(
+    model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool, options: dict[str, Any]
+) -> "Engine":
+    if device_map is not None:
+        raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
+    from steermoe.engines.vllm.engine import VLLMEngine
+
+    return VLLMEngine(model, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+
+
+def _open_hf(model: str | Path | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "Engine":
     from steermoe.engines.hf import HFEngine
     from steermoe.models import load
 
@@ -119,3 +125,11 @@ def open_engine(
     except ModelError as error:
         raise with_hint(error, model) from error
     return HFEngine(loaded)
+
+
+def _open_llamacpp(model: str, dtype: str, device_map: str | None) -> "Engine":
+    if dtype != "auto" or device_map is not None:
+        raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
+    from steermoe.engines.llamacpp.engine import LlamaCppEngine
+
+    return LlamaCppEngine(model)

@@ -12,7 +12,7 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,32 +27,6 @@ from steermoe.tracking import Window
 
 PROMPT_TOKENS = 4096
 """Tokens of new prompts that one forward pass takes, padding included; a longer prompt goes alone."""
-
-
-class Decoder(Protocol):
-    """Takes requests whenever it has room, and gives completions as they are finished."""
-
-    def __len__(self) -> int:
-        """Requests that are begun and not finished."""
-
-    def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
-        """Begin requests, each with the tokens of its prompt.
-
-        Raises:
-            GenerationError, SteeringError: as `Engine.generate`.
-        """
-
-    def step(self) -> list[Completion]:
-        """Go on by a token or more; the completions that are finished with it, perhaps none."""
-
-    def clear(self) -> None:
-        """Forget what is begun, as after an error; the next `start` begins anew."""
-
-    def report(self) -> SteeringReport | None:
-        """What was steered so far; None if nothing was to be."""
-
-    def close(self) -> None:
-        """Take the steering off the model."""
 
 
 def decoder_for(engine: HFEngine) -> "RollingDecoder | StaticDecoder":

@@ -145,8 +145,17 @@ class VLLMEngine:
         report = decoder.report() if any(request.plan for request in requests) else None
         return [_finished(done[id(request)], seconds, report) for request in requests]
 
-    def decoder(self, *, on_text: Callable[[str], None] | None = None, record: bool = False) -> "VLLMDecoder":
-        """What takes requests whenever it has room (`rolling.Decoder`)."""
+    @property
+    def most_rows(self) -> int:
+        return self.max_texts
+
+    def room(self) -> None:
+        """Memory is vLLM's own affair."""
+
+    def decoder(
+        self, rows: int = 0, *, on_text: Callable[[str], None] | None = None, record: bool = False
+    ) -> "VLLMDecoder":
+        """As `Engine.decoder`; what there is no room for waits in vLLM's own queue."""
         return VLLMDecoder(self, on_text, record)
 
     # ---- for the decoder ----
@@ -349,7 +358,7 @@ def needs_copies(options: dict[str, Any]) -> bool:
 
 def cache_bytes() -> int:
     """What keys and values may take of this machine's memory, which vLLM would take nearly whole."""
-    from steermoe.batch.memory import free_memory
+    from steermoe.engines.memory import free_memory
 
     return min(MOST_CACHE, int(free_memory(torch.device("cpu")) * CACHE_SHARE))
 

@@ -16,8 +16,9 @@ from torch import nn
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel, VectorError, VectorNotFound
 from steermoe.fitting import check_plan
-from steermoe.library import SUFFIX, check_domain_name, check_fits_model, find_vector, find_vectors, read_vector
+from steermoe.library import SUFFIX, check_domain_name, find_vector, find_vectors, read_vector
 from steermoe.plans import SteeringPlan, make_plan, parse_domain
+from steermoe.targets import check_fits
 
 FIELDS = ("domain", "strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
 MOST_DOMAINS = 32
@@ -105,7 +106,7 @@ class SpecBook:
         found = []
         for file in find_vectors(self._vectors):
             try:
-                check_fits_model(read_vector(file.path), self.model)
+                check_fits(self.model, read_vector(file.path))
             except (CompatibilityError, VectorError):
                 continue
             found.append(file.domain)

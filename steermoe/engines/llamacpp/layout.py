@@ -8,7 +8,7 @@ import ctypes
 import struct
 from typing import Any
 
-from steermoe.engines.ggml_callback import TensorLayout
+from steermoe.engines.llamacpp.callback import TensorLayout
 from steermoe.errors import ModelError
 
 F32 = 0

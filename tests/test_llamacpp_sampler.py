@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from steermoe.engines.base import Sampling
+from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.sampling import RowSampler
-from steermoe.engines.token_sampler import TokenSampler
 
 VOCABULARY = 500
 SETTINGS = [

@@ -9,7 +9,7 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 
 import llama_cpp
 
-from steermoe.engines import ggml
+from steermoe.engines.llamacpp import layout as ggml
 from steermoe.errors import ModelError
 
 LIBRARY = llama_cpp.llama_cpp._lib

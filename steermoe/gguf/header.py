@@ -6,6 +6,7 @@
 import mmap
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class GGUFModel:
         context_length: tokens that it was trained on at most.
         node: name of the graph's node that top-k follows: `ffn_moe_logits`, with a bias `ffn_moe_logits_biased`, ...
         chooses_by_logits: whether the experts with the largest logits are chosen: no bias on scores, no groups.
+        cache_numbers: that attention keeps of each token, in all layers together, at most.
+        file_type: GGUF's number of how most matrices are stored; None if the file doesn't say.
     """
 
     path: Path
@@ -68,6 +71,8 @@ class GGUFModel:
     context_length: int
     node: str
     chooses_by_logits: bool
+    cache_numbers: int = 0
+    file_type: int | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -133,7 +138,17 @@ def read_gguf(path: Path | str) -> GGUFModel:
         if has_bias
         else "ffn_moe_logits",
         chooses_by_logits=not scores_biased and int(setting("expert_group_count", 0) or 0) <= 1,
+        cache_numbers=_cache_numbers(setting),
+        file_type=metadata.get("general.file_type"),
     )
+
+
+def _cache_numbers(setting: Callable[..., Any]) -> int:
+    blocks, heads = int(setting("block_count", 0)), setting("attention.head_count", 1)
+    pairs = setting("attention.head_count_kv", heads)
+    width = int(setting("embedding_length", 0)) // max(1, max(heads) if isinstance(heads, list) else int(heads))
+    keys, values = setting("attention.key_length", width), setting("attention.value_length", width)
+    return (sum(pairs) if isinstance(pairs, list) else blocks * int(pairs)) * (int(keys) + int(values))
 
 
 def is_moe(path: Path | str) -> bool:
@@ -156,7 +171,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             return _Header(data).read()
     except OSError as error:
         raise ModelError(f"can't read '{path}': {error.strerror or error}; give a .gguf file") from error
-    except (struct.error, ValueError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+    except (struct.error, IndexError) as error:
+        raise ModelError(f"'{path}' is no GGUF file or is cut off within its header: get it again") from error
+    except (ValueError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
         raise ModelError(f"'{path}' is no GGUF file or is cut off ({error}): get it again") from error
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from steermoe.engines.base import Sampling
 
 Floats = NDArray[np.float32]
+BLOCK = 256
+"""Tokens whose weights are added up together."""
 
 
 class TokenSampler:
@@ -28,8 +30,7 @@ class TokenSampler:
         self.sampling = sampling
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._weights = np.empty(0, dtype=np.float32)
-        self._cumulative = np.empty(0)
+        self._weights = np.zeros(0, dtype=np.float32)
 
     def draw(self, logits: Floats, context: Sequence[int], new_tokens: int) -> int:
         """The next token.
@@ -44,12 +45,20 @@ class TokenSampler:
             return int(warped.argmax())
         drawn = torch.rand(1, generator=self._generator, dtype=torch.float64).item()
         # memory that is used again: this much anew for every token would cost more than the arithmetic
-        if self._weights.shape != warped.shape:
-            self._weights, self._cumulative = np.empty_like(warped), np.empty(len(warped))
-        np.exp(np.subtract(warped, warped.max(), out=self._weights), out=self._weights)
-        cumulative = np.cumsum(self._weights, dtype=np.float64, out=self._cumulative)
-        picked = int(np.searchsorted(cumulative, drawn * cumulative[-1], side="right"))
-        return min(picked, len(logits) - 1)
+        if len(self._weights) - len(warped) not in range(BLOCK):
+            self._weights = np.zeros(-(-len(warped) // BLOCK) * BLOCK, dtype=np.float32)
+        weights = self._weights[: len(warped)]
+        np.exp(np.subtract(warped, warped.max(), out=weights), out=weights)
+        # the sums of blocks first, then those within the block that is met: adding all up one by one is slow
+        blocks = self._weights.reshape(-1, BLOCK)
+        ends = blocks.sum(1, dtype=np.float64).cumsum()
+        target = drawn * ends[-1]
+        block = int(np.searchsorted(ends, target, side="right"))
+        within = blocks[block].cumsum(dtype=np.float64)
+        place = int(np.searchsorted(within, target - (ends[block - 1] if block else 0.0), side="right"))
+        if place == BLOCK:  # by rounding
+            place = int(np.flatnonzero(blocks[block])[-1])
+        return block * BLOCK + place
 
     def warp(self, logits: Floats, context: Sequence[int], new_tokens: int) -> Floats:
         """The logits [V] that tokens are drawn from, in the order of transformers' own warpers."""

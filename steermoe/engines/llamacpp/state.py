@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.editing import Bank
-from steermoe.engines import ggml_callback as callback
-from steermoe.engines.ggml_callback import FIELD, TensorLayout
+from steermoe.engines.llamacpp import callback
+from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
 from steermoe.errors import SteeringError
 from steermoe.fitting import banks_for
 from steermoe.formulas import FORMULAS
-from steermoe.gguf_models import GGUFModel
+from steermoe.gguf.header import GGUFModel
 from steermoe.plans import SteeringPlan
 
 Reach = Literal["graph", "pieces"]
-"""How logits are reached: inside the graph, or between pieces of it (see `ggml_callback`)."""
+"""How logits are reached: inside the graph, or between pieces of it (see `callback`)."""
 
 KINDS = {
     "ffn_moe_logits": callback.LOGITS,
@@ -181,7 +181,8 @@ class CallbackState:
             layer = self._model.layers[int(missed.argmax())]
             raise SteeringError(
                 f"{int(missed.sum())} of {int(active_L.sum())} routers were to be steered but llama.cpp computed no "
-                f"node '{self._model.node}-{layer}': this architecture can't be steered here; use --engine hf"
+                f"node '{self._model.node}-{layer}' in a way that is known: this architecture can't be steered here; "
+                "use --engine hf"
             )
         return int(calls_L.sum())
 

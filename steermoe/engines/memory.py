@@ -3,60 +3,34 @@
 import os
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from steermoe.engines.cache import empty_cache
-
 SHARE = 0.5
 """Of the free memory, what a batch may take."""
-LOGITS_BYTES = 40
-"""A token of the vocabulary and row: logits as the model gives them, in float32, warped, and twice in float64."""
 UNKNOWN_FREE = 4 << 30
 """Where a device does not tell."""
 
 
+@dataclass(frozen=True)
 class Room:
-    """How many rows fit into the memory that is free now.
+    """How many rows fit into memory.
 
-    Args:
-        model: its cache is measured with a token.
+    Attributes:
+        free: bytes that they may take.
+        row_bytes, token_bytes: of a row, and of each of its tokens.
     """
 
-    def __init__(self, model: Any) -> None:
-        config = model.config.get_text_config(decoder=True)
-        self._free = int(free_memory(model.device) * SHARE)
-        self._token_bytes = _cache_bytes_of_a_token(model)
-        self._row_bytes = LOGITS_BYTES * config.vocab_size
+    free: int
+    row_bytes: int
+    token_bytes: int
 
     def rows(self, tokens: int) -> int:
         """Rows of so many tokens each, at least 1."""
-        return max(1, self._free // (self._row_bytes + tokens * self._token_bytes))
-
-
-@torch.inference_mode()
-def _cache_bytes_of_a_token(model: Any) -> int:
-    """Measured, for every kind of cache; 0 where there is none."""
-    cache = None if model.config.is_encoder_decoder else empty_cache(model)
-    given: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}
-    if cache is None:
-        given["decoder_input_ids"] = given["input_ids"]
-    else:
-        given["past_key_values"] = cache
-    output = model(**given, use_cache=True)
-    return _bytes_in(getattr(output, "past_key_values", None))
-
-
-def _bytes_in(thing: Any) -> int:
-    if isinstance(thing, torch.Tensor):
-        return thing.numel() * thing.element_size()
-    if isinstance(thing, list | tuple):
-        return sum(map(_bytes_in, thing))
-    if isinstance(thing, dict):
-        return sum(map(_bytes_in, thing.values()))
-    return _bytes_in(vars(thing)) if type(thing).__module__.startswith("transformers") else 0
+        return max(1, self.free // (self.row_bytes + tokens * self.token_bytes))
 
 
 def free_memory(device: torch.device) -> int:

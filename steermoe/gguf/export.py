@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from steermoe.errors import ModelError
-from steermoe.gguf_vocabulary import add_vocabulary
+from steermoe.gguf.vocabulary import add_vocabulary
 from steermoe.library import atomic_path
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ pytest.importorskip("numba", reason="numba comes with steermoe[llamacpp]")
 import numpy as np
 
 from steermoe import formulas
-from steermoe.engines import ggml_callback as callback
-from steermoe.engines.callback_state import CallbackState
-from steermoe.engines.ggml_callback import FIELD, TensorLayout
+from steermoe.engines.llamacpp import callback
+from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
+from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.errors import CompatibilityError, SteeringError
-from steermoe.gguf_models import GGUFModel, GGUFRouter
+from steermoe.gguf.header import GGUFModel, GGUFRouter
 from steermoe.plans import SteeringPlan
 from steermoe.vectors import SteeringVector
 
@@ -325,14 +325,17 @@ def test_probabilities_are_of_the_steered_logits(kind):
     assert np.array_equal(target.struct, before)
 
 
-def test_a_node_that_is_something_else_is_an_error():
+@pytest.mark.parametrize(
+    ("op", "message"), [(55, "computed no node .* in a way"), (LAYOUT.op_unary, "stored or used otherwise")]
+)
+def test_a_node_that_is_something_else_is_an_error(op, message):
     state = make_state("graph")
     state.install([SteeringPlan(vector(1))])
     state.steer([0], [1.0])
     _, target = probabilities(random_logits(1))
-    struct.pack_into("i", target.struct, LAYOUT.op, 55)
+    struct.pack_into("i", target.struct, LAYOUT.op, op)
     call(state, target, True)
-    with pytest.raises(SteeringError, match="stored or used otherwise"):
+    with pytest.raises(SteeringError, match=message):
         state.verify()
 
 

@@ -7,7 +7,7 @@ import tiny_ggufs
 from gguf import GGUFReader, GGUFWriter
 
 from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel
-from steermoe.gguf_models import is_moe, read_gguf, read_header
+from steermoe.gguf.header import is_moe, read_gguf, read_header
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_header_as_the_gguf_package_reads_it(gguf):
 
 
 def test_long_lists_are_stepped_over(gguf, monkeypatch):
-    monkeypatch.setattr("steermoe.gguf_models.MAX_KEPT", 3)
+    monkeypatch.setattr("steermoe.gguf.header.MAX_KEPT", 3)
     metadata, shapes = read_header(gguf)
     assert metadata["tokenizer.ggml.tokens"] is None
     assert metadata["llama.expert_count"] == 8

@@ -14,14 +14,11 @@ Shapes: T tokens of a forward call, N experts of a layer, L routers, P distinct 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from steermoe.engines.llamacpp.memory import ask_host, copy_tensor, half_word, pointer, word
 from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
 
 RAISED, FORCED, BANNED = 1, 2, 4
@@ -60,7 +57,7 @@ SAVED = 1 + PARAMETERS
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Byte offsets in ggml's tensor struct, and numbers of its operations; `engines.ggml` finds them out."""
+    """Byte offsets in ggml's tensor struct, and numbers of its operations; `layout` finds them out."""
 
     name: int
     op: int
@@ -74,55 +71,6 @@ class TensorLayout:
     op_softmax: int
     op_unary: int
     unary_sigmoid: int
-
-
-# ---- reaching memory by address ----
-
-
-@intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
-    """The address as a pointer, for carray."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def _copy_tensor(typing: Any, function: Any, tensor: Any, memory: Any, size: Any) -> Any:
-    """Call ggml_backend_tensor_get or _set: void (tensor, memory, offset 0, size)."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word, word, word, word])
-        target = builder.inttoptr(args[0], kind.as_pointer())
-        builder.call(target, [args[1], args[2], ir.Constant(word, 0), args[3]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def _ask_host(typing: Any, function: Any, buffer: Any) -> Any:
-    """Call ggml_backend_buffer_is_host: bool (buffer)."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(8), [ir.IntType(64)])
-        target = builder.inttoptr(args[0], kind.as_pointer())
-        return builder.zext(builder.call(target, [args[1]]), ir.IntType(64))
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@njit(error_model="numpy")
-def _word(address):
-    return carray(_pointer(address), (1,), np.int64)[0]
-
-
-@njit(error_model="numpy")
-def _half_word(address):
-    return carray(_pointer(address), (1,), np.int32)[0]
 
 
 # ---- one row of logits ----
@@ -192,20 +140,20 @@ def _edit_node(state, row, z_TN):
     if experts != state[_EXPERTS] or tokens not in (every, outputs):
         state[_PROBLEM] = PROBLEM_SHAPE
         return
-    slot_T = carray(_pointer(state[_A_SLOT]), (every,), np.int32)
-    factor_T = carray(_pointer(state[_A_FACTOR]), (every,), np.float32)
-    output_T = carray(_pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
-    carray(_pointer(state[_A_CALLS]), (routers,), np.int64)[row] += 1
+    slot_T = carray(pointer(state[_A_SLOT]), (every,), np.int32)
+    factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
+    output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
+    carray(pointer(state[_A_CALLS]), (routers,), np.int64)[row] += 1
     for t in range(tokens):
         token = t if tokens == every else output_T[t]
         slot = slot_T[token]
         if slot < 0 or factor_T[token] == 0:
             continue
         start = (slot * routers + row) * experts
-        push_N = carray(_pointer(state[_A_PUSH] + 4 * start), (experts,), np.float32)
-        marks_N = carray(_pointer(state[_A_MARKS] + start), (experts,), np.uint8)
-        formula = carray(_pointer(state[_A_FORMULA] + 4 * slot), (1,), np.int32)[0]
-        paper = carray(_pointer(state[_A_PAPER] + 4 * slot), (1,), np.int32)[0]
+        push_N = carray(pointer(state[_A_PUSH] + 4 * start), (experts,), np.float32)
+        marks_N = carray(pointer(state[_A_MARKS] + start), (experts,), np.uint8)
+        formula = carray(pointer(state[_A_FORMULA] + 4 * slot), (1,), np.int32)[0]
+        paper = carray(pointer(state[_A_PAPER] + 4 * slot), (1,), np.int32)[0]
         z_N = z_TN[t]
         edit_row(z_N, push_N, marks_N, formula, paper != 0, factor_T[token])
         if state[_FROM_TOPK] == 0:
@@ -219,32 +167,32 @@ def _edit_node(state, row, z_TN):
 @njit(error_model="numpy")
 def _count_node(state, row, tensor, steered):
     """Count the experts that one layer chose, from llama.cpp's own choice [T, k]."""
-    top_k = _word(tensor + state[_AT_NE])
-    tokens = _word(tensor + state[_AT_NE] + 8)
-    stride = _word(tensor + state[_AT_NB] + 8)
+    top_k = word(tensor + state[_AT_NE])
+    tokens = word(tensor + state[_AT_NE] + 8)
+    stride = word(tensor + state[_AT_NB] + 8)
     every, outputs, routers, experts = state[_TOKENS], state[_OUTPUTS], state[_ROUTERS], state[_EXPERTS]
     if tokens not in (every, outputs):
         state[_PROBLEM] = PROBLEM_SHAPE
         return
-    data = _word(tensor + state[_AT_DATA])
-    if _ask_host(state[_IS_HOST], _buffer(state, tensor)) == 0:
+    data = word(tensor + state[_AT_DATA])
+    if ask_host(state[_IS_HOST], _buffer(state, tensor)) == 0:
         data = state[_A_SCRATCH]
-        _copy_tensor(state[_GET], tensor, data, (tokens - 1) * stride + 4 * top_k)
-    slot_T = carray(_pointer(state[_A_SLOT]), (every,), np.int32)
-    factor_T = carray(_pointer(state[_A_FACTOR]), (every,), np.float32)
-    text_T = carray(_pointer(state[_A_TEXT]), (every,), np.int32)
-    output_T = carray(_pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
+        copy_tensor(state[_GET], tensor, data, (tokens - 1) * stride + 4 * top_k)
+    slot_T = carray(pointer(state[_A_SLOT]), (every,), np.int32)
+    factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
+    text_T = carray(pointer(state[_A_TEXT]), (every,), np.int32)
+    output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
     for t in range(tokens):
         token = t if tokens == every else output_T[t]
-        chosen_k = carray(_pointer(data + t * stride), (top_k,), np.int32)
+        chosen_k = carray(pointer(data + t * stride), (top_k,), np.int32)
         slot, text = slot_T[token], text_T[token]
         if state[_HAS_TEXTS] != 0 and text >= 0:
-            counts_N = carray(_pointer(state[_A_COUNTS] + 8 * (text * routers + row) * experts), (experts,), np.int64)
+            counts_N = carray(pointer(state[_A_COUNTS] + 8 * (text * routers + row) * experts), (experts,), np.int64)
             for expert in chosen_k:
                 if 0 <= expert < experts:
                     counts_N[expert] += 1
         if steered and slot >= 0 and factor_T[token] != 0:
-            marks_N = carray(_pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
+            marks_N = carray(pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
             for expert in chosen_k:
                 if 0 <= expert < experts:
                     state[_HITS] += (marks_N[expert] & (RAISED | FORCED)) != 0
@@ -254,16 +202,16 @@ def _count_node(state, row, tensor, steered):
 @njit(error_model="numpy")
 def _buffer(state, tensor):
     """The backend buffer of a tensor, or of the tensor that it is a view of."""
-    return _word(tensor + state[_AT_BUFFER])
+    return word(tensor + state[_AT_BUFFER])
 
 
 @njit(error_model="numpy")
 def _kind_of(state, tensor):
     """What a node is (LOGITS, BIASED, ...) and its decoder layer, read off its name; (-1, -1) for all others."""
     start = tensor + state[_AT_NAME]
-    if _word(start) != FFN_MOE:
+    if word(start) != FFN_MOE:
         return -1, -1
-    name = carray(_pointer(start), (NAME_BYTES,), np.uint8)
+    name = carray(pointer(start), (NAME_BYTES,), np.uint8)
     kind, at = -1, 8
     if name[8] == 108 and name[9] == 111 and name[13] == 115:  # "lo", "s": logits
         if name[14] == 45:  # "-"
@@ -287,13 +235,18 @@ def _kind_of(state, tensor):
 
 @njit(error_model="numpy")
 def _on_node(tensor, asks, state):
+    if state[_IN_GRAPH] != 0 and state[_FROM_TOPK] == 0:
+        # the operation stands where llama.cpp looks anyway, a node's name does not: it would have to come from memory
+        op = half_word(tensor + state[_AT_OP])
+        if op != state[_OP_SOFTMAX] and op != state[_OP_UNARY] and op != state[_OP_CUSTOM]:
+            return asks == 0
     kind, layer = _kind_of(state, tensor)
     if kind < 0 or layer > state[_MAX_LAYER]:
         return asks == 0
-    row = carray(_pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
+    row = carray(pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
     if row < 0:
         return asks == 0
-    active = carray(_pointer(state[_A_ACTIVE]), (state[_ROUTERS],), np.uint8)[row] != 0
+    active = carray(pointer(state[_A_ACTIVE]), (state[_ROUTERS],), np.uint8)[row] != 0
     if kind == PROBABILITIES and state[_IN_GRAPH] != 0 and state[_KIND] != PROBABILITIES:
         if asks != 0:
             _switch(state, row, tensor, active)
@@ -313,18 +266,18 @@ def _on_node(tensor, asks, state):
 @njit(error_model="numpy")
 def _edit_computed(state, row, tensor):
     """Steer logits that have just been computed, where they are or through the backend."""
-    experts = _word(tensor + state[_AT_NE])
-    tokens = _word(tensor + state[_AT_NE] + 8)
-    if _word(tensor + state[_AT_NB]) != 4 or _word(tensor + state[_AT_NB] + 8) != 4 * experts:
+    experts = word(tensor + state[_AT_NE])
+    tokens = word(tensor + state[_AT_NE] + 8)
+    if word(tensor + state[_AT_NB]) != 4 or word(tensor + state[_AT_NB] + 8) != 4 * experts:
         state[_PROBLEM] = PROBLEM_TYPE
         return
-    if _ask_host(state[_IS_HOST], _buffer(state, tensor)) != 0:
-        _edit_node(state, row, carray(_pointer(_word(tensor + state[_AT_DATA])), (tokens, experts), np.float32))
+    if ask_host(state[_IS_HOST], _buffer(state, tensor)) != 0:
+        _edit_node(state, row, carray(pointer(word(tensor + state[_AT_DATA])), (tokens, experts), np.float32))
         return
     size = 4 * tokens * experts
-    _copy_tensor(state[_GET], tensor, state[_A_SCRATCH], size)
-    _edit_node(state, row, carray(_pointer(state[_A_SCRATCH]), (tokens, experts), np.float32))
-    _copy_tensor(state[_SET], tensor, state[_A_SCRATCH], size)
+    copy_tensor(state[_GET], tensor, state[_A_SCRATCH], size)
+    _edit_node(state, row, carray(pointer(state[_A_SCRATCH]), (tokens, experts), np.float32))
+    copy_tensor(state[_SET], tensor, state[_A_SCRATCH], size)
 
 
 # ---- in the graph ----
@@ -340,16 +293,16 @@ def _write_address(words, at, number):
 @njit(error_model="numpy")
 def _switch(state, row, tensor, active):
     """Make the node that computes probabilities a custom operation if its layer is steered, and itself again if not."""
-    op = carray(_pointer(tensor + state[_AT_OP]), (1,), np.int32)
-    saved = carray(_pointer(state[_A_SAVED] + 8 * SAVED * row), (SAVED,), np.int64)
-    params = carray(_pointer(tensor + state[_AT_OP_PARAMS]), (PARAMETERS,), np.int32)
+    op = carray(pointer(tensor + state[_AT_OP]), (1,), np.int32)
+    saved = carray(pointer(state[_A_SAVED] + 8 * SAVED * row), (SAVED,), np.int64)
+    params = carray(pointer(tensor + state[_AT_OP_PARAMS]), (PARAMETERS,), np.int32)
     if op[0] == state[_OP_CUSTOM]:
         op[0] = saved[0]
         for i in range(PARAMETERS):
             params[i] = saved[1 + i]
     if not active:
         return
-    is_sigmoid = op[0] == state[_OP_UNARY] and _half_word(tensor + state[_AT_OP_PARAMS]) == state[_UNARY_SIGMOID]
+    is_sigmoid = op[0] == state[_OP_UNARY] and half_word(tensor + state[_AT_OP_PARAMS]) == state[_UNARY_SIGMOID]
     if op[0] != state[_OP_SOFTMAX] and not is_sigmoid:
         state[_PROBLEM] = PROBLEM_TYPE
         return
@@ -365,13 +318,13 @@ def _switch(state, row, tensor, active):
 @njit(error_model="numpy")
 def _edit_in_graph(target, source, state):
     _, layer = _kind_of(state, target)
-    row = carray(_pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
-    experts = _word(source + state[_AT_NE])
-    tokens = _word(source + state[_AT_NE] + 8)
-    z_TN = carray(_pointer(_word(source + state[_AT_DATA])), (tokens, experts), np.float32)
-    p_TN = carray(_pointer(_word(target + state[_AT_DATA])), (tokens, experts), np.float32)
+    row = carray(pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
+    experts = word(source + state[_AT_NE])
+    tokens = word(source + state[_AT_NE] + 8)
+    z_TN = carray(pointer(word(source + state[_AT_DATA])), (tokens, experts), np.float32)
+    p_TN = carray(pointer(word(target + state[_AT_DATA])), (tokens, experts), np.float32)
     _edit_node(state, row, z_TN)
-    is_softmax = carray(_pointer(state[_A_SAVED] + 8 * SAVED * row), (1,), np.int64)[0] == state[_OP_SOFTMAX]
+    is_softmax = carray(pointer(state[_A_SAVED] + 8 * SAVED * row), (1,), np.int64)[0] == state[_OP_SOFTMAX]
     for t in range(tokens):
         if is_softmax:
             largest = z_TN[t].max()
@@ -391,11 +344,11 @@ def _edit_in_graph(target, source, state):
 @cfunc(types.uint8(types.int64, types.uint8, types.int64), cache=True, error_model="numpy")
 def on_node(tensor, asks, state):
     """llama.cpp's eval callback: bool (struct ggml_tensor *, bool ask, void * user_data)."""
-    return np.uint8(_on_node(tensor, asks, carray(_pointer(state), (len(_FIELDS),), np.int64)))
+    return np.uint8(_on_node(tensor, asks, carray(pointer(state), (len(_FIELDS),), np.int64)))
 
 
 @cfunc(types.void(types.int64, types.int64, types.int32, types.int32, types.int64), cache=True, error_model="numpy")
 def edit_in_graph(target, source, thread, threads, state):
     """A custom operation of ggml with one source: void (dst, a, ith, nth, userdata)."""
     if thread == 0:
-        _edit_in_graph(target, source, carray(_pointer(state), (len(_FIELDS),), np.int64))
+        _edit_in_graph(target, source, carray(pointer(state), (len(_FIELDS),), np.int64))
