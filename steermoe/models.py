@@ -1,5 +1,6 @@
 """Load a model with its tokenizer, assemble the default one, and describe any checkpoint without its weights."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from steermoe.vectors import SteeringVector
 
 DEFAULT_MODEL = spec.NAME
+SAMPLED_BYTES = 32
+"""Of each tensor of a checkpoint, what its fingerprint looks at."""
 SMALL_CHECKPOINT_BYTES = 4 * 2**30
 """Up to this size a bfloat16 checkpoint is run in float32 on processors that compute bfloat16 slowly."""
 
@@ -189,6 +192,80 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return LoadedModel(name, loaded.eval(), tokenizer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that another library than transformers loads.
+
+    Attributes:
+        name: as of `LoadedModel`.
+        folder: where it is, or its hub id.
+        dtype: torch dtype by name, or "auto".
+    """
+
+    name: str
+    folder: str
+    dtype: str
+
+    def tokenizer(self, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+        """Its tokenizer.
+
+        Raises:
+            ModelError: it has none that can be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # a damaged checkpoint can make transformers raise anything
+            raise ModelError(_why_not_loaded(self.name, error)) from error
+
+    def end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+        """Tokens that end a text, as its generation configuration says, else its tokenizer."""
+        from transformers import GenerationConfig
+
+        try:
+            end = GenerationConfig.from_pretrained(self.folder).eos_token_id
+        except OSError:
+            end = None
+        end = tokenizer.eos_token_id if end is None else end
+        return set(end) if isinstance(end, list | tuple) else {end} - {None}
+
+    def fingerprint(self) -> str:
+        """Tells the checkpoint from others of its name: its configuration, and a few bytes of every tensor."""
+        import hashlib
+
+        digest = hashlib.sha256(self.name.encode())
+        if not Path(self.folder).is_dir():
+            return digest.hexdigest()  # of the hub, where names do not change hands
+        digest.update((Path(self.folder) / "config.json").read_bytes())
+        for path in sorted(Path(self.folder).glob("*.safetensors")):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(length)
+                digest.update(header)
+                for name, entry in sorted(json.loads(header).items()):
+                    if name != "__metadata__":
+                        file.seek(8 + length + entry["data_offsets"][0])
+                        digest.update(file.read(SAMPLED_BYTES))
+        return digest.hexdigest()
+
+
+def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:
+    """Find a checkpoint without loading it; arguments as for `load`.
+
+    Raises:
+        ModelError: there is none, or it is a GGUF file, which only transformers and llama.cpp read.
+    """
+    import torch
+
+    name, where, extra = _locate(model)
+    if extra:
+        raise ModelError(f"'{model}' is a GGUF file: run it with --engine llamacpp or --engine hf")
+    device = "auto" if torch.accelerator.is_available() else None
+    chosen = _parse_dtype(dtype) if dtype != "auto" else _natural_dtype(where, device)
+    return Source(name, where, str(chosen).removeprefix("torch."))
 
 
 def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:

@@ -175,10 +175,10 @@ def test_other_settings_are_not_mixed_into_a_file(loaded, place, now, prompts, w
 def test_another_vector_or_model_of_the_same_name_is_noticed(loaded, place):
     tell(loaded, "A dog.", wanted=settings("sport"))
     write_vector(tiny.vector_for(loaded.model, 7), place / "steering_vectors" / "tiny" / "sport.safetensors")
-    with pytest.raises(BatchError, match="another prompt, domain, seed, vector or model"):
+    with pytest.raises(BatchError, match="another prompt, domain, seed, vector, model or engine"):
         tell(loaded, "A dog.", wanted=settings("sport"))
     tell(loaded, "A dog.", overwrite=True)
-    with pytest.raises(BatchError, match="another prompt, domain, seed, vector or model"):
+    with pytest.raises(BatchError, match="another prompt, domain, seed, vector, model or engine"):
         tell(tiny.loaded(tiny.build("mixtral", seed=1)), "A dog.")
 
 

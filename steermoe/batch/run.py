@@ -378,4 +378,4 @@ def _difference(record: dict[str, Any], settings: Settings, engine: Engine) -> s
     for name, value in now.items():
         if value is not None and name in record and record[name] != value:
             return f"was told with {name} {record[name]}, not {value}"
-    return "has another prompt, domain, seed, vector or model"
+    return "has another prompt, domain, seed, vector, model or engine"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from steermoe import __version__
-from steermoe.cli import batch, calibrate, compare, console, embed, evaluate, generate, models, vectors
+from steermoe.cli import batch, calibrate, compare, console, embed, evaluate, generate, models, serve, vectors
 from steermoe.errors import SteerMoEError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -30,6 +30,7 @@ app.command(epilog=batch.EXAMPLES)(batch.batch)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(models.app, name="models")
 
@@ -74,7 +75,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|vllm)\b")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ steermoe batch prompts.txt -o stories.jsonl -d sport -d food -d none --samples 2
 
 steermoe batch prompts.jsonl -o stories.jsonl --ordered --errors bad.jsonl
 
+steermoe batch prompts.txt -o stories.jsonl -d sport --engine vllm --tensor-parallel-size 2 --compile
+
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
 
 steermoe batch prompts.txt -o quantised.jsonl -d sport --model smollm2-moe-q8_0.gguf --engine llamacpp
@@ -77,9 +79,16 @@ def batch(
         ),
     ] = "auto",
     device_map: o.DeviceMap = None,
+    tensor_parallel_size: o.TensorParallelSize = 1,
+    pipeline_parallel_size: o.PipelineParallelSize = 1,
+    data_parallel_size: o.DataParallelSize = 1,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=o.VLLM),
+    ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     quantize: o.Quantize = None,
-    compiled: o.Compiled = True,
+    compiled_steps: o.CompiledSteps = True,
     json: o.Json = False,
 ) -> None:
     """Tell many stories: prompts times domains times samples, in one batch that is refilled as stories are finished.
@@ -115,8 +124,17 @@ def batch(
         StoryFile(output, overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
+        sizes = o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
         runner = o.open_engine(
-            model, engine, dtype, device_map, trust_remote_code, repeatable=True, quantize=quantize, compiled=compiled
+            model,
+            engine,
+            dtype,
+            device_map,
+            trust_remote_code,
+            repeatable=True,
+            quantize=quantize,
+            compiled_steps=compiled_steps,
+            vllm={**sizes, **({"compiled": True} if compiled else {})},
         )
         from steermoe.batch.run import Batch
 

@@ -58,7 +58,7 @@ def compare(
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     quantize: o.Quantize = None,
-    compiled: o.Compiled = True,
+    compiled_steps: o.CompiledSteps = True,
     svg: Annotated[Path | None, typer.Option(help="Draw the comparison into this SVG file too.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -76,7 +76,9 @@ def compare(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled=compiled)
+    runner = o.open_engine(
+        model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled_steps=compiled_steps
+    )
     from steermoe.comparison import compare_completions
     from steermoe.library import SUFFIX
     from steermoe.plans import make_plan

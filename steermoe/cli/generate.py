@@ -52,7 +52,7 @@ def generate(
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
     quantize: o.Quantize = None,
-    compiled: o.Compiled = True,
+    compiled_steps: o.CompiledSteps = True,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. Default: on a terminal.")
     ] = None,
@@ -72,7 +72,9 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.open_engine(model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled=compiled)
+    runner = o.open_engine(
+        model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled_steps=compiled_steps
+    )
     from steermoe.plans import make_plan
 
     plan = make_plan(

@@ -78,15 +78,26 @@ Model = Annotated[
 ]
 Engine = Annotated[
     EngineName,
-    typer.Option("--engine", help="transformers, or llama.cpp for a GGUF file.", rich_help_panel=MODEL),
+    typer.Option("--engine", help="transformers (hf), llama.cpp for a GGUF file, or vLLM.", rich_help_panel=MODEL),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
 Quantize = Annotated[
     Literal["int8"] | None, typer.Option(help="Keep weights in int8, on a CPU.", rich_help_panel=MODEL)
 ]
-Compiled = Annotated[bool, typer.Option(help="Take steps that `steermoe models compile` made.", rich_help_panel=MODEL)]
+CompiledSteps = Annotated[
+    bool, typer.Option(help="Take steps that `steermoe models compile` made.", rich_help_panel=MODEL)
+]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
+
+VLLM = "vLLM"
+TensorParallelSize = Annotated[int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)]
+PipelineParallelSize = Annotated[
+    int, typer.Option(min=1, help="Workers that divide the layers among them.", rich_help_panel=VLLM)
+]
+DataParallelSize = Annotated[
+    int, typer.Option(min=1, help="Copies of the model that divide the texts.", rich_help_panel=VLLM)
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one object a line.")]
 
@@ -128,32 +139,68 @@ def open_engine(
     *,
     repeatable: bool = False,
     quantize: "Quantization | None" = None,
-    compiled: bool = True,
+    compiled_steps: bool = True,
+    vllm: dict[str, Any] | None = None,
 ) -> "RunningEngine":
     """As `opening.open_engine`, with a spinner, and for transformers as `load_model` and `HFEngine`."""
     from steermoe.cli.console import working
     from steermoe.engines import opening
     from steermoe.errors import ModelError
+    from steermoe.models import repeatable_dtype
 
     chosen = opening.choose_engine(model, engine)
-    if chosen != "hf":
-        if quantize is not None:
-            raise ModelError("--quantize belongs to --engine hf: llama.cpp runs files that are quantised already")
-        with working(f"Loading {model} ..."):
-            return opening.open_engine(model, chosen, dtype=dtype, device_map=device_map)
+    if chosen != "hf" and quantize is not None:
+        raise ModelError(f"--quantize belongs to --engine hf: {chosen} takes the weights as the checkpoint has them")
+    if chosen == "vllm":
+        pull_if_needed(model)
+        if repeatable and dtype == "auto":
+            dtype = repeatable_dtype(model)
+    if chosen != "hf" or vllm:
+        with working(f"Loading {model or 'the default model'} ..."):
+            return opening.open_engine(
+                model,
+                chosen,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                vllm=vllm,
+            )
     try:
         loaded = load_model(model, dtype, device_map, trust_remote_code, repeatable=repeatable, quantize=quantize)
     except ModelError as error:
         raise opening.with_hint(error, model) from error
     from steermoe.engines.hf import HFEngine
 
-    return HFEngine(loaded, compiled)
+    return HFEngine(loaded, compiled_steps)
+
+
+def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
+    """The arguments of `VLLMEngine` for those that are more than one."""
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "data_parallel_size": data}
+    return {name: size for name, size in sizes.items() if size > 1}
+
+
+def pull_if_needed(model: str | None) -> None:
+    """Pull the default model if it is meant and isn't here."""
+    from steermoe import models
+    from steermoe.cli.console import err, working
+
+    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
+        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
+        with working("Pulling the default model ..."):
+            models.pull()
 
 
 def open_source(
     model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
 ) -> "RoutingSource":
     """A model to record routing of, opened likewise."""
+    if engine == "vllm":
+        from steermoe.errors import ModelError
+
+        raise ModelError(
+            "vLLM records no routing of texts that are given: use --engine hf, or llamacpp for a GGUF file"
+        )
     opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code)
     return getattr(opened, "loaded", opened)
 
@@ -172,13 +219,10 @@ def load_model(
     `repeatable` reads dtype "auto" as `models.repeatable_dtype` does.
     """
     from steermoe import models
-    from steermoe.cli.console import err, quiet_transformers, working
+    from steermoe.cli.console import quiet_transformers, working
 
     quiet_transformers()
-    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
-        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
-        with working("Pulling the default model ..."):
-            models.pull()
+    pull_if_needed(model)
     if repeatable and dtype == "auto" and device_map is None:
         dtype = models.repeatable_dtype(model)
     with working(f"Loading {model or models.DEFAULT_MODEL} ..."):

@@ -182,8 +182,8 @@ class Engine(Protocol):
     def decoder(self, rows: int) -> Decoder:
         """What runs many requests, so many at once at most. One at a time, and not beside `generate`."""
 
-    def room(self) -> "Room":
-        """How many of them fit into the memory that is free now."""
+    def room(self) -> "Room | None":
+        """How many of them fit into the memory that is free now; None if the engine sees to that itself."""
 
     def fingerprint(self) -> str:
         """A hash that tells the model from others of its name."""

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicLayer
+from transformers import PreTrainedModel, cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
+
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", type("NoDummyLayer", (), {}))
+"""Stands for a layer that keeps nothing; transformers before 5.20 has none."""
 
 SPARE_COLUMNS = 64
 """Columns of room, at least, that a layer makes whenever it has to move."""

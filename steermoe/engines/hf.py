@@ -14,7 +14,7 @@ from steermoe.engines.base import Completion, Decoder, Request
 from steermoe.engines.cache import bytes_of_a_token
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.sampling import RowLimits, RowSampler
-from steermoe.engines.text import TextStreamer, continuation
+from steermoe.engines.text import TextStreamer, continuation, encode_prompt
 from steermoe.errors import GenerationError
 from steermoe.models import LoadedModel
 from steermoe.recording import record_routing
@@ -181,21 +181,7 @@ class HFEngine:
         Raises:
             GenerationError: an empty prompt, or one that leaves no room in the model's context.
         """
-        tokenizer = self.loaded.tokenizer
-        if not request.prompt.strip():
-            raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
-        ids = tokenizer(request.prompt, split_special_tokens=True)["input_ids"] if known is None else known
-        if not ids:
-            raise GenerationError(
-                f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another"
-            )
-        limit = self.loaded.context_length
-        if limit is not None and len(ids) + request.sampling.max_new_tokens > limit:
-            raise GenerationError(
-                f"the prompt has {len(ids)} tokens and {request.sampling.max_new_tokens} more were asked for, but the "
-                f"context of {self.name} is {limit}: shorten the prompt or lower --max-new-tokens"
-            )
-        return ids
+        return encode_prompt(self.loaded.tokenizer, request, self.name, self.loaded.context_length, known)
 
     def end_tokens(self) -> set[int]:
         """Tokens that end a text."""

@@ -5,14 +5,14 @@ A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is instal
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steermoe.errors import ModelError
 
 if TYPE_CHECKING:
     from steermoe.engines.base import Engine
 
-EngineName = Literal["auto", "hf", "llamacpp"]
+EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
 
 LIBRARIES = ("llama_cpp", "numba")
 """What the llamacpp engine needs beside steermoe's own dependencies."""
@@ -26,6 +26,9 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
     """
     if engine == "hf":
         return "hf"
+    if engine == "vllm":
+        require_vllm()
+        return "vllm"
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if engine == "llamacpp":
@@ -47,6 +50,15 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
     return "llamacpp" if is_moe(str(model)) else "hf"
 
 
+def require_vllm() -> None:
+    """Raise ModelError if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "vLLM is not installed: pip install 'steermoe[vllm]' on a machine with an accelerator, `make vllm` in a "
+            "checkout for processors (docs/serving.md), or use --engine hf"
+        )
+
+
 def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
     """The error of a GGUF file that transformers can't run, with what could run it; any other error as it is."""
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
@@ -66,24 +78,42 @@ def open_engine(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    vllm: dict[str, Any] | None = None,
 ) -> "Engine":
     """Load a model into the engine that `choose_engine` names.
 
     Args:
         model: as in `models.load`.
-        engine: "auto", "hf" or "llamacpp".
+        engine: "auto", "hf", "llamacpp" or "vllm".
         dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
         device_map: as in `models.load`, for transformers.
         trust_remote_code: likewise.
+        vllm: further arguments of `VLLMEngine`, such as `tensor_parallel_size`.
 
     Raises:
         ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
     """
-    match choose_engine(model, engine):
+    chosen = choose_engine(model, engine)
+    if vllm and chosen != "vllm":
+        given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
+        raise ModelError(f"{given} need --engine vllm")
+    match chosen:
+        case "vllm":
+            return _open_vllm(None if model is None else str(model), dtype, device_map, trust_remote_code, vllm or {})
         case "llamacpp":
             return _open_llamacpp(str(model), dtype, device_map)
         case _:
             return _open_hf(model, dtype, device_map, trust_remote_code)
+
+
+def _open_vllm(
+    model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool, options: dict[str, Any]
+) -> "Engine":
+    if device_map is not None:
+        raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
+    from steermoe.engines.vllm.engine import VLLMEngine
+
+    return VLLMEngine(model, dtype=dtype, trust_remote_code=trust_remote_code, **options)
 
 
 def _open_hf(model: str | Path | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "Engine":

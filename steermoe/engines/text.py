@@ -5,12 +5,47 @@ from typing import TYPE_CHECKING
 
 from transformers.generation.streamers import BaseStreamer
 
+from steermoe.engines.base import Request
+from steermoe.errors import GenerationError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes read like while the rest of their character is missing."""
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    request: Request,
+    model: str,
+    limit: int | None,
+    known: list[int] | None = None,
+) -> list[int]:
+    """A prompt's tokens; text that looks like a special token stays text.
+
+    Args:
+        tokenizer: the model's.
+        request: what to check and encode.
+        model: the model's name, for the message.
+        limit: tokens of its context.
+        known: the tokens, if another request had the same prompt.
+
+    Raises:
+        GenerationError: an empty prompt, or one that leaves no room in the model's context.
+    """
+    if not request.prompt.strip():
+        raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
+    ids = tokenizer(request.prompt, split_special_tokens=True)["input_ids"] if known is None else known
+    if not ids:
+        raise GenerationError(f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another")
+    if limit is not None and len(ids) + request.sampling.max_new_tokens > limit:
+        raise GenerationError(
+            f"the prompt has {len(ids)} tokens and {request.sampling.max_new_tokens} more were asked for, but the "
+            f"context of {model} is {limit}: shorten the prompt or lower --max-new-tokens"
+        )
+    return ids
 
 
 class Pieces:

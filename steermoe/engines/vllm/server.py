@@ -1,0 +1,238 @@
+"""vLLM's OpenAI-compatible server with steering: by a field of the request, or by the name of the model it asks for.
+
+Requests are read here before vLLM sees them, so that a wrong steering is refused with 400 also where text is streamed.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+
+from steermoe.engines.vllm.engine import WORKER, cache_bytes, prepare_environment
+from steermoe.engines.vllm.spec import SpecBook, skeleton_of, spec_of_name
+from steermoe.engines.vllm.wire import KEY
+from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
+from steermoe.models import find_source
+
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+"""Where texts are asked for."""
+PLUGIN_GROUPS = ("general", "io_processor", "platform", "stat_logger")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def serve(
+    model: str | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Sequence[str] = (),
+    vectors: Path | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    eager: bool = False,
+    parallel: Mapping[str, int] | None = None,
+    arguments: Sequence[str] = (),
+) -> None:
+    """Serve until interrupted.
+
+    Args:
+        model: as for `VLLMEngine`.
+        host: where to listen; 127.0.0.1 is this machine alone.
+        port: likewise.
+        api_key: keys of which a request must show one; none for all that reach the port.
+        vectors: a folder of vectors to search first. It is searched at each request: vectors may come while it serves.
+        dtype: as for `VLLMEngine`.
+        trust_remote_code: likewise.
+        eager: start at once, without compiling.
+        parallel: `VLLMEngine`'s sizes of parallelism, by name.
+        arguments: further arguments of vLLM's server, as on its command line.
+
+    Raises:
+        ModelError: the model can't be found, or vLLM not be started. UnsupportedModel: it can't be steered.
+    """
+    source = find_source(model, dtype)
+    if vectors is not None:
+        before = os.environ.get("STEERMOE_VECTORS")
+        os.environ["STEERMOE_VECTORS"] = os.pathsep.join(filter(None, (str(vectors), before)))
+    _allow_plugins()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    sizes = dict(parallel or {})
+    prepare_environment(math.prod(sizes.values()), in_process=False)
+    given = ["--model", source.folder, "--served-model-name", source.name, "--dtype", source.dtype]
+    given += ["--host", host, "--port", str(port), "--worker-extension-cls", WORKER]
+    given += [part for key in api_key for part in ("--api-key", key)]
+    given += ["--trust-remote-code"] * trust_remote_code + ["--enforce-eager"] * eager
+    given += [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
+    if not any(part.startswith(("--kv-cache-memory", "--gpu-memory")) for part in arguments) and _is_cpu():
+        given += ["--kv-cache-memory-bytes", str(cache_bytes())]
+    _run([*given, *arguments])
+
+
+def _run(arguments: Sequence[str]) -> None:
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from steermoe.engines.vllm import plugin
+
+    plugin.register()
+    args = make_arg_parser(FlexibleArgumentParser(prog="steermoe serve MODEL --")).parse_args(list(arguments))
+    try:
+        validate_parsed_serve_args(args)
+        uvloop.run(run_server(args))
+    except (SteerMoEError, KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:  # vLLM raises anything, from its configuration's checks to its workers' end
+        raise ModelError(f"vLLM's server ended: {' '.join(str(error).split())[:400]}") from error
+
+
+def _allow_plugins() -> None:
+    """Name our plugin to vLLM, which loads what adds to the server only by name; all others stay as they were."""
+    if "VLLM_PLUGINS" not in os.environ:
+        names = {point.name for kind in PLUGIN_GROUPS for point in entry_points(group=f"vllm.{kind}_plugins")}
+        os.environ["VLLM_PLUGINS"] = ",".join(sorted({*names, "steermoe"}))
+
+
+def _is_cpu() -> bool:
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+class SteeringEndpoint:
+    """What vLLM's server loads (entry point `vllm.endpoint_plugins`)."""
+
+    name = "steermoe"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Read requests before vLLM does, behind its own check of keys, and list the steered models."""
+        from starlette.middleware import Middleware
+
+        app.user_middleware.append(Middleware(SteeringMiddleware, state=app.state))
+        app.get("/v1/models")(list_models)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Make sure that the model can be steered, before anything is served."""
+        reasons = await engine_client.collective_rpc("steermoe_reason")
+        if reason := next(filter(None, reasons), ""):
+            raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
+        book = SpecBook(functools.partial(skeleton_of, engine_client.model_config), names_only=True)
+        book.model  # noqa: B018  # built now, not at the first request
+        engine_client.input_processor.steermoe_book = book
+        state.steermoe = book, list(args.served_model_name)
+
+
+async def list_models(request: Request) -> Any:
+    """The served models, and each with every domain that there are vectors of."""
+    from fastapi.responses import JSONResponse
+
+    listed = (await request.app.state.openai_serving_models.show_available_models()).model_dump()
+    book, served = request.app.state.steermoe
+    own = [card for card in listed["data"] if card["id"] in served]
+    listed["data"] += [
+        {**card, "id": f"{card['id']}:{domain}", "parent": card["id"]} for card in own for domain in book.domains()
+    ]
+    return JSONResponse(content=listed)
+
+
+class SteeringMiddleware:
+    """Turns the steering of a request into what the plugin reads, or answers 400 with the reason why it can't."""
+
+    def __init__(self, app: Any, state: Any) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_text = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith(GENERATING)
+        if not is_text:
+            await self._app(scope, receive, send)
+            return
+        body = await _read(receive)
+        if body is None:
+            return
+        try:
+            book, served = self._state.steermoe
+            changed = steered_body(body, served, book)
+        except SteerMoEError as error:
+            await _refuse(scope, receive, send, str(error))
+            return
+        await self._app(_with_length(scope, changed), _replay(changed, receive), send)
+
+
+def steered_body(body: bytes, served: list[str], book: SpecBook) -> bytes:
+    """A request's body as vLLM is to see it: the served model's name, and the steering in `vllm_xargs`, checked.
+
+    Raises:
+        SteerMoEError: a steering that can't be read, found, or fitted to the model, or would not happen.
+    """
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return body  # vLLM says what is wrong
+    if not isinstance(asked, dict):
+        return body
+    name, extra = asked.get("model"), asked.get("vllm_xargs")
+    if KEY in asked or (isinstance(asked.get("extra_body"), dict) and KEY in asked["extra_body"]):
+        raise SteeringError(
+            f"the field '{KEY}' belongs into vllm_xargs, as text: "
+            '{"vllm_xargs": {"steering": "{\\"domain\\": \\"sport\\"}"}}'
+        )
+    found = spec_of_name(name, served) if isinstance(name, str) else None
+    spec = extra.get(KEY) if isinstance(extra, dict) else None
+    if found is None and spec is None:
+        return body
+    if found is not None and spec is not None:
+        raise SteeringError(f"model '{name}' names a steering and vllm_xargs another: leave one of them out")
+    if asked.get("use_beam_search"):
+        raise SteeringError("vLLM's beam search can't be steered: leave use_beam_search out")
+    if found is not None:
+        asked["model"], spec = found
+    book.packed(spec)
+    own = extra if isinstance(extra, dict) else {}
+    asked["vllm_xargs"] = {**own, KEY: spec if isinstance(spec, str) else json.dumps(spec)}
+    return json.dumps(asked).encode()
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body; None if the client is gone."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Hands the body over once, then goes on with what the client says, such as that it is gone."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> MutableMapping[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _with_length(scope: Scope, body: bytes) -> Scope:
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, message: str) -> None:
+    from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve import create_error_response
+
+    answer = create_error_response(f"steering: {message}", param=KEY)
+    await JSONResponse(content=answer.model_dump(), status_code=400)(scope, receive, send)

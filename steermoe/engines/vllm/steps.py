@@ -1,0 +1,287 @@
+"""What each forward call of a vLLM worker does to which token, on the package's own editors.
+
+It knows no vLLM: `plugin` tells it the routers, the rows of each call and the logits. All that the edit reads lies in
+tensors that stay where they are, so that captured graphs can be replayed over new contents.
+
+Shapes: T tokens of a forward call, C tokens that there is room for, P slots of plans, N experts of a layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steermoe.editing import Bank, Editor, RowLayout, Step, Tally
+from steermoe.engines.vllm.wire import unpack
+from steermoe.errors import SteeringError
+from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.plans import SteeringPlan
+from steermoe.routers import Router
+from steermoe.steering import SteeringReport
+
+WAYS: tuple[tuple[Formula, Scale], ...] = tuple((formula, scale) for formula in FORMULAS for scale in SCALES)
+RECORD = "steermoe_record"
+"""Under which a request in `extra_args` asks for its choices to be counted."""
+BANK_TENSORS = ("push", "raised", "forced", "banned", "wanted")
+
+
+class Row(NamedTuple):
+    """One request's tokens in a forward call.
+
+    Attributes:
+        request: its id.
+        plan: what `wire.pack` made of its plan; None if it is not steered.
+        first: position of its first token in this call, counted from the beginning of its prompt.
+        tokens: how many tokens of it the call holds.
+        prompt: tokens of its prompt.
+        is_recorded: whether what its generated tokens choose is counted.
+    """
+
+    request: str
+    plan: bytes | None
+    first: int
+    tokens: int
+    prompt: int
+    is_recorded: bool = False
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Where a plan lies in the banks."""
+
+    number: int
+    plan: SteeringPlan
+    way: int
+    used: int
+
+
+class Steps:
+    """The steering of one worker's model.
+
+    Args:
+        routers: those whose logits this worker computes, in the order of their layers.
+        rows: the row of a vector that each of them follows; a stage of a pipeline has only some of a model's layers.
+        capacity: tokens of a forward call at most.
+        plans: plans in a forward call at most.
+        device: where logits are.
+        graphs: whether calls may be captured and replayed: then nothing that is known on the host may decide anything.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        rows: Sequence[int],
+        capacity: int,
+        plans: int,
+        device: torch.device,
+        graphs: bool,
+    ) -> None:
+        self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
+        self._tally = Tally()
+        self.editors = [Editor(router, self._tally) for router in routers]
+        for editor in self.editors:
+            editor.bank = _empty_bank(editor.router, plans, device, all_flags=graphs)
+        self._slot_C = torch.zeros(capacity, dtype=torch.long, device=device)
+        self._factor_C1 = torch.zeros(capacity, 1, device=device)
+        self._here_WC1 = torch.zeros(len(WAYS), capacity, 1, dtype=torch.bool, device=device)
+        self._slots: dict[bytes, _Slot] = {}
+        self._free = list(range(plans))
+        self._filled = self._calls = 0
+        self._last: tuple[Row, ...] = ()
+        self._tokens_seen = self._tokens_steered = 0
+        self._counts: dict[str, Tensor] = {}
+        self._noted: list[tuple[str, slice]] = []
+        self._ways: list[int] = []
+
+    # ---- around a forward call ----
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Take the rows of the forward call that comes, in the order of their tokens."""
+        self._calls += 1
+        tokens = sum(row.tokens for row in rows)
+        self._tokens_seen += tokens
+        self._noted = _generated_tokens(rows)
+        if not any(row.plan for row in rows):
+            self._fill_nothing()
+            return
+        slot_T, factor_T, way_T = self._lay_out(rows, tokens)
+        self._fill(slot_T, factor_T, way_T)
+        steered_T = factor_T != 0
+        steered = int(steered_T.sum())
+        self._tokens_steered += steered
+        if steered or self._graphs:
+            self._set(Step(steered, steered_T, layout=self._layout(tokens, self._ways)))
+
+    def end(self) -> None:
+        """The forward call is over: what else the model computes, such as dummy runs, is left alone."""
+        self._tally.count()
+        if not self._graphs:
+            self._set(None)
+        self._noted = []
+
+    def edit(self, number: int, logits: Tensor) -> Tensor:
+        """The logits [T, W] of the `number`-th router as they are to be; the same tensor if nothing is to be done."""
+        editor = self.editors[number]
+        if self._graphs:
+            editor.step = Step(0, None, layout=self._layout(len(logits), range(len(WAYS))))
+            return editor.edit(logits)
+        step = editor.step
+        if step is None or editor.bank.is_idle:
+            return logits
+        assert step.layout is not None
+        tokens = len(step.layout.slot_T)
+        if len(logits) == tokens:
+            return editor.edit(logits)
+        if len(logits) < tokens:
+            raise SteeringError(
+                f"router '{editor.router.name}' saw {len(logits)} tokens where the batch has {tokens}: tokens are "
+                "divided among workers here, which steermoe can't follow; run without expert or sequence parallelism"
+            )
+        return torch.cat([editor.edit(logits[:tokens]), logits[tokens:]])
+
+    def chose(self, number: int, chosen_Tk: Tensor) -> None:
+        """Take note of the experts that the `number`-th router chose; only where calls are not compiled."""
+        editor = self.editors[number]
+        step = editor.step
+        if step is not None and not editor.bank.is_idle:
+            assert step.layout is not None
+            self._tally.add(editor, step, chosen_Tk[: len(step.layout.slot_T)])
+        for request, tokens in self._noted:
+            if request not in self._counts:
+                experts = max(router.num_experts for router in self.routers)
+                self._counts[request] = torch.zeros(len(self.routers), experts, dtype=torch.long)
+            chosen = chosen_Tk[tokens].flatten().long().cpu()
+            self._counts[request][number].scatter_add_(0, chosen, torch.ones_like(chosen))
+
+    # ---- what is asked of it ----
+
+    def recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
+        """By request, what its generated tokens chose since this was asked last: each row's number, and counts [N]."""
+        found, self._counts = self._counts, {}
+        return {name: list(zip(self.rows, counts.tolist(), strict=True)) for name, counts in found.items()}
+
+    def report(self) -> SteeringReport:
+        """What was steered since the last report."""
+        self._tally.count()
+        calls = sum(editor.calls for editor in self.editors)
+        found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, self._tally.share())
+        self._tally = Tally()
+        for editor in self.editors:
+            editor.calls, editor._tally = 0, self._tally
+        self._tokens_seen = self._tokens_steered = 0
+        return found
+
+    # ---- the rows of a call as tensors ----
+
+    def _lay_out(self, rows: Sequence[Row], tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, factor and way of each token, [T]; way -1 where nothing is done."""
+        slot_T = torch.zeros(tokens, dtype=torch.long)
+        factor_T = torch.zeros(tokens)
+        way_T = torch.full((tokens,), -1)
+        groups: dict[bytes, list[tuple[int, Row]]] = {}
+        at = 0
+        for row in rows:
+            if row.plan is not None:
+                groups.setdefault(row.plan, []).append((at, row))
+            at += row.tokens
+        keep = set(groups)
+        for data, members in groups.items():
+            slot = self._slot_of(data, keep)
+            places = torch.cat([torch.arange(start, start + row.tokens) for start, row in members])
+            index = torch.cat(
+                [torch.arange(row.first - row.prompt, row.first - row.prompt + row.tokens) for _, row in members]
+            )
+            factor = slot.plan.factor(index)
+            slot_T[places], factor_T[places] = slot.number, factor
+            way_T[places] = torch.where(factor != 0, slot.way, -1)
+        return slot_T, factor_T, way_T
+
+    def _fill(self, slot_T: Tensor, factor_T: Tensor, way_T: Tensor) -> None:
+        tokens = len(slot_T)
+        if tokens > len(self._slot_C):
+            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._slot_C)} that were announced")
+        until = max(tokens, self._filled)
+        self._ways = way_T.unique().tolist()
+        self._ways = [way for way in self._ways if way >= 0]
+        self._slot_C[:tokens].copy_(slot_T, non_blocking=True)
+        self._factor_C1[:tokens, 0].copy_(factor_T, non_blocking=True)
+        here_WT1 = (way_T == torch.arange(len(WAYS))[:, None])[..., None]
+        self._here_WC1[:, :tokens].copy_(here_WT1, non_blocking=True)
+        self._here_WC1[:, tokens:until] = False
+        self._filled = tokens
+
+    def _fill_nothing(self) -> None:
+        if self._filled:
+            self._here_WC1[:, : self._filled] = False
+            self._filled = 0
+
+    def _layout(self, tokens: int, ways: Sequence[int]) -> RowLayout:
+        if tokens > len(self._slot_C):
+            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._slot_C)} that were announced")
+        return RowLayout(
+            self._slot_C[:tokens],
+            self._factor_C1[:tokens],
+            tuple((*WAYS[way], self._here_WC1[way, :tokens]) for way in ways),
+        )
+
+    def _set(self, step: Step | None) -> None:
+        for editor in self.editors:
+            editor.step = step
+
+    # ---- plans in their slots ----
+
+    def _slot_of(self, data: bytes, keep: set[bytes]) -> _Slot:
+        """The slot of a plan; one that no row of this call follows may have to go for it."""
+        slot = self._slots.get(data)
+        if slot is None:
+            if not self._free:
+                oldest = min((key for key in self._slots if key not in keep), key=lambda key: self._slots[key].used)
+                self._free.append(self._slots.pop(oldest).number)
+            plan = unpack(data)
+            slot = _Slot(self._free.pop(), plan, WAYS.index((plan.formula, plan.scale)), 0)
+            self._install(slot)
+            self._slots[data] = slot
+        slot.used = self._calls
+        return slot
+
+    def _install(self, slot: _Slot) -> None:
+        plans = [other.plan for other in self._slots.values()] + [slot.plan]
+        for editor, row in zip(self.editors, self.rows, strict=True):
+            own = Bank.of(editor.router, row, [slot.plan])
+            for name in BANK_TENSORS:
+                getattr(editor.bank, name)[slot.number] = getattr(own, name)[0].to(editor.bank.push.device)
+            if not self._graphs:
+                editor.bank = replace(
+                    editor.bank,
+                    is_idle=editor.bank.is_idle and own.is_idle,
+                    has_lists=any(plan.force or plan.ban for plan in plans),
+                    may_lower=editor.bank.may_lower or own.may_lower,
+                )
+
+
+def _empty_bank(router: Router, plans: int, device: torch.device, *, all_flags: bool) -> Bank:
+    """Room for plans that do nothing yet; `all_flags` for where no flag may decide anything."""
+    marks_PN = torch.zeros(plans, router.num_experts, dtype=torch.bool, device=device)
+    return Bank(
+        push=torch.zeros(plans, router.num_experts, device=device),
+        raised=marks_PN.clone(),
+        forced=marks_PN.clone(),
+        banned=marks_PN.clone(),
+        wanted=torch.zeros(plans, router.width, dtype=torch.bool, device=device),
+        may_lower=all_flags,
+        has_lists=all_flags,
+        is_idle=not all_flags,
+    )
+
+
+def _generated_tokens(rows: Sequence[Row]) -> list[tuple[str, slice]]:
+    """Which tokens of a call are generated ones, by request, of those that are recorded."""
+    found, at = [], 0
+    for row in rows:
+        start = at + max(0, row.prompt - row.first)
+        if row.is_recorded and start < at + row.tokens:
+            found.append((row.request, slice(start, at + row.tokens)))
+        at += row.tokens
+    return found

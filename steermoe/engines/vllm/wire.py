@@ -1,0 +1,61 @@
+"""A plan on its way to vLLM's workers: bytes that hold all of it, its vector's numbers too: workers read no files.
+
+Equal plans are equal bytes. No pickle: a safetensors file in memory, with the plan's fields as JSON in its header.
+"""
+
+import json
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from steermoe.errors import SteeringError, VectorError
+from steermoe.plans import SteeringPlan
+from steermoe.vectors import SteeringVector
+
+WIRE_VERSION = 1
+KEY = "steering"
+"""Under which a request carries its steering in `SamplingParams.extra_args`, `vllm_xargs` of the server."""
+
+
+def pack(plan: SteeringPlan) -> bytes:
+    """All of a plan that decides what it does."""
+    vector = plan.vector
+    header = {
+        "version": WIRE_VERSION,
+        "domain": None if vector is None else vector.domain,
+        "rows": [] if vector is None else list(vector.layers),
+        "strength": float(plan.strength),
+        "formula": plan.formula,
+        "scale": plan.scale,
+        "positions": plan.positions,
+        "schedule": str(plan.schedule),
+        "layers": plan.layers,
+        "force": sorted(plan.force),
+        "ban": sorted(plan.ban),
+    }
+    experts = torch.zeros(0, 0) if vector is None else vector.experts.detach().float().cpu().contiguous()
+    return save({"experts": experts, "header": torch.frombuffer(bytearray(_json(header)), dtype=torch.uint8)})
+
+
+def unpack(data: bytes) -> SteeringPlan:
+    """The plan again.
+
+    Raises:
+        SteeringError: bytes that `pack` of this version did not write.
+    """
+    try:
+        tensors = load(data)
+        header: dict[str, Any] = json.loads(tensors["header"].numpy().tobytes())
+        if header.pop("version") != WIRE_VERSION:
+            raise SteeringError("the plan was packed by another version of steermoe: install the same one everywhere")
+        domain, rows = header.pop("domain"), tuple(header.pop("rows"))
+        vector = None if domain is None else SteeringVector(domain, None, rows, weights=tensors["experts"])
+        return SteeringPlan(vector, **header)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, VectorError) as error:
+        raise SteeringError(f"a packed plan of {len(data)} bytes can't be read ({error!r})") from error
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
