@@ -132,11 +132,10 @@ class RowCache(Cache):
 
     Args:
         template: an empty cache of the model's own kind.
-        forgets: whether sliding layers forget what they no longer see; else all layers have the same columns.
     """
 
-    def __init__(self, template: Cache, forgets: bool = True) -> None:
-        super().__init__(layers=[_like(layer, forgets) for layer in template.layers])
+    def __init__(self, template: Cache) -> None:
+        super().__init__(layers=[_like(layer) for layer in template.layers])
 
     def place(self, first: int, source: Sequence[int], computed: Cache, width: int) -> None:
         """As `RowLayer.place`, in every layer; `width` is the widest row's number of columns from now on."""
@@ -171,8 +170,8 @@ class RowCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, RowLayer)]
 
 
-def _like(layer: Any, forgets: bool) -> Any:
-    if isinstance(layer, SlidingLayer) and forgets:
+def _like(layer: Any) -> Any:
+    if isinstance(layer, SlidingLayer):
         return RowLayer(layer.sliding_window)
     return RowLayer(None) if isinstance(layer, DynamicLayer) else DummyLayer()
 
@@ -181,10 +180,18 @@ def _with_states(cache: Cache) -> list[Any]:
     return [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
 
 
-def empty_cache(model: PreTrainedModel) -> DynamicCache:
-    """What `generate` would begin with."""
+def empty_cache(model: PreTrainedModel, forgets: bool = True) -> DynamicCache:
+    """What `generate` would begin with.
+
+    Args:
+        model: whose cache it is.
+        forgets: whether sliding layers forget what they no longer see; else all layers keep all columns.
+    """
     config: Any = model.config
-    return DynamicCache(config=config.get_text_config(decoder=True))
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    if not forgets:
+        cache.layers = [DynamicLayer() if isinstance(layer, SlidingLayer) else layer for layer in cache.layers]
+    return cache
 
 
 def rows_can_change(model: PreTrainedModel) -> bool:

@@ -154,7 +154,7 @@ class RollingDecoder:
         plans = [group[0].request.plan for group in groups]
         self._steer([plan if _steers_prompt(plan) else None for plan in plans])
         self._rows_changed = True
-        computed = empty_cache(self._model)
+        computed = empty_cache(self._model, forgets=self._compiled is None)
         window = Window(len(groups), width, 0, width, mask_MS)
         logits_MV = self._forward(tokens_MS, mask_MS, positions_MS, computed, window)
         if self._compiled is not None and self._handle is None:
@@ -165,7 +165,7 @@ class RollingDecoder:
         staying = [(row, number) for row, number in zip(rows, source, strict=True) if not self._ended(row)]
         if staying:
             if self._cache is None:
-                self._cache = RowCache(computed, forgets=self._compiled is None)
+                self._cache = RowCache(computed)
             widest = max(row.cached for row in [*self._rows, *(row for row, _ in staying)])
             self._cache.place(len(self._rows), [number for _, number in staying], computed, widest)
             self._rows += [row for row, _ in staying]

@@ -13,6 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -142,7 +143,8 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         made = Path(scratch) / "made"
         made.mkdir()
         try:
-            _compile(model, kind, made / PROGRAM)
+            with warnings.catch_warnings(action="ignore"):  # of torch, about its own insides
+                _compile(model, kind, made / PROGRAM)
             step = CompiledStep(made / PROGRAM, _weights(model))
         except SteerMoEError:
             raise
@@ -252,12 +254,13 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
     config: Any = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
-    cache = empty_cache(model)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache, kept = empty_cache(model), empty_cache(model, forgets=False)
+    for empty in (cache, kept):
+        model(input_ids=ids, past_key_values=empty, use_cache=True)
     total = PROMPT + CHECK_STEPS + TIMED_STEPS
     states = [
         nn.functional.pad(tensor, (0, 0, 0, total - PROMPT)).contiguous()
-        for layer in cache.layers
+        for layer in kept.layers
         if hasattr(layer, "keys")
         for tensor in (layer.keys, layer.values)
     ]

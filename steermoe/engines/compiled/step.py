@@ -5,6 +5,7 @@ Shapes: B rows, C columns of the cache, V tokens of the vocabulary, R routers, N
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,11 +51,19 @@ class _Layer(CacheLayerMixin):
         return self.keys.shape[2]
 
 
+@dataclass
+class _Call:
+    """What the routers of the call that is running take and give: the tensors of its edits, the experts chosen."""
+
+    edits: Sequence[Tensor] = ()
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+
 class _GraphEditor:
     """Puts the edits of one router into the graph and notes what it chose."""
 
-    def __init__(self, step: "DecodeStep", number: int, router: Router) -> None:
-        self._step, self._number, self._router = step, number, router
+    def __init__(self, call: _Call, number: int, router: Router) -> None:
+        self._call, self._number, self._router = call, number, router
 
     def active(self) -> bool:
         return True
@@ -62,13 +71,13 @@ class _GraphEditor:
     def edit(self, logits: Tensor) -> Tensor:
         flat = logits.flatten(0, -2)
         experts = self._router.num_experts
-        steered = edit(flat[:, :experts].float(), self._number, self._step.edits).to(logits.dtype)
+        steered = edit(flat[:, :experts].float(), self._number, self._call.edits).to(logits.dtype)
         if experts < flat.shape[1]:
             steered = torch.cat([steered, flat[:, experts:]], -1)
         return steered.view(logits.shape)
 
     def observe(self, output: Any) -> None:
-        self._step.chosen[self._number] = chosen_experts(self._router, output)
+        self._call.chosen[self._number] = chosen_experts(self._router, output)
 
 
 class DecodeStep(nn.Module):
@@ -85,8 +94,7 @@ class DecodeStep(nn.Module):
         if len({(router.num_experts, router.width, router.top_k) for router in self.routers}) > 1:
             raise UnsupportedModel(f"{type(model).__name__} has routers of different sizes: its step isn't compiled")
         self._has_states = [type(layer) is not DummyLayer for layer in empty_cache(model).layers]
-        self.edits: Sequence[Tensor] = ()
-        self.chosen: dict[int, Tensor] = {}
+        self._call = _Call()
 
     def forward(
         self,
@@ -110,7 +118,7 @@ class DecodeStep(nn.Module):
         Returns:
             logits [B, V] float32, and the chosen experts [R, B, k].
         """
-        self.edits, self.chosen = edits, {}
+        self._call.edits = edits
         pairs = iter(zip(states[::2], states[1::2], strict=True))
         cache = Cache(layers=[_Layer(*next(pairs), column_1) if has else DummyLayer() for has in self._has_states])
         output = self.model(
@@ -120,7 +128,7 @@ class DecodeStep(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        chosen = torch.stack([self.chosen[number] for number in range(len(self.routers))])
+        chosen = torch.stack([self._call.chosen[number] for number in range(len(self.routers))])
         return output.logits[:, -1].float(), chosen
 
     @contextmanager
@@ -129,7 +137,7 @@ class DecodeStep(nn.Module):
         config: Any = self.model.config
         with ExitStack() as undo:
             for number, router in enumerate(self.routers):
-                undo.callback(intercept(self.model, router, _GraphEditor(self, number, router)))
+                undo.callback(intercept(self.model, router, _GraphEditor(self._call, number, router)))
             undo.callback(self.model.set_experts_implementation, config._experts_implementation)
             self.model.set_experts_implementation(EXPERTS)
             yield
