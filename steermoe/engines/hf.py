@@ -42,6 +42,7 @@ class HFEngine:
     def __init__(self, loaded: LoadedModel, compiled: bool = True) -> None:
         self.loaded = loaded
         self.compiled = compiled
+        self._steps: CompiledSteps | None = None
 
     @property
     def name(self) -> str:
@@ -146,7 +147,9 @@ class HFEngine:
             return None
         from steermoe.engines.compiled.run import CompiledSteps
 
-        return CompiledSteps(self.loaded.model)
+        if self._steps is None:
+            self._steps = CompiledSteps(self.loaded.model)
+        return self._steps
 
     def _generate_rolling(self, requests: Sequence[Request], on_text: Callable[[str], None] | None) -> list[Completion]:
         from steermoe.engines.rolling import RollingDecoder

@@ -75,6 +75,8 @@ class RollingDecoder:
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._handle: SteeringHandle | None = None
         self._compiled = engine.compiled_steps()
+        if self._compiled is not None:
+            self._compiled.reset()
         self._on_token = on_token
         self.clear()
 

@@ -21,7 +21,10 @@ from steermoe.steering import SteeringReport
 
 
 class CompiledSteps:
-    """A model's compiled steps, looked for when they are first needed."""
+    """A model's compiled steps, looked for when they are first needed.
+
+    They hold on to the weights that the model has then. For one decoder at a time, which begins with `reset`.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -30,6 +33,10 @@ class CompiledSteps:
         self._distinct: list[SteeringPlan] = []
         self._banks: list[Bank] = []
         self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new report."""
         self._tokens_seen = self._tokens_steered = self._router_calls = self._slots = 0
         self._hits = torch.zeros((), dtype=torch.long)
 
