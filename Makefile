@@ -46,6 +46,10 @@ test-all: lint model ## every test, the slow ones too
 	$(BIN)/pytest
 	$(BIN)/python benchmarks/default_model.py
 
+.PHONY: bench
+bench: model ## speed of decoding, steering, start and batches, each beside its bar (about 15 minutes)
+	$(BIN)/python benchmarks/speed.py
+
 .PHONY: bench-model
 bench-model: model ## what the default model reaches on held-out openings (about 20 minutes)
 	$(BIN)/python benchmarks/default_model.py
