@@ -104,12 +104,12 @@ class CompiledSteps:
             self._banks = banks_for(self._model, self._routers, self._distinct)
             self._laid_out = None
         slots = [-1 if plan is None else self._distinct.index(plan) for plan in plans]
-        factors = [
-            0.0 if plan is None else float(plan.factor(index)) for plan, index in zip(plans, index_B, strict=True)
-        ]
-        key = slots, factors
+        factor_B, slot_B = torch.zeros(len(slots)), torch.tensor(slots)
+        for slot in sorted(set(slots) - {-1}):
+            factor_B[slot_B == slot] = self._distinct[slot].factor(index_B[slot_B == slot])
+        key = slots, factor_B.tolist()
         if self._laid_out is None or self._laid_out[0] != key:
-            self._laid_out = key, *self._lay_out(slots, torch.tensor(factors))
+            self._laid_out = key, *self._lay_out(slots, factor_B)
         return self._laid_out[1:]
 
     def _lay_out(self, slots: list[int], factor_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
