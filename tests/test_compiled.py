@@ -152,3 +152,29 @@ def test_int8_steps_compile_too(compiled):
     model = build.__wrapped__("granitemoeshared")
     quantize_model(model)
     assert all(facts.error < 1e-3 for facts in compiled(model, ["one"]))
+
+
+def test_the_command_compiles_and_generate_takes_it(run, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
+    arguments = ("generate", "A dog", "--model", str(tiny_checkpoint), "--dtype", "float32", "--max-new-tokens", "8")
+    before = run(*arguments)
+    result = run("models", "compile", str(tiny_checkpoint), "--dtype", "float32", "--json")
+    rows = json.loads(result.stdout)
+    assert [row["kind"] for row in rows] == list(artifacts.KINDS)
+    assert all(row["error"] < 1e-4 and row["speedup"] > 0 for row in rows)
+    monkeypatch.setattr(artifacts.Facts, "pays", True)
+    used = []
+    monkeypatch.setattr(artifacts.CompiledStep, "__call__", spied(artifacts.CompiledStep.__call__, used))
+    assert run(*arguments).stdout == before.stdout
+    assert used
+    used.clear()
+    assert run(*arguments, "--no-compiled-steps").stdout == before.stdout
+    assert not used
+
+
+def spied(method, used):
+    def call(*arguments):
+        used.append(1)
+        return method(*arguments)
+
+    return call
