@@ -1,6 +1,7 @@
 """Compiled decode steps give what the model gives, token by token, for any family, plan and mix of rows."""
 
 import json
+import shutil
 
 import pytest
 import steering_models as tiny
@@ -21,9 +22,15 @@ QUICK = ("granitemoeshared", "gpt_oss")
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "ernie4_5_moe", "dots1")
 
 
+def require_compiler():
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("there is no C++ compiler")
+
+
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
     """Compiles both steps of a model into a folder of the test's own, and finds that they pay."""
+    require_compiler()
     monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
     monkeypatch.setattr(artifacts.Facts, "pays", True)  # a tiny model's time is noise
 
@@ -155,6 +162,7 @@ def test_int8_steps_compile_too(compiled):
 
 
 def test_the_command_compiles_and_generate_takes_it(run, tiny_checkpoint, tmp_path, monkeypatch):
+    require_compiler()
     monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
     arguments = ("generate", "A dog", "--model", str(tiny_checkpoint), "--dtype", "float32", "--max-new-tokens", "8")
     before = run(*arguments)
