@@ -167,16 +167,16 @@ def test_the_command_compiles_and_generate_takes_it(run, tiny_checkpoint, tmp_pa
     arguments = ("generate", "A dog", "--model", str(tiny_checkpoint), "--dtype", "float32", "--max-new-tokens", "8")
     before = run(*arguments)
     result = run("models", "compile", str(tiny_checkpoint), "--dtype", "float32", "--json")
-    rows = json.loads(result.stdout)
+    rows = json.loads(result.out)
     assert [row["kind"] for row in rows] == list(artifacts.KINDS)
     assert all(row["error"] < 1e-4 and row["speedup"] > 0 for row in rows)
     monkeypatch.setattr(artifacts.Facts, "pays", True)
     used = []
     monkeypatch.setattr(artifacts.CompiledStep, "__call__", spied(artifacts.CompiledStep.__call__, used))
-    assert run(*arguments).stdout == before.stdout
+    assert run(*arguments).out == before.out
     assert used
     used.clear()
-    assert run(*arguments, "--no-compiled-steps").stdout == before.stdout
+    assert run(*arguments, "--no-compiled-steps").out == before.out
     assert not used
 
 
