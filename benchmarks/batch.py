@@ -14,10 +14,10 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from measures import openings
 
 from steermoe import models
 from steermoe.default_model import spec
+from steermoe.default_model.stories import openings
 from steermoe.engines.base import Completion, Request, Sampling
 from steermoe.engines.hf import HFEngine
 from steermoe.engines.rolling import decoder_for
