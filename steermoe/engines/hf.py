@@ -175,15 +175,7 @@ class HFEngine:
         return [replace(done[id(request)].pop(), seconds=seconds, report=report) for request in requests]
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
-        """The prompt's tokens; text that looks like a special token stays text.
-
-        Args:
-            request: what to check and encode.
-            known: the tokens, if another request had the same prompt.
-
-        Raises:
-            GenerationError: an empty prompt, or one that leaves no room in the model's context.
-        """
+        """As `Engine.encode`."""
         return encode_prompt(self.loaded.tokenizer, request, self.name, self.loaded.context_length, known)
 
     def end_tokens(self) -> set[int]:

@@ -98,16 +98,19 @@ def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
     """The compiled step of a model, if there is one that is worth using."""
     if model.device.type != "cpu":
         return None
-    facts = facts_of(model, kind)
-    if facts is None or not facts.pays:
-        return None
-    return CompiledStep(folder_of(model, kind) / PROGRAM, _weights(model))
+    folder = folder_of(model, kind)
+    facts = _facts_in(folder)
+    return CompiledStep(folder / PROGRAM, _weights(model)) if facts is not None and facts.pays else None
 
 
 def facts_of(model: PreTrainedModel, kind: Kind) -> Facts | None:
     """What is known of a model's compiled step; None if there is none."""
+    return _facts_in(folder_of(model, kind))
+
+
+def _facts_in(folder: Path) -> Facts | None:
     try:
-        return Facts(**json.loads((folder_of(model, kind) / FACTS).read_text()))
+        return Facts(**json.loads((folder / FACTS).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -228,8 +231,12 @@ def _states(model: PreTrainedModel, rows: int, columns: int) -> list[Tensor]:
     cache = empty_cache(model)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
-    tensors = [tensor for layer in cache.layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)]
-    return [torch.randn(rows, t.shape[1], columns, t.shape[3], dtype=t.dtype) for t in tensors]
+    return [torch.randn(rows, t.shape[1], columns, t.shape[3], dtype=t.dtype) for t in _states_in(cache)]
+
+
+def _states_in(cache: Any) -> list[Tensor]:
+    """Keys and values of the layers that have any, in turn."""
+    return [tensor for layer in cache.layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)]
 
 
 def _inputs(step: DecodeStep, states: list[Tensor], rows: int, column: int) -> tuple[Any, ...]:
@@ -258,12 +265,7 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
     for empty in (cache, kept):
         model(input_ids=ids, past_key_values=empty, use_cache=True)
     total = PROMPT + CHECK_STEPS + TIMED_STEPS
-    states = [
-        nn.functional.pad(tensor, (0, 0, 0, total - PROMPT)).contiguous()
-        for layer in kept.layers
-        if hasattr(layer, "keys")
-        for tensor in (layer.keys, layer.values)
-    ]
+    states = [nn.functional.pad(tensor, (0, 0, 0, total - PROMPT)).contiguous() for tensor in _states_in(kept)]
     traced = DecodeStep(model)
     token = ids[:, -1:].contiguous()
     errors: list[float] = []

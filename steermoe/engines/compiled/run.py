@@ -32,6 +32,7 @@ class CompiledSteps:
         self._steps: dict[Kind, CompiledStep | None] = {}
         self._distinct: list[SteeringPlan] = []
         self._banks: list[Bank] = []
+        self._steered_routers = 0
         self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
         self.reset()
 
@@ -73,9 +74,9 @@ class CompiledSteps:
         self._tokens_seen += len(tokens_B1)
         if steered:
             self._tokens_steered += steered
-            self._router_calls += sum(not bank.is_idle for bank in self._banks)
+            self._router_calls += self._steered_routers
             self._hits += wanted_RBN.gather(-1, chosen_RBk).sum()
-            self._slots += steered * chosen_RBk.shape[-1] * sum(not bank.is_idle for bank in self._banks)
+            self._slots += steered * chosen_RBk.shape[-1] * self._steered_routers
         return logits_BV
 
     def saw(self, tokens: int) -> None:
@@ -102,6 +103,7 @@ class CompiledSteps:
         if not set(plans) <= {None, *self._distinct}:
             self._distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
             self._banks = banks_for(self._model, self._routers, self._distinct)
+            self._steered_routers = sum(not bank.is_idle for bank in self._banks)
             self._laid_out = None
         slots = [-1 if plan is None else self._distinct.index(plan) for plan in plans]
         factor_B, slot_B = torch.zeros(len(slots)), torch.tensor(slots)
