@@ -19,7 +19,7 @@ import steering_models as tiny
 import torch
 
 from steermoe.batch import output as output_module
-from steermoe.batch import run as run_module
+from steermoe.batch import telling
 from steermoe.batch.jobs import PromptFile, Settings, Steering
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.run import Batch, Summary
@@ -458,7 +458,7 @@ def test_disk_full(loaded, place, tmp_path):
 
 def test_windows_are_sorted_and_joined(loaded, place, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "WINDOW", 3)
+        patch.setattr(telling, "WINDOW", 3)
         tell(loaded, LINES, rows=2)
     tell(loaded, LINES, "all.jsonl")
     assert texts() == texts("all.jsonl")

@@ -1,35 +1,22 @@
-"""Brings jobs through an engine and their stories into a file: what is told already is passed over, rows are refilled
-as they are finished, and a batch that was too large for the memory is halved.
-"""
+"""Brings a file of prompts into a file of stories: what is told already is passed over, a teller tells the rest."""
 
-import gc
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, Job, Problem, PromptFile, Settings
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.plans import PlanBook
-from steermoe.engines.base import Completion, Decoder, Engine, Request, Sampling
-from steermoe.engines.memory import is_out_of_memory
+from steermoe.batch.telling import EngineTeller, Story, Teller
+from steermoe.engines.base import Engine, Sampling
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.plans import SteeringPlan
 from steermoe.steering import SteeringReport
-
-WINDOW = 1024
-"""Stories that are looked at together, to put those of similar length side by side."""
-REFILL_SHARE = 16
-"""New rows begin when a sixteenth of all are free: one by one, each would make all others wait for its prompt."""
-GROW_AFTER = 16
-"""Times as many stories as rows have to go well before a batch that was halved is doubled again."""
 
 Progress = Callable[[int, int], None]
 """Called with the stories and tokens done since the last call."""
@@ -64,21 +51,6 @@ class Summary:
         return found
 
 
-@dataclass(eq=False)
-class _Ready:
-    """A job with its request and the tokens of its prompt."""
-
-    job: Job
-    key: int
-    request: Request
-    prompt: list[int]
-
-    @property
-    def tokens(self) -> int:
-        """That it may come to."""
-        return len(self.prompt) + self.request.sampling.max_new_tokens
-
-
 class Batch:
     """A file of prompts on its way into a file of stories: `prepare` first, then `run`.
 
@@ -91,6 +63,7 @@ class Batch:
         errors: takes what is left out.
         on_problem: told of each line or story that is left out.
         rows: rows at once; None for what the memory allows.
+        teller: tells the stories; None for the engine itself.
     """
 
     def __init__(
@@ -105,9 +78,8 @@ class Batch:
         errors: ErrorFile | None = None,
         on_problem: Callable[[Problem], None] = lambda problem: None,
         rows: int | None = None,
+        teller: Teller | None = None,
     ) -> None:
-        if rows is not None and rows < 1:
-            raise BatchError(f"batch size {rows} is out of range: expected 1 or more")
         self._engine = engine
         self._prompts, self._settings, self._output = prompts, settings, output
         self._book = PlanBook(engine, vectors)
@@ -115,12 +87,8 @@ class Batch:
         self._asked = _Numbers(array("Q"))
         self._told = _Numbers(array("Q"))
         self._lines_left_out = self._failed = 0
-        self._finished_since_halving = 0
         self._last_left_out = (0, "")
-        self._most_rows = engine.most_rows if rows is None else rows
-        self.rows = self._most_rows
-        """Rows at once, at most."""
-        self._room = engine.room() if rows is None else None
+        self._teller = EngineTeller(engine, rows) if teller is None else teller
 
     # ---- before ----
 
@@ -207,15 +175,16 @@ class Batch:
             BatchError: the output can't be written. SteeringError: steering that was asked for did not happen.
         """
         started, new, tokens = time.perf_counter(), 0, 0
-        decoder = self._engine.decoder(self._most_rows)
-        try:
-            for ready, completion in self._complete(decoder, self._ready(progress), progress):
-                self._output.append(self._record(ready, completion))
-                new, tokens = new + 1, tokens + completion.new_tokens
-                progress(1, completion.new_tokens)
-            report = decoder.report()
-        finally:
-            decoder.close()
+
+        def leave_out(job: Job, reason: str) -> None:
+            self._leave_out_story(job, reason)
+            progress(1, 0)
+
+        with closing(self._teller.tell(self._fresh(), leave_out)) as told:
+            for record in told:
+                self._output.append(record)
+                new, tokens = new + 1, tokens + record["new_tokens"]
+                progress(1, record["new_tokens"])
         self._output.sync()
         seconds = time.perf_counter() - started
         if ordered:
@@ -228,121 +197,21 @@ class Batch:
             failed=self._failed,
             tokens=tokens,
             seconds=seconds,
-            rows=self.rows,
-            report=report,
+            rows=self._teller.rows,
+            report=self._teller.report,
         )
 
-    def _ready(self, progress: Progress) -> Iterator[_Ready]:
-        """Stories to tell, those of similar length side by side, as far as a window reaches; the longest first."""
-        fresh = self._fresh()
-        while window := list(islice(fresh, WINDOW)):
-            ready, prompts = [], dict[str, list[int]]()
-            for job, key in window:
-                request = Request(job.prompt, self._book.plan(job.steering), job.sampling)
-                try:
-                    prompt = self._engine.encode(request, prompts.get(job.prompt))
-                except SteerMoEError as error:
-                    self._leave_out_story(job, str(error))
-                    progress(1, 0)
-                    continue
-                prompts[job.prompt] = prompt
-                ready.append(_Ready(job, key, request, prompt))
-            yield from sorted(ready, key=lambda one: -one.tokens)
-
-    def _fresh(self) -> Iterator[tuple[Job, int]]:
+    def _fresh(self) -> Iterator[Story]:
         """Stories that are not in the file; a story that another line asks for too is told once."""
         last_line = 0
         for number, (job, key) in enumerate(self._jobs()):
             first = self._asked.place(key)
             if first == number and key not in self._told:
-                yield job, key
+                yield Story(job, key, self._book.plan(job.steering))
             elif 0 <= first < number and job.line != last_line:
                 last_line = job.line
                 reason = "asks for a story that is asked for already: give it a seed or an id"
                 self._leave_out_line(Problem(job.line, reason, job.prompt[:KEPT_TEXT]))
-
-    def _complete(
-        self, decoder: Decoder, stories: Iterator[_Ready], progress: Progress
-    ) -> Iterator[tuple[_Ready, Completion]]:
-        """Bring stories through the decoder, each as soon as there is room for it."""
-        flying: dict[Request, _Ready] = {}
-        waiting: deque[_Ready] = deque()
-        while True:
-            waiting.extend(islice(stories, max(0, self.rows - len(waiting))))
-            beginning = self._next(flying, waiting)
-            try:
-                if beginning:
-                    flying.update((one.request, one) for one in beginning)
-                    decoder.start([one.request for one in beginning], [one.prompt for one in beginning])
-                done = decoder.step()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                done = None
-            if done is None:  # outside of `except`, where the error would hold on to the memory
-                decoder.clear()
-                self._halve(flying, waiting, failed, progress)
-                continue
-            self._grow(len(done))
-            for completion in done:
-                yield flying.pop(completion.request), completion
-            if not flying and not waiting:
-                waiting.extend(islice(stories, 1))
-                if not waiting:
-                    return
-
-    def _next(self, flying: dict[Request, _Ready], waiting: deque[_Ready]) -> list[_Ready]:
-        """The stories to begin now: all that there is room for, if it is worth making the others wait."""
-        free = self.rows - len(flying)
-        if flying and free < min(self.rows // REFILL_SHARE, len(waiting)):
-            return []
-        found: list[_Ready] = []
-        longest = max((one.tokens for one in flying.values()), default=0)
-        while waiting and len(found) < free:
-            longest = max(longest, waiting[0].tokens)
-            if self._room is not None and self._room.rows(longest) <= len(flying) + len(found) and (flying or found):
-                break
-            found.append(waiting.popleft())
-        return found
-
-    def _halve(self, flying: dict[Request, _Ready], waiting: deque[_Ready], failed: str, progress: Progress) -> None:
-        """Begin again with half as many rows; a story for which memory is short all alone is left out."""
-        begun = list(flying.values())
-        flying.clear()
-        if len(begun) == 1:
-            self._leave_out_story(begun.pop().job, f"there is not enough memory for this story alone ({failed})")
-            progress(1, 0)
-        self.rows = max(1, min(self.rows, len(begun)) // 2)
-        self._finished_since_halving = 0
-        waiting.extendleft(reversed(begun))
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-
-    def _grow(self, finished: int) -> None:
-        """Take more rows again when all went well for long: it may have been a single long story."""
-        self._finished_since_halving += finished
-        if self.rows < self._most_rows and self._finished_since_halving >= GROW_AFTER * self.rows:
-            self.rows = min(2 * self.rows, self._most_rows)
-            self._finished_since_halving = 0
-
-    def _record(self, ready: _Ready, completion: Completion) -> dict[str, Any]:
-        job, plan = ready.job, ready.request.plan
-        record = completion.as_dict(self._engine.name)
-        del record["steering"]
-        record["domain"] = job.steering.domain if plan is not None and plan.vector is not None else None
-        return {
-            "job": f"{ready.key:016x}",
-            "id": job.id,
-            "line": job.line,
-            "sample": job.sample,
-            **record,
-            "dtype": self._engine.dtype,
-            "force": _listed(plan, "force"),
-            "ban": _listed(plan, "ban"),
-            **({} if job.meta is None else {"meta": job.meta}),
-        }
 
 
 class _Numbers:
@@ -363,10 +232,6 @@ class _Numbers:
         position = int(np.searchsorted(self._sorted, wanted))
         is_there = position < len(self._sorted) and self._sorted[position] == wanted
         return int(self._first[position]) if is_there else -1
-
-
-def _listed(plan: SteeringPlan | None, name: str) -> list[str]:
-    return [f"{layer}:{expert}" for layer, expert in getattr(plan, name)] if plan else []
 
 
 def _difference(record: dict[str, Any], settings: Settings, engine: Engine) -> str:
