@@ -21,7 +21,10 @@ steermoe batch prompts.txt -o stories.jsonl -d sport --engine vllm --tensor-para
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
 
 steermoe batch prompts.txt -o quantised.jsonl -d sport --model smollm2-moe-q8_0.gguf --engine llamacpp
+
+steermoe batch prompts.txt -o stories.jsonl -d sport --ray auto --actors 4
 """
+RAY = "Ray"
 SHOWN_PROBLEMS = 5
 """So many bad lines are told one by one; the rest is a number."""
 
@@ -89,18 +92,30 @@ def batch(
     trust_remote_code: o.TrustRemoteCode = False,
     quantize: o.Quantize = None,
     compiled_steps: o.CompiledSteps = True,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Tell on the machines of a Ray cluster: auto, local, host:port or ray://host:port.",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Copies of the model. Default: one a machine.", rich_help_panel=RAY)
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Tell many stories: prompts times domains times samples, in one batch that is refilled as stories are finished.
 
     Run again after an interruption, it goes on where it stopped. Prints how many stories the file holds.
     """
-    from contextlib import closing
+    from contextlib import ExitStack, closing
 
     from steermoe.batch.jobs import PromptFile, Settings, Steering
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
     from steermoe.cli import console
     from steermoe.engines.base import Sampling
+    from steermoe.errors import BatchError
 
     settings = Settings(
         Steering(
@@ -123,21 +138,36 @@ def batch(
         closing(PromptFile(prompts, format)) as source,
         StoryFile(output, overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
+        ExitStack() as undo,
     ):
+        if ray is not None:
+            from steermoe.batch.cluster import connected
+
+            with console.working(f"Connecting to Ray ({console.printable(ray)}) ..."):
+                undo.enter_context(connected(ray))
+        elif actors is not None:
+            raise BatchError("--actors needs --ray ADDRESS")
         sizes = o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
-        runner = o.open_engine(
+        options = o.EngineOptions(
             model,
             engine,
             dtype,
             device_map,
             trust_remote_code,
-            repeatable=True,
-            quantize=quantize,
-            compiled_steps=compiled_steps,
-            vllm={**sizes, **({"compiled": True} if compiled else {})},
+            quantize,
+            compiled_steps,
+            {**sizes, **({"compiled": True} if compiled else {})},
         )
+        runner = options.open(repeatable=True) if ray is None else options.open_beside_actors()
         from steermoe.batch.run import Batch
 
+        teller = None
+        if ray is not None:
+            from steermoe.batch.cluster import ClusterTeller
+
+            gpus = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
+            gpus = gpus if options.takes_accelerators else 0
+            teller = ClusterTeller(runner, options.opener(), rows=batch_size, actors=actors, gpus=gpus)
         complain = _Complaints()
         job = Batch(
             runner,
@@ -149,6 +179,7 @@ def batch(
             errors=left_out,
             on_problem=complain,
             rows=batch_size,
+            teller=teller,
         )
         with console.working("Reading the prompts ..."):
             job.prepare()

@@ -1,5 +1,6 @@
 """Options that several commands share, as types, and what turns them into the library's objects."""
 
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +10,7 @@ import typer
 from steermoe.engines.opening import EngineName
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from steermoe.discovery.embedding import RoutingSource
     from steermoe.engines.base import Engine as RunningEngine
@@ -172,6 +173,79 @@ def open_engine(
     from steermoe.engines.hf import HFEngine
 
     return HFEngine(loaded, compiled_steps)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What decides which engine is opened, and how."""
+
+    model: str | None
+    engine: EngineName
+    dtype: str
+    device_map: str | None
+    trust_remote_code: bool
+    quantize: "Quantization | None" = None
+    compiled_steps: bool = True
+    vllm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> EngineName:
+        from steermoe.engines.opening import choose_engine
+
+        return choose_engine(self.model, self.engine)
+
+    @property
+    def takes_accelerators(self) -> bool:
+        return self.chosen != "llamacpp" and self.device_map != "cpu"
+
+    def open(self, *, repeatable: bool) -> "RunningEngine":
+        """As `open_engine`."""
+        return open_engine(
+            self.model,
+            self.engine,
+            self.dtype,
+            self.device_map,
+            self.trust_remote_code,
+            repeatable=repeatable,
+            quantize=self.quantize,
+            compiled_steps=self.compiled_steps,
+            vllm=self.vllm,
+        )
+
+    def open_beside_actors(self) -> "RunningEngine":
+        """For a process that only looks at the model: transformers' stays in main memory, in the actors' dtype."""
+        if self.chosen != "hf":
+            return self.open(repeatable=True)
+        pull_if_needed(self.model)
+        return replace(self, dtype=self._actors_dtype(), device_map="cpu").open(repeatable=False)
+
+    def opener(self) -> "Callable[[], RunningEngine]":
+        """Opens the same engine in another process, on another machine that has the model at the same place."""
+        from functools import partial
+
+        from steermoe.engines import opening
+
+        model = self.model
+        if model is not None and Path(model).exists():
+            model = str(Path(model).absolute())
+        return partial(
+            opening.open_engine,
+            model,
+            self.chosen,
+            dtype=self._actors_dtype(),
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
+            quantize=self.quantize,
+            compiled_steps=self.compiled_steps,
+            vllm=self.vllm or None,
+        )
+
+    def _actors_dtype(self) -> str:
+        from steermoe.models import repeatable_dtype
+
+        if self.dtype != "auto" or self.chosen == "llamacpp" or self.device_map is not None:
+            return self.dtype
+        return repeatable_dtype(self.model)
 
 
 def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from steermoe.errors import ModelError
 
 if TYPE_CHECKING:
     from steermoe.engines.base import Engine
+    from steermoe.quantization import Quantization
 
 EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
 
@@ -78,6 +79,8 @@ def open_engine(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    quantize: "Quantization | None" = None,
+    compiled_steps: bool = True,
     vllm: dict[str, Any] | None = None,
 ) -> "Engine":
     """Load a model into the engine that `choose_engine` names.
@@ -88,6 +91,8 @@ def open_engine(
         dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
         device_map: as in `models.load`, for transformers.
         trust_remote_code: likewise.
+        quantize: as in `models.load`, for transformers.
+        compiled_steps: as `compiled` of `HFEngine`.
         vllm: further arguments of `VLLMEngine`, such as `tensor_parallel_size`.
 
     Raises:
@@ -103,7 +108,7 @@ def open_engine(
         case "llamacpp":
             return _open_llamacpp(str(model), dtype, device_map)
         case _:
-            return _open_hf(model, dtype, device_map, trust_remote_code)
+            return _open_hf(model, dtype, device_map, trust_remote_code, quantize, compiled_steps)
 
 
 def _open_vllm(
@@ -116,15 +121,22 @@ def _open_vllm(
     return VLLMEngine(model, dtype=dtype, trust_remote_code=trust_remote_code, **options)
 
 
-def _open_hf(model: str | Path | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "Engine":
+def _open_hf(
+    model: str | Path | None,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    quantize: "Quantization | None",
+    compiled_steps: bool,
+) -> "Engine":
     from steermoe.engines.hf import HFEngine
     from steermoe.models import load
 
     try:
-        loaded = load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        loaded = load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, quantize=quantize)
     except ModelError as error:
         raise with_hint(error, model) from error
-    return HFEngine(loaded)
+    return HFEngine(loaded, compiled_steps)
 
 
 def _open_llamacpp(model: str, dtype: str, device_map: str | None) -> "Engine":
