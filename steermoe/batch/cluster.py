@@ -49,10 +49,10 @@ def connected(address: str) -> Iterator[None]:
         import ray.data
     except ImportError as error:
         raise BatchError("--ray needs ray, which is not installed: pip install 'steermoe[ray]'") from error
+    _check_listens(address)
     if ray.is_initialized():
         yield
         return
-    _check_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = {"include_dashboard": False} if address == "local" else {}
     try:
@@ -152,7 +152,6 @@ class ClusterTeller:
         close = getattr(self._engine, "close", None)
         if waiting and close is not None:
             close()
-        absent: Story | None = None
         while waiting:
             before = len(waiting)
             for line in self._pass(list(waiting.values())):
@@ -160,10 +159,12 @@ class ClusterTeller:
                     raise BatchError(line["error"])
                 if "report" in line:
                     self.report = joined(self.report, SteeringReport(**line["report"]))
-                elif "record" in line and waiting.pop(int(line["record"]["job"], 16), absent):
-                    yield line["record"]
-                elif "reason" in line and (story := waiting.pop(line["key"], absent)):
-                    leave_out(story.job, line["reason"])
+                elif line["key"] in waiting:  # else an actor died after its chunk was kept
+                    story = waiting.pop(line["key"])
+                    if "record" in line:
+                        yield line["record"]
+                    else:
+                        leave_out(story.job, line["reason"])
             if len(waiting) == before:
                 raise BatchError(f"the Ray cluster lost {before} stories: run again to tell them")
 
@@ -187,10 +188,7 @@ class ClusterTeller:
             compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
             num_cpus=self.placing.cpus,
             num_gpus=self.placing.gpus,
-            scheduling_strategy="SPREAD",
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
+        )  # an actor pool restarts its actors and their chunks without end, and spreads them, unless told otherwise
         try:
             for batch in told.iter_batches(batch_size=None, prefetch_batches=0):
                 yield from map(json.loads, batch["told"])
@@ -218,7 +216,7 @@ class Actor:
             for record in teller.tell(
                 iter(stories), lambda job, reason: lines.append({"key": keys[id(job)], "reason": reason})
             ):
-                lines.append({"record": record})
+                lines.append({"key": int(record["job"], 16), "record": record})
         except SteerMoEError as error:
             return [{"error": f"on {socket.gethostname()}: {error}"}]
         if teller.report is not None:
