@@ -8,8 +8,9 @@ import math
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ def connected(address: str) -> Iterator[None]:
         raise BatchError("--ray needs ray, which is not installed: pip install 'steermoe[ray]'") from error
     _check_listens(address)
     if ray.is_initialized():
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = {"include_dashboard": False} if address == "local" else {}
@@ -59,10 +61,11 @@ def connected(address: str) -> Iterator[None]:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
         raise _no_cluster(address, _first_line(error)) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # where ray tells of actors that died
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _check_listens(address: str) -> None:
@@ -194,7 +197,7 @@ class ClusterTeller:
                 yield from map(json.loads, batch["told"])
         except ray.exceptions.RayError as error:
             raise BatchError(
-                f"the Ray cluster failed ({_last_line(error)}): the stories so far are kept, run again to go on"
+                f"the Ray cluster failed ({_first_line(error)}): the stories so far are kept, run again to go on"
             ) from error
 
 
@@ -219,6 +222,8 @@ class Actor:
                 lines.append({"key": int(record["job"], 16), "record": record})
         except SteerMoEError as error:
             return [{"error": f"on {socket.gethostname()}: {error}"}]
+        except Exception as error:  # ray would try again and again, and tell of it in fifty lines
+            return [{"error": f"on {socket.gethostname()}: {type(error).__name__}: {_first_line(error)}"}]
         if teller.report is not None:
             lines.append({"report": asdict(teller.report)})
         return lines
@@ -251,7 +256,3 @@ def joined(one: SteeringReport | None, other: SteeringReport) -> SteeringReport:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
