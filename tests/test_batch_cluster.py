@@ -67,9 +67,18 @@ class StrayActor(cluster.Actor):
         return 2 * super()._tell(stories[1:] or stories)
 
 
-class MuteActor(cluster.Actor):
+class FatalStory(cluster.Actor):
+    """Ends its process whenever it is to tell what line 3 asks for."""
+
     def _tell(self, stories):
-        return []
+        if any(story.job.line == 3 for story in stories):
+            os._exit(1)
+        return super()._tell(stories)
+
+
+class FatalStories(cluster.Actor):
+    def _tell(self, stories):
+        os._exit(1)
 
 
 class BrokenActor(cluster.Actor):
@@ -78,8 +87,8 @@ class BrokenActor(cluster.Actor):
 
 
 class TwoModels(cluster.Actor):
-    def __init__(self, open_engine, rows, fingerprint):
-        super().__init__(open_engine, rows, f"not {fingerprint}")
+    def __init__(self, open_engine, rows, fingerprint, begin):
+        super().__init__(open_engine, rows, f"not {fingerprint}", begin)
 
 
 def test_two_actors_tell_what_one_process_tells(ray, run, tiny_checkpoint, vectors):
@@ -128,13 +137,41 @@ def test_what_is_lost_is_told_again_and_what_comes_twice_is_kept_once(ray, run, 
     assert texts("s.jsonl") == texts("plain.jsonl")
 
 
+def test_a_story_that_kills_its_actors_is_left_out(ray, run, tiny_checkpoint, vectors, monkeypatch):
+    options = ["-d", "none", "--max-new-tokens", "6", "-m", tiny_checkpoint]
+    run("batch", "p.txt", "-o", "plain.jsonl", *options)
+    monkeypatch.setattr(cluster, "Actor", FatalStory)
+    result = run("batch", "p.txt", "-o", "s.jsonl", *options, "--ray", "local", "--errors", "bad.jsonl")
+    assert (result.code, result.out.splitlines()[-1]) == (0, "11 stories in s.jsonl, 11 of them new")
+    (bad,) = map(json.loads, Path("bad.jsonl").read_text().splitlines())
+    assert (bad["line"], bad["error"]) == (3, "each of 3 actors that began it died (is there enough memory?)")
+    plain = {job: story for job, story in texts("plain.jsonl").items() if story["line"] != 3}
+    assert texts("s.jsonl") == plain
+
+
+def test_actors_that_die_of_everything_end_the_run(ray, run, tiny_checkpoint, vectors, monkeypatch):
+    monkeypatch.setattr(cluster, "Actor", FatalStories)
+    monkeypatch.setattr(cluster, "DEATHS", 1)
+    monkeypatch.setattr(cluster, "GIVEN_UP", 2)
+    result = run("batch", "p.txt", "-o", "s.jsonl", "-d", "none", "--ray", "local", "-m", tiny_checkpoint)
+    assert (result.code, result.out) == (1, "")
+    assert "steermoe: actors die of whatever they tell: is there enough memory on each machine?" in result.err
+
+
+def test_attempts_of_chunks():
+    attempts = cluster.Attempts(2, 3)
+    assert [attempts.begin(chunk) for chunk in (7, 8, 7, 8)] == ["tell"] * 4
+    assert [attempts.begin(chunk) for chunk in (7, 8, 8, 7)] == ["give up"] * 4
+    assert [attempts.begin(9) for _ in range(3)] == ["tell", "tell", "end"]
+
+
 def test_an_interruption_is_gone_on_from(ray, run, tiny_checkpoint, vectors, monkeypatch):
     command = ("batch", "p.txt", "-o", "s.jsonl", *OPTIONS, "-m", tiny_checkpoint, "--ray", "local")
     run(*command[:-2], "-o", "plain.jsonl")
     passes = cluster.ClusterTeller._pass
 
-    def interrupted(self, stories):
-        lines = passes(self, stories)
+    def interrupted(self, *chunks):
+        lines = passes(self, *chunks)
         for _ in range(5):
             yield next(lines)
         raise KeyboardInterrupt
@@ -159,7 +196,6 @@ def test_an_interruption_is_gone_on_from(ray, run, tiny_checkpoint, vectors, mon
     ("actor", "message"),
     [
         (TwoModels, "'tiny-mixtral' is another model there than here, or in another dtype"),
-        (MuteActor, "the Ray cluster lost 24 stories: run again to tell them"),
         (BrokenActor, ": RuntimeError: no such luck\n"),
     ],
 )
@@ -184,12 +220,13 @@ def test_no_cluster_at_the_address(run, tiny_checkpoint, vectors):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for prefix in ("", "ray://"):
-            result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", prefix + address, "-m", tiny_checkpoint)
-            assert (result.code, result.out) == (1, "")
-            assert f"no Ray cluster at '{prefix}{address}' (Connection refused): start one with" in result.err
+        result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", address, "-m", tiny_checkpoint)
+    assert (result.code, result.out) == (1, "")
+    assert f"no Ray cluster at '{address}' (Connection refused): start one with" in result.err
     result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "nowhere", "-m", tiny_checkpoint)
-    assert "--ray 'nowhere': expected auto, local, host:port or ray://host:port" in result.err
+    assert "--ray 'nowhere': expected auto, local or host:port" in result.err
+    result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "ray://here:10001", "-m", tiny_checkpoint)
+    assert "--ray 'ray://here:10001': Ray Data can't be driven by a Ray client" in result.err
 
 
 def test_ray_is_missing(run, tiny_checkpoint, vectors, monkeypatch):

@@ -9,10 +9,11 @@ import os
 import pickle
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from steermoe.batch.telling import EngineTeller, LeaveOut, Story
 from steermoe.engines.base import Engine
@@ -23,6 +24,10 @@ CHUNK_ROWS = 4
 """A chunk, what an actor tells at a time, is at most so many times the rows: what an actor's death costs."""
 CHUNKS_EACH = 4
 """At least so many chunks for each actor, where there are so many stories: the last ones end at about the same time."""
+DEATHS = 3
+"""A chunk that so many actors died of is given up, and its stories are told one by one to find the deadly one."""
+GIVEN_UP = 16
+"""So many chunks given up end the run: actors that die so often do so for another reason."""
 CONNECT_SECONDS = 10.0
 
 
@@ -41,7 +46,7 @@ def connected(address: str) -> Iterator[None]:
 
     Args:
         address: "auto" for the cluster that this machine belongs to, "local" for one that is started here and ends with
-            the `with` block, or "host:port" or "ray://host:port".
+            the `with` block, or "host:port" of one that this machine belongs to.
 
     Raises:
         BatchError: ray is not installed, or there is no cluster.
@@ -72,9 +77,14 @@ def _check_listens(address: str) -> None:
     """Raise for an address that nobody listens at; ray itself would try for a minute, and then end the process."""
     if address in ("auto", "local"):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise BatchError(
+            f"--ray '{address}': Ray Data can't be driven by a Ray client; run steermoe on a machine of the cluster, "
+            "with --ray auto"
+        )
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise BatchError(f"--ray '{address}': expected auto, local, host:port or ray://host:port")
+        raise BatchError(f"--ray '{address}': expected auto, local or host:port")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except OSError as error:
@@ -83,8 +93,8 @@ def _check_listens(address: str) -> None:
 
 def _no_cluster(address: str, reason: str) -> BatchError:
     return BatchError(
-        f"no Ray cluster at '{address}' ({reason}): start one with `ray start --head`, or use --ray local for this "
-        "machine alone"
+        f"no Ray cluster at '{address}' ({reason}): start one with `ray start --head`, set RAY_AUTH_MODE=token if it "
+        "wants a token, or use --ray local for this machine alone"
     )
 
 
@@ -148,16 +158,18 @@ class ClusterTeller:
     def tell(self, stories: Iterator[Story], leave_out: LeaveOut) -> Generator[dict[str, Any], None, None]:
         """As `Teller.tell`; a chunk whose actor dies is told again by another, and what comes twice is dropped.
 
+        A story that its actors die of is left out.
+
         Raises:
-            BatchError: an actor has another model or can't open it, or the cluster is gone.
+            BatchError: an actor has another model or can't open it, actors die of everything, or the cluster is gone.
         """
         waiting = {story.key: story for story in stories}
         close = getattr(self._engine, "close", None)
         if waiting and close is not None:
             close()
-        while waiting:
-            before = len(waiting)
-            for line in self._pass(list(waiting.values())):
+        share = math.ceil(len(waiting) / (self.placing.actors * CHUNKS_EACH))
+        for size in (min(share, CHUNK_ROWS * self._rows_each), 1):
+            for line in self._pass(list(waiting.values()), size):
                 if "error" in line:
                     raise BatchError(line["error"])
                 if "report" in line:
@@ -168,25 +180,29 @@ class ClusterTeller:
                         yield line["record"]
                     else:
                         leave_out(story.job, line["reason"])
-            if len(waiting) == before:
-                raise BatchError(f"the Ray cluster lost {before} stories: run again to tell them")
+        for story in waiting.values():
+            leave_out(story.job, f"each of {DEATHS} actors that began it died (is there enough memory?)")
 
-    def _pass(self, stories: list[Story]) -> Iterator[dict[str, Any]]:
-        """All lines that come of stories, as chunks are finished."""
+    def _pass(self, stories: list[Story], size: int) -> Iterator[dict[str, Any]]:
+        """All lines that come of stories, as chunks of a size are finished; none of chunks whose actors die."""
         import ray.data
 
-        share = math.ceil(len(stories) / (self.placing.actors * CHUNKS_EACH))
-        size = min(share, CHUNK_ROWS * self._rows_each)
+        if not stories:
+            return
         # plans that stories share are pickled once a chunk
-        chunks = [pickle.dumps(stories[at : at + size]) for at in range(0, len(stories), size)]
+        chunks = [
+            {"number": number, "stories": pickle.dumps(stories[at : at + size])}
+            for number, at in enumerate(range(0, len(stories), size))
+        ]
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         actors = min(self.placing.actors, len(chunks))
-        items = ray.data.from_items([{"stories": chunk} for chunk in chunks], override_num_blocks=len(chunks))
+        items = ray.data.from_items(chunks, override_num_blocks=len(chunks))
+        attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote(DEATHS, GIVEN_UP)
         told = items.map_batches(
             Actor,
-            fn_constructor_args=(self._open_engine, self._rows, self._fingerprint),
+            fn_constructor_args=(self._open_engine, self._rows, self._fingerprint, attempts.begin.remote),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
             num_cpus=self.placing.cpus,
@@ -201,15 +217,45 @@ class ClusterTeller:
             ) from error
 
 
-class Actor:
-    """Opens the engine when the first chunk comes, and tells chunk after chunk; each comes back whole or not at all."""
+class Attempts:
+    """Counts how often each chunk was begun, for all actors: again only if an actor died of it."""
 
-    def __init__(self, open_engine: Callable[[], Engine], rows: int | None, fingerprint: str) -> None:
-        self._open_engine, self._rows, self._fingerprint = open_engine, rows, fingerprint
+    def __init__(self, deaths: int, most_given_up: int) -> None:
+        self._deaths, self._most_given_up = deaths, most_given_up
+        self._begun = Counter[int]()
+
+    def begin(self, chunk: int) -> Literal["tell", "give up", "end"]:
+        self._begun[chunk] += 1
+        if self._begun[chunk] <= self._deaths:
+            return "tell"
+        given_up = sum(times > self._deaths for times in self._begun.values())
+        return "give up" if given_up < self._most_given_up else "end"
+
+
+class Actor:
+    """Opens the engine when the first chunk comes, and tells chunk after chunk; each comes back whole or not at all.
+
+    Args:
+        begin: `Attempts.begin` of the one that all actors share, as a reference to its answer.
+    """
+
+    def __init__(
+        self, open_engine: Callable[[], Engine], rows: int | None, fingerprint: str, begin: Callable[[int], Any]
+    ) -> None:
+        self._open_engine, self._rows, self._fingerprint, self._begin = open_engine, rows, fingerprint, begin
         self._engine: Engine | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"told": [json.dumps(line) for chunk in batch["stories"] for line in self._tell(pickle.loads(chunk))]}
+        import ray
+
+        lines: list[dict[str, Any]] = []
+        for number, chunk in zip(batch["number"].tolist(), batch["stories"], strict=True):
+            answer = ray.get(self._begin(number))
+            if answer == "tell":
+                lines += self._tell(pickle.loads(chunk))
+            elif answer == "end":
+                lines.append({"error": "actors die of whatever they tell: is there enough memory on each machine?"})
+        return {"told": [json.dumps(line) for line in lines]}
 
     def _tell(self, stories: list[Story]) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []

@@ -96,7 +96,7 @@ def batch(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Tell on the machines of a Ray cluster: auto, local, host:port or ray://host:port.",
+            help="Tell on the machines of a Ray cluster: auto, local or host:port.",
             rich_help_panel=RAY,
         ),
     ] = None,
@@ -157,8 +157,8 @@ def batch(
             quantize,
             compiled_steps,
             {**sizes, **({"compiled": True} if compiled else {})},
-        )
-        runner = options.open(repeatable=True) if ray is None else options.open_beside_actors()
+        ).repeatable()
+        runner = (options if ray is None else options.beside_actors()).open()
         from steermoe.batch.run import Batch
 
         teller = None
@@ -167,7 +167,7 @@ def batch(
 
             gpus = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
             gpus = gpus if options.takes_accelerators else 0
-            teller = ClusterTeller(runner, options.opener(), rows=batch_size, actors=actors, gpus=gpus)
+            teller = ClusterTeller(runner, options.for_actors().opener(), rows=batch_size, actors=actors, gpus=gpus)
         complain = _Complaints()
         job = Batch(
             runner,

@@ -72,9 +72,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.open_engine(
-        model, engine, dtype, device_map, trust_remote_code, quantize=quantize, compiled_steps=compiled_steps
-    )
+    runner = o.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
     from steermoe.plans import make_plan
 
     plan = make_plan(

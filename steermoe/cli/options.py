@@ -131,53 +131,9 @@ def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
             err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
 
 
-def open_engine(
-    model: str | None,
-    engine: EngineName,
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
-    *,
-    repeatable: bool = False,
-    quantize: "Quantization | None" = None,
-    compiled_steps: bool = True,
-    vllm: dict[str, Any] | None = None,
-) -> "RunningEngine":
-    """As `opening.open_engine`, with a spinner, and for transformers as `load_model` and `HFEngine`."""
-    from steermoe.cli.console import working
-    from steermoe.engines import opening
-    from steermoe.errors import ModelError
-    from steermoe.models import repeatable_dtype
-
-    chosen = opening.choose_engine(model, engine)
-    if chosen != "hf" and quantize is not None:
-        raise ModelError(f"--quantize belongs to --engine hf: {chosen} takes the weights as the checkpoint has them")
-    if chosen == "vllm":
-        pull_if_needed(model)
-        if repeatable and dtype == "auto":
-            dtype = repeatable_dtype(model)
-    if chosen != "hf" or vllm:
-        with working(f"Loading {model or 'the default model'} ..."):
-            return opening.open_engine(
-                model,
-                chosen,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                vllm=vllm,
-            )
-    try:
-        loaded = load_model(model, dtype, device_map, trust_remote_code, repeatable=repeatable, quantize=quantize)
-    except ModelError as error:
-        raise opening.with_hint(error, model) from error
-    from steermoe.engines.hf import HFEngine
-
-    return HFEngine(loaded, compiled_steps)
-
-
 @dataclass(frozen=True)
 class EngineOptions:
-    """What decides which engine is opened, and how."""
+    """What decides which engine is opened, and how; `vllm` as in `opening.open_engine`."""
 
     model: str | None
     engine: EngineName
@@ -198,54 +154,52 @@ class EngineOptions:
     def takes_accelerators(self) -> bool:
         return self.chosen != "llamacpp" and self.device_map != "cpu"
 
-    def open(self, *, repeatable: bool) -> "RunningEngine":
-        """As `open_engine`."""
-        return open_engine(
+    def open(self) -> "RunningEngine":
+        """As `opening.open_engine`, with a spinner; the default model is pulled first if it isn't here."""
+        from steermoe import models
+        from steermoe.cli.console import quiet_transformers, working
+
+        if self.chosen != "llamacpp":
+            quiet_transformers()
+            pull_if_needed(self.model)
+        with working(f"Loading {self.model or models.DEFAULT_MODEL} ..."):
+            return self.opener()()
+
+    def opener(self) -> "Callable[[], RunningEngine]":
+        """Opens the engine, here or in a process on another machine that has the model at the same place."""
+        from functools import partial
+
+        from steermoe.engines import opening
+
+        return partial(
+            opening.open_engine,
             self.model,
-            self.engine,
-            self.dtype,
-            self.device_map,
-            self.trust_remote_code,
-            repeatable=repeatable,
+            self.chosen,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
             quantize=self.quantize,
             compiled_steps=self.compiled_steps,
             vllm=self.vllm,
         )
 
-    def open_beside_actors(self) -> "RunningEngine":
-        """For a process that only looks at the model: transformers' stays in main memory, in the actors' dtype."""
-        if self.chosen != "hf":
-            return self.open(repeatable=True)
-        pull_if_needed(self.model)
-        return replace(self, dtype=self._actors_dtype(), device_map="cpu").open(repeatable=False)
-
-    def opener(self) -> "Callable[[], RunningEngine]":
-        """Opens the same engine in another process, on another machine that has the model at the same place."""
-        from functools import partial
-
-        from steermoe.engines import opening
-
-        model = self.model
-        if model is not None and Path(model).exists():
-            model = str(Path(model).absolute())
-        return partial(
-            opening.open_engine,
-            model,
-            self.chosen,
-            dtype=self._actors_dtype(),
-            device_map=self.device_map,
-            trust_remote_code=self.trust_remote_code,
-            quantize=self.quantize,
-            compiled_steps=self.compiled_steps,
-            vllm=self.vllm or None,
-        )
-
-    def _actors_dtype(self) -> str:
+    def repeatable(self) -> "EngineOptions":
+        """The same with dtype "auto" read as `models.repeatable_dtype` does, where the model has no other."""
         from steermoe.models import repeatable_dtype
 
         if self.dtype != "auto" or self.chosen == "llamacpp" or self.device_map is not None:
-            return self.dtype
-        return repeatable_dtype(self.model)
+            return self
+        pull_if_needed(self.model)
+        return replace(self, dtype=repeatable_dtype(self.model))
+
+    def beside_actors(self) -> "EngineOptions":
+        """For a process that only looks at the model: transformers' stays in main memory."""
+        return replace(self, device_map="cpu") if self.chosen == "hf" else self
+
+    def for_actors(self) -> "EngineOptions":
+        """For processes with other working folders."""
+        is_here = self.model is not None and Path(self.model).exists()
+        return replace(self, model=str(Path(self.model).absolute())) if self.model and is_here else self
 
 
 def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
@@ -275,7 +229,7 @@ def open_source(
         raise ModelError(
             "vLLM records no routing of texts that are given: use --engine hf, or llamacpp for a GGUF file"
         )
-    opened: Any = open_engine(model, engine, dtype, device_map, trust_remote_code)
+    opened: Any = EngineOptions(model, engine, dtype, device_map, trust_remote_code).open()
     return getattr(opened, "loaded", opened)
 
 
@@ -285,20 +239,14 @@ def load_model(
     device_map: str | None,
     trust_remote_code: bool,
     *,
-    repeatable: bool = False,
     quantize: "Quantization | None" = None,
 ) -> "LoadedModel":
-    """Load with a spinner; the default model is pulled first if it isn't here.
-
-    `repeatable` reads dtype "auto" as `models.repeatable_dtype` does.
-    """
+    """Load with a spinner; the default model is pulled first if it isn't here."""
     from steermoe import models
     from steermoe.cli.console import quiet_transformers, working
 
     quiet_transformers()
     pull_if_needed(model)
-    if repeatable and dtype == "auto" and device_map is None:
-        dtype = models.repeatable_dtype(model)
     with working(f"Loading {model or models.DEFAULT_MODEL} ..."):
         return models.load(
             model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, quantize=quantize

@@ -102,6 +102,8 @@ def open_engine(
     if vllm and chosen != "vllm":
         given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
         raise ModelError(f"{given} need --engine vllm")
+    if quantize is not None and chosen != "hf":
+        raise ModelError(f"--quantize belongs to --engine hf: {chosen} takes the weights as the checkpoint has them")
     match chosen:
         case "vllm":
             return _open_vllm(None if model is None else str(model), dtype, device_map, trust_remote_code, vllm or {})
