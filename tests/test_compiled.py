@@ -124,6 +124,24 @@ def test_a_step_that_is_slower_is_not_used(compiled, monkeypatch):
     assert artifacts.find_step(model, "one") is None
 
 
+def test_a_damaged_step_is_passed_by(compiled, caplog):
+    model = build("granitemoeshared")
+    compiled(model, ["one"])
+    program = artifacts.folder_of(model, "one") / artifacts.PROGRAM
+    request = Request("Once upon a time", None, Sampling(max_new_tokens=5, do_sample=False))
+    expected = HFEngine(tiny.loaded(model)).generate([request])[0].token_ids
+    whole = program.read_bytes()
+    for part in (b"", whole[: len(whole) // 2], None):
+        program.unlink()
+        if part is not None:
+            program.write_bytes(part)
+        caplog.clear()
+        assert HFEngine(tiny.loaded(model)).generate([request])[0].token_ids == expected
+        assert "is damaged" in caplog.text
+        assert "`steermoe models compile` makes it anew" in caplog.text
+        program.touch()
+
+
 def test_what_can_not_be_compiled_says_why(monkeypatch):
     model = build("granitemoeshared")
     monkeypatch.setattr(artifacts.shutil, "which", lambda name: None)

@@ -8,6 +8,7 @@ from vllm_engines import OPTIONS, all_at_once, end, one_by_one, plans_of_every_k
 
 from steermoe.engines.vllm import engine as engine_module
 from steermoe.engines.vllm.engine import VLLMEngine
+from steermoe.engines.vllm.server import serve
 from steermoe.errors import ModelError
 
 
@@ -64,6 +65,15 @@ def test_copies_are_driven_as_one_is(reference, unbound, monkeypatch):
         end(engine)
 
 
-def test_copies_on_processors_are_refused(reference):
-    with pytest.raises(ModelError, match="accelerators only"):
-        VLLMEngine(reference[1], **OPTIONS, data_parallel_size=2)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data_parallel_size": 2}, "--data-parallel-size 2: .* accelerators only"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2: .* only of a compiled model"),
+    ],
+)
+def test_what_vllm_can_not_do_on_processors_is_refused(reference, sizes, message):
+    with pytest.raises(ModelError, match=message):
+        VLLMEngine(reference[1], **OPTIONS, **sizes)
+    with pytest.raises(ModelError, match=message):
+        serve(reference[1], eager=True, parallel=sizes)

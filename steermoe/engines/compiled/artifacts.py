@@ -9,6 +9,7 @@ Shapes: as in `step`.
 
 import hashlib
 import json
+import logging
 import platform
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ from steermoe.engines.compiled.rewrites import REWRITES
 from steermoe.engines.compiled.step import DecodeStep
 from steermoe.errors import ModelError, SteerMoEError
 from steermoe.models import cache_folder
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["one", "many"]
 """A step for one row alone, or for any number of rows from two on."""
@@ -100,7 +103,13 @@ def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
         return None
     folder = folder_of(model, kind)
     facts = _facts_in(folder)
-    return CompiledStep(folder / PROGRAM, _weights(model)) if facts is not None and facts.pays else None
+    if facts is None or not facts.pays:
+        return None
+    try:
+        return CompiledStep(folder / PROGRAM, _weights(model))
+    except (OSError, RuntimeError) as error:
+        logger.warning("the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew", folder, error)
+        return None
 
 
 def facts_of(model: PreTrainedModel, kind: Kind) -> Facts | None:

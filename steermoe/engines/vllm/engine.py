@@ -70,11 +70,7 @@ class VLLMEngine:
     ) -> None:
         self._source = find_source(model, dtype)
         self.compiled, self.max_texts = compiled, max_texts
-        if data_parallel_size > 1 and not torch.accelerator.is_available():
-            raise ModelError(
-                f"data_parallel_size {data_parallel_size}: vLLM runs copies of a Mixture-of-Experts model on "
-                "accelerators only; on processors, give each of several `steermoe batch` a part of the prompts"
-            )
+        check_sizes(pipeline_parallel_size, data_parallel_size, compiled)
         workers = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
         prepare_environment(workers)
         self._vllm = _start(
@@ -278,6 +274,22 @@ class VLLMDecoder:
         text.sent = len(tokens)
         if is_last and (rest := text.pieces.rest()):
             self.on_text(rest)
+
+
+def check_sizes(pipeline: int, data: int, compiled: bool) -> None:
+    """Raise ModelError for what vLLM can't do on processors, where it would end with an error of its insides."""
+    if torch.accelerator.is_available():
+        return
+    if data > 1:
+        raise ModelError(
+            f"--data-parallel-size {data}: vLLM runs copies of a Mixture-of-Experts model on accelerators only; on "
+            "processors, give each of several `steermoe batch` a part of the prompts, or use `steermoe batch --ray`"
+        )
+    if pipeline > 1 and not compiled:
+        raise ModelError(
+            f"--pipeline-parallel-size {pipeline}: on processors vLLM divides the layers only of a compiled model: let it "
+            "compile (batch --compile, serve without --eager), or use --tensor-parallel-size"
+        )
 
 
 def prepare_environment(workers: int, *, in_process: bool = True) -> None:

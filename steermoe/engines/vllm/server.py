@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from steermoe.engines.vllm.engine import WORKER, cache_bytes, prepare_environment
+from steermoe.engines.vllm.engine import WORKER, cache_bytes, check_sizes, prepare_environment
 from steermoe.engines.vllm.spec import SpecBook, skeleton_of, spec_of_name
 from steermoe.engines.vllm.wire import KEY
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
@@ -66,6 +66,7 @@ def serve(
     _allow_plugins()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     sizes = dict(parallel or {})
+    check_sizes(sizes.get("pipeline_parallel_size", 1), sizes.get("data_parallel_size", 1), compiled=not eager)
     prepare_environment(math.prod(sizes.values()), in_process=False)
     given = ["--model", source.folder, "--served-model-name", source.name, "--dtype", source.dtype]
     given += ["--host", host, "--port", str(port), "--worker-extension-cls", WORKER]
