@@ -23,7 +23,14 @@ sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file_
 QUIET = os.environ | {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 """Threads that wait take no processor time."""
 TEXTS = 64
-CASES = {"none steered": 0.0, "half steered": 0.5, "all steered": 1.0}
+CASES = {
+    "none steered": (0.0, None),
+    "half steered": (0.5, None),
+    "all steered": (1.0, None),
+    "all steered at strength 0.000001": (1.0, 1e-6),
+}
+"""What share of the texts is steered, and how strongly if not by the vector's own strength. The last case tells the
+same texts as none: the work of steering is all in it, but not that other experts are chosen."""
 DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "biology")
 
 
@@ -63,13 +70,13 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     )
     texts = prompts(TEXTS)
 
-    def params(domain: str | None) -> Any:
-        extra = None if domain is None else {"steering": {"domain": domain}}
+    def params(domain: str | None, strength: float | None) -> Any:
+        extra = None if domain is None else {"steering": {"domain": domain, "strength": strength}}
         return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, extra_args=extra)
 
-    def run(share: float) -> dict[str, float]:
+    def run(share: float, strength: float | None = None) -> dict[str, float]:
         steered = round(TEXTS * share)
-        asked = [params(DOMAINS[i % len(DOMAINS)] if i < steered else None) for i in range(TEXTS)]
+        asked = [params(DOMAINS[i % len(DOMAINS)] if i < steered else None, strength) for i in range(TEXTS)]
         clock, processor = time.perf_counter(), time.process_time()
         made = model.generate(texts, asked, use_tqdm=False)
         clock, processor = time.perf_counter() - clock, time.process_time() - processor
@@ -81,7 +88,7 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     run(0.0)
     say({"start": time.perf_counter() - started})
     for line in sys.stdin:
-        say(run(float(line)))
+        say(run(*json.loads(line)))
 
 
 def say(record: dict[str, float]) -> None:
@@ -106,10 +113,10 @@ class Worker:
         assert self.process.stderr is not None
         raise SystemExit(f"the worker ended:\n{self.process.stderr.read()[-3000:]}")
 
-    def rate(self, share: float) -> dict[str, float]:
+    def rate(self, share: float, strength: float | None = None) -> dict[str, float]:
         """Tokens a second, by the clock and by the processor."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{share}\n")
+        self.process.stdin.write(json.dumps([share, strength]) + "\n")
         self.process.stdin.flush()
         return self.answer()
 
@@ -127,9 +134,9 @@ def alternate(rounds: int, options: list[str]) -> dict[str, Any]:
     rates: dict[str, dict[str, list[dict[str, float]]]] = {case: {"with": [], "without": []} for case in CASES}
     try:
         for number in range(rounds):
-            for case, share in CASES.items():
+            for case, asked in CASES.items():
                 for which in ("with", "without") if number % 2 else ("without", "with"):
-                    rates[case][which].append(plugin.rate(share) if which == "with" else without.rate(0.0))
+                    rates[case][which].append(plugin.rate(*asked) if which == "with" else without.rate(0.0))
     finally:
         without.close()
         plugin.close()
@@ -219,7 +226,7 @@ def main() -> None:
             f"{case}: {row['with']:.0f} with steermoe, {row['without']:.0f} without; "
             f"{row['ratio']:.3f} ({row['clock_ratio']:.3f}), each {row['ratios']}"
         )
-    found["own"] = {case: own_milliseconds(share) for case, share in CASES.items()}
+    found["own"] = {case: own_milliseconds(share) for case, (share, strength) in CASES.items() if strength is None}
     costs = ", ".join(f"{case} {cost:.2f}" for case, cost in found["own"].items())
     print(f"steering's own part of a decode step of {TEXTS} texts, ms: {costs}")
     if not args.no_hf:

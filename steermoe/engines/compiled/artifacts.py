@@ -108,7 +108,9 @@ def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
     try:
         return CompiledStep(folder / PROGRAM, _weights(model))
     except (OSError, RuntimeError) as error:
-        logger.warning("the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew", folder, error)
+        logger.warning(
+            "the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew", folder, error
+        )
         return None
 
 

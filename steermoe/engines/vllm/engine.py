@@ -287,8 +287,8 @@ def check_sizes(pipeline: int, data: int, compiled: bool) -> None:
         )
     if pipeline > 1 and not compiled:
         raise ModelError(
-            f"--pipeline-parallel-size {pipeline}: on processors vLLM divides the layers only of a compiled model: let it "
-            "compile (batch --compile, serve without --eager), or use --tensor-parallel-size"
+            f"--pipeline-parallel-size {pipeline}: on processors vLLM divides the layers only of a compiled model: let "
+            "it compile (batch --compile, serve without --eager), or use --tensor-parallel-size"
         )
 
 
