@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from steermoe.batch.telling import EngineTeller, LeaveOut, Story
+from steermoe.batch.telling import EngineTeller, LeaveOut, Story, first_line
 from steermoe.engines.base import Engine
 from steermoe.errors import BatchError, SteerMoEError
 from steermoe.steering import SteeringReport
@@ -65,7 +65,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
-        raise _no_cluster(address, _first_line(error)) from error
+        raise _no_cluster(address, first_line(error)) from error
     with redirect_stdout(sys.stderr):  # where ray tells of actors that died
         try:
             yield
@@ -213,7 +213,7 @@ class ClusterTeller:
                 yield from map(json.loads, batch["told"])
         except ray.exceptions.RayError as error:
             raise BatchError(
-                f"the Ray cluster failed ({_first_line(error)}): the stories so far are kept, run again to go on"
+                f"the Ray cluster failed ({first_line(error)}): the stories so far are kept, run again to go on"
             ) from error
 
 
@@ -269,7 +269,7 @@ class Actor:
         except SteerMoEError as error:
             return [{"error": f"on {socket.gethostname()}: {error}"}]
         except Exception as error:  # ray would try again and again, and tell of it in fifty lines
-            return [{"error": f"on {socket.gethostname()}: {type(error).__name__}: {_first_line(error)}"}]
+            return [{"error": f"on {socket.gethostname()}: {type(error).__name__}: {first_line(error)}"}]
         if teller.report is not None:
             lines.append({"report": asdict(teller.report)})
         return lines
@@ -298,7 +298,3 @@ def joined(one: SteeringReport | None, other: SteeringReport) -> SteeringReport:
         steered,
         share / steered if steered else 0.0,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

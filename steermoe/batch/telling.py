@@ -132,7 +132,7 @@ class EngineTeller:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                failed = first_line(error)
                 done = None
             if done is None:  # outside of `except`, where the error would hold on to the memory
                 decoder.clear()
@@ -200,3 +200,8 @@ class EngineTeller:
 
 def _listed(plan: SteeringPlan | None, name: str) -> list[str]:
     return [f"{layer}:{expert}" for layer, expert in getattr(plan, name)] if plan else []
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -198,8 +198,9 @@ class EngineOptions:
 
     def for_actors(self) -> "EngineOptions":
         """For processes with other working folders."""
-        is_here = self.model is not None and Path(self.model).exists()
-        return replace(self, model=str(Path(self.model).absolute())) if self.model and is_here else self
+        if self.model is None or not Path(self.model).exists():
+            return self
+        return replace(self, model=str(Path(self.model).absolute()))
 
 
 def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
