@@ -111,36 +111,6 @@ def random_logits(tokens=5, seed=0, shift=0.0):
     return (generator.normal(size=(tokens, EXPERTS)) * 2 + shift).astype(np.float32)
 
 
-# ---- one row, against the formulas ----
-
-
-@pytest.mark.parametrize("shift", [0.0, -9.0], ids=["mixed", "all negative"])
-@pytest.mark.parametrize("strength", [2.5, -1.5, 0.0])
-@pytest.mark.parametrize("scale", formulas.SCALES)
-@pytest.mark.parametrize("formula", formulas.FORMULAS)
-@pytest.mark.parametrize("lists", [((), ()), ((5,), ()), ((), (0, 3)), ((5, 6), (1,))], ids=str)
-def test_a_row_is_edited_as_by_the_formulas(formula, scale, strength, shift, lists):
-    forced, banned = (torch.tensor([n in listed for n in range(EXPERTS)]) for listed in lists)
-    experts = torch.tensor([0.0, 0.4, 0.0, 0.25, 0.0, 0.0, 0.1, 0.0])
-    for seed, factor in enumerate((1.0, 0.5)):
-        logits = random_logits(1, seed, shift)[0]
-        push = experts * strength
-        wanted = formulas.apply(
-            formula, torch.from_numpy(logits.copy())[None], push * factor, experts > 0, scale, bool((push < 0).any())
-        )
-        wanted = formulas.ban(formulas.force(wanted, forced), banned)[0]
-        marks = ((experts > 0) * callback.RAISED + forced * callback.FORCED + banned * callback.BANNED).numpy()
-        callback.edit_row(
-            logits,
-            push.numpy(),
-            marks.astype(np.uint8),
-            formulas.FORMULAS.index(formula),
-            scale == "paper",
-            np.float32(factor),
-        )
-        torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-6, atol=1e-6)
-
-
 # ---- nodes ----
 
 

@@ -26,8 +26,10 @@ def routers(model):
     return find_routers(model)
 
 
-def steps_for(routers, graphs=False, capacity=64, plans=16):
-    return Steps(routers, range(len(routers)), capacity, plans, CPU, graphs)
+def steps_for(routers, graphs=False, capacity=64, plans=16, machine_code=True):
+    steps = Steps(routers, range(len(routers)), capacity, plans, CPU, graphs)
+    steps.machine_code = steps.machine_code and machine_code  # without it, as where logits are on an accelerator
+    return steps
 
 
 def logits_for(routers, tokens, seed=0):
@@ -42,28 +44,33 @@ def rows_of(plans, count=3, prompt=2):
     ]
 
 
-def test_graphs_that_are_replayed_do_what_code_does(model, routers):
+def test_graphs_that_are_replayed_and_machine_code_do_what_torch_does(model, routers):
     plans = list(plans_of_every_kind(model).values())
-    live, graph = steps_for(routers), steps_for(routers, graphs=True)
+    live, graph, machine = ways = (
+        steps_for(routers, machine_code=False),
+        steps_for(routers, graphs=True),
+        steps_for(routers),
+    )
     assert {(plan.formula, plan.scale) for plan in plans if plan} == set(WAYS)
     for seed in range(4):
         rows = rows_of(plans[seed:] + plans[:seed])
         tokens = sum(row.tokens for row in rows)
-        for steps in (live, graph):
+        for steps in ways:
             steps.begin(rows)
         for number in range(len(routers)):
             logits = logits_for(routers, tokens, seed)
             edited = live.edit(number, logits)
             assert not torch.equal(edited, logits)
             assert torch.equal(edited, graph.edit(number, logits))
-        for steps in (live, graph):
+            torch.testing.assert_close(machine.edit(number, logits), edited, rtol=1e-6, atol=1e-6)
+        for steps in ways:
             steps.end()
 
 
 def test_rows_without_a_plan_are_left_bit_for_bit(model, routers):
     plans = list(plans_of_every_kind(model).values())
-    for graphs in (False, True):
-        steps = steps_for(routers, graphs)
+    for graphs, machine_code in ((False, False), (True, False), (False, True)):
+        steps = steps_for(routers, graphs, machine_code=machine_code)
         steps.begin(rows_of([None, plans[1], None]))
         logits = logits_for(routers, 9).bfloat16()
         edited = steps.edit(0, logits)
@@ -83,9 +90,10 @@ def test_each_token_follows_the_formula(model, routers):
     assert torch.allclose(edited[1:], expected[1:])
 
 
-def test_padding_is_left_alone_and_tokens_that_are_missing_are_noticed(model, routers):
+@pytest.mark.parametrize("machine_code", [True, False])
+def test_padding_is_left_alone_and_tokens_that_are_missing_are_noticed(model, routers, machine_code):
     plan = plans_of_every_kind(model)["all"]
-    steps = steps_for(routers)
+    steps = steps_for(routers, machine_code=machine_code)
     steps.begin([Row("a", pack(plan), 0, 4, 2)])
     logits = logits_for(routers, 7)
     assert torch.equal(steps.edit(0, logits)[4:], logits[4:])
@@ -128,6 +136,29 @@ def test_slots_are_used_again(model, routers):
         steps.end()
 
 
+@pytest.mark.parametrize("schedule", ["constant", "decay:4", "window:1-3"])
+@pytest.mark.parametrize("positions", ["generated", "prompt", "all"])
+def test_what_is_kept_from_token_to_token_is_what_is_wanted(model, routers, schedule, positions):
+    """The same rows call after call, against steps that see only one; then one more row, and one that is over."""
+    sport = plans_of_every_kind(model)["all"].vector
+    plan = pack(SteeringPlan(sport, 2.0, "additive", positions=positions, schedule=schedule))
+    other = pack(SteeringPlan(sport, 5.0, "max_scaled"))
+    steps = steps_for(routers)
+    logits = logits_for(routers, 3)
+    kept = []
+    for first in range(9):
+        rows = [Row("a", plan, first, 1, 3), Row("b", None, first, 1, 1), Row("c", other, first, 1, 5)]
+        rows = rows[: 2 if first == 6 else 3]
+        steps.begin(rows)
+        alone = steps_for(routers)
+        alone.begin(rows)
+        assert torch.equal(steps.edit(1, logits), alone.edit(1, logits))
+        kept.append(steps._last[1])
+        steps.end()
+    assert (kept[7] is kept[8]) == (schedule == "constant")
+    assert steps.report().tokens_steered == sum(step.tokens for step in kept)
+
+
 def test_a_stage_of_a_pipeline_follows_its_own_rows(model, routers):
     plan = plans_of_every_kind(model)["all"]
     whole, stage = steps_for(routers), Steps(routers[1:], [1], 64, 4, CPU, graphs=False)
@@ -152,6 +183,6 @@ def test_choices_are_counted_by_request(model, routers):
 
 
 def test_too_many_tokens(model, routers):
-    steps = steps_for(routers, capacity=8)
+    steps = steps_for(routers, graphs=True, capacity=8)
     with pytest.raises(SteeringError, match="a call of 9 tokens is larger than the 8"):
         steps.begin([Row("a", pack(plans_of_every_kind(model)["all"]), 0, 9, 2)])

@@ -18,12 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from steermoe.engines.llamacpp.memory import ask_host, copy_tensor, half_word, pointer, word
-from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
-
-RAISED, FORCED, BANNED = 1, 2, 4
-"""Bits of `CallbackState.marks`: where E > 0, and the experts to force and to ban."""
-ADDITIVE, MAX_SCALED, ZERO_MAX_SCALED = (FORMULAS.index(name) for name in ("additive", "max_scaled", "zero_max_scaled"))
+from steermoe.engines.llamacpp.memory import ask_host, copy_tensor, half_word, word
+from steermoe.engines.rows import FORCED, RAISED, edit_row, pointer
 
 NAME_BYTES = 64
 FFN_MOE = int.from_bytes(b"ffn_moe_", "little")
@@ -73,48 +69,7 @@ class TensorLayout:
     unary_sigmoid: int
 
 
-# ---- one row of logits ----
-
-
-@njit(cache=True, error_model="numpy")
-def edit_row(z_N, push_N, marks_N, formula, paper, factor):
-    """Steer one token's logits in place, as `steermoe.formulas` does.
-
-    Args:
-        z_N: logits, float32.
-        push_N: c E, float32.
-        marks_N: RAISED, FORCED and BANNED, uint8.
-        formula: its number in FORMULAS.
-        paper: whether the scale is `paper` and not `magnitude`.
-        factor: what to multiply the push with.
-    """
-    largest = np.float32(-np.inf)
-    listed = np.uint8(0)
-    for n in range(len(z_N)):
-        largest = max(largest, z_N[n])
-        listed |= marks_N[n]
-    scale = largest if paper else abs(largest)
-    for n in range(len(z_N)):
-        push = push_N[n] * factor
-        if formula == ADDITIVE:
-            z_N[n] += push
-        elif formula == MAX_SCALED:
-            z_N[n] += scale * push
-        else:
-            steered = (np.float32(0) if marks_N[n] & RAISED else z_N[n]) + scale * push
-            if not paper and push < 0:
-                steered = min(steered, z_N[n])
-            z_N[n] = steered
-    if listed & FORCED:
-        top = z_N.max() + np.float32(FORCE_MARGIN)
-        for n in range(len(z_N)):
-            if marks_N[n] & FORCED:
-                z_N[n] = top
-    if listed & BANNED:
-        bottom = z_N.max() - np.float32(BAN_DEPTH)
-        for n in range(len(z_N)):
-            if marks_N[n] & BANNED:
-                z_N[n] = bottom
+# ---- a whole node ----
 
 
 @njit(error_model="numpy")
@@ -127,9 +82,6 @@ def _next_chosen(z_N, last):
         if found < 0 or z_N[n] > z_N[found]:
             found = n
     return found
-
-
-# ---- a whole node ----
 
 
 @njit(error_model="numpy")

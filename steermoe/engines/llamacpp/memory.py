@@ -5,18 +5,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-
-@intrinsic
-def pointer(typing: Any, address: Any) -> Any:
-    """The address as a pointer, for carray."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
+from steermoe.engines.rows import pointer
 
 
 @intrinsic

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from steermoe.editing import Bank
 from steermoe.engines.llamacpp import callback
 from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
+from steermoe.engines.rows import BANNED, FORCED, marks_of
 from steermoe.errors import SteeringError
 from steermoe.fitting import banks_for
 from steermoe.formulas import FORMULAS
@@ -101,8 +101,8 @@ class CallbackState:
         """
         banks = banks_for(self._model, self._model.routers, plans)  # type: ignore[arg-type]
         push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
-        marks_PLN = np.stack([_marks(bank) for bank in banks], 1)
-        busy_PL = (push_PLN != 0).any(-1) | (marks_PLN & (callback.FORCED | callback.BANNED) != 0).any(-1)
+        marks_PLN = np.stack([marks_of(bank) for bank in banks], 1)
+        busy_PL = (push_PLN != 0).any(-1) | (marks_PLN & (FORCED | BANNED) != 0).any(-1)
         self._busy_PL = busy_PL
         self._keep("push", np.ascontiguousarray(push_PLN))
         self._keep("marks", np.ascontiguousarray(marks_PLN))
@@ -192,10 +192,3 @@ class CallbackState:
         self._set("hits", 0)
         self._set("slots", 0)
         return hits, slots
-
-
-def _marks(bank: Bank) -> NDArray[np.uint8]:
-    """[P, N]: which experts are raised, forced and banned, as bits."""
-    listed = ((bank.raised, callback.RAISED), (bank.forced, callback.FORCED), (bank.banned, callback.BANNED))
-    bits = [marks.numpy().astype(np.uint8) * np.uint8(bit) for marks, bit in listed]
-    return bits[0] | bits[1] | bits[2]

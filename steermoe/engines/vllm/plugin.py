@@ -5,7 +5,8 @@ Where vLLM is touched, and nowhere else:
   right before they are dispatched and top-k reads them;
 - a worker's model runner says which tokens each forward call holds (`_prepare_inputs`), and when it is over;
 - a request's steering is read, checked and packed where requests come in (`InputProcessor.process_inputs`);
-- the prefix cache keeps apart what was computed under different steering (the hash of each block of keys and values).
+- the prefix cache keeps apart what was computed under different steering (the hash of each block of keys and values);
+- vLLM's search for kernels that it replaces, which trips over numba's library, is kept from it.
 
 A method that is not there any more, or another version than those that were tested, is an error at the start: a request
 that asks for steering never runs without it.
@@ -14,6 +15,7 @@ that asks for steering never runs without it.
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -34,6 +36,7 @@ TESTED = "0.32."
 ANY_VERSION = "STEERMOE_ANY_VLLM"
 SALT = "steermoe-1"
 """Tells compiled artefacts with steering in them from those without; changes with what the compiled op does."""
+NUMBAS_LIBRARY = "llvmlite.binding.ffi"
 PADDING = 1024
 """Tokens by which a call may be padded beyond those that the scheduler allows."""
 
@@ -62,6 +65,7 @@ def register() -> None:
     _wrap(_load("vllm.v1.engine.input_processor", "InputProcessor"), "process_inputs", _around_inputs)
     _wrap(import_module("vllm.v1.core.kv_cache_utils"), "_gen_prompt_embeds_extra_hash_keys", _around_block_keys)
     _wrap(_load("vllm.config", "VllmConfig"), "compute_hash", _around_hash)
+    _wrap(import_module("vllm.triton_utils.dispatcher"), "_rebind_kernels", _around_rebind)
     register.done = True  # type: ignore[attr-defined]
 
 
@@ -205,12 +209,12 @@ def _refuse_layer(router: Router, module: Any) -> None:
 
 def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
-        computed = self.input_batch.num_computed_tokens_cpu
+        requests = self.input_batch.req_ids
+        computed = self.input_batch.num_computed_tokens_cpu[: len(requests)].tolist()
         rows = []
-        for number, request in enumerate(self.input_batch.req_ids):
+        for request, first, tokens in zip(requests, computed, counts.tolist(), strict=True):
             state = self.requests[request]
             extra = getattr(state.sampling_params, "extra_args", None) or {}
-            first, tokens = int(computed[number]), int(counts[number])
             is_recorded = isinstance(extra.get(RECORD), bytes)
             rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, is_recorded))
         if getattr(self, "steermoe", None) is not None:
@@ -312,6 +316,20 @@ def _around_hash(compute: Callable[..., str]) -> Callable[..., str]:
         return hashlib.sha256(f"{compute(self, *args, **kwargs)} {SALT}".encode()).hexdigest()[:10]
 
     return compute_hash
+
+
+def _around_rebind(rebind: Callable[..., None]) -> Callable[..., None]:
+    """VLLM reads a dictionary off every object of every module; an object of llvmlite gives something else for it."""
+
+    def _rebind_kernels(*args: Any) -> None:
+        hidden = sys.modules.pop(NUMBAS_LIBRARY, None)
+        try:
+            rebind(*args)
+        finally:
+            if hidden is not None:
+                sys.modules[NUMBAS_LIBRARY] = hidden
+
+    return _rebind_kernels
 
 
 @functools.lru_cache(maxsize=1024)

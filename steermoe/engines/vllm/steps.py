@@ -1,15 +1,18 @@
 """What each forward call of a vLLM worker does to which token, on the package's own editors.
 
-It knows no vLLM: `plugin` tells it the routers, the rows of each call and the logits. All that the edit reads lies in
-tensors that stay where they are, so that captured graphs can be replayed over new contents.
+It knows no vLLM: `plugin` tells it the routers, the rows of each call and the logits. Where graphs are captured, all
+that the edit reads lies in tensors that stay where they are, so that they can be replayed over new contents. On a
+processor logits are edited by machine code (`engines.rows`). What a call needs is kept for the calls after it, while
+they need the same, as from token to token.
 
-Shapes: T tokens of a forward call, C tokens that there is room for, P slots of plans, N experts of a layer.
+Shapes: R rows, T tokens of a forward call, C tokens that there is room for, P slots of plans, N experts of a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +70,9 @@ class Steps:
         plans: plans in a forward call at most.
         device: where logits are.
         graphs: whether calls may be captured and replayed: then nothing that is known on the host may decide anything.
+
+    Attributes:
+        machine_code: whether `engines.rows` edits, and not torch.
     """
 
     def __init__(
@@ -89,11 +95,18 @@ class Steps:
         self._slots: dict[bytes, _Slot] = {}
         self._free = list(range(plans))
         self._filled = self._calls = 0
-        self._last: tuple[Row, ...] = ()
+        self._last: tuple[list[Any], Step] | None = None
+        self.machine_code = device.type == "cpu" and not graphs
+        self._formula_P = np.zeros(plans, dtype=np.int64)
+        self._paper_P = np.zeros(plans, dtype=np.bool_)
         self._tokens_seen = self._tokens_steered = 0
         self._counts: dict[str, Tensor] = {}
         self._noted: list[tuple[str, slice]] = []
-        self._ways: list[int] = []
+        if self.machine_code:
+            from steermoe.engines import rows as machine  # numba: vLLM must not find it loaded while it starts
+
+            self._machine = machine
+            self._layers = [machine.LayerEditor(editor.bank, self._formula_P, self._paper_P) for editor in self.editors]
 
     # ---- around a forward call ----
 
@@ -105,40 +118,38 @@ class Steps:
         self._noted = _generated_tokens(rows)
         if not any(row.plan for row in rows):
             self._fill_nothing()
-            return
-        slot_T, factor_T, way_T = self._lay_out(rows, tokens)
-        self._fill(slot_T, factor_T, way_T)
-        steered_T = factor_T != 0
-        steered = int(steered_T.sum())
-        self._tokens_steered += steered
-        if steered or self._graphs:
-            self._set(Step(steered, steered_T, layout=self._layout(tokens, self._ways)))
+        elif self._graphs:
+            self._tokens_steered += self._fill(*self._lay_out(rows))
+        else:
+            step = self._step(rows)
+            self._tokens_steered += int(step.tokens)
+            self._set(step if step.tokens else None)
 
     def end(self) -> None:
         """The forward call is over: what else the model computes, such as dummy runs, is left alone."""
-        self._tally.count()
-        if not self._graphs:
-            self._set(None)
+        self._set(None)
         self._noted = []
 
     def edit(self, number: int, logits: Tensor) -> Tensor:
         """The logits [T, W] of the `number`-th router as they are to be; the same tensor if nothing is to be done."""
         editor = self.editors[number]
         if self._graphs:
-            editor.step = Step(0, None, layout=self._layout(len(logits), range(len(WAYS))))
+            editor.step = Step(0, None, layout=self._filled_layout(len(logits)))
             return editor.edit(logits)
         step = editor.step
         if step is None or editor.bank.is_idle:
             return logits
         assert step.layout is not None
         tokens = len(step.layout.slot_T)
-        if len(logits) == tokens:
-            return editor.edit(logits)
         if len(logits) < tokens:
             raise SteeringError(
                 f"router '{editor.router.name}' saw {len(logits)} tokens where the batch has {tokens}: tokens are "
                 "divided among workers here, which steermoe can't follow; run without expert or sequence parallelism"
             )
+        if self.machine_code:
+            return self._layers[number].edit(logits, self._token_plans)
+        if len(logits) == tokens:
+            return editor.edit(logits)
         return torch.cat([editor.edit(logits[:tokens]), logits[tokens:]])
 
     def chose(self, number: int, chosen_Tk: Tensor) -> None:
@@ -175,56 +186,70 @@ class Steps:
 
     # ---- the rows of a call as tensors ----
 
-    def _lay_out(self, rows: Sequence[Row], tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Slot, factor and way of each token, [T]; way -1 where nothing is done."""
-        slot_T = torch.zeros(tokens, dtype=torch.long)
-        factor_T = torch.zeros(tokens)
-        way_T = torch.full((tokens,), -1)
-        groups: dict[bytes, list[tuple[int, Row]]] = {}
-        at = 0
-        for row in rows:
-            if row.plan is not None:
-                groups.setdefault(row.plan, []).append((at, row))
-            at += row.tokens
-        keep = set(groups)
-        for data, members in groups.items():
-            slot = self._slot_of(data, keep)
-            places = torch.cat([torch.arange(start, start + row.tokens) for start, row in members])
-            index = torch.cat(
-                [torch.arange(row.first - row.prompt, row.first - row.prompt + row.tokens) for _, row in members]
-            )
-            factor = slot.plan.factor(index)
-            slot_T[places], factor_T[places] = slot.number, factor
-            way_T[places] = torch.where(factor != 0, slot.way, -1)
-        return slot_T, factor_T, way_T
+    def _step(self, rows: Sequence[Row]) -> Step:
+        """What the call does; the step of the call before, if that was the same."""
+        key = [(row.plan, row.tokens, self._place(row)) for row in rows]
+        if self._last is None or self._last[0] != key:
+            slot_T, factor_T, way_T = self._lay_out(rows)
+            steered_T = way_T >= 0
+            ways = tuple((*WAYS[way], (way_T == way)[:, None]) for way in way_T[steered_T].unique().tolist())
+            layout = RowLayout(slot_T, factor_T[:, None], ways)
+            self._last = key, Step(int(steered_T.sum()), steered_T, layout=layout)
+            if self.machine_code:
+                self._token_plans = self._machine.TokenPlans(slot_T.numpy(), factor_T.numpy())
+        return self._last[1]
 
-    def _fill(self, slot_T: Tensor, factor_T: Tensor, way_T: Tensor) -> None:
+    def _place(self, row: Row) -> int:
+        """What of a row's place decides its factors: nothing, where all generated tokens are steered alike."""
+        index = row.first - row.prompt
+        if row.plan is None:
+            return 0
+        slot = self._slots.get(row.plan)
+        return 0 if index > 0 and slot is not None and slot.plan.schedule.kind == "constant" else index
+
+    def _lay_out(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, factor and way of each token, [T]; way -1 where nothing is done."""
+        tokens_R = torch.tensor([row.tokens for row in rows])
+        start_R = tokens_R.cumsum(0) - tokens_R
+        index_R = torch.tensor([row.first - row.prompt for row in rows])
+        index_T = (index_R - start_R).repeat_interleave(tokens_R)
+        index_T += torch.arange(len(index_T))
+        followed = dict.fromkeys(row.plan for row in rows if row.plan is not None)
+        slots = {data: self._slot_of(data, followed) for data in followed}
+        slot_R = torch.tensor([-1 if row.plan is None else slots[row.plan].number for row in rows])
+        slot_T = slot_R.repeat_interleave(tokens_R)
+        factor_T = torch.zeros(len(slot_T))
+        way_T = torch.full_like(slot_T, -1)
+        for slot in slots.values():
+            factor_T = torch.where(slot_T == slot.number, slot.plan.factor(index_T), factor_T)
+            way_T[(slot_T == slot.number) & (factor_T != 0)] = slot.way
+        return slot_T.clamp(min=0), factor_T, way_T
+
+    def _fill(self, slot_T: Tensor, factor_T: Tensor, way_T: Tensor) -> int:
+        """Put a call where graphs read it; how many of its tokens are steered."""
         tokens = len(slot_T)
-        if tokens > len(self._slot_C):
-            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._slot_C)} that were announced")
-        until = max(tokens, self._filled)
-        self._ways = way_T.unique().tolist()
-        self._ways = [way for way in self._ways if way >= 0]
+        self._check_room(tokens)
         self._slot_C[:tokens].copy_(slot_T, non_blocking=True)
         self._factor_C1[:tokens, 0].copy_(factor_T, non_blocking=True)
         here_WT1 = (way_T == torch.arange(len(WAYS))[:, None])[..., None]
         self._here_WC1[:, :tokens].copy_(here_WT1, non_blocking=True)
-        self._here_WC1[:, tokens:until] = False
+        self._here_WC1[:, tokens : self._filled] = False
         self._filled = tokens
+        return int((way_T >= 0).sum())
 
     def _fill_nothing(self) -> None:
         if self._filled:
             self._here_WC1[:, : self._filled] = False
             self._filled = 0
 
-    def _layout(self, tokens: int, ways: Sequence[int]) -> RowLayout:
+    def _filled_layout(self, tokens: int) -> RowLayout:
+        self._check_room(tokens)
+        ways = tuple((*way, here_C1[:tokens]) for way, here_C1 in zip(WAYS, self._here_WC1, strict=True))
+        return RowLayout(self._slot_C[:tokens], self._factor_C1[:tokens], ways)
+
+    def _check_room(self, tokens: int) -> None:
         if tokens > len(self._slot_C):
             raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._slot_C)} that were announced")
-        return RowLayout(
-            self._slot_C[:tokens],
-            self._factor_C1[:tokens],
-            tuple((*WAYS[way], self._here_WC1[way, :tokens]) for way in ways),
-        )
 
     def _set(self, step: Step | None) -> None:
         for editor in self.editors:
@@ -232,7 +257,7 @@ class Steps:
 
     # ---- plans in their slots ----
 
-    def _slot_of(self, data: bytes, keep: set[bytes]) -> _Slot:
+    def _slot_of(self, data: bytes, keep: Container[bytes]) -> _Slot:
         """The slot of a plan; one that no row of this call follows may have to go for it."""
         slot = self._slots.get(data)
         if slot is None:
@@ -247,11 +272,17 @@ class Steps:
         return slot
 
     def _install(self, slot: _Slot) -> None:
+        self._tally.count()  # it reads the plans that lie in the banks now
+        self._last = None
         plans = [other.plan for other in self._slots.values()] + [slot.plan]
-        for editor, row in zip(self.editors, self.rows, strict=True):
+        self._formula_P[slot.number] = FORMULAS.index(slot.plan.formula)
+        self._paper_P[slot.number] = slot.plan.scale == "paper"
+        for number, (editor, row) in enumerate(zip(self.editors, self.rows, strict=True)):
             own = Bank.of(editor.router, row, [slot.plan])
             for name in BANK_TENSORS:
                 getattr(editor.bank, name)[slot.number] = getattr(own, name)[0].to(editor.bank.push.device)
+            if self.machine_code:
+                self._layers[number].install(slot.number, own)
             if not self._graphs:
                 editor.bank = replace(
                     editor.bank,
