@@ -74,7 +74,7 @@ class LayerEditor:
         else:
             steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
         _edit(steered.data_ptr(), steered.shape[1], steered.dtype == torch.bfloat16, self._place, *tokens.places)
-        return steered.to(logits.dtype)
+        return steered if steered.dtype == logits.dtype else steered.to(logits.dtype)
 
 
 def _address(array: NDArray[Any]) -> int:
