@@ -93,3 +93,15 @@ def test_bfloat16_is_rounded_as_by_torch():
     found = layer.edit(values, rows.TokenPlans(np.zeros(4096, np.int64), np.ones(4096, np.float32)))
     wanted = (values.float() + push).bfloat16()
     assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+def test_memory_is_never_read_beyond_its_end():
+    router = Router("gate", 0, torch.nn.Linear(4, EXPERTS), EXPERTS, EXPERTS, 2)
+    layer = rows.LayerEditor(Bank.of(router, 0, []), np.zeros(1, np.int64), np.zeros(1, np.bool_))
+    tokens = rows.TokenPlans(np.zeros(3, np.int64), np.ones(3, np.float32))
+    for shape in ((2, EXPERTS), (3, EXPERTS - 1)):
+        with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} for 3 tokens, 8 experts"):
+            layer.edit(torch.zeros(shape), tokens)
+    for slots, factors in ((np.zeros(3, np.int32), np.ones(3, np.float32)), (np.zeros(3, np.int64), np.ones(3))):
+        with pytest.raises(TypeError, match="expected a contiguous one"):
+            rows.TokenPlans(slots, factors)

@@ -1,5 +1,7 @@
 """What a worker does to logits, without vLLM: graphs that are replayed do the same as code that runs."""
 
+import sys
+
 import pytest
 import torch
 from vllm_engines import plans_of_every_kind
@@ -123,6 +125,20 @@ def test_replayed_graphs_forget_the_call_before(model, routers):
     assert torch.equal(steps.edit(0, logits)[2:], logits[2:])
     steps.begin([Row("c", None, 0, 6, 2)])
     assert torch.equal(steps.edit(0, logits), logits)
+
+
+def test_without_numba_torch_edits(model, routers, monkeypatch):
+    plan = plans_of_every_kind(model)["all"]
+    logits = logits_for(routers, 4)
+    edited = []
+    for _ in range(2):
+        steps = steps_for(routers)
+        steps.begin([Row("a", pack(plan), 0, 4, 2)])
+        edited.append(steps.edit(0, logits))
+        assert steps.machine_code == (len(edited) == 1)
+        monkeypatch.delattr("steermoe.engines.rows", raising=False)  # else the package has it without an import
+        monkeypatch.setitem(sys.modules, "steermoe.engines.rows", None)
+    torch.testing.assert_close(*edited, rtol=1e-6, atol=1e-6)
 
 
 def test_slots_are_used_again(model, routers):

@@ -4,6 +4,9 @@ Between two routers a processor reads weights that push all else out of its cach
 costs 15 microseconds then, and an edit is seven of them or more; this is one call. It does what `formulas` does, which
 the tests hold it to.
 
+numba doesn't notice that a function was changed which code from another file was compiled with: after a change here,
+remove the folders __pycache__.
+
 Shapes: T tokens of a forward call, W columns of logits, N experts of a layer, P plans.
 """
 
@@ -42,7 +45,7 @@ class TokenPlans:
 
     def __init__(self, slot_T: NDArray[np.int64], factor_T: NDArray[np.float32]) -> None:
         self._kept = slot_T, factor_T
-        self.places = _address(slot_T), _address(factor_T), len(slot_T)
+        self.places = _address(slot_T, np.int64), _address(factor_T, np.float32), len(slot_T)
 
 
 class LayerEditor:
@@ -55,10 +58,11 @@ class LayerEditor:
     """
 
     def __init__(self, bank: Bank, formula_P: NDArray[np.int64], paper_P: NDArray[np.bool_]) -> None:
-        self._kept = push_PN, marks_PN, *_ = bank.push.numpy(), marks_of(bank), formula_P, paper_P
-        self._marks_PN = marks_PN
-        self._state = np.array([push_PN.shape[1], *map(_address, self._kept)], dtype=np.int64)
-        self._place = _address(self._state)
+        self._marks_PN, self._experts = marks_of(bank), bank.push.shape[1]
+        self._kept = bank.push.numpy(), self._marks_PN, formula_P, paper_P
+        places = map(_address, self._kept, (np.float32, np.uint8, np.int64, np.bool_))
+        self._state = np.array([self._experts, *places], dtype=np.int64)
+        self._place = _address(self._state, np.int64)
 
     def install(self, slot: int, bank: Bank) -> None:
         """Take the marks of a slot from the one plan of another bank."""
@@ -68,16 +72,26 @@ class LayerEditor:
         """Logits [T or more, W], computed in float32, as a new tensor of the same type.
 
         Rows beyond T and columns beyond N stay bit for bit.
+
+        Raises:
+            ValueError: fewer rows than T, or fewer columns than N.
         """
+        rows, columns = logits.shape
+        if rows < tokens.places[2] or columns < self._experts:
+            raise ValueError(
+                f"logits of shape {rows} x {columns} for {tokens.places[2]} tokens, {self._experts} experts"
+            )
         if logits.dtype in (torch.bfloat16, torch.float32):
             steered = logits.clone(memory_format=torch.contiguous_format)
         else:
             steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
-        _edit(steered.data_ptr(), steered.shape[1], steered.dtype == torch.bfloat16, self._place, *tokens.places)
+        _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, self._place, *tokens.places)
         return steered if steered.dtype == logits.dtype else steered.to(logits.dtype)
 
 
-def _address(array: NDArray[Any]) -> int:
+def _address(array: NDArray[Any], dtype: Any) -> int:
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise TypeError(f"an array of {array.dtype}, expected a contiguous one of {np.dtype(dtype)}")
     return int(array.__array_interface__["data"][0])
 
 

@@ -319,7 +319,7 @@ def _around_hash(compute: Callable[..., str]) -> Callable[..., str]:
 
 
 def _around_rebind(rebind: Callable[..., None]) -> Callable[..., None]:
-    """VLLM reads a dictionary off every object of every module; an object of llvmlite gives something else for it."""
+    """Every object of every module is read by vLLM there, and one of llvmlite's has something else for a dictionary."""
 
     def _rebind_kernels(*args: Any) -> None:
         hidden = sys.modules.pop(NUMBAS_LIBRARY, None)

@@ -103,8 +103,11 @@ class Steps:
         self._counts: dict[str, Tensor] = {}
         self._noted: list[tuple[str, slice]] = []
         if self.machine_code:
-            from steermoe.engines import rows as machine  # numba: vLLM must not find it loaded while it starts
-
+            try:
+                from steermoe.engines import rows as machine  # not before: vLLM's start trips over numba's library
+            except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may keep code in
+                self.machine_code = False
+        if self.machine_code:
             self._machine = machine
             self._layers = [machine.LayerEditor(editor.bank, self._formula_P, self._paper_P) for editor in self.editors]
 
@@ -218,7 +221,7 @@ class Steps:
         slots = {data: self._slot_of(data, followed) for data in followed}
         slot_R = torch.tensor([-1 if row.plan is None else slots[row.plan].number for row in rows])
         slot_T = slot_R.repeat_interleave(tokens_R)
-        factor_T = torch.zeros(len(slot_T))
+        factor_T = torch.zeros(len(slot_T), dtype=torch.float32)
         way_T = torch.full_like(slot_T, -1)
         for slot in slots.values():
             factor_T = torch.where(slot_T == slot.number, slot.plan.factor(index_T), factor_T)
