@@ -95,7 +95,7 @@ test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
 	$(VLLM_BIN)/pytest tests/test_vllm_*.py
 
 .PHONY: bench-vllm
-bench-vllm: vllm ## vLLM steered, without steermoe, and transformers
+bench-vllm: vllm ## vLLM steered, without steermoe, and transformers (about 20 minutes)
 	$(VLLM_BIN)/python benchmarks/vllm.py
 	$(VLLM_BIN)/python benchmarks/vllm.py --compile --no-hf
 
