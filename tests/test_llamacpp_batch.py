@@ -152,7 +152,7 @@ def test_an_interrupted_batch_goes_on(engine, after):
 
 def test_a_cache_that_is_too_small_for_what_comes_grows(tmp_path, monkeypatch):
     """Rows wait while others fill it, and it is made larger when they are done."""
-    monkeypatch.setattr("steermoe.batch.run.WINDOW", 4)  # the longest are first only among so many
+    monkeypatch.setattr("steermoe.batch.telling.WINDOW", 4)  # the longest are first only among so many
     sizes, most = [], []
     make, forward = Context.__init__, Context.forward
 
