@@ -50,7 +50,7 @@ def prompts(count: int) -> list[str]:
 
 
 def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
-    """Answers each line of stdin: the share of texts to steer and the strength, and whether to run the kernel again."""
+    """Answers each line of stdin: the share to steer, the strength, and whether to tell what takes how long."""
     started = time.perf_counter()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -94,7 +94,33 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     say({"start": time.perf_counter() - started})
     for line in sys.stdin:
         share, strength, again = json.loads(line)
-        say(kernel_of(functools.partial(run, share, strength)) if again else run(share, strength))
+        tell = functools.partial(run, share, strength)
+        say(tell() if not again else {"own": own_milliseconds(tell)} | ({} if compiled else kernel_of(tell)))
+
+
+def own_milliseconds(tell: Callable[[], Any]) -> float:
+    """What steering's own code takes of a step of a run; a loop around it alone would find all of it in the caches."""
+    from steermoe.engines.vllm.steps import Steps
+
+    spent = {name: [] for name in ("begin", "edit", "end")}
+
+    def timed(method: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def timed_method(*args: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                seconds.append(time.perf_counter() - begun)
+
+        return timed_method
+
+    methods = {name: getattr(Steps, name) for name in spent}
+    for name, method in methods.items():
+        setattr(Steps, name, timed(method, spent[name]))
+    tell()
+    for name, method in methods.items():
+        setattr(Steps, name, method)
+    return 1000 * sum(map(sum, spent.values())) / len(spent["begin"])
 
 
 def kernel_of(tell: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
@@ -146,7 +172,7 @@ class Worker:
         raise SystemExit(f"the worker ended:\n{self.process.stderr.read()[-3000:]}")
 
     def ask(self, share: float = 0.0, strength: float | None = None, again: bool = False) -> dict[str, float]:
-        """Tokens a second, by the clock and by the processor; or, of the kernel, what `kernel_of` says."""
+        """Tokens a second, by the clock and by the processor; or what steering and the kernel take of a step."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([share, strength, again]) + "\n")
         self.process.stdin.flush()
@@ -171,7 +197,7 @@ def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
             for case, asked in CASES.items():
                 for which in ("with", "without") if number % 2 else ("without", "with"):
                     rates[case][which].append(plugin.ask(*asked) if which == "with" else without.ask())
-        kernels = {} if "--compile" in options else {case: plugin.ask(*asked, True) for case, asked in CASES.items()}
+        costs = {case: plugin.ask(*asked, True) for case, asked in CASES.items()}
     finally:
         without.close()
         plugin.close()
@@ -184,7 +210,7 @@ def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
             "ratio": statistics.median(ratios),
             "ratios": [round(ratio, 3) for ratio in ratios],
             "processor_ratio": statistics.median(a["processor"] / b["processor"] for a, b in pairs),
-            "kernel": kernels.get(case),
+            "costs": costs[case],
         }
     return found
 
@@ -207,37 +233,6 @@ def transformers_rate(tokens: int) -> float:
     while len(decoder):
         made += sum(completion.new_tokens for completion in decoder.step())
     return made / (time.perf_counter() - begun)
-
-
-def own_milliseconds(share: float, steps: int = 60) -> float:
-    """What steering adds to a decode step of all texts, without vLLM: laying out rows, and the edits of all routers."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from steermoe.engines.vllm.spec import SpecBook
-    from steermoe.engines.vllm.steps import Row, Steps
-    from steermoe.models import find_source
-    from steermoe.routers import find_routers
-
-    torch.set_num_threads(1)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_source(None, "auto").folder))
-    routers, book = find_routers(model), SpecBook(model)
-    plans = [book.packed({"domain": domain}) for domain in DOMAINS]
-    own = Steps(routers, range(len(routers)), TEXTS, TEXTS, torch.device("cpu"), graphs=False)
-    logits = [torch.randn(TEXTS, router.width).bfloat16() for router in routers]
-    seconds = []
-    for step in range(steps):
-        rows = [
-            Row(str(i), plans[i % len(plans)] if i < TEXTS * share else None, 20 + step, 1, 20) for i in range(TEXTS)
-        ]
-        begun = time.perf_counter()
-        own.begin(rows)
-        for number, values in enumerate(logits):
-            own.edit(number, values)
-        own.end()
-        seconds.append(time.perf_counter() - begun)
-    return 1000 * statistics.median(seconds)
 
 
 def main() -> None:
@@ -263,13 +258,10 @@ def main() -> None:
             f"{case}: {row['with']:.0f} with steermoe, {row['without']:.0f} without; "
             f"{row['ratio']:.3f} ({row['processor_ratio']:.3f}), each {row['ratios']}"
         )
-        if row["kernel"] is not None:
-            print(
-                f"    {row['kernel']['visited']:.1f} experts a layer; their kernel {row['kernel']['ms']:.2f} ms a step"
-            )
-    found["own"] = {case: own_milliseconds(share) for case, (share, strength) in CASES.items() if strength is None}
-    costs = ", ".join(f"{case} {cost:.2f}" for case, cost in found["own"].items())
-    print(f"steering's own part of a decode step of {TEXTS} texts, ms: {costs}")
+        print(f"    of a step, steering's own code {row['costs']['own']:.2f} ms", end="")
+        if not args.compile:
+            print(f"; the kernel of {row['costs']['visited']:.1f} experts a layer {row['costs']['ms']:.2f} ms", end="")
+        print()
     if not args.no_hf:
         found["hf"] = transformers_rate(args.tokens)
         gain = found["cases"]["all steered"]["with"] / found["hf"]

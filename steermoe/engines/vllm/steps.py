@@ -66,7 +66,7 @@ class Steps:
     Args:
         routers: those whose logits this worker computes, in the order of their layers.
         rows: the row of a vector that each of them follows; a stage of a pipeline has only some of a model's layers.
-        capacity: tokens of a forward call at most.
+        capacity: tokens of a forward call at most, where calls are captured.
         plans: plans in a forward call at most.
         device: where logits are.
         graphs: whether calls may be captured and replayed: then nothing that is known on the host may decide anything.
@@ -89,9 +89,10 @@ class Steps:
         self.editors = [Editor(router, self._tally) for router in routers]
         for editor in self.editors:
             editor.bank = _empty_bank(editor.router, plans, device, all_flags=graphs)
-        self._slot_C = torch.zeros(capacity, dtype=torch.long, device=device)
-        self._factor_C1 = torch.zeros(capacity, 1, device=device)
-        self._here_WC1 = torch.zeros(len(WAYS), capacity, 1, dtype=torch.bool, device=device)
+        room = capacity if graphs else 0
+        self._slot_C = torch.zeros(room, dtype=torch.long, device=device)
+        self._factor_C1 = torch.zeros(room, 1, device=device)
+        self._here_WC1 = torch.zeros(len(WAYS), room, 1, dtype=torch.bool, device=device)
         self._slots: dict[bytes, _Slot] = {}
         self._free = list(range(plans))
         self._filled = self._calls = 0
