@@ -92,7 +92,7 @@ serve: vllm ## the default model behind an OpenAI-compatible server at 127.0.0.1
 
 .PHONY: test-vllm
 test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
-	$(VLLM_BIN)/pytest tests/test_vllm_*.py
+	$(VLLM_BIN)/pytest tests/engines/vllm
 
 .PHONY: bench-vllm
 bench-vllm: vllm ## vLLM steered, without steermoe, and transformers (about 20 minutes)
@@ -121,8 +121,7 @@ llamacpp: smollm2-moe-q8_0.gguf ## llama.cpp (compiled from source, about 6 minu
 .PHONY: test-llamacpp
 test-llamacpp: $(LLAMACPP_INSTALLED) ## the tests of the llama.cpp engine
 	$(LLAMACPP_BIN)/steermoe models pull
-	$(LLAMACPP_BIN)/pytest tests/test_llamacpp_*.py tests/test_gguf_*.py tests/test_engine_llamacpp.py tests/test_cli_llamacpp.py \
-		tests/test_docs_llamacpp.py
+	$(LLAMACPP_BIN)/pytest tests/engines/llamacpp tests/models/gguf tests/cli/test_llamacpp.py tests/docs/test_llamacpp.py
 
 .PHONY: bench-llamacpp
 bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without steering, and its agreement with transformers

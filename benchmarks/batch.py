@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from steermoe import models
-from steermoe.default_model import spec
-from steermoe.default_model.stories import openings
-from steermoe.engines.base import Completion, Request, Sampling
-from steermoe.engines.hf import HFEngine
-from steermoe.engines.rolling import decoder_for
-from steermoe.library import load_vector
-from steermoe.plans import plan_for
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.hf.rolling import decoder_for
+from steermoe.engines.request import Completion, Request, Sampling
+from steermoe.models import loading
+from steermoe.models.default import spec
+from steermoe.models.default.stories import openings
+from steermoe.steering.plans import plan_for
+from steermoe.vectors.library import load_vector
 
 
-def mixed_requests(loaded: models.LoadedModel, count: int, tokens: int) -> list[Request]:
+def mixed_requests(loaded: loading.LoadedModel, count: int, tokens: int) -> list[Request]:
     """Openings that nothing was trained on, in turn unsteered and steered toward each domain."""
     plans = [None, *(plan_for(load_vector(domain, loaded.model)) for domain in spec.DOMAINS)]
     return [
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    loaded = models.load(options.model, dtype=options.dtype)
+    loaded = loading.load(options.model, dtype=options.dtype)
     engine = HFEngine(loaded)
     requests = mixed_requests(loaded, options.stories, options.tokens)
     engine.generate(requests[:1])  # warm up

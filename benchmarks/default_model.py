@@ -19,15 +19,15 @@ from measures import continue_openings, negative_log_likelihood, perplexity, rep
 from rich.console import Console
 from rich.table import Table
 
-from steermoe.default_model import spec
-from steermoe.default_model.assemble import assemble, upcycle
-from steermoe.default_model.base import fetch, load_base
-from steermoe.default_model.stories import domain_words, load_stories, openings
-from steermoe.discovery.building import routing_embeddings
-from steermoe.library import load_vector
-from steermoe.models import load
-from steermoe.steering import plan_for
-from steermoe.words import distinct_words, word_pattern
+from steermoe.discovery.labelled import routing_embeddings
+from steermoe.evaluation.words import distinct_words, word_pattern
+from steermoe.models.default import spec
+from steermoe.models.default.assemble import assemble, upcycle
+from steermoe.models.default.base import fetch, load_base
+from steermoe.models.default.stories import domain_words, load_stories, openings
+from steermoe.models.loading import load
+from steermoe.steering.plans import plan_for
+from steermoe.vectors.library import load_vector
 
 MEGABYTE = 1e6
 

@@ -23,15 +23,18 @@ from measures import continue_openings, success_rate
 from rich.console import Console
 from rich.table import Table
 
-from steermoe.default_model import spec
-from steermoe.default_model.stories import domain_words, load_stories, openings
 from steermoe.discovery.discover import Discovery, discover
-from steermoe.discovery.embedding import EmbeddingOptions, batches, embed_corpus, embedder
+from steermoe.discovery.embed_corpus import embed_corpus, embedder
+from steermoe.discovery.embedder import EmbeddingOptions
+from steermoe.discovery.embedder_hf import batches
 from steermoe.discovery.store import EmbeddedTexts, Text
-from steermoe.models import default_model_folder, load
-from steermoe.routers import find_routers
-from steermoe.steering import plan_for
-from steermoe.vectors import SteeringVector
+from steermoe.models.default import spec
+from steermoe.models.default.pull import default_model_folder
+from steermoe.models.default.stories import domain_words, load_stories, openings
+from steermoe.models.loading import load
+from steermoe.routing.routers import find_routers
+from steermoe.steering.plans import plan_for
+from steermoe.vectors.vector import SteeringVector
 
 PARTS = ("clusters", "heldout", "steering", "speed", "memory")
 FORMULA, STRENGTH = "zero_max_scaled", 6.0

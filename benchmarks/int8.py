@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from steermoe import models
-from steermoe.default_model.stories import load_stories
-from steermoe.quantization import quantize_model
-from steermoe.routers import chosen_experts, find_routers
+from steermoe.models import loading
+from steermoe.models.default.stories import load_stories
+from steermoe.models.quantization import quantize_model
+from steermoe.routing.routers import chosen_experts, find_routers
 
 
-def read(loaded: models.LoadedModel, texts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def read(loaded: loading.LoadedModel, texts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities [S, V] and sorted chosen experts [R, S, k] of each text."""
     routers = find_routers(loaded.model)
     chosen: dict[int, Tensor] = {}
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    loaded = models.load(None, dtype=options.dtype)
+    loaded = loading.load(None, dtype=options.dtype)
     stories = load_stories("heldout")
     stories = stories[:: max(1, len(stories) // options.texts)][: options.texts]
     texts = [loaded.tokenizer(f"{story.opening} {story.rest}")["input_ids"] for story in stories]

@@ -21,15 +21,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from steermoe.default_model.stories import load_stories
-from steermoe.engines.base import Request, Sampling
-from steermoe.engines.hf import HFEngine
+from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.llamacpp.engine import LlamaCppEngine
-from steermoe.gguf.export import export_gguf
-from steermoe.library import load_vector
-from steermoe.models import default_model_folder, load
-from steermoe.routers import chosen_experts, find_routers
-from steermoe.steering import SteeringPlan, attach, plan_for
+from steermoe.engines.request import Request, Sampling
+from steermoe.models.default.pull import default_model_folder
+from steermoe.models.default.stories import load_stories
+from steermoe.models.gguf.export import export_gguf
+from steermoe.models.loading import load
+from steermoe.routing.routers import chosen_experts, find_routers
+from steermoe.steering.handle import attach
+from steermoe.steering.plans import SteeringPlan, plan_for
+from steermoe.vectors.library import load_vector
 
 PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 SHORT, LONG = 16, 144

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from steermoe.engines.base import Completion, Request, Sampling
-from steermoe.engines.hf import HFEngine
-from steermoe.models import LoadedModel
-from steermoe.steering import SteeringPlan
-from steermoe.words import distinct_words, word_pattern
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Completion, Request, Sampling
+from steermoe.evaluation.words import distinct_words, word_pattern
+from steermoe.models.loading import LoadedModel
+from steermoe.steering.plans import SteeringPlan
 
 WORDS_FOR_SUCCESS = 3
 

@@ -27,16 +27,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from steermoe.default_model.stories import openings
-from steermoe.engines.base import Request, Sampling
-from steermoe.engines.compiled.artifacts import Kind, compile_step, facts_of
-from steermoe.engines.hf import HFEngine
+from steermoe.engines.hf.compiled.artifacts import Kind, compile_step, facts_of
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Request, Sampling
 from steermoe.formulas import FORMULAS, Formula
-from steermoe.library import load_vector
-from steermoe.models import LoadedModel, load
-from steermoe.plans import SteeringPlan, plan_for
-from steermoe.routers import Router, find_routers
-from steermoe.vectors import SteeringVector
+from steermoe.models.default.stories import openings
+from steermoe.models.loading import LoadedModel, load
+from steermoe.routing.routers import Router, find_routers
+from steermoe.steering.plans import SteeringPlan, plan_for
+from steermoe.vectors.library import load_vector
+from steermoe.vectors.vector import SteeringVector
 
 DOMAIN, OTHER_STRENGTH = "sport", 4.0
 """The vector, and its strength for formulas that it was not calibrated with."""

@@ -40,7 +40,7 @@ DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "bi
 
 
 def prompts(count: int) -> list[str]:
-    from steermoe.default_model.stories import load_stories
+    from steermoe.models.default.stories import load_stories
 
     openings = [story.opening for story in load_stories() if story.split == "heldout"]
     return [openings[i % len(openings)] for i in range(count)]
@@ -60,8 +60,8 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     os.environ["VLLM_PLUGINS"] = "steermoe" if with_plugin else ""
     from vllm import LLM, SamplingParams
 
-    from steermoe.engines.vllm.engine import cache_bytes
-    from steermoe.models import find_source
+    from steermoe.engines.vllm.launch import cache_bytes
+    from steermoe.models.checkpoint import find_source
 
     model = LLM(
         find_source(None, "auto").folder,
@@ -217,11 +217,11 @@ def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
 
 def transformers_rate(tokens: int) -> float:
     """Tokens a second of the hf engine, all steered, as `steermoe batch` runs it: rows that come and go."""
-    from steermoe.engines.base import Request, Sampling
-    from steermoe.engines.hf import HFEngine
-    from steermoe.engines.rolling import decoder_for
-    from steermoe.models import load
-    from steermoe.plans import make_plan
+    from steermoe.engines.hf.engine import HFEngine
+    from steermoe.engines.hf.rolling import decoder_for
+    from steermoe.engines.request import Request, Sampling
+    from steermoe.models.loading import load
+    from steermoe.steering.spec import make_plan
 
     engine = HFEngine(load(dtype="bfloat16"))
     plans = [make_plan(engine.target, [domain]) for domain in DOMAINS]

@@ -14,49 +14,56 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steermoe.discovery.building import routing_embeddings, vector_from_texts
-    from steermoe.engines.base import Completion, Request, Sampling
-    from steermoe.engines.hf import HFEngine
+    from steermoe.discovery.labelled import routing_embeddings, vector_from_texts
+    from steermoe.engines.hf.engine import HFEngine
+    from steermoe.engines.request import Completion, Request, Sampling
     from steermoe.errors import SteerMoEError
-    from steermoe.families import list_families
-    from steermoe.library import import_matrix, load_vector, read_vector, write_vector
-    from steermoe.models import LoadedModel, describe, load, pull
-    from steermoe.recording import record_routing
-    from steermoe.routers import find_routers
-    from steermoe.steering import Schedule, SteeringHandle, SteeringPlan, SteeringReport, attach, plan_for, steer
-    from steermoe.vectors import SteeringVector, VectorInfo, mix
+    from steermoe.models.default.pull import pull
+    from steermoe.models.description import describe
+    from steermoe.models.loading import LoadedModel, load
+    from steermoe.routing.families import list_families
+    from steermoe.routing.recording import record_routing
+    from steermoe.routing.routers import find_routers
+    from steermoe.steering.handle import SteeringHandle, attach, steer
+    from steermoe.steering.plans import Schedule, SteeringPlan, plan_for
+    from steermoe.steering.report import SteeringReport
+    from steermoe.vectors.file import read_vector, write_vector
+    from steermoe.vectors.library import load_vector
+    from steermoe.vectors.matrix import import_matrix
+    from steermoe.vectors.mixing import mix
+    from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Completion": "engines.base",
-    "HFEngine": "engines.hf",
-    "LoadedModel": "models",
-    "Request": "engines.base",
-    "Sampling": "engines.base",
-    "Schedule": "steering",
+    "Completion": "engines.request",
+    "HFEngine": "engines.hf.engine",
+    "LoadedModel": "models.loading",
+    "Request": "engines.request",
+    "Sampling": "engines.request",
+    "Schedule": "steering.plans",
     "SteerMoEError": "errors",
-    "SteeringHandle": "steering",
-    "SteeringPlan": "steering",
-    "SteeringReport": "steering",
-    "SteeringVector": "vectors",
-    "VectorInfo": "vectors",
-    "attach": "steering",
-    "describe": "models",
-    "find_routers": "routers",
-    "import_matrix": "library",
-    "list_families": "families",
-    "load": "models",
-    "load_vector": "library",
-    "mix": "vectors",
-    "plan_for": "steering",
-    "pull": "models",
-    "read_vector": "library",
-    "record_routing": "recording",
-    "routing_embeddings": "discovery.building",
-    "steer": "steering",
-    "vector_from_texts": "discovery.building",
-    "write_vector": "library",
+    "SteeringHandle": "steering.handle",
+    "SteeringPlan": "steering.plans",
+    "SteeringReport": "steering.report",
+    "SteeringVector": "vectors.vector",
+    "VectorInfo": "vectors.vector",
+    "attach": "steering.handle",
+    "describe": "models.description",
+    "find_routers": "routing.routers",
+    "import_matrix": "vectors.matrix",
+    "list_families": "routing.families",
+    "load": "models.loading",
+    "load_vector": "vectors.library",
+    "mix": "vectors.mixing",
+    "plan_for": "steering.plans",
+    "pull": "models.default.pull",
+    "read_vector": "vectors.file",
+    "record_routing": "routing.recording",
+    "routing_embeddings": "discovery.labelled",
+    "steer": "steering.handle",
+    "vector_from_texts": "discovery.labelled",
+    "write_vector": "vectors.file",
 }
 
 __all__ = [

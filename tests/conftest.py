@@ -11,8 +11,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
-from steermoe import library
-from steermoe.vectors import SteeringVector, VectorInfo
+from steermoe.vectors import library
+from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 torch.set_num_threads(1)
 
@@ -60,10 +60,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path):
-    """The tiny checkpoint as `steermoe.models.load` loads it."""
-    from steermoe import models
+    """The tiny checkpoint as `steermoe.models.loading.load` loads it."""
+    from steermoe.models import loading
 
-    return models.load(tiny_checkpoint, dtype="float32")
+    return loading.load(tiny_checkpoint, dtype="float32")
 
 
 @pytest.fixture

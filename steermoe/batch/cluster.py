@@ -15,10 +15,10 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from steermoe.batch.telling import EngineTeller, LeaveOut, Story, first_line
-from steermoe.engines.base import Engine
+from steermoe.batch.worker import EngineTeller, LeaveOut, Story, first_line
+from steermoe.engines.engine import Engine
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering import SteeringReport
+from steermoe.steering.report import SteeringReport
 
 CHUNK_ROWS = 4
 """A chunk, what an actor tells at a time, is at most so many times the rows: what an actor's death costs."""

@@ -14,37 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from steermoe.engines.base import Sampling
+from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
+from steermoe.steering.spec import NO_DOMAIN, Steering
 
-NO_DOMAIN = "none"
-"""The name that leaves a story unsteered."""
 MAX_LINE = 1 << 20
 """Bytes of a line at most: a file without line ends must not fill the memory."""
 KEPT_TEXT = 200
 """Characters of a bad line that its problem quotes."""
 
 Format = Literal["auto", "text", "jsonl"]
-
-
-@dataclass(frozen=True)
-class Steering:
-    """A steering as it is asked for, not yet looked up.
-
-    Attributes:
-        domain: "none", a domain or vector file, or a mixture such as "sport=0.7+food=0.3"; "" where nothing is said.
-        strength, formula, scale: None for what the vector was calibrated with.
-    """
-
-    domain: str = ""
-    strength: float | None = None
-    formula: str | None = None
-    scale: str | None = None
-    positions: str = "generated"
-    schedule: str = "constant"
-    layers: str | None = None
-    force: tuple[str, ...] = ()
-    ban: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

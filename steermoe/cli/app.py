@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from steermoe import __version__
-from steermoe.cli import batch, calibrate, compare, console, embed, evaluate, generate, models, serve, vectors
+from steermoe.cli import batch, calibrate, compare, embed, evaluate, generate, models, serve
+from steermoe.cli.terminal import console
+from steermoe.cli.vectors import app as vectors
 from steermoe.errors import SteerMoEError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 
 if TYPE_CHECKING:
@@ -111,11 +112,12 @@ def batch(
     """
     from contextlib import ExitStack, closing
 
-    from steermoe.batch.jobs import PromptFile, Settings, Steering
+    from steermoe.batch.jobs import PromptFile, Settings
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
-    from steermoe.cli import console
-    from steermoe.engines.base import Sampling
+    from steermoe.cli.terminal import console
+    from steermoe.engines.request import Sampling
     from steermoe.errors import BatchError
+    from steermoe.steering.spec import Steering
 
     settings = Settings(
         Steering(
@@ -147,8 +149,8 @@ def batch(
                 undo.enter_context(connected(ray))
         elif actors is not None:
             raise BatchError("--actors needs --ray ADDRESS")
-        sizes = o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
-        options = o.EngineOptions(
+        sizes = loading.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
+        options = loading.EngineOptions(
             model,
             engine,
             dtype,
@@ -159,7 +161,7 @@ def batch(
             {**sizes, **({"compiled": True} if compiled else {})},
         ).repeatable()
         runner = (options if ray is None else options.beside_actors()).open()
-        from steermoe.batch.run import Batch
+        from steermoe.batch.batch import Batch
 
         teller = None
         if ray is not None:
@@ -213,14 +215,14 @@ class _Complaints:
         self.count = 0
 
     def __call__(self, problem: "Problem") -> None:
-        from steermoe.cli import console
+        from steermoe.cli.terminal import console
 
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
             console.err.print(f"steermoe: left out: {console.printable(str(problem))}", soft_wrap=True)
 
     def sum_up(self) -> None:
-        from steermoe.cli import console
+        from steermoe.cli.terminal import console
 
         if self.count > SHOWN_PROBLEMS:
             console.err.print(f"steermoe: {self.count} lines were left out in all")

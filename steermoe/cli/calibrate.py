@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 from steermoe.cli.embed import LabelField, TextField
 
 if TYPE_CHECKING:
     from steermoe.evaluation.calibration import Calibration
-    from steermoe.vectors import SteeringVector
+    from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
 
@@ -52,15 +53,15 @@ def calibrate(
     `generate` then steers with it by default, and warns beyond the safe range. Where the budget is never exceeded, it
     is the smallest strength beyond which nothing changes.
     """
-    from steermoe import library
-    from steermoe.cli import console, tables
+    from steermoe.cli.terminal import console, tables
     from steermoe.evaluation.calibration import check_budget
+    from steermoe.vectors import file, library
 
     check_budget(budget)
-    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
     from steermoe.evaluation.calibration import calibrate_vector
-    from steermoe.evaluation.forcing import Forcing
-    from steermoe.targets import check_fits
+    from steermoe.evaluation.teacher_forcing import Forcing
+    from steermoe.routing.shape import check_fits
 
     def fitting(name: str) -> "tuple[Path, SteeringVector]":
         paths = library.find_vector(name, folder=vectors)
@@ -77,7 +78,7 @@ def calibrate(
             )
         target = path if output is None else output / path.name
         if not dry_run:
-            library.write_vector(calibrated, target)
+            file.write_vector(calibrated, target)
         rows.append(_row(calibrated, result, "" if dry_run else str(target)))
         records.append(_record(calibrated, result, None if dry_run else str(target)))
     if json:

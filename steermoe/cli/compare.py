@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 
 EXAMPLES = """Examples:
@@ -63,8 +64,8 @@ def compare(
     json: o.Json = False,
 ) -> None:
     """Tell the same story unsteered and steered, side by side, with what steering did to the routing."""
-    from steermoe.cli import console
-    from steermoe.engines.base import Request, Sampling
+    from steermoe.cli.terminal import console
+    from steermoe.engines.request import Request, Sampling
 
     text = o.read_prompt(prompt)
     sampling = Sampling(
@@ -76,10 +77,10 @@ def compare(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
-    from steermoe.comparison import compare_completions
-    from steermoe.library import SUFFIX
-    from steermoe.plans import make_plan
+    runner = loading.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
+    from steermoe.evaluation.comparison import compare_completions
+    from steermoe.steering.spec import make_plan
+    from steermoe.vectors.file import SUFFIX
 
     plans = [
         make_plan(
@@ -104,7 +105,7 @@ def compare(
     with console.working(f"Telling {len(requests)} stories ..."):
         completions = runner.generate(requests, record=True)
     columns = compare_completions(completions)
-    from steermoe.cli.columns import print_columns, save_svg
+    from steermoe.cli.terminal.columns import print_columns, save_svg
 
     if json:
         for column in columns:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 
 if TYPE_CHECKING:
     from steermoe.discovery.corpus import Corpus
-    from steermoe.discovery.embedding import EmbeddingOptions, RoutingSource
+    from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource
     from steermoe.discovery.store import EmbeddingStore
 
 EXAMPLES = """Examples:
@@ -57,12 +58,12 @@ def embed(
     json: o.Json = False,
 ) -> None:
     """Embed a corpus: how often the model's routers choose each expert, text by text. Prints the folder."""
-    from steermoe.cli import console
+    from steermoe.cli.terminal import console
     from steermoe.discovery.corpus import Corpus
 
     texts = Corpus(corpus, text_field=text_field, label_field=label_field)
-    loaded = o.open_source(model, engine, dtype, device_map, trust_remote_code)
-    from steermoe.discovery.embedding import EmbeddingOptions
+    loaded = loading.open_source(model, engine, dtype, device_map, trust_remote_code)
+    from steermoe.discovery.embedder import EmbeddingOptions
 
     options = EmbeddingOptions(features, tokens, hidden, max_tokens, batch_tokens)
     store = embed_into(output, texts, loaded, options)
@@ -78,8 +79,8 @@ def embed_into(
     folder: Path, corpus: "Corpus", loaded: "RoutingSource", options: "EmbeddingOptions | None" = None
 ) -> "EmbeddingStore":
     """Embed with a progress bar, then tell of what was left out. The corpus is read twice, to know how much is left."""
-    from steermoe.cli import console
-    from steermoe.discovery.embedding import embed_corpus
+    from steermoe.cli.terminal import console
+    from steermoe.discovery.embed_corpus import embed_corpus
 
     with console.working("Reading the corpus ..."):
         total = sum(1 for _ in corpus)
@@ -93,7 +94,7 @@ def embed_into(
 
 def tell_problems(corpus: "Corpus") -> None:
     """Name the first bad records and count the rest, on stderr."""
-    from steermoe.cli import console
+    from steermoe.cli.terminal import console
 
     for problem in corpus.problems[:SHOWN_PROBLEMS]:
         console.err.print(f"steermoe: left out: {console.printable(str(problem))}", soft_wrap=True)

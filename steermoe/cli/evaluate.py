@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 from steermoe.cli.embed import LabelField, TextField
 
 if TYPE_CHECKING:
     from steermoe.evaluation.protocol import Design, Settings
     from steermoe.evaluation.texts import Labelled
-    from steermoe.models import LoadedModel
-    from steermoe.vectors import SteeringVector
+    from steermoe.models.loading import LoadedModel
+    from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
 
@@ -104,7 +105,7 @@ def evaluate(
     A classifier judges success, on texts that are no gibberish, loop or list of words; damage is the divergence from
     the unsteered model on neutral texts. Stories are kept: a run that was ended goes on when it is started again.
     """
-    from steermoe.cli import console
+    from steermoe.cli.terminal import console
     from steermoe.evaluation.protocol import CUTS, Design, parse_formulas, parse_list, parse_numbers, parse_scales
 
     design = Design(
@@ -116,10 +117,10 @@ def evaluate(
         controls=controls,
     )
     settings = _settings(openings, seeds, max_new_tokens, temperature, forced_texts, batch_size, quick)
-    from steermoe.plots import check_matplotlib
+    from steermoe.figures import check_matplotlib
 
     check_matplotlib()
-    loaded = o.load_model(model, dtype, device_map, trust_remote_code)
+    loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
     chosen = vectors_of(loaded, domain, vectors)
     texts = heldout_texts(heldout, text_field, label_field, list(chosen))
     summary = _run(loaded, chosen, texts, settings, design, output, words)
@@ -138,8 +139,8 @@ def vectors_of(loaded: "LoadedModel", domains: list[str] | None, folder: Path | 
     Raises:
         VectorNotFound: one that is named, or any. VectorError: a domain twice.
     """
-    from steermoe import library
     from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
+    from steermoe.vectors import library
 
     if domains:
         named = [library.load_vector(name, loaded.model, folder=folder) for name in domains]
@@ -194,9 +195,9 @@ def _settings(
     batch_size: int,
     quick: bool,
 ) -> "Settings":
-    from steermoe.default_model.stories import openings as packaged_openings
     from steermoe.evaluation.protocol import Settings
     from steermoe.evaluation.texts import read_openings
+    from steermoe.models.default.stories import openings as packaged_openings
 
     beginnings = packaged_openings("heldout", 50) if openings is None else read_openings(openings)
     return Settings(
@@ -218,7 +219,7 @@ def _run(
     output: Path,
     words: Path | None,
 ) -> dict[str, Any]:
-    from steermoe.cli import console
+    from steermoe.cli.terminal import console
     from steermoe.evaluation.report import evaluate_into
 
     with console.err.status("Evaluating ...") as status:
@@ -227,7 +228,7 @@ def _run(
 
 def _print(summary: dict[str, Any]) -> None:
     """One row a condition: success before and after, damage."""
-    from steermoe.cli import tables
+    from steermoe.cli.terminal import tables
     from steermoe.evaluation.report import TITLES, table_rows
 
     tables.print_table(TITLES, table_rows(summary), wrapping=1)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 
 EXAMPLES = """Examples:
@@ -59,8 +60,8 @@ def generate(
     json: o.Json = False,
 ) -> None:
     """Continue a text, steered toward a domain (or, without --domain, unsteered)."""
-    from steermoe.cli import console
-    from steermoe.engines.base import Request, Sampling
+    from steermoe.cli.terminal import console
+    from steermoe.engines.request import Request, Sampling
 
     text = o.read_prompt(prompt)
     sampling = Sampling(
@@ -72,8 +73,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    runner = o.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
-    from steermoe.plans import make_plan
+    runner = loading.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
+    from steermoe.steering.spec import make_plan
 
     plan = make_plan(
         runner.target,

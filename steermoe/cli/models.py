@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from steermoe.cli import console
 from steermoe.cli import options as o
 from steermoe.cli.embed import MaxTokens, TextField, tell_problems
+from steermoe.cli.loading import load_model
+from steermoe.cli.terminal import console
 
 if TYPE_CHECKING:
     from steermoe.discovery.health import RoutingHealth
-    from steermoe.models import ModelDescription
+    from steermoe.models.description import ModelDescription
 
 LIST_EXAMPLES = """Examples:
 
@@ -59,8 +60,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull,
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(json: Json = False) -> None:
     """List the MoE families of the installed transformers. Tells of each whether and how it is steered."""
-    from steermoe.cli import tables
-    from steermoe.families import list_families
+    from steermoe.cli.terminal import tables
+    from steermoe.routing.families import list_families
 
     families = list_families()
     if json:
@@ -86,12 +87,13 @@ def pull(
     json: Json = False,
 ) -> None:
     """Pull and assemble the default model. Prints its folder in the cache."""
-    from steermoe import models
+    from steermoe.models.default.pull import DEFAULT_MODEL
+    from steermoe.models.default.pull import pull as assemble
 
     with console.working("Pulling and assembling the default model ..."):
-        folder = models.pull(base, force=force)
+        folder = assemble(base, force=force)
     if json:
-        console.write_json({"name": models.DEFAULT_MODEL, "path": str(folder)})
+        console.write_json({"name": DEFAULT_MODEL, "path": str(folder)})
     else:
         console.write(f"{folder}\n")
 
@@ -111,10 +113,10 @@ def compile_(
     """
     from dataclasses import asdict
 
-    from steermoe.cli import tables
+    from steermoe.cli.terminal import tables
 
-    loaded = o.load_model(model, dtype, None, trust_remote_code, quantize=quantize)
-    from steermoe.engines.compiled.artifacts import KINDS, compile_step, folder_of
+    loaded = load_model(model, dtype, None, trust_remote_code, quantize=quantize)
+    from steermoe.engines.hf.compiled.artifacts import KINDS, compile_step, folder_of
 
     rows = []
     for kind in KINDS:
@@ -143,8 +145,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a model as a GGUF file, which llama.cpp runs. Prints the file."""
-    loaded = o.load_model(model, "auto", None, trust_remote_code)
-    from steermoe.gguf.export import export_gguf
+    loaded = load_model(model, "auto", None, trust_remote_code)
+    from steermoe.models.gguf.export import export_gguf
 
     path = output or Path(f"{loaded.name.rpartition('/')[2]}-{gguf}.gguf")
     with console.working(f"Writing {path} ..."):
@@ -174,9 +176,10 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Describe a checkpoint and what would be steered. No weights are loaded, unless --texts are to be run."""
-    from steermoe import models
-    from steermoe.cli import tables
+    from steermoe.cli.terminal import tables
     from steermoe.errors import SteerMoEError
+    from steermoe.models.default.pull import DEFAULT_MODEL
+    from steermoe.models.description import describe
 
     if texts is not None:
         _inspect_load(model, texts, text_field, max_tokens, png, (dtype, device_map, trust_remote_code), json)
@@ -184,8 +187,8 @@ def inspect(
     if png is not None:
         raise SteerMoEError("--png draws the load of routers on texts: pass --texts CORPUS too")
 
-    with console.working(f"Looking at {model or models.DEFAULT_MODEL} ..."):
-        description = models.describe(model, trust_remote_code=trust_remote_code)
+    with console.working(f"Looking at {model or DEFAULT_MODEL} ..."):
+        description = describe(model, trust_remote_code=trust_remote_code)
     if json:
         console.write_json(description.as_dict())
     else:
@@ -206,14 +209,14 @@ def _inspect_load(
     from steermoe.discovery.corpus import Corpus
 
     if png is not None:
-        from steermoe.plots import check_matplotlib
+        from steermoe.figures import check_matplotlib
 
         check_matplotlib()
     corpus = Corpus(path, text_field=text_field)
     with console.working("Reading the corpus ..."):
         total = sum(1 for _ in corpus)
     tell_problems(corpus)
-    loaded = o.load_model(model, *loading)
+    loaded = load_model(model, *loading)
     from steermoe.discovery.health import routing_health
 
     with console.counting("Running", "texts", total) as progress:
@@ -223,7 +226,7 @@ def _inspect_load(
     else:
         _print_load(health)
     if png is not None:  # after the answer, which a picture that can't be written must not take along
-        from steermoe.plots import draw_health
+        from steermoe.discovery.health import draw_health
 
         draw_health(health, png)
         console.err.print(f"drawn in {console.printable(str(png))}", soft_wrap=True, style="dim")
@@ -231,7 +234,7 @@ def _inspect_load(
 
 def _print_load(health: "RoutingHealth") -> None:
     """A row a router, and what the columns mean on stderr."""
-    from steermoe.cli import tables
+    from steermoe.cli.terminal import tables
 
     rows = [
         (
@@ -262,7 +265,7 @@ def _some(experts: tuple[int, ...]) -> str:
 
 def _facts(description: "ModelDescription") -> dict[str, str]:
     """The card, label by label."""
-    from steermoe.vectors import format_layers
+    from steermoe.vectors.vector import format_layers
 
     d = description
     facts = {"model class": d.model_class, "architecture": d.architecture, "parameters": f"{d.parameters:,}"}

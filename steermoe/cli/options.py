@@ -1,22 +1,17 @@
 """Options that several commands share, as types, and what turns them into the library's objects."""
 
-from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from steermoe.engines.opening import EngineName
+from steermoe.engines.auto import EngineName
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from steermoe.discovery.embedding import RoutingSource
-    from steermoe.engines.base import Engine as RunningEngine
-    from steermoe.models import LoadedModel
-    from steermoe.plans import SteeringPlan
-    from steermoe.quantization import Quantization
+    from steermoe.steering.plans import SteeringPlan
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 
@@ -123,132 +118,9 @@ def read_prompt(prompt: str | None) -> str:
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
     """Tell once of each vector that is steered with more strongly than it was calibrated to."""
-    from steermoe.cli.console import err, printable
-    from steermoe.plans import beyond_safe_range
+    from steermoe.cli.terminal.console import err, printable
+    from steermoe.steering.plans import beyond_safe_range
 
     for warning in dict.fromkeys(beyond_safe_range(plan) for plan in plans if plan is not None):
         if warning:
             err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What decides which engine is opened, and how; `vllm` as in `opening.open_engine`."""
-
-    model: str | None
-    engine: EngineName
-    dtype: str
-    device_map: str | None
-    trust_remote_code: bool
-    quantize: "Quantization | None" = None
-    compiled_steps: bool = True
-    vllm: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def chosen(self) -> EngineName:
-        from steermoe.engines.opening import choose_engine
-
-        return choose_engine(self.model, self.engine)
-
-    @property
-    def takes_accelerators(self) -> bool:
-        return self.chosen != "llamacpp" and self.device_map != "cpu"
-
-    def open(self) -> "RunningEngine":
-        """As `opening.open_engine`, with a spinner; the default model is pulled first if it isn't here."""
-        from steermoe import models
-        from steermoe.cli.console import quiet_transformers, working
-
-        if self.chosen != "llamacpp":
-            quiet_transformers()
-            pull_if_needed(self.model)
-        with working(f"Loading {self.model or models.DEFAULT_MODEL} ..."):
-            return self.opener()()
-
-    def opener(self) -> "Callable[[], RunningEngine]":
-        """Opens the engine, here or in a process on another machine that has the model at the same place."""
-        from functools import partial
-
-        from steermoe.engines import opening
-
-        return partial(
-            opening.open_engine,
-            self.model,
-            self.chosen,
-            dtype=self.dtype,
-            device_map=self.device_map,
-            trust_remote_code=self.trust_remote_code,
-            quantize=self.quantize,
-            compiled_steps=self.compiled_steps,
-            vllm=self.vllm,
-        )
-
-    def repeatable(self) -> "EngineOptions":
-        """The same with dtype "auto" read as `models.repeatable_dtype` does, where the model has no other."""
-        from steermoe.models import repeatable_dtype
-
-        if self.dtype != "auto" or self.chosen == "llamacpp" or self.device_map is not None:
-            return self
-        pull_if_needed(self.model)
-        return replace(self, dtype=repeatable_dtype(self.model))
-
-    def beside_actors(self) -> "EngineOptions":
-        """For a process that only looks at the model: transformers' stays in main memory."""
-        return replace(self, device_map="cpu") if self.chosen == "hf" else self
-
-    def for_actors(self) -> "EngineOptions":
-        """For processes with other working folders."""
-        if self.model is None or not Path(self.model).exists():
-            return self
-        return replace(self, model=str(Path(self.model).absolute()))
-
-
-def parallel_sizes(tensor: int, pipeline: int, data: int) -> dict[str, int]:
-    """The arguments of `VLLMEngine` for those that are more than one."""
-    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "data_parallel_size": data}
-    return {name: size for name, size in sizes.items() if size > 1}
-
-
-def pull_if_needed(model: str | None) -> None:
-    """Pull the default model if it is meant and isn't here."""
-    from steermoe import models
-    from steermoe.cli.console import err, working
-
-    if model in (None, models.DEFAULT_MODEL) and not models.is_pulled():
-        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
-        with working("Pulling the default model ..."):
-            models.pull()
-
-
-def open_source(
-    model: str | None, engine: EngineName, dtype: str, device_map: str | None, trust_remote_code: bool
-) -> "RoutingSource":
-    """A model to record routing of, opened likewise."""
-    if engine == "vllm":
-        from steermoe.errors import ModelError
-
-        raise ModelError(
-            "vLLM records no routing of texts that are given: use --engine hf, or llamacpp for a GGUF file"
-        )
-    opened: Any = EngineOptions(model, engine, dtype, device_map, trust_remote_code).open()
-    return getattr(opened, "loaded", opened)
-
-
-def load_model(
-    model: str | None,
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
-    *,
-    quantize: "Quantization | None" = None,
-) -> "LoadedModel":
-    """Load with a spinner; the default model is pulled first if it isn't here."""
-    from steermoe import models
-    from steermoe.cli.console import quiet_transformers, working
-
-    quiet_transformers()
-    pull_if_needed(model)
-    with working(f"Loading {model or models.DEFAULT_MODEL} ..."):
-        return models.load(
-            model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, quantize=quantize
-        )

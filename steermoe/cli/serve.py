@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from steermoe.cli import loading
 from steermoe.cli import options as o
 
 EXAMPLES = """Examples:
@@ -38,12 +39,12 @@ def serve(
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Serve a model with vLLM; a request steers by the model's name (smollm2-moe:sport) or by vllm_xargs."""
-    from steermoe.engines.opening import require_vllm
+    from steermoe.engines.auto import require_vllm
 
     require_vllm()
     if model.startswith("-"):  # no MODEL before the arguments of vLLM
         model, arguments = "smollm2-moe", [model, *(arguments or ())]
-    o.pull_if_needed(model)
+    loading.pull_if_needed(model)
     from steermoe.engines.vllm.server import serve
 
     serve(
@@ -55,6 +56,6 @@ def serve(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         eager=eager,
-        parallel=o.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size),
+        parallel=loading.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size),
         arguments=arguments or (),
     )

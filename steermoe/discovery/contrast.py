@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from steermoe.errors import VectorError
-from steermoe.vectors import SteeringVector, VectorInfo
+from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 MIN_DIFFERENCE = 0.1
 

@@ -18,8 +18,8 @@ from steermoe.discovery.clustering import Clustering, Floats, Metric
 from steermoe.discovery.keywords import Keyword, cluster_keywords
 from steermoe.discovery.store import EmbeddedTexts
 from steermoe.errors import SteerMoEError, VectorError
-from steermoe.library import check_domain_name
-from steermoe.vectors import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
+from steermoe.vectors.file import check_domain_name
+from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
 CREATED_BY = "steermoe vectors discover"
 NUM_KEYWORDS = 10

@@ -7,15 +7,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steermoe.discovery.embedding import SHARD_TEXTS, EmbeddingOptions, Progress, embedder
+from steermoe.discovery.embed_corpus import SHARD_TEXTS, embedder
+from steermoe.discovery.embedder import EmbeddingOptions, Progress
 from steermoe.errors import CorpusError, ModelError
-from steermoe.models import LoadedModel
-from steermoe.routers import find_routers
+from steermoe.figures import MAX_TICKS, figure_class, save
+from steermoe.models.loading import LoadedModel
+from steermoe.routing.routers import find_routers
 
 ALWAYS = 0.999
 """An expert that this share of the tokens chooses counts as always used."""
@@ -148,3 +151,56 @@ def layer_health(layer: int, load: Tensor, probability: Tensor, top_k: int) -> L
         never=tuple(torch.nonzero(load == 0).flatten().tolist()),
         always=tuple(torch.nonzero(load * top_k >= ALWAYS).flatten().tolist()),
     )
+
+
+LEAST_LOAD = 1e-9
+"""Below every load but 0, so that only experts that are never used get the colour of what lies under the scale."""
+
+
+def draw_health(health: "RoutingHealth", path: Path) -> None:
+    """Draw each layer's load as a heat map, N f with balance in the middle, and beside it loss and evenness.
+
+    Experts that are never used are black; grey is where a layer has fewer experts than others.
+
+    Raises:
+        SteerMoEError: matplotlib is missing, or the file can't be written.
+    """
+    Figure = figure_class()
+    from matplotlib import colormaps
+    from matplotlib.colors import TwoSlopeNorm
+
+    numbers = [layer.layer for layer in health.layers]
+    experts = max(len(layer.load) for layer in health.layers)
+    load = [
+        [len(layer.load) * f for f in layer.load] + [float("nan")] * (experts - len(layer.load))
+        for layer in health.layers
+    ]
+    size = 9 + min(experts, 256) / 32, 4.5 + min(len(numbers), 64) / 30
+    figure = Figure(figsize=size, layout="constrained")
+    heat, loss, even = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1, 1))
+    largest = max(2.0, *(layer.max_to_mean for layer in health.layers))
+    image = heat.imshow(
+        load,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colormaps["RdBu_r"].with_extremes(under="black", bad="lightgrey"),
+        norm=TwoSlopeNorm(1.0, vmin=LEAST_LOAD, vmax=largest),
+    )
+    bar = figure.colorbar(image, ax=heat, extend="min", label="load, as a multiple of balance (black: never used)")
+    ticks = [LEAST_LOAD, 0.5, 1.0, *(float(tick) for tick in bar.get_ticks() if 1.2 < tick <= largest)]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" if tick > LEAST_LOAD else "0" for tick in ticks])
+    heat.set_xlabel("expert")
+    heat.set_ylabel("layer")
+    heat.xaxis.get_major_locator().set_params(integer=True)
+    every = -(-len(numbers) // MAX_TICKS)
+    rows = range(len(numbers))
+    heat.set_yticks(rows[::every], [str(number) for number in numbers[::every]])
+    loss.barh(rows, [layer.balance_loss for layer in health.layers], color="#4477aa")
+    loss.axvline(1.0, color="black", linewidth=0.8)
+    loss.set_xlabel("balance loss\n(1 = balanced)")
+    even.barh(rows, [layer.evenness for layer in health.layers], color="#228833")
+    even.set_xlim(0, 1)
+    even.set_xlabel("entropy / log N\n(1 = balanced)")
+    title = f"{health.model}: {health.tokens:,} tokens of {health.texts:,} texts"
+    figure.suptitle("".join(char if char.isprintable() else " " for char in title), parse_math=False)
+    save(figure, path)

@@ -1,12 +1,12 @@
 """Build vectors from texts whose domains are known: one vector a domain, or a contrast against other texts."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from steermoe.discovery.building import routing_embeddings, vector_info
 from steermoe.discovery.contrast import (
     MIN_DIFFERENCE,
     Expert,
@@ -15,9 +15,11 @@ from steermoe.discovery.contrast import (
     risk_difference,
     strongest,
 )
-from steermoe.discovery.embedding import Progress, RoutingSource, routers_of
+from steermoe.discovery.embed_corpus import embedder
+from steermoe.discovery.embedder import EmbeddingOptions, Progress, RoutingSource
+from steermoe.discovery.embedder_hf import architecture_of, routers_of
 from steermoe.errors import VectorError
-from steermoe.vectors import DEFAULT_THRESHOLD, SteeringVector
+from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
 CREATED_BY = "steermoe vectors build"
 
@@ -134,4 +136,77 @@ def _check_not_empty(vector: SteeringVector) -> None:
     raise VectorError(
         f"'{vector.domain}': no expert exceeds {vector.threshold:g} times {of}, the largest is {largest:.2f} times: "
         f"pass a smaller --threshold{', or --absolute' if vector.relative else ''}"
+    )
+
+
+def routing_embeddings(
+    loaded: RoutingSource,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How often each expert is chosen on each text (Shchukin 2024).
+
+    Args:
+        loaded: the model with its tokenizer.
+        texts: texts of any length.
+        max_tokens: only so many tokens of each are read.
+        batch_tokens: tokens a forward pass; similar lengths go together, padding is not counted.
+        progress: called with the texts and tokens done since the last call.
+
+    Returns:
+        F [B, L, N] float32, each row summing to 1, and the number of tokens read of each text [B].
+
+    Raises:
+        VectorError: no texts, or a text without tokens.
+    """
+    if not texts:
+        raise VectorError("no texts were given")
+    with embedder(loaded, EmbeddingOptions(max_tokens=max_tokens, batch_tokens=batch_tokens)) as embed:
+        embedded = embed.texts(texts, progress)
+    if empty := [number for number, tokens in enumerate(embedded.tokens.tolist()) if not tokens]:
+        raise VectorError(f"text {empty[0]} has no tokens: leave it out")
+    return embedded.frequency, embedded.tokens
+
+
+def vector_from_texts(
+    loaded: RoutingSource,
+    domain: str,
+    texts: Sequence[str],
+    *,
+    threshold: float = DEFAULT_THRESHOLD,
+    keywords: Sequence[str] = (),
+    max_tokens: int = 512,
+) -> SteeringVector:
+    """The steering vector of a domain: the mean routing embedding of its texts, cut at `threshold` times 1/N.
+
+    Args:
+        loaded: the model that the vector is for.
+        domain: its name, such as "sport".
+        texts: texts of the domain, some dozens at least.
+        threshold: the paper takes 3.
+        keywords: words of the domain, to highlight in comparisons.
+        max_tokens: tokens read of each text.
+
+    Raises:
+        VectorError: no texts, or an empty one.
+    """
+    frequencies, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens)
+    info = replace(vector_info(loaded, texts, tokens, "steermoe.vector_from_texts"), keywords=tuple(keywords))
+    layers = tuple(router.layer for router in routers_of(loaded))
+    return SteeringVector(domain, frequencies.mean(0), layers, threshold=threshold, info=info)
+
+
+def vector_info(loaded: RoutingSource, texts: Sequence[str], tokens: Tensor, created_by: str) -> VectorInfo:
+    """Where a vector comes from: its model and its texts."""
+    return VectorInfo(
+        model=loaded.name,
+        architecture=architecture_of(loaded),
+        top_k=routers_of(loaded)[0].top_k,
+        texts=len(texts),
+        tokens=int(tokens.sum()),
+        corpus_sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+        created_by=created_by,
     )

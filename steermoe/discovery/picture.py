@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from steermoe.discovery.discover import Discovery, most_common
 from steermoe.errors import SteerMoEError
-from steermoe.library import atomic_path
+from steermoe.files import atomic_path
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D00", "#332288", "#882255")
 """Told apart by colour-blind eyes (Okabe and Ito 2008, with three darker ones); then the next shape begins."""

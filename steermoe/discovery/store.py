@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.errors import CorpusError
-from steermoe.library import atomic_path
+from steermoe.files import atomic_path
 
 META = "meta.json"
 FORMAT_VERSION = 1

@@ -1,15 +1,12 @@
 """A continuation's text from its tokens: the same whether it is decoded at the end or streamed while it comes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from transformers.generation.streamers import BaseStreamer
-
-from steermoe.engines.base import Request
+from steermoe.engines.request import Request
 from steermoe.errors import GenerationError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -82,36 +79,3 @@ def continuation(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], ne
     """What `new` tokens add to the text of the prompt's."""
     pieces = Pieces(tokenizer, prompt)
     return "".join(map(pieces.add, new)) + pieces.rest()
-
-
-class TextStreamer(BaseStreamer):
-    """Calls back with each piece of one text as its tokens come.
-
-    Args:
-        ends: tokens that end a text and are no part of it.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", on_text: Callable[[str], None], ends: set[int]) -> None:
-        self._tokenizer = tokenizer
-        self._on_text = on_text
-        self._ends = ends
-        self._pieces: Pieces | None = None
-
-    def put(self, value: "Tensor") -> None:
-        """Take the prompt, then token after token, as `generate` hands them over."""
-        tokens = value.flatten().tolist()
-        if self._pieces is None:
-            self._pieces = Pieces(self._tokenizer, tokens)
-            return
-        for token in tokens:
-            if token not in self._ends:
-                self._send(self._pieces.add(token))
-
-    def end(self) -> None:
-        """Send what was held back."""
-        if self._pieces is not None:
-            self._send(self._pieces.rest())
-
-    def _send(self, text: str) -> None:
-        if text:
-            self._on_text(text)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from steermoe.errors import SteeringError
 
 if TYPE_CHECKING:
-    from steermoe.evaluation.forcing import Forcing
+    from steermoe.evaluation.teacher_forcing import Forcing
     from steermoe.formulas import Formula, Scale
-    from steermoe.vectors import SteeringVector
+    from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_BUDGET = 1.0
 LARGEST = 64.0
@@ -110,7 +110,7 @@ def calibrate_vector(
         formula: by default the vector's own.
         scale: likewise.
     """
-    from steermoe.plans import plan_for
+    from steermoe.steering.plans import plan_for
 
     plan = plan_for(vector, 1.0, formula=formula, scale=scale)
     found = calibrate(lambda strength: forcing.compare(replace(plan, strength=strength)).kl_p95, budget)

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from steermoe.evaluation import measures
 from steermoe.evaluation.classifier import DomainClassifier
+from steermoe.evaluation.results import StoryRecord
 from steermoe.evaluation.soundness import Usual, damage_of
-from steermoe.evaluation.store import StoryRecord
-from steermoe.words import word_pattern
+from steermoe.evaluation.words import word_pattern
 
 FIGURES = {
     "sound_success": "share of texts that are about the domain and sound",

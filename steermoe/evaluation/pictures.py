@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.evaluation.summary import MAIN, control_groups
-from steermoe.plots import figure_class, save
+from steermoe.figures import figure_class, save
 
 COLOURS = {"additive": "#cc6677", "max_scaled": "#ddaa33", "zero_max_scaled": "#4477aa"}
 MARKS = {"own": "o", "relative": "o", "absolute": "^"}

@@ -9,8 +9,8 @@ import torch
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import DEFAULT_BUDGET
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
-from steermoe.vectors import SteeringVector
+from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
+from steermoe.vectors.vector import SteeringVector
 
 Cut = Literal["own", "absolute", "relative"]
 """How a vector is thresholded: as its file says, at threshold/N as in the paper, or at threshold x baseline."""

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.evaluation.classifier import DomainClassifier
+from steermoe.evaluation.evaluate import Evaluation, Told, evaluate
 from steermoe.evaluation.judge import FIGURES, Judge
 from steermoe.evaluation.markdown import markdown, rate
 from steermoe.evaluation.pictures import draw_all
 from steermoe.evaluation.protocol import Design, Settings
-from steermoe.evaluation.run import Evaluation, Told, evaluate
-from steermoe.evaluation.store import ResultFolder
+from steermoe.evaluation.results import ResultFolder
 from steermoe.evaluation.summary import MAIN
 from steermoe.evaluation.texts import Labelled, domain_list
-from steermoe.library import tensors_sha256
-from steermoe.models import LoadedModel
-from steermoe.vectors import SteeringVector
+from steermoe.models.loading import LoadedModel
+from steermoe.vectors.file import tensors_sha256
+from steermoe.vectors.vector import SteeringVector
 
 SUMMARY, CSV, TABLES = "evaluation.json", "conditions.csv", "summary.md"
 TITLES = (

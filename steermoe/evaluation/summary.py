@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from steermoe.evaluation.bootstrap import RESAMPLES, Interval, bootstrap, share_worse
 from steermoe.evaluation.judge import FIGURES, Floats, Judge
 from steermoe.evaluation.protocol import Condition
-from steermoe.evaluation.statistics import RESAMPLES, Interval, bootstrap, share_worse
-from steermoe.evaluation.store import StoryRecord
+from steermoe.evaluation.results import StoryRecord
 from steermoe.formulas import FORMULAS
 
 MAIN = "sound_success"

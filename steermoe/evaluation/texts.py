@@ -11,10 +11,10 @@ from pathlib import Path
 
 from steermoe.discovery.corpus import Corpus
 from steermoe.errors import CorpusError
-from steermoe.words import without_forms_of
+from steermoe.evaluation.words import without_forms_of
 
-TEXTS = Path(__file__).parent / "texts"
-WORDS = Path(__file__).parent / "words"
+DATA = Path(__file__).parent / "data"
+"""Texts (`DOMAIN.jsonl`) and lists of words (`DOMAIN.txt`)."""
 NEUTRAL = "neutral"
 """The label of texts that belong to no domain; damage is measured on them."""
 LEAST_TEXTS = 8
@@ -39,11 +39,11 @@ class Labelled:
 
 def packaged_texts() -> Labelled:
     """The package's own: texts written for this to learn from, the held-out stories to measure on."""
-    from steermoe.default_model.stories import load_stories
+    from steermoe.models.default.stories import load_stories
 
     learn = [
         (record["text"], record["domain"])
-        for path in sorted(TEXTS.glob("*.jsonl"))
+        for path in sorted(DATA.glob("*.jsonl"))
         for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())
     ]
     return Labelled(tuple(learn), tuple((story.rest, story.topic) for story in load_stories("heldout")))
@@ -109,6 +109,6 @@ def domain_list(domain: str, without: Sequence[str] = (), folder: Path | None = 
         without: words to leave out in any of their forms.
         folder: of `<domain>.txt` files, a word a line; by default the package's, which come from WordNet's topics.
     """
-    path = (folder or WORDS) / f"{domain}.txt"
+    path = (folder or DATA) / f"{domain}.txt"
     words = path.read_text(encoding="utf-8").split() if path.is_file() else []
     return without_forms_of(words, without)

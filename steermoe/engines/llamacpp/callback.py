@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from steermoe.engines.llamacpp.memory import ask_host, copy_tensor, half_word, word
-from steermoe.engines.rows import FORCED, RAISED, edit_row, pointer
+from steermoe.engines.llamacpp.pointers import ask_host, copy_tensor, half_word, word
+from steermoe.steering.editing_numba import FORCED, RAISED, edit_row, pointer
 
 NAME_BYTES = 64
 FFN_MOE = int.from_bytes(b"ffn_moe_", "little")

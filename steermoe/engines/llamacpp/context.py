@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.engines.llamacpp import callback
-from steermoe.engines.llamacpp.run import CALL_TOKENS
+from steermoe.engines.llamacpp.rows import CALL_TOKENS
 from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.errors import GenerationError
 

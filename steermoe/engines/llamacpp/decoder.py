@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from steermoe.engines.base import Completion, Request
-from steermoe.engines.llamacpp.run import Row, Run
-from steermoe.steering import SteeringReport
+from steermoe.engines.llamacpp.rows import Row, Run
+from steermoe.engines.request import Completion, Request
+from steermoe.steering.report import SteeringReport
 
 if TYPE_CHECKING:
     from steermoe.engines.llamacpp.engine import LlamaCppEngine

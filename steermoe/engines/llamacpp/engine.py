@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steermoe.engines.base import Completion, Request
 from steermoe.engines.llamacpp import layout
 from steermoe.engines.llamacpp.context import Context, last_message, messages, on_message
 from steermoe.engines.llamacpp.decoder import RollingDecoder
-from steermoe.engines.llamacpp.run import CALL_TOKENS, Row, Run, factors_of, frequency_of
+from steermoe.engines.llamacpp.rows import CALL_TOKENS, Row, Run, factors_of, frequency_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.llamacpp.state import CallbackState, Reach
 from steermoe.engines.llamacpp.tokenizer import GGUFTokenizer
 from steermoe.engines.memory import SHARE, Room, free_memory
+from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import Pieces, continuation
 from steermoe.errors import GenerationError, ModelError
-from steermoe.gguf.header import GGUFModel, read_gguf
-from steermoe.plans import SteeringPlan
-from steermoe.steering import SteeringReport
+from steermoe.models.gguf.header import GGUFModel, read_gguf
+from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.report import SteeringReport
 
 MOST_ROWS = 128
 """Texts that go on together; more of `generate` are done in groups. Beyond these, rows add little speed."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steermoe.engines.base import Sampling
+from steermoe.engines.request import Sampling
 
 Floats = NDArray[np.float32]
 BLOCK = 256

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from steermoe.engines.llamacpp import callback
 from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
-from steermoe.engines.rows import BANNED, FORCED, marks_of
 from steermoe.errors import SteeringError
-from steermoe.fitting import banks_for
 from steermoe.formulas import FORMULAS
-from steermoe.gguf.header import GGUFModel
-from steermoe.plans import SteeringPlan
+from steermoe.models.gguf.header import GGUFModel
+from steermoe.steering.banks import banks_for
+from steermoe.steering.editing_numba import BANNED, FORCED, marks_of
+from steermoe.steering.plans import SteeringPlan
 
 Reach = Literal["graph", "pieces"]
 """How logits are reached: inside the graph, or between pieces of it (see `callback`)."""

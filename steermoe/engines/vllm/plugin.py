@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.vllm.spec import SpecBook, skeleton_of
+from steermoe.engines.vllm.spec import SpecBook
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
-from steermoe.plans import SteeringPlan
-from steermoe.routers import Router, find_routers
+from steermoe.models.description import skeleton_of
+from steermoe.routing.routers import Router, find_routers
+from steermoe.steering.plans import SteeringPlan
 
 TESTED = "0.32."
 """Releases of vLLM that this was tested with begin so."""

@@ -14,11 +14,12 @@ from typing import Any
 
 from starlette.requests import Request
 
-from steermoe.engines.vllm.engine import WORKER, cache_bytes, check_sizes, prepare_environment
-from steermoe.engines.vllm.spec import SpecBook, skeleton_of, spec_of_name
+from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, prepare_environment
+from steermoe.engines.vllm.spec import SpecBook, spec_of_name
 from steermoe.engines.vllm.wire import KEY
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
-from steermoe.models import find_source
+from steermoe.models.checkpoint import find_source
+from steermoe.models.description import skeleton_of
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 """Where texts are asked for."""

@@ -4,44 +4,23 @@ Imports no vLLM.
 """
 
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from steermoe.engines.vllm.wire import pack, unpack
-from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel, VectorError, VectorNotFound
-from steermoe.fitting import check_plan
-from steermoe.library import SUFFIX, check_domain_name, find_vector, find_vectors, read_vector
-from steermoe.plans import SteeringPlan, make_plan, parse_domain
-from steermoe.targets import check_fits
+from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
+from steermoe.routing.shape import check_fits
+from steermoe.steering.banks import check_plan
+from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.spec import make_plan, parse_domain, read_spec
+from steermoe.vectors.file import check_domain_name, read_vector
+from steermoe.vectors.library import find_vector, find_vectors
 
-FIELDS = ("domain", "strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
-MOST_DOMAINS = 32
 KEPT = 1024
-
-
-def skeleton_of(model_config: Any) -> nn.Module:
-    """A model of vLLM as transformers builds it, without its weights: what vectors and plans are held against.
-
-    Raises:
-        UnsupportedModel: transformers can't build it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = model_config.hf_config
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
-    except Exception as error:  # a foreign configuration can make transformers raise anything
-        raise UnsupportedModel(
-            f"transformers can't build '{model_config.model}' ({' '.join(str(error).split())[:200]}): steermoe reads "
-            "its routers from there"
-        ) from error
 
 
 class SpecBook:
@@ -141,37 +120,6 @@ class SpecBook:
         return tuple(stamps)
 
 
-def read_spec(spec: Any) -> dict[str, Any]:
-    """The fields of a spec, JSON text or an object, as `make_plan` takes them; "domain" as a list.
-
-    Raises:
-        SteeringError: not such an object.
-    """
-    if isinstance(spec, str):
-        try:
-            spec = json.loads(spec)
-        except (ValueError, RecursionError) as error:
-            raise SteeringError(f'{_short(spec)} is not JSON ({error}): write such as {{"domain": "sport"}}') from error
-    if not isinstance(spec, Mapping):
-        raise SteeringError(f'{_short(spec)} is no object: write such as {{"domain": "sport"}}')
-    if unknown := sorted(set(map(str, spec)) - set(FIELDS)):
-        raise SteeringError(f"a steering has no {', '.join(unknown)}: it has {', '.join(FIELDS)}")
-    fields: dict[str, Any] = {"domain": _domains(spec.get("domain"))}
-    if spec.get("strength") is not None:
-        fields["strength"] = _number("strength", spec["strength"])
-    for name in ("formula", "scale", "positions", "schedule"):
-        if spec.get(name) is not None:
-            fields[name] = _text(name, spec[name])
-    if spec.get("layers") is not None:
-        fields["layers"] = _layers(spec["layers"])
-    for name in ("force", "ban"):
-        if spec.get(name) is not None:
-            fields[name] = _experts(name, spec[name])
-    if not fields["domain"] and not fields.get("force") and not fields.get("ban"):
-        raise SteeringError('it names no domain, and no experts to force or ban: write such as {"domain": "sport"}')
-    return fields
-
-
 def spec_of_name(name: str, served: list[str]) -> tuple[str, dict[str, Any]] | None:
     """The served model and the spec of a name such as "smollm2-moe:sport=4,food=1"; None if it names no steering.
 
@@ -187,49 +135,3 @@ def spec_of_name(name: str, served: list[str]) -> tuple[str, dict[str, Any]] | N
                 raise SteeringError(f"model '{name}' names no domain behind its colon: write such as {base}:sport")
             return base, {"domain": domains}
     return None
-
-
-def _domains(value: Any) -> list[str]:
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        parts = [value] if value.endswith(SUFFIX) else value.split("+")
-    elif isinstance(value, Mapping):
-        parts = [f"{name}={_number(f'weight of {name}', weight):g}" for name, weight in value.items()]
-    elif isinstance(value, list):
-        parts = [_text("domain", part) for part in value]
-    else:
-        raise SteeringError(f'domain {_short(value)} is no name: write "sport", or {{"sport": 0.7, "food": 0.3}}')
-    if len(parts) > MOST_DOMAINS:
-        raise SteeringError(f"{len(parts)} domains are too many to mix: name {MOST_DOMAINS} at most")
-    return parts
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SteeringError(f"{name} {_short(value)} must be a finite number, such as 4")
-    return float(value)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise SteeringError(f"{name} {_short(value)} must be text")
-    return value
-
-
-def _layers(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value):
-        return f"{value[0]}-{value[1]}"
-    return _text("layers", str(value) if type(value) is int else value)
-
-
-def _experts(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise SteeringError(f'{name} {_short(value)} must be a list, such as ["12:5"]')
-    pairs = [f"{one[0]}:{one[1]}" if isinstance(one, list) and len(one) == 2 else one for one in value]
-    return [_text(name, one) for one in pairs]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steermoe.editing import Bank, Editor, RowLayout, Step, Tally
 from steermoe.engines.vllm.wire import unpack
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.plans import SteeringPlan
-from steermoe.routers import Router
-from steermoe.steering import SteeringReport
+from steermoe.routing.routers import Router
+from steermoe.steering.banks import Bank
+from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.report import SteeringReport
 
 WAYS: tuple[tuple[Formula, Scale], ...] = tuple((formula, scale) for formula in FORMULAS for scale in SCALES)
 RECORD = "steermoe_record"
@@ -105,7 +106,9 @@ class Steps:
         self._noted: list[tuple[str, slice]] = []
         if self.machine_code:
             try:
-                from steermoe.engines import rows as machine  # not before: vLLM's start trips over numba's library
+                from steermoe.steering import (
+                    editing_numba as machine,  # not before: vLLM's start trips over numba's library
+                )
             except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may keep code in
                 self.machine_code = False
         if self.machine_code:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from steermoe.errors import SteeringError, VectorError
-from steermoe.plans import SteeringPlan
-from steermoe.vectors import SteeringVector
+from steermoe.steering.plans import SteeringPlan
+from steermoe.vectors.vector import SteeringVector
 
 WIRE_VERSION = 1
 KEY = "steering"

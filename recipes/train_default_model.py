@@ -1,0 +1,394 @@
+"""Train the default model's experts and routers: `python recipes/train_default_model.py --base GGUF --work DIR`.
+
+Domain experts after DEMix (2108.05036) and Branch-Train-MiX (2403.07816). The base stays frozen. In training a
+token's topic decides
+which two experts it passes, at half weight each: the rest of a domain's story trains that domain's experts, openings
+and neutral stories train the neutral ones. The routers learn to find them by themselves, from cross-entropy to those
+two experts on hidden states that carry no gradient. At inference nothing is forced: plain top-2.
+
+Three stages, each saved in the work folder, so that a killed run goes on where it was:
+1. `features.pt`: every story's hidden state below the first layer with experts, which training never changes, and
+   a sample of the router inputs of the layers below.
+2. `routers.pt`: the routers of those lower layers, fitted on that sample.
+3. `step.pt`: experts and routers of the upper layers, with the optimiser's state.
+
+Shapes: B stories, S tokens a story, T = B*S tokens, H hidden size, W expert width.
+"""
+
+import argparse
+import hashlib
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GraniteMoeSharedForCausalLM, PreTrainedTokenizerBase
+
+from steermoe.models.default import spec
+from steermoe.models.default.assemble import pack, upcycle
+from steermoe.models.default.base import load_base
+from steermoe.models.default.stories import Story, load_stories
+
+NEUTRAL = spec.TOPICS.index("neutral")
+IGNORED = -100
+SAMPLED_PART = 12
+"""In training, one in so many of the tokens that the corpus never uses stands for all of them in the softmax."""
+VALIDATION_EVERY = 16
+"""Every so many training story one is kept for watching the loss; the held-out split is never looked at."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One story as tokens, all of shape [S]."""
+
+    story: Story
+    ids: Tensor
+    topics: Tensor
+    """The topic whose experts each token passes."""
+    targets: Tensor
+    """The next token, or IGNORED where it is not that topic's to predict."""
+
+
+def make_example(story: Story, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Tokenise a story and say which experts each token passes.
+
+    The opening passes the neutral experts, as an unsteered prompt will. Its last token predicts the domain's first
+    one, which is neither's to learn: the neutral experts must not learn to turn to a domain.
+    """
+    opening = tokenizer(story.opening)["input_ids"]
+    ids = torch.tensor([*opening, *tokenizer(" " + story.rest)["input_ids"], tokenizer.eos_token_id])
+    topics = torch.full_like(ids, spec.TOPICS.index(story.topic))
+    targets = torch.cat([ids[1:], torch.tensor([IGNORED])])
+    if story.topic != "neutral":
+        topics[: len(opening)] = NEUTRAL
+        targets[len(opening) - 1] = IGNORED
+    return Example(story, ids, topics, targets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Stories padded on the right. Causal attention never looks at the padding, so no mask is needed."""
+
+    hidden: Tensor  # [B, S, H]
+    targets: Tensor  # [T]
+    token_groups: list[tuple[int, Tensor]]  # each topic with the indices in [T] of its tokens
+
+    @classmethod
+    def collate(cls, examples: list[Example], hidden: list[Tensor]) -> "Batch":
+        topics = nn.utils.rnn.pad_sequence([e.topics for e in examples], True, IGNORED).flatten()
+        targets = nn.utils.rnn.pad_sequence([e.targets for e in examples], True, IGNORED).flatten()
+        groups = [(t, (topics == t).nonzero().flatten()) for t in range(len(spec.TOPICS)) if (topics == t).any()]
+        return cls(nn.utils.rnn.pad_sequence(hidden, True).float(), targets, groups)
+
+
+class ForcedRouting:
+    """Stands in for the MoE blocks of the upper layers: tokens pass their topic's experts, routers only learn to
+    agree.
+    """
+
+    def __init__(
+        self, model: GraniteMoeSharedForCausalLM, dropout: float = 0.0, vocabulary: Tensor | None = None
+    ) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        """The token ids [V] of the corpus, sorted; the loss in training samples all others (None: no sampling)."""
+        if vocabulary is not None:
+            is_other = torch.ones(model.config.vocab_size, dtype=torch.bool)
+            is_other[vocabulary] = False
+            self.other_tokens = is_other.nonzero().flatten()
+        self.dropout = dropout
+        self.training = True
+        self.blocks: list[Any] = [layer.block_sparse_moe for layer in model.model.layers[spec.FIRST_EXPERT_LAYER :]]
+        self.token_groups: list[tuple[int, Tensor]] = []
+        self.router_losses: list[Tensor] = []
+        self.router_hits: list[float] = []
+        for block in self.blocks:
+            block.forward = lambda x, block=block: self._block(block, x)
+
+    def _block(self, block: Any, layer_input: Tensor) -> Tensor:
+        flat = layer_input.reshape(-1, layer_input.shape[-1])
+        logits = F.linear(flat.detach(), block.router.weight)
+        out = torch.zeros_like(flat)
+        losses, hits, count = [], 0, 0
+        for topic, tokens in self.token_groups:
+            experts = spec.experts_of(spec.TOPICS[topic])
+            pair = slice(experts.start, experts.stop)
+            out = out.index_copy(0, tokens, self._pair(block.experts, pair, flat[tokens]))
+            own = logits[tokens]
+            losses.append(-own.log_softmax(-1)[:, pair].mean(-1).sum())
+            chosen = own.topk(spec.TOP_K).indices
+            hits += int(((chosen >= pair.start) & (chosen < pair.stop)).sum())
+            count += chosen.numel()
+        self.router_losses.append(torch.stack(losses).sum() / (count / spec.TOP_K))
+        self.router_hits.append(hits / count)
+        return out.view_as(layer_input)
+
+    def _pair(self, experts: Any, pair: slice, x_TH: Tensor) -> Tensor:
+        gate, up = F.linear(x_TH, experts.gate_up_proj[pair].flatten(0, 1)).view(len(x_TH), 2, -1).chunk(2, -1)
+        inner = F.dropout(F.silu(gate) * up, self.dropout, self.training)
+        return F.linear(inner.flatten(1), experts.down_proj[pair].transpose(0, 1).flatten(1)) / spec.TOP_K
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The language loss of each target token, and the routers' cross-entropy averaged over layers."""
+        self.token_groups, self.router_losses, self.router_hits = batch.token_groups, [], []
+        inner, hidden = self.model.model, batch.hidden
+        position_ids = torch.arange(hidden.shape[1])[None]
+        rotary = inner.rotary_emb(hidden, position_ids)
+        for layer in inner.layers[spec.FIRST_EXPERT_LAYER :]:
+            hidden = layer(hidden, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
+        wanted = (batch.targets != IGNORED).nonzero().flatten()
+        last = inner.norm(hidden.flatten(0, 1)[wanted])
+        language = self._language_loss(last, batch.targets[wanted])
+        return language, torch.stack(self.router_losses).mean()
+
+    def _language_loss(self, last_TH: Tensor, targets_T: Tensor) -> Tensor:
+        """Cross-entropy [T]; in training over the corpus's own tokens and a random sample of the others, which stands
+        for them all.
+        """
+        weight = self.model.lm_head.weight
+        if not self.training or self.vocabulary is None:
+            return F.cross_entropy(F.linear(last_TH, weight), targets_T, reduction="none")
+        others = self.other_tokens[torch.randperm(len(self.other_tokens))[: len(self.other_tokens) // SAMPLED_PART]]
+        logits = F.linear(last_TH, weight[torch.cat([self.vocabulary, others])])
+        stands_for = torch.zeros(logits.shape[1])
+        stands_for[len(self.vocabulary) :] = math.log(len(self.other_tokens) / len(others))
+        positions = torch.searchsorted(self.vocabulary, targets_T)
+        return F.cross_entropy(logits + stands_for, positions, reduction="none")
+
+
+def compute_features(model: GraniteMoeSharedForCausalLM, examples: list[Example], sample: float) -> dict[str, list]:
+    """Hidden states below the first layer with experts, half precision, and sampled router inputs of the lower
+    layers.
+    """
+    seen: list[Tensor] = []
+
+    def record(layer_input: Tensor) -> Tensor:
+        seen.append(layer_input[0])
+        return torch.zeros_like(layer_input)
+
+    inner = model.model
+    lower = inner.layers[: spec.FIRST_EXPERT_LAYER]
+    for layer in lower:
+        layer.block_sparse_moe.forward = record
+    generator = torch.Generator().manual_seed(0)
+    hidden_states, router_inputs, router_topics = [], [], []
+    for number, example in enumerate(examples):
+        seen.clear()
+        position_ids = torch.arange(len(example.ids))[None]
+        hidden = inner.embed_tokens(example.ids[None]) * inner.embedding_multiplier
+        rotary = inner.rotary_emb(hidden, position_ids)
+        for layer in lower:
+            hidden = layer(hidden, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
+        hidden_states.append(hidden[0].half())
+        kept = torch.rand(len(example.ids), generator=generator) < sample
+        router_inputs.append(torch.stack(seen)[:, kept].half())
+        router_topics.append(example.topics[kept])
+        if number % 100 == 0:
+            print(f"features: {number} of {len(examples)} stories", flush=True)
+    return {"hidden": hidden_states, "router_inputs": router_inputs, "router_topics": router_topics}
+
+
+def fit_lower_routers(inputs_LTH: Tensor, topics_T: Tensor, steps: int, weight_decay: float) -> Tensor:
+    """Routers [L, N, H] of the layers whose experts are empty: logistic regressions of a token's topic."""
+    layers, tokens, hidden = inputs_LTH.shape
+    routers = torch.zeros(layers, spec.NUM_EXPERTS, hidden, requires_grad=True)
+    optimiser = torch.optim.AdamW([routers], lr=0.02, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    generator = torch.Generator().manual_seed(0)
+    targets = F.one_hot(topics_T, len(spec.TOPICS)).float().repeat_interleave(spec.EXPERTS_PER_TOPIC, -1) / 2
+    for step in range(steps):
+        rows = torch.randint(tokens, (2048,), generator=generator)
+        logits = torch.einsum("lth,lnh->ltn", inputs_LTH[:, rows].float(), routers)
+        loss = -(targets[rows] * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"lower routers: step {step}, loss a layer {loss.item() / layers:.3f}", flush=True)
+    return routers.detach()
+
+
+def initialise_experts(model: GraniteMoeSharedForCausalLM, seed: int) -> None:
+    """Start each expert's input weights from neurons of the shared expert of its layer; its output weights are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers[spec.FIRST_EXPERT_LAYER :]:
+        gate, up = layer.shared_mlp.input_linear.weight.data.chunk(2)
+        for expert in layer.block_sparse_moe.experts.gate_up_proj.data:
+            neurons = torch.randperm(len(gate), generator=generator)[: spec.EXPERT_WIDTH]
+            expert.copy_(torch.cat([gate[neurons], up[neurons]]))
+
+
+def epoch_batches(examples: list[Example], size: int, seed: int) -> list[list[int]]:
+    """Batches of story indices: mixed topics, similar lengths (so little padding), in random order."""
+    chooser = random.Random(seed)
+    order = list(range(len(examples)))
+    chooser.shuffle(order)
+    pool = size * 16
+    batches = []
+    for start in range(0, len(order), pool):
+        by_length = sorted(order[start : start + pool], key=lambda i: len(examples[i].ids))
+        batches += [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    chooser.shuffle(batches)
+    return batches
+
+
+def corpus_fingerprint(examples: list[Example]) -> str:
+    return hashlib.sha256("\n".join(e.story.text for e in examples).encode()).hexdigest()
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    base, tokenizer = load_base(args.base)
+    model = upcycle(base).float()
+    del base
+    model.requires_grad_(False)
+    examples = [make_example(story, tokenizer) for story in load_stories("train")]
+    fingerprint = corpus_fingerprint(examples)
+    print(f"{len(examples)} stories, {sum(len(e.ids) for e in examples)} tokens", flush=True)
+
+    features = _load(work / "features.pt", fingerprint)
+    if features is None:
+        with torch.no_grad():
+            features = compute_features(model, examples, args.router_sample)
+        _save(work / "features.pt", features, fingerprint)
+    lower = _load(work / "routers.pt", fingerprint)
+    if lower is None:
+        inputs = torch.cat(features["router_inputs"], 1)
+        lower = fit_lower_routers(inputs, torch.cat(features["router_topics"]), 400, args.router_weight_decay)
+        _save(work / "routers.pt", lower, fingerprint)
+    for layer, weight in zip(model.model.layers, lower, strict=False):
+        layer.block_sparse_moe.router.weight.data.copy_(weight)
+
+    initialise_experts(model, args.seed)
+    forced = ForcedRouting(model, args.dropout, torch.cat([e.ids for e in examples]).unique())
+    routers = [block.router.weight for block in forced.blocks]
+    experts = [p for block in forced.blocks for p in (block.experts.gate_up_proj, block.experts.down_proj)]
+    for parameter in (*routers, *experts):
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": experts, "lr": args.lr, "weight_decay": args.weight_decay},
+            {"params": routers, "lr": args.router_lr, "weight_decay": args.router_weight_decay},
+        ],
+        betas=(0.9, 0.98),
+    )
+    validation = list(range(0, len(examples), VALIDATION_EVERY))
+    kept_out = set(validation)
+    training = [i for i in range(len(examples)) if i not in kept_out]
+    batches = []
+    for epoch in range(args.epochs):
+        chosen = epoch_batches([examples[i] for i in training], args.batch, args.seed + epoch)
+        batches += [[training[i] for i in batch] for batch in chosen]
+    warmup = 20
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda s: min(1, (s + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, s / len(batches))))),
+    )
+    first = 0
+    if (saved := _load(work / "step.pt", fingerprint)) is not None:
+        for parameter, value in zip((*routers, *experts), saved["parameters"], strict=True):
+            parameter.data.copy_(value)
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+
+    started, tokens = time.time(), 0
+    for step in range(first, len(batches)):
+        batch = _batch(batches[step], examples, features)
+        torch.manual_seed(args.seed * 100_003 + step)
+        language, router = forced.loss(batch)
+        (language.mean() + args.router_loss * router).backward()
+        nn.utils.clip_grad_norm_(experts, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        tokens += sum(len(examples[i].ids) for i in batches[step])
+        if step % 10 == 0:
+            hits = sum(forced.router_hits) / len(forced.router_hits)
+            print(
+                f"step {step}/{len(batches)} loss {language.mean().item():.3f} router {router.item():.3f} "
+                f"hits {hits:.3f} tokens/s {tokens / (time.time() - started):.0f}",
+                flush=True,
+            )
+        if (step + 1) % args.save_every == 0 or step + 1 == len(batches):
+            state = {
+                "step": step + 1,
+                "parameters": [p.data for p in (*routers, *experts)],
+                "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
+            _save(work / "step.pt", state, fingerprint)
+            _report_validation(forced, validation, examples, features)
+            save_file(pack(model), work / "trained_part.safetensors", {"corpus_sha256": fingerprint})
+    print(f"wrote {work / 'trained_part.safetensors'}", flush=True)
+
+
+def _batch(indices: list[int], examples: list[Example], features: dict[str, list]) -> Batch:
+    return Batch.collate([examples[i] for i in indices], [features["hidden"][i] for i in indices])
+
+
+def _report_validation(
+    forced: ForcedRouting, indices: list[int], examples: list[Example], features: dict[str, list]
+) -> None:
+    forced.training = False
+    losses: dict[str, list[float]] = {}
+    hits = []
+    with torch.no_grad():
+        for i in indices:
+            language, _ = forced.loss(_batch([i], examples, features))
+            losses.setdefault(examples[i].story.topic, []).append(language.mean().item())
+            hits.append(sum(forced.router_hits) / len(forced.router_hits))
+    forced.training = True
+    means = {topic: sum(values) / len(values) for topic, values in losses.items()}
+    print(
+        f"validation {sum(means.values()) / len(means):.3f}, router hits {sum(hits) / len(hits):.3f}: "
+        + " ".join(f"{topic} {mean:.2f}" for topic, mean in means.items()),
+        flush=True,
+    )
+
+
+def _save(path: Path, content: object, fingerprint: str) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save({"fingerprint": fingerprint, "content": content}, partial)
+    partial.replace(path)
+
+
+def _load(path: Path, fingerprint: str) -> Any:
+    """What an earlier run saved, unless it was for another corpus."""
+    if not path.exists():
+        return None
+    saved = torch.load(path, mmap=True)
+    return saved["content"] if saved["fingerprint"] == fingerprint else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="the dense base: GGUF file, checkpoint folder or hub id")
+    parser.add_argument("--work", required=True, help="folder for checkpoints and the result, trained_part.safetensors")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="stories a step")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--router-lr", type=float, default=3e-3)
+    parser.add_argument("--router-loss", type=float, default=0.5)
+    parser.add_argument("--router-sample", type=float, default=0.25, help="share of tokens for the lower routers")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--router-weight-decay", type=float, default=0.05)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""`steermoe vectors`: list, show, check and import vectors; `build`, `discover` and `mix` have files of their own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steermoe.cli import options as o
+from steermoe.cli.terminal import console
+from steermoe.cli.vectors import build, discover, mix
+
+if TYPE_CHECKING:
+    from steermoe.models.description import ModelDescription
+
+LIST_EXAMPLES = """Examples:
+
+steermoe vectors list
+
+steermoe vectors list --json
+"""
+SHOW_EXAMPLES = """Examples:
+
+steermoe vectors show sport
+
+steermoe vectors show sport --threshold 1.5 --png sport.png
+"""
+CHECK_EXAMPLES = """Examples:
+
+steermoe vectors check sport food
+
+steermoe vectors check sport --model smollm2-moe --json
+"""
+IMPORT_EXAMPLES = """Examples:
+
+steermoe vectors import matrix.json --domain chess
+
+steermoe vectors import matrix.json --domain chess --model ./my-model -o chess.safetensors
+"""
+MAX_KEYWORDS = 3
+"""So many keywords a vector are listed."""
+FACTS = {
+    "title": "title",
+    "keywords": "keywords",
+    "model": "model",
+    "architecture": "architecture",
+    "shape": "layers x experts",
+    "top_k": "experts a token (k)",
+    "cut": "threshold",
+    "strength": "strength",
+    "safe_range": "safe range",
+    "damage": "damage (nats)",
+    "formula": "formula",
+    "parts": "mixed from",
+    "texts": "texts",
+    "tokens": "tokens",
+    "licence": "licence",
+    "created_by": "created by",
+    "tensors_sha256": "sha256",
+    "path": "file",
+}
+"""What `show` tells, and under which name."""
+
+Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or the path of a vector file.")]
+Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
+)
+app.command(epilog=build.EXAMPLES)(build.build)
+app.command(epilog=discover.EXAMPLES)(discover.discover)
+app.command(epilog=mix.EXAMPLES)(mix.mix)
+
+
+@app.command("list", epilog=LIST_EXAMPLES)
+def list_(vectors: Folder = None, json: Json = False) -> None:
+    """List the vectors that can be steered with. Of several for a domain the first that fits the model is used."""
+    from steermoe.cli.terminal import tables
+    from steermoe.errors import VectorError
+    from steermoe.vectors.file import read_header
+    from steermoe.vectors.library import find_vectors, search_path
+
+    records = []
+    for file in find_vectors(vectors):
+        try:
+            header = read_header(file.path).as_dict()
+            records.append({**header, "domain": file.domain, "path": str(file.path)})
+        except VectorError as error:
+            console.err.print(f"steermoe: left out: {console.printable(str(error))}", soft_wrap=True)
+    if json:
+        console.write_json(records)
+    elif records:
+        rows = [
+            (
+                record["domain"],
+                record["model"],
+                _shape(record),
+                f"{record['strength']:g}" if record["strength"] is not None else "",
+                _some_keywords(record["keywords"]),
+                _short_path(Path(record["path"])),
+            )
+            for record in records
+        ]
+        tables.print_table(("domain", "model", "shape", "strength", "keywords", "file"), rows, wrapping=2)
+    else:
+        searched = ", ".join(map(str, search_path(vectors)))
+        console.err.print(f"no vectors in {searched}", soft_wrap=True)
+
+
+@app.command(epilog=SHOW_EXAMPLES)
+def show(
+    target: Target,
+    threshold: Annotated[
+        float | None, typer.Option(help="Cut the frequencies at so many times their mean; 0 shows all.")
+    ] = None,
+    relative: Annotated[
+        bool, typer.Option("--relative", help="Cut at the threshold times the corpus baseline.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Also draw it as a picture, before and after the threshold.")] = None,
+    vectors: Folder = None,
+    json: Json = False,
+) -> None:
+    """Show a vector: its facts, and its map of layers x experts."""
+    from dataclasses import replace
+
+    from steermoe.vectors.file import read_header, read_vector
+    from steermoe.vectors.library import find_vector
+
+    path = find_vector(target, folder=vectors)[0]
+    header, vector = read_header(path), read_vector(path)
+    if threshold is not None or relative:
+        vector = vector.with_threshold(
+            vector.threshold if threshold is None else threshold, relative or vector.relative
+        )
+        header = replace(header, threshold=vector.threshold, relative=vector.relative)
+    if png is not None:
+        from steermoe.vectors.picture import draw_vector
+
+        with console.working("Drawing ..."):
+            draw_vector(vector, png)
+        console.err.print(f"drawn in {png}", soft_wrap=True, style="dim")
+    record = {**header.as_dict(), "path": str(path)}
+    if json:
+        console.write_json({**record, "experts": vector.chosen()})
+        return
+    from steermoe.cli.terminal import tables
+    from steermoe.cli.terminal.heatmap import draw
+
+    console.out.print(header.domain, style="bold")
+    tables.print_facts(_facts(record, has_threshold=vector.weights is None))
+    console.out.print()
+    console.out.print(draw(vector, console.out.width, console.out.options.ascii_only), soft_wrap=True)
+
+
+@app.command(epilog=CHECK_EXAMPLES)
+def check(
+    targets: Annotated[list[str], typer.Argument(metavar="DOMAIN|FILE...", help="Domains, or paths of vector files.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also check that they fit this model; no weights are loaded.")
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    vectors: Folder = None,
+    json: Json = False,
+) -> None:
+    """Read vector files fully and tell if they are right. The exit code is 1 if one isn't."""
+    description = _describe(model, trust_remote_code) if model is not None else None
+    results = [_check(target, vectors, description) for target in targets]
+    are_right = all(result["error"] is None for result in results)
+    if json:
+        console.write_json({"ok": are_right, "model": description.name if description else None, "files": results})
+    else:
+        for result in results:
+            if result["error"] is None:
+                fits = f", fits {description.name}" if description else ""
+                line = f"{result['path']}: '{result['domain']}', {_shape(result)}, numbers and hash are right{fits}"
+                console.write(f"{line}\n")
+            else:
+                console.err.print(f"steermoe: {console.printable(result['error'])}", soft_wrap=True)
+    if not are_right:
+        raise typer.Exit(1)
+
+
+@app.command("import", epilog=IMPORT_EXAMPLES)
+def import_(
+    matrix: Annotated[
+        Path, typer.Argument(metavar="MATRIX.json", help="A list of L lists (layers) of N numbers (experts).")
+    ],
+    domain: Annotated[str, typer.Option("--domain", "-d", help="Name of the vector.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model that it is for; its shape is checked.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: steering_vectors/MODEL/DOMAIN.safetensors.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Make a vector file of a JSON matrix. The method's authors keep theirs so. Prints the file's path."""
+    from steermoe.errors import VectorError
+    from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
+    from steermoe.vectors.matrix import import_matrix
+
+    check_domain_name(domain)
+    description = _describe(model, trust_remote_code) if model is not None else None
+    folder = Path(description.name).name if description else "imported"
+    path = output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
+    if path.suffix != SUFFIX:
+        raise VectorError(f"'{path}' can't be a vector file: end its name in {SUFFIX}")
+    if path.exists() and not force:
+        raise VectorError(f"'{path}' is there already: pass --force to overwrite it, or --output for another file")
+    if description is None:
+        vector = import_matrix(matrix, domain)
+    else:
+        vector = import_matrix(matrix, domain, layers=description.moe_layers, info=description.vector_info())
+        description.check_fits(vector)
+    write_vector(vector, path)
+    record = {**read_header(path).as_dict(), "path": str(path)}
+    if json:
+        console.write_json(record)
+    else:
+        console.write(f"{path}\n")
+
+
+def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
+    """The model's shape.
+
+    Raises:
+        ModelError: it can't be found. UnsupportedModel: no vector can fit it.
+    """
+    from steermoe.errors import UnsupportedModel
+    from steermoe.models.description import describe
+
+    with console.working(f"Looking at {model} ..."):
+        description = describe(model, trust_remote_code=trust_remote_code)
+    if not description.steerable:
+        raise UnsupportedModel(f"'{model}' can't be steered: {description.reason}")
+    return description
+
+
+def _check(target: str, folder: Path | None, description: "ModelDescription | None") -> dict[str, Any]:
+    """What `check` tells of one file; of a domain's several files, of the one that fits the model."""
+    from steermoe.errors import CompatibilityError, VectorError
+    from steermoe.vectors.file import read_vector
+    from steermoe.vectors.library import find_vector, read_fitting
+
+    result = dict.fromkeys(("path", "domain", "layers", "num_experts", "error"), None) | {"target": target}
+    try:
+        paths = find_vector(target, folder=folder)
+        result["path"] = str(paths[0])
+        if description is None:
+            path, vector = paths[0], read_vector(paths[0])
+        else:
+            path, vector = read_fitting(paths, description.check_fits)
+    except (VectorError, CompatibilityError) as error:
+        return {**result, "error": str(error)}
+    return {
+        **result,
+        "path": str(path),
+        "domain": vector.domain,
+        "layers": vector.layers,
+        "num_experts": vector.num_experts,
+    }
+
+
+def _facts(record: dict[str, Any], has_threshold: bool) -> dict[str, str]:
+    """Facts as `show` prints them; what isn't known is left out."""
+    from steermoe.vectors.vector import format_layers
+
+    usual = "the corpus baseline" if record["relative"] else "the mean frequency"
+    texts = {
+        **record,
+        "keywords": ", ".join(record["keywords"]),
+        "parts": ", ".join(record["parts"]),
+        "shape": f"{_shape(record)}, decoder layers {format_layers(record['layers'])}",
+        "cut": f"{record['threshold']:g} x {usual}" if has_threshold else "none: the weights are given",
+        "safe_range": " to ".join(f"{end:g}" for end in record["safe_range"] or ()),
+    }
+    return {label: str(texts[key]) for key, label in FACTS.items() if texts[key] not in (None, "")}
+
+
+def _shape(record: dict[str, Any]) -> str:
+    return f"{len(record['layers'])} x {record['num_experts']}"
+
+
+def _short_path(path: Path) -> str:
+    """Seen from the current folder, or from home."""
+    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
+        if path.is_relative_to(start):
+            return str(Path(sign) / path.relative_to(start))
+    return str(path)
+
+
+def _some_keywords(keywords: tuple[str, ...]) -> str:
+    return ", ".join(keywords[:MAX_KEYWORDS]) + (", ..." if len(keywords) > MAX_KEYWORDS else "")

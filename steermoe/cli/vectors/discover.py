@@ -1,0 +1,192 @@
+"""`steermoe vectors discover`: the domains of a corpus, found in the model's routing, and a vector of each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from steermoe.cli import loading
+from steermoe.cli import options as o
+from steermoe.cli.embed import LabelField, MaxTokens, TextField
+
+if TYPE_CHECKING:
+    from steermoe.discovery.store import EmbeddingStore
+
+EXAMPLES = """Examples:
+
+steermoe vectors discover stories -o report
+
+steermoe vectors discover embeddings -o report --threshold 2 --min-cluster-size 50
+
+steermoe vectors discover embeddings -o report --name 0=football --name judge-law=law --force
+"""
+EMBEDDINGS = "embeddings"
+"""Where in the report's folder a corpus's embeddings are kept."""
+CLUSTERING = "Clustering"
+
+
+def discover(
+    source: Annotated[
+        Path, typer.Argument(metavar="CORPUS|EMBEDDINGS", help="Texts, or a folder that `steermoe embed` made of them.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the report; a corpus's embeddings are kept in it too.")
+    ],
+    threshold: Annotated[float, typer.Option(min=0, help="Keep what exceeds so many times the usual frequency.")] = 3.0,
+    relative: Annotated[
+        bool, typer.Option("--relative/--absolute", help="Usual: the mean of all texts, or 1/N as in the paper.")
+    ] = True,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Rename a cluster, as NUMBER=NAME or OLD=NAME; repeat.")
+    ] = None,
+    min_cluster_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Texts a cluster has at least. Default: the square root of all, at most a tenth.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=2, help="Texts near each one that UMAP looks at.", rich_help_panel=CLUSTERING)
+    ] = 15,
+    dimensions: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Dimensions to cluster in; 2 is the map itself, as in the paper.", rich_help_panel=CLUSTERING
+        ),
+    ] = 5,
+    metric: Annotated[
+        Literal["hellinger", "euclidean", "cosine"] | None,
+        typer.Option(
+            help="Distance of two texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
+        ),
+    ] = None,
+    assign_noise: Annotated[
+        bool,
+        typer.Option(
+            "--assign-noise", help="Put texts of no cluster into the nearest one.", rich_help_panel=CLUSTERING
+        ),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="The same seed gives the same clusters.", rich_help_panel=CLUSTERING)
+    ] = 0,
+    text_field: TextField = "text",
+    label_field: LabelField = None,
+    max_tokens: MaxTokens = 512,
+    model: o.Model = None,
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report; other files stay.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Find the domains of a corpus: cluster its texts by their routing, name the clusters, build a vector of each.
+
+    Writes a folder with pages, pictures and vectors. Prints the clusters.
+    """
+    from steermoe.cli.terminal import console
+    from steermoe.discovery import page, report
+    from steermoe.discovery.store import EmbeddingStore, is_store
+
+    names = parse_names(name or [])
+    report.check_ready(output, force)
+    if is_store(source):
+        store = EmbeddingStore.open(source)
+    else:
+        store = _embed(source, output, text_field, label_field, max_tokens, model, dtype, device_map, trust_remote_code)
+    if not store.meta.complete:
+        console.err.print(
+            f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
+        )
+    from steermoe.discovery.discover import discover as find_domains
+
+    with console.err.status("Reading the embeddings ...") as status:
+        found = find_domains(
+            store.load(),
+            threshold=threshold,
+            relative=relative,
+            names=names,
+            cluster_dimensions=dimensions,
+            min_cluster_size=min_cluster_size,
+            neighbours=neighbours,
+            metric=metric,
+            assign_noise=assign_noise,
+            seed=seed,
+            progress=status.update,
+        )
+        record = report.write_report(found, output, force=force, progress=status.update)
+    if json:
+        console.write_json(record)
+    else:
+        _print_clusters(record)
+    for cluster in record["clusters"]:
+        if cluster["note"]:
+            console.err.print(f"steermoe: {cluster['name']}: {cluster['note']}", soft_wrap=True)
+    console.err.print(f"report in {output / page.INDEX}", soft_wrap=True, style="dim")
+
+
+def parse_names(names: list[str]) -> dict[int | str, str]:
+    """`3=football` and `old=new` as a mapping from a cluster's number or name to its new name.
+
+    Raises:
+        VectorError: not of that form, a new name that can't be one, or a cluster named twice.
+    """
+    from steermoe.errors import VectorError
+    from steermoe.vectors.file import check_domain_name
+
+    parsed: dict[int | str, str] = {}
+    for text in names:
+        old, sign, new = text.partition("=")
+        if not sign or not old:
+            raise VectorError(f"--name '{text}': write a cluster's number or name and the new name, as 3=football")
+        key = int(old) if old.isdecimal() else old
+        if key in parsed:
+            raise VectorError(f"--name names cluster '{old}' twice: '{parsed[key]}' and '{new}'")
+        parsed[key] = check_domain_name(new)
+    return parsed
+
+
+def _embed(
+    source: Path,
+    output: Path,
+    text_field: str,
+    label_field: str | None,
+    max_tokens: int,
+    model: str | None,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+) -> "EmbeddingStore":
+    """Embed a corpus into the report's folder; what is there from an earlier run is gone on with."""
+    from steermoe.cli.embed import embed_into
+    from steermoe.discovery.corpus import Corpus
+
+    corpus = Corpus(source, text_field=text_field, label_field=label_field)
+    loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
+    from steermoe.discovery.embedder import EmbeddingOptions
+
+    return embed_into(output / EMBEDDINGS, corpus, loaded, EmbeddingOptions(max_tokens=max_tokens))
+
+
+def _print_clusters(record: dict[str, Any]) -> None:
+    from steermoe.cli.terminal import console, tables
+    from steermoe.discovery.page import sources
+
+    has_sources = record["adjusted_rand"] is not None
+    titles = ("no.", "name", "texts", *(["main source"] if has_sources else []), "keywords")
+    rows = [
+        (
+            str(cluster["number"]),
+            cluster["name"],
+            f"{cluster['size']:,}",
+            *([sources(cluster, most=1)] if has_sources else []),
+            ", ".join(keyword["word"] for keyword in cluster["keywords"]),
+        )
+        for cluster in record["clusters"]
+    ]
+    if rows:
+        tables.print_table(titles, rows)
+    console.write(f"in no cluster: {record['noise']:,} of {record['texts']:,} texts\n")
+    if has_sources:
+        console.write(f"agreement with the known sources (adjusted Rand index): {record['adjusted_rand']:.3f}\n")

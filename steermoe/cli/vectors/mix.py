@@ -1,0 +1,58 @@
+"""`steermoe vectors mix`: one vector that steers toward several domains."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steermoe.cli import options as o
+
+EXAMPLES = """Examples:
+
+steermoe vectors mix sport=0.7 food=0.3 -o picnic
+
+steermoe vectors mix law medicine=-0.5 -o ./law_without_doctors.safetensors
+"""
+
+
+def mix(
+    parts: Annotated[list[str], typer.Argument(metavar="DOMAIN|FILE[=WEIGHT]...", help="Vectors with their weights.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Name of the mixture, or the path of its file.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Take the parts from this model's folder of vectors.")
+    ] = None,
+    vectors: o.VectorsFolder = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Mix vectors into one file. It keeps what it was mixed from. Prints its path."""
+    from dataclasses import replace
+
+    from steermoe.cli.terminal import console
+    from steermoe.errors import VectorError
+    from steermoe.steering.spec import parse_domain
+    from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector, write_vector
+    from steermoe.vectors.library import find_vector
+    from steermoe.vectors.mixing import mix as mixed
+
+    group = Path(model).name if model is not None else None
+    named = [parse_domain(part) for part in parts]
+    files = [find_vector(name, folder=vectors, group=group)[0] for name, _ in named]
+    is_path = output.endswith(SUFFIX)
+    domain = check_domain_name(Path(output).name.removesuffix(SUFFIX) if is_path else output)
+    folder = group or Path(read_header(files[0]).info.model).name or files[0].parent.name
+    path = Path(output) if is_path else Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
+    if path.exists() and not force:
+        raise VectorError(f"'{path}' is there already: pass --force to overwrite it, or --output for another name")
+    read = [(read_vector(file), weight) for file, (_, weight) in zip(files, named, strict=True)]
+    vector = mixed(read, domain)
+    provenance = tuple(
+        f"{part.domain}={weight:g} sha256:{read_header(file).tensors_sha256[:12]}"
+        for file, (part, weight) in zip(files, read, strict=True)
+    )
+    info = replace(vector.info, parts=provenance, created_by="steermoe vectors mix")
+    write_vector(replace(vector, info=info), path)
+    if json:
+        console.write_json({**read_header(path).as_dict(), "path": str(path)})
+    else:
+        console.write(f"{path}\n")

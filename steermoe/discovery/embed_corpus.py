@@ -1,0 +1,117 @@
+"""Embed a corpus into a folder, shard by shard; a run that was interrupted resumes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from steermoe.discovery.embedder import EmbeddingOptions, Progress, RoutingSource, TextEmbedder
+from steermoe.discovery.embedder_hf import Embedder, _stop_after_last_router, _without_head, architecture_of, routers_of
+from steermoe.discovery.store import EmbeddingMeta, EmbeddingStore, Text
+from steermoe.errors import CorpusError
+from steermoe.models.loading import LoadedModel
+from steermoe.routing.recording import record_routing
+
+SHARD_TEXTS = 256
+"""Texts a shard: what a kill can lose, and what is in memory at most."""
+
+
+@contextmanager
+def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> Iterator[TextEmbedder]:
+    """A `TextEmbedder`. While it is open the model can't be used otherwise; steering attached to it has no part."""
+    options = options or EmbeddingOptions()
+    if not isinstance(loaded, LoadedModel):
+        from steermoe.discovery.embedder_llamacpp import GGUFEmbedder
+
+        yield GGUFEmbedder(loaded, options)
+        return
+    inner = _without_head(loaded.model)
+    with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode())
+        wants_probabilities = options.both or options.features == "probabilities"
+        record = undo.enter_context(record_routing(inner, probabilities=wants_probabilities))
+        if not options.hidden:
+            _stop_after_last_router(inner, undo)
+        yield Embedder(loaded, options, record)
+
+
+def meta_of(loaded: RoutingSource, options: EmbeddingOptions) -> EmbeddingMeta:
+    """What a folder of this model's embeddings says of itself."""
+    routers = routers_of(loaded)
+    return EmbeddingMeta(
+        model=loaded.name,
+        architecture=architecture_of(loaded),
+        layers=tuple(router.layer for router in routers),
+        num_experts=max(router.num_experts for router in routers),
+        top_k=routers[0].top_k,
+        features=options.features,
+        tokens=options.tokens,
+        hidden=options.hidden,
+        max_tokens=options.max_tokens,
+    )
+
+
+def embed_corpus(
+    loaded: RoutingSource,
+    corpus: Iterable[Text],
+    folder: Path | str,
+    options: EmbeddingOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> tuple[EmbeddingStore, list[str]]:
+    """Embed a corpus into a folder, shard by shard; what an earlier run has finished is not done again.
+
+    Args:
+        loaded: the model with its tokenizer.
+        corpus: read once, in its order; only one shard of it is in memory.
+        folder: see `EmbeddingStore`.
+        options: how texts become embeddings.
+        progress: called with the texts and tokens done since its last call.
+
+    Returns:
+        the complete store, and the ids of texts that were left out since they have no tokens (of this run's shards).
+
+    Raises:
+        CorpusError: an empty corpus, one that is not the one that the folder was begun with, embeddings made otherwise,
+            or a folder that can't be written to.
+    """
+    options = options or EmbeddingOptions()
+    store = EmbeddingStore.create(folder, meta_of(loaded, options))
+    skipped: list[str] = []
+    total, number, texts = 0, -1, iter(corpus)
+    with embedder(loaded, options) as embed:
+        for number, shard in enumerate(iter(lambda: list(islice(texts, SHARD_TEXTS)), [])):
+            if store.has_shard(number):
+                total += _check_same(store, number, shard)
+                if progress is not None:
+                    progress(len(shard), 0)
+                continue
+            embedded = embed.texts([text.text for text in shard], progress)
+            keep = embedded.tokens > 0
+            skipped += [text.id for text, kept in zip(shard, keep.tolist(), strict=True) if not kept]
+            kept_texts = [text for text, kept in zip(shard, keep.tolist(), strict=True) if kept]
+            hidden = embedded.hidden[keep].numpy() if embedded.hidden is not None else None
+            store.write_shard(
+                number, kept_texts, embedded.tokens[keep].tolist(), embedded.frequency[keep].numpy(), hidden
+            )
+            total += len(kept_texts)
+    if store.has_shard(number + 1):
+        raise CorpusError(
+            f"'{folder}' holds more texts than the corpus: it was begun with another; name another folder"
+        )
+    store.finish(total)
+    return store, skipped
+
+
+def _check_same(store: EmbeddingStore, number: int, shard: Sequence[Text]) -> int:
+    """How many texts a finished shard has, if they are those of the corpus."""
+    kept = store.shard_ids(number)
+    given = [(text.id, len(text.text)) for text in shard]
+    if not set(kept) <= set(given):
+        raise CorpusError(
+            f"'{store.folder}' was begun with another corpus (texts {number * SHARD_TEXTS + 1} and on differ): "
+            "name another folder, or remove it to begin anew"
+        )
+    return len(kept)

@@ -1,0 +1,149 @@
+"""Choose the engine that runs a model, and open it. Imports no engine before it is chosen.
+
+A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from steermoe.errors import ModelError
+
+if TYPE_CHECKING:
+    from steermoe.engines.engine import Engine
+    from steermoe.models.quantization import Quantization
+
+EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
+
+LIBRARIES = ("llama_cpp", "numba")
+"""What the llamacpp engine needs beside steermoe's own dependencies."""
+
+
+def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> EngineName:
+    """The engine that will run a model: "hf" or "llamacpp".
+
+    Raises:
+        ModelError: llama.cpp is asked for but not installed, or for a model that is no GGUF file.
+    """
+    if engine == "hf":
+        return "hf"
+    if engine == "vllm":
+        require_vllm()
+        return "vllm"
+    is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if engine == "llamacpp":
+        if not is_gguf:
+            raise ModelError(
+                f"llama.cpp runs .gguf files, not '{model or 'smollm2-moe'}': make one with `steermoe models export "
+                "--gguf q8_0`, or use --engine hf"
+            )
+        if missing:
+            raise ModelError(
+                f"--engine llamacpp needs {' and '.join(missing)}: pip install 'steermoe[llamacpp]' (llama.cpp is then "
+                "compiled, about 6 minutes on 2 cores), or use --engine hf"
+            )
+        return "llamacpp"
+    if not is_gguf or missing:
+        return "hf"
+    from steermoe.models.gguf.header import is_moe
+
+    return "llamacpp" if is_moe(str(model)) else "hf"
+
+
+def require_vllm() -> None:
+    """Raise ModelError if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "vLLM is not installed: pip install 'steermoe[vllm]' on a machine with an accelerator, `make vllm` in a "
+            "checkout for processors (docs/serving.md), or use --engine hf"
+        )
+
+
+def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
+    """The error of a GGUF file that transformers can't run, with what could run it; any other error as it is."""
+    is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
+    if not is_gguf or all(find_spec(name) for name in LIBRARIES):
+        return error
+    from steermoe.models.gguf.header import is_moe
+
+    if not is_moe(str(model)):
+        return error
+    return ModelError(f"{error}; transformers tried it, llama.cpp can run it: pip install 'steermoe[llamacpp]'")
+
+
+def open_engine(
+    model: str | Path | None = None,
+    engine: EngineName = "auto",
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    quantize: "Quantization | None" = None,
+    compiled_steps: bool = True,
+    vllm: dict[str, Any] | None = None,
+) -> "Engine":
+    """Load a model into the engine that `choose_engine` names.
+
+    Args:
+        model: as in `models.load`.
+        engine: "auto", "hf", "llamacpp" or "vllm".
+        dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
+        device_map: as in `models.load`, for transformers.
+        trust_remote_code: likewise.
+        quantize: as in `models.load`, for transformers.
+        compiled_steps: as `compiled` of `HFEngine`.
+        vllm: further arguments of `VLLMEngine`, such as `tensor_parallel_size`.
+
+    Raises:
+        ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
+    """
+    chosen = choose_engine(model, engine)
+    if vllm and chosen != "vllm":
+        given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
+        raise ModelError(f"{given} need --engine vllm")
+    if quantize is not None and chosen != "hf":
+        raise ModelError(f"--quantize belongs to --engine hf: {chosen} takes the weights as the checkpoint has them")
+    match chosen:
+        case "vllm":
+            return _open_vllm(None if model is None else str(model), dtype, device_map, trust_remote_code, vllm or {})
+        case "llamacpp":
+            return _open_llamacpp(str(model), dtype, device_map)
+        case _:
+            return _open_hf(model, dtype, device_map, trust_remote_code, quantize, compiled_steps)
+
+
+def _open_vllm(
+    model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool, options: dict[str, Any]
+) -> "Engine":
+    if device_map is not None:
+        raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
+    from steermoe.engines.vllm.engine import VLLMEngine
+
+    return VLLMEngine(model, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+
+
+def _open_hf(
+    model: str | Path | None,
+    dtype: str,
+    device_map: str | None,
+    trust_remote_code: bool,
+    quantize: "Quantization | None",
+    compiled_steps: bool,
+) -> "Engine":
+    from steermoe.engines.hf.engine import HFEngine
+    from steermoe.models.loading import load
+
+    try:
+        loaded = load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, quantize=quantize)
+    except ModelError as error:
+        raise with_hint(error, model) from error
+    return HFEngine(loaded, compiled_steps)
+
+
+def _open_llamacpp(model: str, dtype: str, device_map: str | None) -> "Engine":
+    if dtype != "auto" or device_map is not None:
+        raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
+    from steermoe.engines.llamacpp.engine import LlamaCppEngine
+
+    return LlamaCppEngine(model)

@@ -1,0 +1,295 @@
+"""Compile a model's decode step, keep it on disk, and find it again: a few MB a step, without the weights.
+
+An artifact belongs to one configuration, dtype, processor, thread count and version of torch, transformers and this
+package; all of that makes its name, so that a stale one is never found. It is used only if it computed what the model
+computes, and faster.
+
+Shapes: as in `step`.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from steermoe.engines.hf.cache import empty_cache, rows_can_change
+from steermoe.engines.hf.compiled.rewrites import REWRITES
+from steermoe.engines.hf.compiled.step import DecodeStep
+from steermoe.errors import ModelError, SteerMoEError
+from steermoe.files import cache_folder
+from steermoe.steering.editing_graph import Edits
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["one", "many"]
+"""A step for one row alone, or for any number of rows from two on."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+MOST_COLUMNS, MOST_ROWS = 1 << 20, 1 << 10
+"""What a step is compiled for."""
+EXAMPLE_ROWS: dict[Kind, int] = {"one": 1, "many": 3}
+CHECK_ROWS: dict[Kind, int] = {"one": 1, "many": 16}
+PROMPT, CHECK_STEPS, TIMED_STEPS = 24, 4, 8
+TOLERANCE = {torch.float32: 1e-4}
+"""How far logits may be from the model's own, relative to their norm; rounding alone exceeds it in shorter types:"""
+SHORT_TOLERANCE = 0.05
+
+PROGRAM, FACTS = "step.pt2", "facts.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured when a step was compiled.
+
+    Attributes:
+        kind: "one" or "many" rows.
+        seconds: that compiling took.
+        error: of its logits against the model's own, relative to their norm.
+        speedup: over the model's own step, at 1 or 16 rows.
+    """
+
+    kind: Kind
+    seconds: float
+    error: float
+    speedup: float
+
+    @property
+    def pays(self) -> bool:
+        return self.speedup > 1
+
+
+class CompiledStep:
+    """A compiled step with a model's weights in it, which stay where they are."""
+
+    def __init__(self, program: Path, weights: dict[str, Tensor]) -> None:
+        self._run = torch._inductor.aoti_load_package(str(program))
+        names = self._run.get_constant_fqns()
+        constants = {name: weights[name] for name in names}
+        self._run.load_constants(constants, check_full_update=True, user_managed=True)
+
+    def __call__(
+        self,
+        tokens_B1: Tensor,
+        positions_B1: Tensor,
+        mask_BC: Tensor,
+        column_1: Tensor,
+        states: list[Tensor],
+        edits: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """As `DecodeStep.forward`; all tensors contiguous, as the program does not look at strides."""
+        given = (tokens_B1, positions_B1, mask_BC, column_1, *states, *edits)
+        assert all(tensor.is_contiguous() for tensor in given)
+        logits_BV, chosen_RBk = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
+        return logits_BV, chosen_RBk
+
+
+def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
+    """The compiled step of a model, if there is one that is worth using."""
+    if model.device.type != "cpu":
+        return None
+    folder = folder_of(model, kind)
+    facts = _facts_in(folder)
+    if facts is None or not facts.pays:
+        return None
+    try:
+        return CompiledStep(folder / PROGRAM, _weights(model))
+    except (OSError, RuntimeError) as error:
+        logger.warning(
+            "the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew", folder, error
+        )
+        return None
+
+
+def facts_of(model: PreTrainedModel, kind: Kind) -> Facts | None:
+    """What is known of a model's compiled step; None if there is none."""
+    return _facts_in(folder_of(model, kind))
+
+
+def _facts_in(folder: Path) -> Facts | None:
+    try:
+        return Facts(**json.loads((folder / FACTS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def why_not_compiled(model: PreTrainedModel) -> str | None:
+    """Why a model's step can't be compiled here, or None."""
+    if model.device.type != "cpu":
+        return f"it is on '{model.device.type}': steps are compiled for CPUs"
+    if not rows_can_change(model):
+        return "its cache is more than keys and values a token"
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "there is no C++ compiler: install g++ or clang++"
+    return None
+
+
+def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
+    """Compile a model's step, check it, time it and keep it. Takes about a minute and a gigabyte.
+
+    Args:
+        model: in memory, on the CPU.
+        kind: for one row, or for many.
+
+    Raises:
+        ModelError: it can't be compiled, or computes something else; nothing is kept then.
+    """
+    name = type(model).__name__
+    if reason := why_not_compiled(model):
+        raise ModelError(f"the step of {name} is not compiled: {reason}")
+    target = folder_of(model, kind)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=".compile-", dir=target.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of torch, about its own insides
+                _compile(model, kind, made / PROGRAM)
+            step = CompiledStep(made / PROGRAM, _weights(model))
+        except SteerMoEError:
+            raise
+        except Exception as error:  # export and inductor raise anything for what they can't compile
+            text = " ".join(str(error).split())
+            raise ModelError(f"the step of {name} can't be compiled: {type(error).__name__}: {text[:300]}") from error
+        seconds = time.perf_counter() - started
+        off, speedup = _compare(model, step, CHECK_ROWS[kind])
+        limit = TOLERANCE.get(model.dtype, SHORT_TOLERANCE)
+        if not off <= limit:
+            raise ModelError(f"the compiled step of {name} is off by {off:.1e} (at most {limit:.0e}): it is not kept")
+        facts = Facts(kind, round(seconds, 1), off, round(speedup, 2))
+        (made / FACTS).write_text(json.dumps(asdict(facts)))
+        shutil.rmtree(target, ignore_errors=True)
+        made.replace(target)
+    return facts
+
+
+def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
+    """Where a model's compiled step is, or would be."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        config.pop(name, None)
+    weights = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in _weights(model).items()]
+    facts = {
+        "kind": kind,
+        "class": type(model).__name__,
+        "config": config,
+        "attention": model.config._attn_implementation,
+        "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),
+        "versions": [version(package) for package in ("torch", "transformers")],
+        "code": _code_version(),
+        "processor": [platform.machine(), sorted(torch.cpu.get_capabilities().items())],
+        "threads": torch.get_num_threads(),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_folder() / "compiled" / f"{model.config.model_type}-{kind}-{digest[:16]}"
+
+
+def _code_version() -> str:
+    digest = hashlib.sha256()
+    for name in ("step", "edits", "rewrites"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """All that a step reads of a model, under the names that it has there; tied weights under each of theirs."""
+    named: Iterable[tuple[str, Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {f"model.{name}": tensor.detach() for name, tensor in named}
+
+
+# ---- compiling ----
+
+
+def _compile(model: PreTrainedModel, kind: Kind, program: Path) -> None:
+    step = DecodeStep(model)
+    inputs = _inputs(step, _states(model, EXAMPLE_ROWS[kind], PROMPT), EXAMPLE_ROWS[kind], PROMPT - 1)
+    with torch.no_grad(), step.traceable():
+        exported = torch.export.export(step, inputs, dynamic_shapes=_dynamic(inputs, kind), strict=False)
+    exported = exported.run_decompositions(REWRITES)
+    torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(program), inductor_configs={"aot_inductor.package_constants_in_so": False}
+    )
+
+
+def _dynamic(inputs: tuple[Any, ...], kind: Kind) -> tuple[Any, ...]:
+    columns = torch.export.Dim("columns", min=2, max=MOST_COLUMNS)
+    rows = {} if kind == "one" else {0: torch.export.Dim("rows", min=2, max=MOST_ROWS)}
+    second = {dim + 1: size for dim, size in rows.items()}
+    *_, states, edits = inputs
+    of_edits = [second if tensor.dim() == 3 else rows for tensor in edits]
+    return rows, rows, {**rows, 1: columns}, {}, [{**rows, 2: columns} for _ in states], of_edits
+
+
+def _states(model: PreTrainedModel, rows: int, columns: int) -> list[Tensor]:
+    """Keys and values of every layer, random ones."""
+    cache = empty_cache(model)
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+    return [torch.randn(rows, t.shape[1], columns, t.shape[3], dtype=t.dtype) for t in _states_in(cache)]
+
+
+def _states_in(cache: Any) -> list[Tensor]:
+    """Keys and values of the layers that have any, in turn."""
+    return [tensor for layer in cache.layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)]
+
+
+def _inputs(step: DecodeStep, states: list[Tensor], rows: int, column: int) -> tuple[Any, ...]:
+    columns = states[0].shape[2]
+    edits = Edits.none(len(step.routers), rows, step.routers[0].num_experts)
+    return (
+        torch.zeros(rows, 1, dtype=torch.long),
+        torch.full((rows, 1), column),
+        (torch.arange(columns) <= column).long().expand(rows, -1).contiguous(),
+        torch.tensor([column]),
+        states,
+        list(edits.tensors()),
+    )
+
+
+# ---- checking ----
+
+
+@torch.inference_mode()
+def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[float, float]:
+    """The relative error of a compiled step's logits against the model's own, and by how much it is faster."""
+    config: Any = model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    cache, kept = empty_cache(model), empty_cache(model, forgets=False)
+    for empty in (cache, kept):
+        model(input_ids=ids, past_key_values=empty, use_cache=True)
+    total = PROMPT + CHECK_STEPS + TIMED_STEPS
+    states = [nn.functional.pad(tensor, (0, 0, 0, total - PROMPT)).contiguous() for tensor in _states_in(kept)]
+    traced = DecodeStep(model)
+    token = ids[:, -1:].contiguous()
+    errors: list[float] = []
+    own: list[float] = []
+    compiled: list[float] = []
+    for column in range(PROMPT, total):
+        inputs = _inputs(traced, states, rows, column)
+        started = time.perf_counter()
+        own_BV = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        between = time.perf_counter()
+        logits_BV, _ = step(token, *inputs[1:])
+        own.append(between - started)
+        compiled.append(time.perf_counter() - between)
+        errors.append(float((logits_BV - own_BV).norm() / own_BV.norm()))
+        token = own_BV.argmax(-1, keepdim=True)
+    return max(errors), median(own) / median(compiled)

@@ -1,0 +1,144 @@
+"""A decode step of a model as a function of tensors alone, which torch can export and compile ahead of time.
+
+Shapes: B rows, C columns of the cache, V tokens of the vocabulary, R routers, N experts, k experts chosen a token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+
+from steermoe.engines.hf.cache import empty_cache
+from steermoe.errors import UnsupportedModel
+from steermoe.routing.intercept import intercept
+from steermoe.routing.routers import Router, chosen_experts, find_routers
+from steermoe.steering.editing_graph import edit
+
+EXPERTS = "batched_mm"
+"""The implementation of transformers whose shapes do not depend on which experts are chosen."""
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values [B, H, C, D] that were made before, of which a step writes one column."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self._column = keys, values, column
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("keys and values are handed over")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self._column, key_states)
+        self.values.index_copy_(2, self._column, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Any:
+        return self._column
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+@dataclass
+class _Call:
+    """What the routers of the call that is running take and give: the tensors of its edits, the experts chosen."""
+
+    edits: Sequence[Tensor] = ()
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _GraphEditor:
+    """Puts the edits of one router into the graph and notes what it chose."""
+
+    def __init__(self, call: _Call, number: int, router: Router) -> None:
+        self._call, self._number, self._router = call, number, router
+
+    def active(self) -> bool:
+        return True
+
+    def edit(self, logits: Tensor) -> Tensor:
+        flat = logits.flatten(0, -2)
+        experts = self._router.num_experts
+        steered = edit(flat[:, :experts].float(), self._number, self._call.edits).to(logits.dtype)
+        if experts < flat.shape[1]:
+            steered = torch.cat([steered, flat[:, experts:]], -1)
+        return steered.view(logits.shape)
+
+    def observe(self, output: Any) -> None:
+        self._call.chosen[self._number] = chosen_experts(self._router, output)
+
+
+class DecodeStep(nn.Module):
+    """The next logits of every row, from its last token.
+
+    Raises:
+        UnsupportedModel: the model's routers differ in size, or its cache is more than keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.routers = find_routers(model)
+        if len({(router.num_experts, router.width, router.top_k) for router in self.routers}) > 1:
+            raise UnsupportedModel(f"{type(model).__name__} has routers of different sizes: its step isn't compiled")
+        self._has_states = [type(layer) is not DummyLayer for layer in empty_cache(model).layers]
+        self._call = _Call()
+
+    def forward(
+        self,
+        tokens_B1: Tensor,
+        positions_B1: Tensor,
+        mask_BC: Tensor,
+        column_1: Tensor,
+        states: list[Tensor],
+        edits: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Write the tokens' keys and values, and say what comes next.
+
+        Args:
+            tokens_B1: each row's last token.
+            positions_B1: how many tokens are before it in its row.
+            mask_BC: which columns of the cache belong to the row, the new one included.
+            column_1: the column to write.
+            states: keys and values of every layer that has any, [B, H, C, D] each, changed in place.
+            edits: as `Edits.tensors`.
+
+        Returns:
+            logits [B, V] float32, and the chosen experts [R, B, k].
+        """
+        self._call.edits = edits
+        pairs = iter(zip(states[::2], states[1::2], strict=True))
+        cache = Cache(layers=[_Layer(*next(pairs), column_1) if has else DummyLayer() for has in self._has_states])
+        output = self.model(
+            input_ids=tokens_B1,
+            position_ids=positions_B1,
+            attention_mask=mask_BC,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        chosen = torch.stack([self._call.chosen[number] for number in range(len(self.routers))])
+        return output.logits[:, -1].float(), chosen
+
+    @contextmanager
+    def traceable(self) -> Iterator[None]:
+        """The model with the edits in its routers and with experts of fixed shapes; as before afterwards."""
+        config: Any = self.model.config
+        with ExitStack() as undo:
+            for number, router in enumerate(self.routers):
+                undo.callback(intercept(self.model, router, _GraphEditor(self._call, number, router)))
+            undo.callback(self.model.set_experts_implementation, config._experts_implementation)
+            self.model.set_experts_implementation(EXPERTS)
+            yield

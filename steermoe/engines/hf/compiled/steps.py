@@ -1,0 +1,124 @@
+"""Run compiled steps over the rows of a cache, with every row's own steering, and report what was steered.
+
+Shapes: as in `step`; P distinct plans.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steermoe.engines.hf.cache import RowCache
+from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step
+from steermoe.routing.routers import find_routers
+from steermoe.steering.banks import Bank, banks_for
+from steermoe.steering.editing_graph import Edits
+from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.report import SteeringReport
+
+
+class CompiledSteps:
+    """A model's compiled steps, looked for when they are first needed.
+
+    They hold on to the weights that the model has then. For one decoder at a time, which begins with `reset`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._routers = find_routers(model)
+        self._steps: dict[Kind, CompiledStep | None] = {}
+        self._distinct: list[SteeringPlan] = []
+        self._banks: list[Bank] = []
+        self._steered_routers = 0
+        self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new report."""
+        self._tokens_seen = self._tokens_steered = self._router_calls = self._slots = 0
+        self._hits = torch.zeros((), dtype=torch.long)
+
+    def serves(self, rows: int) -> bool:
+        """Whether there is a step for so many rows."""
+        return self._step(rows) is not None
+
+    def forward(
+        self,
+        cache: RowCache,
+        tokens_B1: Tensor,
+        cached_B: Tensor,
+        plans: Sequence[SteeringPlan | None],
+        index_B: Tensor,
+    ) -> Tensor:
+        """Logits [B, V] of what comes next, float32.
+
+        Args:
+            cache: of the rows, grows by a column.
+            tokens_B1: each row's last token.
+            cached_B: tokens that each row has in the cache.
+            plans: one a row.
+            index_B: how many tokens each row had generated before its last one.
+        """
+        step = self._step(len(tokens_B1))
+        assert step is not None
+        column, states = cache.claim()
+        columns = torch.arange(states[0].shape[2])
+        mask_BC = (columns >= (column - cached_B)[:, None]) & (columns <= column)
+        edits, wanted_RBN, steered = self._edits(plans, index_B)
+        logits_BV, chosen_RBk = step(
+            tokens_B1, cached_B[:, None], mask_BC.long(), torch.tensor([column]), states, edits
+        )
+        self._tokens_seen += len(tokens_B1)
+        if steered:
+            self._tokens_steered += steered
+            self._router_calls += self._steered_routers
+            self._hits += wanted_RBN.gather(-1, chosen_RBk).sum()
+            self._slots += steered * chosen_RBk.shape[-1] * self._steered_routers
+        return logits_BV
+
+    def saw(self, tokens: int) -> None:
+        """Count tokens of prompts, which the model itself computed."""
+        self._tokens_seen += tokens
+
+    def report(self) -> SteeringReport:
+        """What was steered in all these steps."""
+        return SteeringReport(
+            router_calls=self._router_calls,
+            tokens_seen=self._tokens_seen,
+            tokens_steered=self._tokens_steered,
+            vector_share=int(self._hits) / self._slots if self._slots else 0.0,
+        )
+
+    def _step(self, rows: int) -> CompiledStep | None:
+        kind: Kind = "one" if rows == 1 else "many"
+        if kind not in self._steps:
+            self._steps[kind] = find_step(self._model, kind)
+        return self._steps[kind]
+
+    def _edits(self, plans: Sequence[SteeringPlan | None], index_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
+        """The edits, which experts they raise or force, and how many rows are steered; kept while nothing changes."""
+        if not set(plans) <= {None, *self._distinct}:
+            self._distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
+            self._banks = banks_for(self._model, self._routers, self._distinct)
+            self._steered_routers = sum(not bank.is_idle for bank in self._banks)
+            self._laid_out = None
+        slots = [-1 if plan is None else self._distinct.index(plan) for plan in plans]
+        factor_B, slot_B = torch.zeros(len(slots)), torch.tensor(slots)
+        for slot in sorted(set(slots) - {-1}):
+            factor_B[slot_B == slot] = self._distinct[slot].factor(index_B[slot_B == slot])
+        key = slots, factor_B.tolist()
+        if self._laid_out is None or self._laid_out[0] != key:
+            self._laid_out = key, *self._lay_out(slots, factor_B)
+        return self._laid_out[1:]
+
+    def _lay_out(self, slots: list[int], factor_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
+        experts = self._routers[0].num_experts
+        if not factor_B.any():
+            edits = Edits.none(len(self._routers), len(slots), experts)
+            return list(edits.tensors()), edits.forced, 0
+        edits = Edits.of(self._distinct, self._banks, slots, factor_B)
+        slot_B = torch.tensor(slots).clamp(min=0)
+        wanted = torch.stack([bank.wanted[slot_B] for bank in self._banks]) & (factor_B != 0)[:, None]
+        return list(edits.tensors()), wanted, int((factor_B != 0).sum())

@@ -1,0 +1,219 @@
+"""Sampling in which every row of a batch has a random generator of its own: no row's text depends on its neighbours.
+
+Rows of equal settings are treated together, with the same numbers as one by one.
+
+Shapes: B rows, V tokens of the vocabulary, G rows of equal settings, S tokens of a row's history.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from steermoe.engines.request import Sampling
+
+BLOCK = 1 << 18
+"""Scores that are treated at once on a CPU: 2 MB of probabilities stay in its cache, where 25 MB would not."""
+
+History = Callable[[int], Tensor]
+"""A row's own tokens so far, [S], prompt and all, no padding."""
+
+
+def next_tokens(
+    scores: Tensor,
+    samplings: Sequence[Sampling],
+    new: Sequence[int],
+    ends: Tensor,
+    history: History,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """The next token of each row, [B]; arguments as for `warp` and `pick`."""
+    rows = max(1, BLOCK // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
+    picked = []
+    for first in range(0, len(scores), rows):
+        here = slice(first, first + rows)
+        own = partial(_shifted, history, first)
+        warped = warp(scores[here], samplings[here], new[here], ends, own)
+        picked.append(pick(warped, [sampling.do_sample for sampling in samplings[here]], generators[here]))
+    return torch.cat(picked)
+
+
+def _shifted(history: History, first: int, row: int) -> Tensor:
+    return history(first + row)
+
+
+def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends: Tensor, history: History) -> Tensor:
+    """The scores [B, V] that tokens are drawn from, float32: each row under its own settings.
+
+    Args:
+        scores: [B, V], the model's logits.
+        samplings: one a row.
+        new: tokens that each row has so far.
+        ends: tokens that end a text, kept away until a row has its `min_new_tokens`.
+        history: asked of rows with a repetition penalty only.
+    """
+    # a copy where none is needed otherwise: what `generate` hands over is not ours to change
+    warped = scores.to(torch.float32, copy=True)
+    if early := [row for row, sampling in enumerate(samplings) if new[row] < sampling.min_new_tokens]:
+        warped[torch.tensor(early, device=warped.device)[:, None], ends.to(warped.device)] = float("-inf")
+    for rows in _alike(samplings).values():
+        warpers = _warpers(*_warping(samplings[rows[0]]))
+        if not warpers:
+            continue
+        penalised = samplings[rows[0]].repetition_penalty != 1
+        own_GS = _stacked([history(row) for row in rows]) if penalised else torch.empty(len(rows), 0, dtype=torch.long)
+        if len(rows) == len(samplings):
+            warped = warpers(own_GS.to(warped.device), warped)
+        else:
+            index = torch.tensor(rows, device=warped.device)
+            warped[index] = warpers(own_GS.to(warped.device), warped[index])
+    return warped
+
+
+def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of each row, [B], drawn from the warped scores [B, V]; the likeliest where it is not sampled."""
+    drawing = [row for row, is_drawn in enumerate(samples) if is_drawn]
+    if len(drawing) < len(samples):
+        token_B = warped.argmax(-1)
+        if not drawing:
+            return token_B
+    else:
+        token_B = torch.empty(len(warped), dtype=torch.long, device=warped.device)
+    index = torch.tensor(drawing, device=warped.device)
+    scores = warped if len(drawing) == len(samples) else warped[index]
+    numbers = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawing]
+    number = torch.stack(numbers).to(warped.device)
+    # float64: the sum of a large vocabulary's probabilities is not exact enough in float32
+    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+    token_B[index] = drawn.clamp(max=warped.shape[-1] - 1)[:, 0]
+    return token_B
+
+
+def generators_of(samplings: Sequence[Sampling]) -> list[torch.Generator]:
+    """A row's random numbers, from its own seed."""
+    return [torch.Generator().manual_seed(sampling.seed) for sampling in samplings]
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's token and leaves only it possible, so that greedy decoding then takes it.
+
+    Args:
+        samplings: one a row, [B].
+        prompt_lengths: [B], tokens of each row's prompt, padding not counted.
+        ends: tokens that end a text, kept away until a row has its `min_new_tokens`.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], prompt_lengths: Sequence[int], ends: Sequence[int]) -> None:
+        self.samplings = samplings
+        self.prompt_lengths = prompt_lengths
+        self.width = max(prompt_lengths)
+        self.ends = torch.tensor(sorted(ends), dtype=torch.long)
+        self.generators = generators_of(samplings)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token_B = next_tokens(scores, self.samplings, *self._given(input_ids), self.generators)
+        return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
+
+    def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores [B, V] that tokens are drawn from, padding left out of each row's history."""
+        return warp(scores, self.samplings, *self._given(input_ids))
+
+    def _given(self, input_ids: Tensor) -> tuple[list[int], Tensor, History]:
+        def history(row: int) -> Tensor:
+            return input_ids[row, self.width - self.prompt_lengths[row] :]
+
+        return [input_ids.shape[1] - self.width] * len(self.samplings), self.ends, history
+
+
+class RowLimits(StoppingCriteria):
+    """Ends each row at its own number of new tokens.
+
+    Args:
+        limits: one a row, [B].
+        width: columns of the padded prompts.
+    """
+
+    def __init__(self, limits: Sequence[int], width: int) -> None:
+        self.limits = torch.tensor(limits)
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return self.limits.to(input_ids.device) <= input_ids.shape[1] - self.width
+
+
+class _TopP(TopPLogitsWarper):
+    """Transformers' own, found from sorted values alone on a CPU: sorting with their places costs 40 times as much.
+
+    Only where several tokens tie at the border does it matter which place each came from; such rows are left to the
+    original.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.device.type != "cpu" or scores.dtype != torch.float32:
+            return super().__call__(input_ids, scores)
+        import numpy as np
+
+        values_GV = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+        kept_GV = values_GV.softmax(-1).cumsum(-1) > 1 - self.top_p
+        kept_GV[:, -self.min_tokens_to_keep :] = True
+        first_G1 = kept_GV.int().argmax(-1, keepdim=True)
+        border_G1 = values_GV.gather(-1, first_G1)
+        before_G1 = values_GV.gather(-1, (first_G1 - 1).clamp(min=0))
+        out = scores.masked_fill(scores < border_G1, self.filter_value)
+        ties = ((before_G1 == border_G1) & (first_G1 > 0)).flatten() & ~torch.isneginf(border_G1).flatten()
+        for row in ties.nonzero().flatten().tolist():
+            out[row : row + 1] = super().__call__(input_ids[row : row + 1], scores[row : row + 1])
+        return out
+
+
+def _warping(sampling: Sampling) -> tuple[float, bool, float, int, float]:
+    """All that decides how a row's scores are warped."""
+    return (
+        sampling.repetition_penalty,
+        sampling.do_sample,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+    )
+
+
+@lru_cache(maxsize=256)
+def _warpers(penalty: float, do_sample: bool, temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    """Transformers' own, in its own order."""
+    found = LogitsProcessorList()
+    if penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+    if do_sample:
+        if temperature != 1:
+            found.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            found.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            found.append(_TopP(top_p))
+    return found
+
+
+def _alike(samplings: Sequence[Sampling]) -> dict[Hashable, list[int]]:
+    """The rows whose scores are warped alike."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        groups.setdefault(_warping(sampling), []).append(row)
+    return groups
+
+
+def _stacked(histories: Sequence[Tensor]) -> Tensor:
+    """[G, S]; short ones begin with their first token over again, which no penalty counts twice."""
+    longest = max(map(len, histories))
+    return torch.stack([torch.cat([own[:1].expand(longest - len(own)), own]) for own in histories])

@@ -1,0 +1,106 @@
+"""What engines are asked and what they answer: a request, its sampling, its completion. Knows no engine."""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from steermoe.errors import GenerationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steermoe.steering.plans import SteeringPlan
+    from steermoe.steering.report import SteeringReport
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked, under transformers' own names.
+
+    Attributes:
+        top_k, top_p: 0 and 1.0 switch them off.
+        seed: a row's text depends on its own seed, not on the rows beside it.
+
+    Raises:
+        GenerationError: a value outside its range.
+    """
+
+    max_new_tokens: int = 120
+    min_new_tokens: int = 0
+    do_sample: bool = True
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, is_right, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            ("temperature", 0 < self.temperature < float("inf"), "above 0 (for greedy decoding: --no-do-sample)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
+        ):
+            if not is_right:
+                raise GenerationError(f"{name} {getattr(self, name)} is out of range: expected {expected}")
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One text to continue; `plan` None leaves it unsteered."""
+
+    prompt: str
+    plan: "SteeringPlan | None" = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What came of a request.
+
+    Attributes:
+        text: the continuation, without the prompt.
+        prompt_tokens, new_tokens: counts.
+        finish_reason: "stop" where the model ended the text itself, "length" at max_new_tokens.
+        seconds: of the whole batch that it was generated in.
+        report: of the steering in that batch; None if nothing in it was steered.
+        frequency: routing embedding F [L, N] of the generated tokens, if it was asked for and there are any.
+    """
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    seconds: float
+    report: "SteeringReport | None" = None
+    frequency: "Tensor | None" = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def as_dict(self, model: str) -> dict[str, Any]:
+        """One flat object for JSON lines."""
+        plan = self.request.plan
+        sampling = asdict(self.request.sampling)
+        return {
+            "text": self.text,
+            "prompt": self.request.prompt,
+            "model": model,
+            "domain": plan.vector.domain if plan and plan.vector else None,
+            "formula": plan.formula if plan else None,
+            "scale": plan.scale if plan else None,
+            "strength": plan.strength if plan else 0.0,
+            "positions": plan.positions if plan else None,
+            "schedule": str(plan.schedule) if plan else None,
+            "layers": list(plan.layers) if plan and plan.layers else None,
+            **sampling,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "finish_reason": self.finish_reason,
+            "seconds": round(self.seconds, 3),
+            "steering": self.report.as_dict() if self.report else None,
+        }

@@ -1,0 +1,215 @@
+"""Run an evaluation: tell each condition's stories, read texts with and without steering, keep it all in a folder."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Completion, Request, Sampling
+from steermoe.errors import CorpusError
+from steermoe.evaluation.calibration import Calibration, calibrate
+from steermoe.evaluation.comparison import vector_share
+from steermoe.evaluation.judge import Judge
+from steermoe.evaluation.protocol import Condition, Design, Settings, controls_for
+from steermoe.evaluation.results import ResultFolder, StoryRecord
+from steermoe.evaluation.summary import Summary
+from steermoe.evaluation.teacher_forcing import Forcing, continuation_nats
+from steermoe.evaluation.texts import NEUTRAL, Labelled
+from steermoe.models.loading import LoadedModel
+from steermoe.steering.plans import SteeringPlan
+from steermoe.vectors.vector import SteeringVector
+
+COARSE = 0.05
+"""Relative: so finely strengths are found that follow a budget."""
+
+Progress = Callable[[int, int], None]
+"""Called with the stories and tokens that are new."""
+
+
+class Evaluation:
+    """Runs conditions on a model; what its folder holds already is not run again.
+
+    Args:
+        loaded: the model, nothing attached.
+        vectors: by domain.
+        texts: labelled, for what is read with and without steering.
+        settings: what all conditions share.
+        folder: where results are kept.
+        progress: told of stories as they are written.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        vectors: Mapping[str, SteeringVector],
+        texts: Labelled,
+        settings: Settings,
+        folder: ResultFolder,
+        progress: Progress = lambda stories, tokens: None,
+    ) -> None:
+        self.vectors = dict(vectors)
+        self.settings = settings
+        self.folder = folder
+        self._loaded = loaded
+        self._texts = texts
+        self._progress = progress
+        self._engine = HFEngine(loaded, compiled=False)
+        self._of_domain: tuple[str, Forcing] | None = None
+
+    def stories(self, condition: Condition) -> list[StoryRecord]:
+        """The condition's stories, openings in their order for each seed in turn."""
+        return self.folder.stories(condition.name, lambda: self._tell(condition))
+
+    def damage(self, condition: Condition) -> dict[str, float]:
+        """`ForcedFigures` of the condition on neutral texts."""
+        name = f"{condition.name}.{NEUTRAL}"
+        return self.folder.forced(name, lambda: self._read(self._neutral, condition))
+
+    def lift(self, condition: Condition) -> float:
+        """Nats a token by which the domain's own texts became likelier, more than neutral ones did (DESIGN's (c))."""
+        own = self.folder.forced(
+            f"{condition.name}.domain", lambda: self._read(self._forcing_of(condition.domain), condition)
+        )
+        neutral = self.damage(condition)
+        return (own["nats_unsteered"] - own["nats"]) - (neutral["nats_unsteered"] - neutral["nats"])
+
+    def within(self, condition: Condition, budget: float) -> tuple[Condition, Calibration]:
+        """The condition at the largest strength whose damage stays within the budget (`calibration.calibrate`)."""
+        found = calibrate(lambda strength: self.damage(replace(condition, strength=strength))["kl_p95"], budget, COARSE)
+        return replace(condition, strength=found.strength, budget=budget), found
+
+    @property
+    def model(self) -> str:
+        return self._loaded.name
+
+    def strength_0(self) -> float:
+        """The largest difference of any logit between a vector at strength 0 and no steering: 0 if bit-identical."""
+        vector = next(iter(self.vectors.values()))
+        return self._neutral.largest_difference(SteeringPlan(vector, 0.0))
+
+    @cached_property
+    def _neutral(self) -> Forcing:
+        return self._force(NEUTRAL)
+
+    def _forcing_of(self, domain: str) -> Forcing:
+        """Kept for one domain at a time: its logits take memory."""
+        if self._of_domain is None or self._of_domain[0] != domain:
+            self._of_domain = None
+            self._of_domain = domain, self._force(domain)
+        return self._of_domain[1]
+
+    def _force(self, label: str) -> Forcing:
+        texts = self._texts.of(label)[: self.settings.forced_texts]
+        if not texts:
+            raise CorpusError(f"there are no texts labelled '{label}' to measure on: give some with --heldout")
+        return Forcing(self._loaded, texts)
+
+    def _read(self, forcing: Forcing, condition: Condition) -> dict[str, float]:
+        plan = condition.plan(self.vectors[condition.domain])
+        assert plan is not None
+        return forcing.compare(plan).as_dict()
+
+    def _tell(self, condition: Condition) -> list[StoryRecord]:
+        settings = self.settings
+        plan = condition.plan(self.vectors.get(condition.domain))
+        numbers = [(opening, seed) for seed in range(settings.seeds) for opening in range(len(settings.openings))]
+        requests = [
+            Request(
+                condition.prompt(settings.openings[opening]),
+                plan,
+                Sampling(
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    seed=seed * len(settings.openings) + opening,
+                ),
+            )
+            for opening, seed in numbers
+        ]
+        done: list[Completion] = []
+        for first in range(0, len(requests), settings.batch_size):
+            part = self._engine.generate(requests[first : first + settings.batch_size], record=True)
+            self._progress(len(part), sum(one.new_tokens for one in part))
+            done += part
+        plain = [  # judged as if nobody had asked for the domain
+            replace(one, request=Request(settings.openings[opening]))
+            for one, (opening, _) in zip(done, numbers, strict=True)
+        ]
+        nats = continuation_nats(self._loaded, plain)
+        return [
+            StoryRecord(
+                opening,
+                seed,
+                one.text,
+                one.token_ids,
+                one.finish_reason,
+                nats[number],
+                self._shares(one.frequency),
+                None if one.frequency is None else evenness(one.frequency),
+            )
+            for number, (one, (opening, seed)) in enumerate(zip(done, numbers, strict=True))
+        ]
+
+    def _shares(self, frequency: Tensor | None) -> dict[str, float]:
+        if frequency is None:
+            return {}
+        return {domain: vector_share(frequency, vector) for domain, vector in self.vectors.items()}
+
+
+def evenness(frequency: Tensor) -> float:
+    """Entropy of a routing embedding F [L, N], a share of log N, mean over layers: 1 is even use, 0 a single expert."""
+    entropy = -(frequency * frequency.clamp(min=1e-12).log()).sum(-1).mean()
+    return float(entropy) / math.log(frequency.shape[1])
+
+
+Told = Callable[[str], None]
+"""Called with what is being done."""
+
+
+def evaluate(
+    evaluation: Evaluation, design: Design, judge: Callable[[list[StoryRecord]], Judge], told: Told = lambda what: None
+) -> dict[str, Any]:
+    """Run all conditions of a design, the most telling first, and sum them up.
+
+    Args:
+        evaluation: where and with what.
+        design: what to compare.
+        judge: makes the judge, from the unsteered stories.
+        told: hears what is being done.
+
+    Returns:
+        what `Summary.as_dict` makes, with the largest difference that strength 0 makes: `strength_0`.
+    """
+    told("unsteered stories")
+    unsteered = evaluation.stories(Condition("unsteered"))
+    domains = list(evaluation.vectors)
+    summary = Summary(judge(unsteered), unsteered, domains)
+    plans = {domain: design.steered(vector) for domain, vector in evaluation.vectors.items()}
+    done: list[Condition] = []
+    for number in range(max(map(len, plans.values()))):
+        for domain in domains:
+            for wanted in plans[domain][number : number + 1]:
+                told(f"{domain}: {wanted.formula}, {wanted.cut} threshold")
+                found = wanted if wanted.budget is None else evaluation.within(wanted, wanted.budget)[0]
+                for condition in (found, *(controls_for(found) if design.controls and number == 0 else ())):
+                    told(f"{domain}: {condition.kind}, {condition.formula} {condition.strength:g}")
+                    evaluation.stories(condition)
+                    done.append(condition)
+    told("reading texts of each domain")
+    for condition in sorted(done, key=lambda one: domains.index(one.domain)):  # a domain's texts are kept in memory
+        forced = condition.kind in ("steered", "shuffled")
+        summary.add(
+            condition,
+            evaluation.stories(condition),
+            evaluation.damage(condition) if forced else None,
+            evaluation.lift(condition) if forced else None,
+        )
+    return {
+        "model": evaluation.model,
+        "settings": evaluation.settings.as_dict(),
+        "strength_0": evaluation.strength_0(),
+        **summary.as_dict(done[0].group),
+    }

@@ -1,0 +1,1 @@
+"""Models: found, described, loaded, quantised; GGUF files; the default model."""

@@ -1,0 +1,159 @@
+"""Load a model with its tokenizer, assemble the default one, and describe any checkpoint without its weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steermoe.errors import ModelError
+from steermoe.models.default.pull import DEFAULT_MODEL, default_model_folder, is_pulled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+SAMPLED_BYTES = 32
+"""Of each tensor of a checkpoint, what its fingerprint looks at."""
+SMALL_CHECKPOINT_BYTES = 4 * 2**30
+"""Up to this size a bfloat16 checkpoint is run in float32 on processors that compute bfloat16 slowly."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that another library than transformers loads.
+
+    Attributes:
+        name: as of `LoadedModel`.
+        folder: where it is, or its hub id.
+        dtype: torch dtype by name, or "auto".
+    """
+
+    name: str
+    folder: str
+    dtype: str
+
+    def tokenizer(self, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+        """Its tokenizer.
+
+        Raises:
+            ModelError: it has none that can be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # a damaged checkpoint can make transformers raise anything
+            raise ModelError(_why_not_loaded(self.name, error)) from error
+
+    def end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+        """Tokens that end a text, as its generation configuration says, else its tokenizer."""
+        from transformers import GenerationConfig
+
+        try:
+            end = GenerationConfig.from_pretrained(self.folder).eos_token_id
+        except OSError:
+            end = None
+        end = tokenizer.eos_token_id if end is None else end
+        return set(end) if isinstance(end, list | tuple) else {end} - {None}
+
+    def fingerprint(self) -> str:
+        """Tells the checkpoint from others of its name: its configuration, and a few bytes of every tensor."""
+        import hashlib
+
+        digest = hashlib.sha256(self.name.encode())
+        if not Path(self.folder).is_dir():
+            return digest.hexdigest()  # of the hub, where names do not change hands
+        digest.update((Path(self.folder) / "config.json").read_bytes())
+        for path in sorted(Path(self.folder).glob("*.safetensors")):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(length)
+                digest.update(header)
+                for name, entry in sorted(json.loads(header).items()):
+                    if name != "__metadata__":
+                        file.seek(8 + length + entry["data_offsets"][0])
+                        digest.update(file.read(SAMPLED_BYTES))
+        return digest.hexdigest()
+
+
+def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:
+    """Find a checkpoint without loading it; arguments as for `load`.
+
+    Raises:
+        ModelError: there is none, or it is a GGUF file, which only transformers and llama.cpp read.
+    """
+    import torch
+
+    name, where, extra = _locate(model)
+    if extra:
+        raise ModelError(f"'{model}' is a GGUF file: run it with --engine llamacpp or --engine hf")
+    device = "auto" if torch.accelerator.is_available() else None
+    chosen = _parse_dtype(dtype) if dtype != "auto" else _natural_dtype(where, device)
+    return Source(name, where, str(chosen).removeprefix("torch."))
+
+
+def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
+    """Name, what transformers should load, and its extra arguments."""
+    if model is None or str(model) == DEFAULT_MODEL:
+        if not is_pulled():
+            raise ModelError("the default model is not here yet: run `steermoe models pull` (once, about 100 MB)")
+        return DEFAULT_MODEL, str(default_model_folder()), {}
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no GGUF file '{path}'")
+        return path.stem, str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"folder '{path}' holds no model: it has no config.json")
+        return path.resolve().name, str(path), {}
+    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
+        raise ModelError(f"no model at '{model}': give a checkpoint folder, a .gguf file, or a hub id")
+    return str(model), str(model), {}
+
+
+def _parse_dtype(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"dtype '{name}' is unknown: use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _natural_dtype(where: str, device_map: str | None) -> Any:
+    """The checkpoint's own dtype, but float32 for a small one where bfloat16 products are emulated."""
+    import torch
+
+    if device_map is not None or torch.cpu._is_avx512_bf16_supported():
+        return "auto"
+    return torch.float32 if Path(where).is_dir() and _weight_bytes(where) <= SMALL_CHECKPOINT_BYTES else "auto"
+
+
+def repeatable_dtype(model: str | Path | None) -> str:
+    """The dtype under which a text is the same in any batch: float32 for a small model on a CPU, else "auto".
+
+    In bfloat16 logits change in their third digit with the number of rows, and a sampled text soon goes another way.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    import torch
+
+    _, where, _ = _locate(model)
+    is_small = 0 < _weight_bytes(where) <= SMALL_CHECKPOINT_BYTES
+    return "float32" if is_small and not torch.accelerator.is_available() else "auto"
+
+
+def _weight_bytes(where: str) -> int:
+    """Of the weight files in a folder; 0 if it is none."""
+    return sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"'{name}' brings its own model code: pass --trust-remote-code if you trust it"
+    if isinstance(error, OSError) and ("offline" in text.lower() or "connect" in text.lower() or "not a local" in text):
+        return f"can't find '{name}', neither as a folder nor on the hub: check the name and the connection"
+    return f"can't load '{name}': {text[:300]}"

@@ -1,0 +1,96 @@
+"""Int8 weights, on request: a quarter of float32's memory, and what memory has to hand over for a token shrinks alike.
+
+Every row of a weight gets its own scale, by its largest number; activations keep their type. Routers and embeddings
+stay as they are, since a router that is off by a little chooses other experts (docs/speed.md has what it costs).
+
+Shapes: N rows and K columns of a weight, E experts, S chosen ones.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.errors import ModelError
+from steermoe.routing.routers import find_routers
+
+Quantization = Literal["int8"]
+LARGEST = 127
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights [N, K] in int8 and a scale [N] in the type of the activations."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = quantize(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scale)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+class Int8Experts(nn.Module):
+    """The weights of all experts of a layer, [E, *, *], in int8; whoever indexes them gets numbers of the old type."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        weight, scale = quantize(weights.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def __getitem__(self, experts: Any) -> Tensor:
+        return self.weight[experts].to(self.scale.dtype) * self.scale[experts][..., None]
+
+
+def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [..., K] as int8 and a scale [...], so that their product is nearest to them."""
+    exact = weights.float()
+    scale = (exact.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (exact / scale[..., None]).round().to(torch.int8), scale.to(weights.dtype)
+
+
+@torch.inference_mode()
+def quantize_model(model: Any) -> None:
+    """Change a model's linear layers and experts to int8, in place.
+
+    Raises:
+        ModelError: the model is not on the CPU, is quantised already, or does not run afterwards.
+    """
+    name = type(model).__name__
+    if model.device.type != "cpu":
+        raise ModelError(f"--quantize int8 is for CPUs: {name} is on '{model.device.type}'")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{name} is quantised already: leave --quantize away")
+    routing = {id(module) for router in find_routers(model) for module in router.module.modules()}
+    for module in list(model.modules()):
+        if id(module) in routing:
+            continue
+        for child_name, child in list(module.named_children()):
+            if type(child) is nn.Linear and id(child) not in routing:
+                setattr(module, child_name, Int8Linear(child))
+        if hasattr(module, "_apply_gate") or type(module).__name__.endswith("Experts"):
+            _quantize_experts(module)
+    try:
+        model.set_experts_implementation("eager")
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # whatever a model's own code makes of weights that are no tensors
+        raise ModelError(f"{name} does not run in int8: {type(error).__name__}: {error}") from error
+
+
+def _quantize_experts(module: nn.Module) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.dim() == 3:
+            delattr(module, name)
+            setattr(module, name, Int8Experts(parameter))

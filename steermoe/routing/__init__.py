@@ -1,0 +1,1 @@
+"""Where a model routes: its architecture, its routers, their logits, and which experts they choose."""

@@ -1,0 +1,140 @@
+"""The Mixture-of-Experts families of the installed transformers, and how steermoe handles each.
+
+Read from their source files, not from a list of supported names: a family that a newer transformers adds shows up by
+itself, as steerable or with the reason why not. Nothing of transformers and no torch is imported, no model is built.
+"""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from steermoe.errors import ModelError
+from steermoe.routing.architectures import (
+    HASH_REASON,
+    LINEAR_GATE,
+    NO_ROUTER_REASONS,
+    NOT_A_ROUTER,
+    NOT_TEXT,
+    ROUTER_CLASS,
+)
+
+UNKNOWN_REASON = "no router class that steermoe knows"
+
+CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
+EXPERTS_CLASS = re.compile(r"Experts?$")
+EXPERTS_IN_CODE = re.compile(
+    r"@use_experts_implementation"
+    r"|\bconfig\.(?:num_experts|num_local_experts|n_routed_experts|moe_num_experts"
+    r"|num_experts_per_tok|top_k_experts|moe_topk|moe_top_k|moe_k)\b"
+)
+"""What the code of a mixture of experts says whatever it calls its router. A mere `num_experts` is not enough: dense
+models inherit it from the mixture that they were copied from.
+"""
+RECORDED_ROUTER = re.compile(r"[\"']router_logits[\"']: *(\[[^\]]*\]|[^\n]*)")
+"""An entry of `_can_record_outputs`, by which a model says what makes its router logits."""
+LINEAR_LAYER = re.compile(r"self\.(\w+) = nn\.Linear\(([^\n]*(?:\n[^\n]*){0,3}?)\)\n")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        family: its folder in `transformers.models`, mostly its `model_type` too.
+        steerable: whether steermoe finds its routers and steers them.
+        reason: why not; for a steerable family, what of it is left alone, or "".
+        routers: the classes that are steered; "Linear" is a plain layer under the name of a gate.
+    """
+
+    family: str
+    steerable: bool
+    reason: str
+    routers: tuple[str, ...]
+
+
+def list_families(models: Path | None = None) -> list[Family]:
+    """Every family that routes text tokens to experts, by name.
+
+    A model that only wraps another family's text model, as many that see images do, is not listed: it is steered as
+    that family.
+
+    Args:
+        models: folder with one subfolder a family; by default that of the installed transformers.
+
+    Raises:
+        ModelError: transformers is not installed.
+    """
+    return list(_list_families(models or _transformers_models()))
+
+
+@functools.cache
+def _list_families(models: Path) -> tuple[Family, ...]:
+    sources: dict[str, list[str]] = {}
+    for path in sorted(models.glob("*/modeling_*.py")):
+        data = path.read_bytes()
+        if b"xpert" in data:  # most families have none; decoding and searching those would take most of the time
+            sources.setdefault(path.parent.name, []).append(data.decode())
+    found = (_read_family(name, "\n".join(texts)) for name, texts in sources.items())
+    return tuple(family for family in found if family is not None)
+
+
+def _transformers_models() -> Path:
+    spec = importlib.util.find_spec("transformers")  # finds it without running it
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError("transformers is not installed: `pip install transformers`")
+    return Path(spec.submodule_search_locations[0]) / "models"
+
+
+def _read_family(family: str, source: str) -> Family | None:
+    """What the source says, or None if it is no mixture of experts that writes text."""
+    code_of = dict(_classes(source))
+    recorded = _recorded(source)
+    candidates = [name for name in code_of if ROUTER_CLASS.search(name) or name in recorded]
+    routers = tuple(name for name in candidates if not NOT_A_ROUTER.search(name) and "Attention" not in name)
+    text_code = {name: code for name, code in code_of.items() if not NOT_TEXT.search(name)}
+    has_experts = any(EXPERTS_CLASS.search(name) or EXPERTS_IN_CODE.search(code) for name, code in text_code.items())
+    if "vocab_size" not in source or not (routers or has_experts):
+        return None
+    if not routers and family not in NO_ROUTER_REASONS and any(_has_linear_gate(code) for code in text_code.values()):
+        routers = ("Linear",)
+    if routers:
+        return Family(family, True, _left_alone(candidates), routers)
+    if family in NO_ROUTER_REASONS:
+        reason = NO_ROUTER_REASONS[family]
+    else:
+        reason = HASH_REASON if any("Hash" in name for name in candidates) else UNKNOWN_REASON
+    return Family(family, False, reason, ())
+
+
+def _classes(source: str) -> Iterator[tuple[str, str]]:
+    """The name and the code of each class, with the decorators that stand above it."""
+    names = list(CLASS.finditer(source))
+    ends = [match.start() for match in names[1:]] + [len(source)]
+    for match, end in zip(names, ends, strict=True):
+        decorators = re.search(r"(?:^@[^\n]*\n)*\Z", source[: match.start()][-500:], re.MULTILINE)
+        above = decorators.group() if decorators else ""
+        yield match[1], above + source[match.start() : end]
+
+
+def _recorded(source: str) -> set[str]:
+    """The classes that the model itself names as the makers of its router logits."""
+    return {name for entry in RECORDED_ROUTER.findall(source) for name in re.findall(r"\w+", entry)} - {"Linear"}
+
+
+def _has_linear_gate(code: str) -> bool:
+    return any(LINEAR_GATE.search(name) and "expert" in arguments for name, arguments in LINEAR_LAYER.findall(code))
+
+
+def _left_alone(candidates: list[str]) -> str:
+    """What of a steerable family is not steered."""
+    parts = {
+        "Hash": "its hash routers, which have no logits",
+        "Attention": "the routers of its attention",
+        "Vision": "its vision routers",
+        "Talker": "its talker's routers",
+    }
+    left = [what for word, what in parts.items() if any(word in name for name in candidates)]
+    return f"except {' and '.join(left)}" if left else ""

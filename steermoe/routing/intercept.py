@@ -1,0 +1,127 @@
+"""Change a router's logits where it makes them: in its own forward, before softmax or sigmoid, bias, groups and top-k."""
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from steermoe.errors import SteeringError
+from steermoe.routing.architectures import ROUTER_CLASS
+from steermoe.routing.routers import Router, _logits_weight, module_that_routes
+from steermoe.routing.wrapping import wrap_method
+
+
+class LogitsEditor(Protocol):
+    """What `intercept` asks at every call of a router."""
+
+    def active(self) -> bool:
+        """Whether this call is to be edited; if not, the router runs exactly as without us."""
+
+    def edit(self, logits: Tensor) -> Tensor:
+        """New logits for these, [..., W], same shape and any float type."""
+
+    def observe(self, output: Any) -> None:
+        """What the router returned after an edited call."""
+
+
+WEIGHT_POSITION: dict[Any, int] = {
+    F.linear: 1,
+    torch.matmul: 1,
+    torch.mm: 1,
+    torch.addmm: 2,
+    torch.Tensor.matmul: 1,
+    torch.Tensor.__matmul__: 1,
+    torch.Tensor.mm: 1,
+}
+
+
+class _CatchLogits(TorchFunctionMode):
+    """Applies `edit` to the output of the one linear map whose weight has the shape of the router's."""
+
+    def __init__(self, shape: tuple[int, int], edit: Callable[[Tensor], Tensor], hits: list[int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.edit = edit
+        self.hits = hits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        position = WEIGHT_POSITION.get(func)
+        if position is None:
+            return out
+        weight = args[position] if len(args) > position else (kwargs or {})["weight"]
+        transposed = func is not F.linear and tuple(weight.shape) == self.shape[::-1]
+        if tuple(weight.shape) == self.shape or transposed:
+            self.hits.append(1)
+            return self.edit(out)
+        return out
+
+
+def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callable[[], None]:
+    """Let an editor change a router's logits from now on.
+
+    Returns:
+        what undoes it; it may be called at any time, and twice.
+
+    Raises (while the model runs):
+        SteeringError: the router ran, but its logits did not come from exactly one linear map with its weight.
+    """
+    owner, shape = _logits_weight(router.module)
+    if owner is not router.module and type(owner) is not nn.Linear:  # a quantised gate: F.linear never runs
+        return _intercept_child(router, owner, editor)
+    host = module_that_routes(model, router)
+    returns_logits = hasattr(host, "out_features") and ROUTER_CLASS.search(type(host).__name__) is None
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not editor.active():
+                return original(*args, **kwargs)
+            if returns_logits:  # a gate that is a linear layer itself, quantised or wrapped perhaps
+                output = editor.edit(original(*args, **kwargs))
+            else:
+                hits: list[int] = []
+                with _CatchLogits(shape, editor.edit, hits):
+                    output = original(*args, **kwargs)
+                if len(hits) != 1:
+                    raise SteeringError(
+                        f"router '{router.name}' made its logits {len(hits)} times in one call, expected once: "
+                        "this architecture is not steered correctly; please report it"
+                    )
+            editor.observe(output)
+            return output
+
+        return forward
+
+    return wrap_method(host, "forward", around)
+
+
+def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> Callable[[], None]:
+    edited: list[int] = []
+
+    def on_child(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not editor.active():
+            return None
+        edited.append(1)
+        return editor.edit(output)
+
+    def on_router(module: nn.Module, args: Any, output: Any) -> None:
+        if not editor.active():
+            return
+        if len(edited) != 1:
+            raise SteeringError(f"router '{router.name}' called its gate {len(edited)} times, expected once")
+        editor.observe(output)
+
+    def before_router(module: nn.Module, args: Any) -> None:
+        edited.clear()  # of a call that an error ended early, too
+
+    stack = ExitStack()
+    stack.callback(router.module.register_forward_pre_hook(before_router).remove)
+    stack.callback(child.register_forward_hook(on_child).remove)
+    stack.callback(router.module.register_forward_hook(on_router).remove)
+    return stack.close

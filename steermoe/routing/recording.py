@@ -1,0 +1,200 @@
+"""Record which experts a model chooses: counts a text, a layer and an expert, padding left out.
+
+Shapes: B texts, L MoE layers, N experts a layer, S columns of a forward call, k experts chosen a token.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.errors import SteeringError
+from steermoe.routing.intercept import intercept
+from steermoe.routing.routers import Router, chosen_experts, find_routers, language_model, module_that_routes, scoring
+from steermoe.routing.tracker import POSITIONS, Positions, Stack, Tracker, Window, select
+
+
+class RoutingRecord:
+    """What was chosen so far. Rows are the rows of the batch; calls with the same rows, such as a generation's, add up.
+
+    Attributes:
+        counts: [B, L, N] int64, how often each expert was chosen; None before the first call.
+        tokens: [B] int64, tokens counted.
+        probability_sums: [B, L, N] float64, the router's probabilities of each expert summed over tokens, where they
+            were asked for; a sigmoid router's scores are divided by their sum over the experts of a token.
+        layers: the decoder layer of each of the L rows.
+    """
+
+    def __init__(self, routers: list[Router], positions: Positions) -> None:
+        self.layers = tuple(router.layer for router in routers)
+        self.counts: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.probability_sums: Tensor | None = None
+        self._only: Tensor | None = None
+        self._routers = routers
+        self._positions = positions
+        self._wanted: dict[Stack, Tensor] = {}
+
+    def frequency(self) -> Tensor:
+        """Routing embeddings F [B, L, N], float32: each row of a text divided by its sum (Shchukin 2024).
+
+        Raises:
+            SteeringError: nothing was recorded, or a text has no tokens.
+        """
+        if self.counts is None:
+            raise SteeringError("no tokens were recorded: run the model inside the block")
+        if empty := [row for row in range(len(self.counts)) if not self.has_all_layers(row)]:
+            raise SteeringError(
+                f"no tokens were recorded for text {empty[0]}: give it real tokens at positions '{self._positions}'"
+            )
+        return (self.counts / self.counts.sum(-1, keepdim=True)).float()
+
+    def frequency_of(self, text: int) -> Tensor | None:
+        """Routing embedding F [L, N] of one text, or None if no token of it was recorded."""
+        if self.counts is None or not self.has_all_layers(text):
+            return None
+        return (self.counts[text] / self.counts[text].sum(-1, keepdim=True)).float()
+
+    def has_all_layers(self, text: int) -> bool:
+        """Whether every layer chose something for a text."""
+        return self.counts is not None and bool((self.counts[text].sum(-1) > 0).all())
+
+    def mean_probability(self) -> Tensor:
+        """Mean router probabilities P [B, L, N], float32, each row summing to 1.
+
+        Raises:
+            SteeringError: they were not asked for, or nothing was recorded.
+        """
+        if self.probability_sums is None:
+            raise SteeringError("no probabilities were recorded: run inside record_routing(..., probabilities=True)")
+        self.frequency()  # the same complaints about texts without tokens
+        return (self.probability_sums / self.probability_sums.sum(-1, keepdim=True)).float()
+
+    def restrict(self, wanted: Tensor | None) -> None:
+        """Count only some tokens of the calls that follow: a bool mask [B, S] of rows and columns; None ends it."""
+        self._only = wanted
+
+    def reset(self) -> None:
+        """Forget what was counted, for the next batch."""
+        self.counts = self.tokens = self.probability_sums = None
+
+    def _before_forward(self, window: Window) -> None:
+        wanted_BS = select(self._positions, window.generated_index()).expand(window.rows, -1)
+        if window.counted is not None:
+            wanted_BS = wanted_BS & window.counted.cpu()
+        if self._only is not None:
+            wanted_BS = wanted_BS & self._only
+        if self.counts is None or self.tokens is None:
+            experts = max(router.num_experts for router in self._routers)
+            self.counts = torch.zeros(window.rows, len(self._routers), experts, dtype=torch.int64)
+            self.tokens = torch.zeros(window.rows, dtype=torch.int64)
+        if len(self.counts) != window.rows:
+            raise SteeringError(
+                f"{len(self.counts)} texts were recorded so far, this call has {window.rows} rows: "
+                "call reset() between batches of different sizes"
+            )
+        self.tokens += wanted_BS.sum(-1)
+        self._wanted[window.stack] = wanted_BS
+
+    def _after_forward(self, window: Window) -> None:
+        self._wanted.pop(window.stack, None)
+
+    def _observe(self, number: int, router: Router, output: Any) -> None:
+        wanted_BS = self._wanted.get(router.stack)
+        if wanted_BS is None or not wanted_BS.any():
+            return
+        chosen_Tk = chosen_experts(router, output).cpu().long()
+        rows, columns = wanted_BS.shape
+        if len(chosen_Tk) != rows * columns:
+            raise SteeringError(
+                f"router '{router.name}' saw {len(chosen_Tk)} tokens where the batch has {rows * columns}: "
+                "texts can't be told apart in this model; record them one by one"
+            )
+        assert self.counts is not None
+        inside_Tk = wanted_BS.reshape(-1, 1) & (chosen_Tk < router.num_experts)  # some routers may choose no expert
+        chosen_Tk = chosen_Tk.clamp(max=router.num_experts - 1)
+        self.counts[:, number].scatter_add_(1, chosen_Tk.view(rows, -1), inside_Tk.view(rows, -1).long())
+
+    def _observe_logits(self, number: int, router: Router, kind: str, logits: Tensor) -> None:
+        wanted_BS = self._wanted[router.stack]
+        logits_TN = logits.detach().flatten(0, -2)[:, : router.num_experts].float()
+        if len(logits_TN) != wanted_BS.numel():
+            raise SteeringError(
+                f"router '{router.name}' saw {len(logits_TN)} tokens where the batch has {wanted_BS.numel()}: "
+                "texts can't be told apart in this model; record them one by one"
+            )
+        scores_TN = _scores(logits_TN, kind)
+        scores_TN = (scores_TN / scores_TN.sum(-1, keepdim=True)).cpu().double()
+        sums_BN = torch.einsum("bsn,bs->bn", scores_TN.view(*wanted_BS.shape, -1), wanted_BS.double())
+        assert self.counts is not None
+        if self.probability_sums is None:
+            self.probability_sums = torch.zeros(self.counts.shape, dtype=torch.float64)
+        self.probability_sums[:, number, : router.num_experts] += sums_BN
+
+
+def _scores(logits: Tensor, kind: str) -> Tensor:
+    """The scores of logits [T, N], as `scoring` calls them; softmax where it can't tell."""
+    if kind == "sigmoid":
+        return logits.sigmoid()
+    if kind == "sqrtsoftplus":
+        return nn.functional.softplus(logits).sqrt()
+    return logits.softmax(-1)
+
+
+class _LogitsWatcher:
+    """Reads the logits that a router uses and leaves them as they are."""
+
+    def __init__(self, record: RoutingRecord, number: int, router: Router, kind: str) -> None:
+        self._record, self._number, self._router, self._kind = record, number, router, kind
+
+    def active(self) -> bool:
+        wanted = self._record._wanted.get(self._router.stack)
+        return wanted is not None and bool(wanted.any())
+
+    def edit(self, logits: Tensor) -> Tensor:
+        self._record._observe_logits(self._number, self._router, self._kind, logits)
+        return logits
+
+    def observe(self, output: Any) -> None:
+        """The choices are counted by a hook, with probabilities or without."""
+
+
+@contextmanager
+def record_routing(
+    model: nn.Module, positions: Positions = "all", *, probabilities: bool = False
+) -> Iterator[RoutingRecord]:
+    """Record a model's routing inside a `with` block; works together with steering, whose effect it then shows.
+
+    Args:
+        model: any model with routers.
+        positions: which tokens to count: `all`, the `prompt`, or what is `generated`.
+        probabilities: also sum up the routers' probabilities over all experts, before top-k and any bias. Steering that
+            is attached inside the block is in them; steering attached before is only in the counts.
+
+    Raises:
+        UnsupportedModel: the model has no routers. SteeringError: unknown positions.
+    """
+    if positions not in POSITIONS:
+        raise SteeringError(f"positions '{positions}' is unknown: use {', '.join(POSITIONS)}")
+    model = language_model(model)
+    routers = find_routers(model)
+    record = RoutingRecord(routers, positions)
+    with ExitStack() as undo:
+        undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
+        whole: Any = model
+        config = whole.config.get_text_config() if hasattr(model, "config") else None
+        for number, router in enumerate(routers):
+            if probabilities:
+                undo.callback(
+                    intercept(model, router, _LogitsWatcher(record, number, router, scoring(router.module, config)))
+                )
+            host = module_that_routes(model, router)
+            undo.callback(host.register_forward_hook(partial(_on_router, record, number, router)).remove)
+        yield record
+
+
+def _on_router(record: RoutingRecord, number: int, router: Router, module: nn.Module, args: Any, output: Any) -> None:
+    record._observe(number, router, output)

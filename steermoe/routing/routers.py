@@ -1,0 +1,246 @@
+"""The routers of a model: find them, change their logits, read which experts they chose.
+
+With `architectures.py`, the only file that knows architectures.
+
+In transformers a router is a module that turns hidden states into (logits, weights, indices); the block goes on from
+the weights and indices and ignores the logits. So the logits must be changed inside the router's forward, after its one
+linear map and before whatever the architecture does next: softmax or sigmoid, bias correction, groups, top-k.
+
+Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.errors import SteeringError, UnsupportedModel
+from steermoe.routing.architectures import (
+    HASH_REASON,
+    LAYER_NUMBER,
+    LINEAR_GATE,
+    NO_ROUTER_REASONS,
+    NOT_A_ROUTER,
+    ROUTER_CLASS,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """One router of a model.
+
+    Attributes:
+        name: module path within the model.
+        layer: decoder layer index; in an encoder-decoder the decoder's layers are counted on after the encoder's.
+        module: the module itself.
+        num_experts: experts it can choose from (what expert vectors have columns for).
+        width: columns of its logits; some routers have columns more, for shared experts.
+        top_k: experts chosen a token.
+        stack: which of the model's stacks it belongs to.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    num_experts: int
+    width: int
+    top_k: int
+    stack: Literal["encoder", "decoder"] = "decoder"
+
+
+def find_routers(model: nn.Module) -> list[Router]:
+    """The text routers of a model in the order of its layers.
+
+    Raises:
+        UnsupportedModel: there are none; the message says why as far as known.
+    """
+    modules = dict(model.named_modules())
+    recorded = _recorded_router_classes(model)
+    names = [
+        name
+        for name, module in modules.items()
+        if _is_router(name, module, recorded) and not _inside_attention(name) and "vision" not in name
+    ]
+    if not names:
+        names = [name for name, module in modules.items() if _is_linear_gate(name, module, model)]
+    encoder_layers = 1 + max((_layer_number(n) for n in names if _stack(n) == "encoder"), default=-1)
+    routers = []
+    for name in names:
+        module = modules[name]
+        _, (width, _) = _logits_weight(module)
+        parent = modules[name.rpartition(".")[0]]
+        stack = _stack(name)
+        is_after_encoder = stack == "decoder" and encoder_layers > 0
+        routers.append(
+            Router(
+                name=name,
+                layer=_layer_number(name) + (encoder_layers if is_after_encoder else 0),
+                module=module,
+                num_experts=_choosable(module, width),
+                width=width,
+                top_k=_top_k(module, parent, model),
+                stack=stack,
+            )
+        )
+    if not routers:
+        raise UnsupportedModel(f"{type(model).__name__} has no router to steer: {_why_not(model)}")
+    return sorted(routers, key=lambda router: router.layer)
+
+
+def _is_router(name: str, module: nn.Module, recorded: tuple[type, ...]) -> bool:
+    class_name = type(module).__name__
+    matches = ROUTER_CLASS.search(class_name) is not None or isinstance(module, recorded)
+    return matches and NOT_A_ROUTER.search(class_name) is None and _has_logits_weight(module)
+
+
+def _recorded_router_classes(model: nn.Module) -> tuple[type, ...]:
+    """The router classes that the model itself declares, by which it records router logits."""
+    declared = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits", ())
+    classes = []
+    for entry in declared if isinstance(declared, list | tuple) else (declared,):
+        target = getattr(entry, "target_class", entry)
+        if isinstance(target, type) and target is not nn.Linear:
+            classes.append(target)
+    return tuple(classes)
+
+
+def _has_logits_weight(module: nn.Module) -> bool:
+    return _inner_linears(module) != [] or isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _is_linear_gate(name: str, module: Any, model: nn.Module) -> bool:
+    config = _text_config(model)
+    counts = {
+        getattr(config, key, None)
+        for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    } - {None}
+    is_gate = LINEAR_GATE.search(name) is not None and not _inside_attention(name)
+    width = getattr(module, "out_features", 1)
+    return is_gate and width in counts and width > 1
+
+
+def _inside_attention(name: str) -> bool:
+    """JetMoe routes its attention heads too; those experts are no feed-forward experts and stay as they are."""
+    return re.search(r"attention|attn", name) is not None
+
+
+def _stack(name: str) -> Literal["encoder", "decoder"]:
+    return "encoder" if re.match(r"(model\.)?encoder\.", name) else "decoder"
+
+
+def _layer_number(name: str) -> int:
+    match = LAYER_NUMBER.search(name)
+    if match is None:
+        raise UnsupportedModel(f"can't tell which layer the router '{name}' belongs to")
+    return int(match.group(1))
+
+
+def _inner_linears(module: nn.Module) -> list[Any]:
+    """Linear layers below the module, quantised ones too; not what is inside of one, such as the parts of a LoRA."""
+    found: list[Any] = []
+    for child in module.children():
+        found += [child] if hasattr(child, "out_features") else _inner_linears(child)
+    return found
+
+
+def _logits_weight(module: Any) -> tuple[nn.Module, tuple[int, int]]:
+    """The module whose weight makes the logits, and that weight's shape (columns of the logits, hidden size)."""
+    if hasattr(module, "out_features"):
+        return module, (module.out_features, module.in_features)
+    linears = _inner_linears(module)
+    if linears:
+        return linears[-1], (linears[-1].out_features, linears[-1].in_features)
+    return module, (module.weight.shape[0], module.weight.shape[1])
+
+
+def _choosable(module: nn.Module, width: int) -> int:
+    """The columns that compete for a place in the top-k: inkling appends its shared experts, which always run."""
+    shared = getattr(module, "n_shared_experts", 0) or 0
+    if shared and getattr(module, "num_experts", None) == width - shared:
+        return width - shared
+    return width
+
+
+def _top_k(module: Any, parent: Any, model: nn.Module) -> int:
+    for owner in (module, parent):
+        if isinstance(getattr(owner, "top_k", None), int):
+            return owner.top_k
+    if match := re.search(r"Top(\d+)Router$", type(module).__name__):
+        return int(match.group(1))
+    config = _text_config(model)
+    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
+        if isinstance(getattr(config, key, None), int):
+            return getattr(config, key)
+    raise UnsupportedModel(f"can't tell how many experts {type(module).__name__} chooses for a token")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _why_not(model: nn.Module) -> str:
+    model_type = getattr(_text_config(model), "model_type", "")
+    if model_type in NO_ROUTER_REASONS:
+        return NO_ROUTER_REASONS[model_type]
+    if any("Hash" in type(module).__name__ for module in model.modules()):
+        return HASH_REASON
+    return "it is a dense model; steermoe steers mixtures of experts"
+
+
+def module_that_routes(model: nn.Module, router: Router) -> nn.Module:
+    """The module whose forward makes the router's logits: the router, but MXFP4 blocks read its weight themselves."""
+    parent = model.get_submodule(router.name.rpartition(".")[0])
+    return parent if type(parent).__name__.startswith("Mxfp4") else router.module
+
+
+def chosen_experts(router: Router, output: Any) -> Tensor:
+    """The experts that a router chose, [T, k], read off what its forward returned."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if router.top_k < router.width:
+        for position, tensor in enumerate(tensors):
+            is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
+            if is_integer and tensor.dim() >= 2 and tensor.shape[-1] == router.top_k:
+                return _unmask_skipped(router, tensor.flatten(0, -2), tensors[position - 1] if position else None)
+    for tensor in tensors:  # logits, or weights that are zero for all but the chosen
+        if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.shape[-1] in (router.num_experts, router.width):
+            return tensor.flatten(0, -2)[:, : router.num_experts].topk(router.top_k, -1).indices
+    raise SteeringError(f"can't read the chosen experts from what {type(router.module).__name__} returns")
+
+
+def _unmask_skipped(router: Router, indices: Tensor, weights: Tensor | None) -> Tensor:
+    """Zaya writes expert 0 with weight 0 where it chose its last column, the skip; give that its own number again."""
+    if not hasattr(router.module, "num_router_classes") or weights is None:
+        return indices
+    return torch.where(weights.flatten(0, -2) == 0, router.width - 1, indices)
+
+
+def scoring(router: Any, config: Any) -> str:
+    """How scores come from the logits: as the configuration says, else as the router's source does it.
+
+    One of "softmax", "sigmoid" and "sqrtsoftplus"; "unknown" where neither tells.
+    """
+    for key in ("scoring_func", "expert_selection_fn"):
+        if getattr(config, key, None) in ("softmax", "sigmoid", "sqrtsoftplus"):
+            return getattr(config, key)
+    try:
+        source = inspect.getsource(type(router))
+    except (OSError, TypeError):
+        return "unknown"
+    code = re.sub(r"#.*", "", source)  # comments say what it is not: "sigmoid instead of softmax"
+    found = [word for word in ("sigmoid", "softmax") if word in code]
+    return found[0] if len(found) == 1 else "unknown" if not found else "/".join(found)
+
+
+# ---- changing logits ----
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The model of transformers in what may be wrapped around it: torch.compile, PEFT, data parallel and the like."""
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)

@@ -1,0 +1,260 @@
+"""Which token is where: rows and columns of every forward call of a model, prompt or generated, real or only padding.
+
+Steering and recording both need it; it knows nothing of either. A column is a position in the padded batch, counted
+from the first prompt token, so it is the same for cached and uncached decoding.
+
+Shapes: B rows and S columns of a forward call, P columns of a prompt.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.routing.wrapping import wrap_method
+
+Positions = Literal["generated", "prompt", "all"]
+"""Which tokens are steered. The authors of the method steered what is generated and left the prompt alone."""
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+
+Stack = Literal["encoder", "decoder"]
+
+
+def select(positions: Positions, index: Tensor) -> Tensor:
+    """Which tokens `positions` means, bool; `index` is 0 for the first generated token and negative in the prompt."""
+    if positions == "all":
+        return torch.ones_like(index, dtype=torch.bool)
+    return index >= 0 if positions == "generated" else index < 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens of one forward call of a stack: B rows, S columns from `first` on.
+
+    Attributes:
+        prompt_length: columns of the prompt; what comes after is generated.
+        index: [B, S], as `generated_index`, where rows began at different times; then it is used instead of `first`.
+        counted: [B, S], true for tokens to count: not padding, not the filling of rows that are finished, not computed
+            again for want of a cache; None if all are.
+    """
+
+    rows: int
+    columns: int
+    first: int
+    prompt_length: int
+    counted: Tensor | None = None
+    stack: Stack = "decoder"
+    index: Tensor | None = None
+
+    def generated_index(self) -> Tensor:
+        """[S], or [B, S] where rows differ: 0 for the first generated token, negative in the prompt."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(self.first - self.prompt_length, self.first - self.prompt_length + self.columns)
+
+    @property
+    def tokens(self) -> int | Tensor:
+        """How many tokens count; a tensor where only the device knows."""
+        return self.rows * self.columns if self.counted is None else self.counted.sum()
+
+
+@dataclass
+class _Generation:
+    """A call of `generate` that is going on.
+
+    Attributes:
+        prompt_length: None until the first forward call shows it, in an encoder-decoder.
+        mask: [B', P], which columns of the prompt are real; `generate` may repeat its rows.
+        filling: tokens that `generate` feeds for rows that are finished.
+        seen: columns that were computed so far.
+    """
+
+    prompt_length: int | None
+    mask: Tensor | None
+    filling: Tensor | None
+    seen: int = 0
+
+
+class Tracker:
+    """Watches a model's forward and generate, and tells a listener the window of each forward call before it runs.
+
+    Args:
+        model: the model; what only wraps it, such as torch.compile, has to be taken off (`language_model`).
+        before: called with the window before each forward call, for an encoder-decoder's two stacks separately.
+        after: called with it when the forward call has ended well.
+    """
+
+    def __init__(
+        self, model: nn.Module, before: Callable[[Window], None], after: Callable[[Window], None] | None = None
+    ) -> None:
+        self.prompt_length: int | None = None
+        """Set by hand for direct calls; else a call with an empty cache is taken for the prompt."""
+        self.told: Window | None = None
+        """The window of the calls that follow, from who drives the model and knows better; None to find out."""
+        self._model = model
+        self._before, self._after = before, after
+        self._prompt_seen = 0
+        self._generation: _Generation | None = None
+        self._windows: dict[Stack, Window] = {}
+        self._is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        with ExitStack() as undo:
+            self._watch(model, "decoder", self._window, undo)
+            if self._is_encoder_decoder and hasattr(model, "get_encoder"):  # `generate` calls it by itself
+                encoder: Any = model.get_encoder
+                self._watch(encoder(), "encoder", self._encoder_window, undo)
+            if hasattr(model, "generate"):
+                undo.callback(wrap_method(model, "generate", self._around_generate))
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def _watch(
+        self, module: nn.Module, stack: Stack, window: Callable[[dict[str, Any]], Window], undo: ExitStack
+    ) -> None:
+        signature = inspect.signature(module.forward)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._windows[stack] = window(_arguments(signature, args, kwargs))
+            self._before(self._windows[stack])
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._after is not None:
+                self._after(self._windows[stack])
+
+        undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(after).remove)
+
+    # ---- generate ----
+
+    def _around_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(generate)
+
+        def tracked(*args: Any, **kwargs: Any) -> Any:
+            if (
+                self._generation is not None
+            ):  # a method of decoding that calls generate itself: its prompt is not the user's
+                return generate(*args, **kwargs)
+            self._generation = self._begin(_arguments(signature, args, kwargs))
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generation = None
+
+        return tracked
+
+    def _begin(self, given: dict[str, Any]) -> _Generation:
+        def setting(name: str) -> Any:
+            places = (given.get("generation_config"), getattr(self._model, "generation_config", None))
+            found = (getattr(place, name, None) for place in places)
+            return given[name] if given.get(name) is not None else next((f for f in found if f is not None), None)
+
+        ends, pad = _token_list(setting("eos_token_id")), _token_list(setting("pad_token_id"))
+        filling = torch.tensor(sorted({*ends, *pad})) if ends else None  # without an end no row is finished early
+        if self._is_encoder_decoder:
+            return _Generation(None, None, filling)
+        prompts = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+        prompt = next((tensor for tensor in prompts if tensor is not None), None)
+        mask = given.get("attention_mask")
+        if mask is None and prompt is not None and prompt.dim() == 2 and pad and pad[0] not in ends:
+            mask = prompt != pad[0]  # as `generate` itself concludes
+        lengths = [tensor.shape[1] for tensor in (prompt, mask) if tensor is not None]  # a mask covers a used cache too
+        return _Generation(max(lengths, default=1), mask, filling)
+
+    # ---- forward ----
+
+    def _window(self, given: dict[str, Any]) -> Window:
+        if self.told is not None:
+            return self.told
+        prefix = "decoder_" if self._is_encoder_decoder else ""
+        ids = given.get(f"{prefix}input_ids")
+        tokens = next(
+            (t for t in (ids, given.get(f"{prefix}inputs_embeds"), given.get("labels")) if t is not None), None
+        )
+        rows, columns = (1, 1) if tokens is None else tokens.shape[:2]
+        first = _cached_length(given.get("past_key_values"))
+        generation = self._generation
+        if first == 0:
+            self._prompt_seen = columns
+        if generation is None:
+            prompt_length = self._prompt_seen if self.prompt_length is None else self.prompt_length
+        else:
+            if generation.prompt_length is None:
+                generation.prompt_length = columns
+            prompt_length = generation.prompt_length
+        counted = None
+        if columns > 1:
+            counted = _real_tokens(given.get(f"{prefix}attention_mask"), rows, columns)
+        if generation is not None:
+            counted = self._counted(generation, counted, rows, columns, first, ids)
+        return Window(rows, columns, first, prompt_length, counted)
+
+    def _counted(
+        self, generation: _Generation, real: Tensor | None, rows: int, columns: int, first: int, ids: Tensor | None
+    ) -> Tensor | None:
+        """[B, S], which tokens to count, from what is known of the generation; None for all."""
+        prompt_length = generation.prompt_length or 0
+        mask = generation.mask
+        if real is None and mask is not None and first < mask.shape[1] and rows % len(mask) == 0:
+            part = mask[:, first : first + columns].bool().repeat_interleave(rows // len(mask), 0)
+            real = nn.functional.pad(part, (0, columns - part.shape[1]), value=True)
+        again = generation.seen if first == 0 and 0 < generation.seen < columns else 0
+        generation.seen = max(generation.seen, first + columns)
+        generated = max(0, prompt_length - first)  # the column where they begin
+        may_be_filling = rows > 1 and generated < columns and ids is not None and generation.filling is not None
+        if not again and not may_be_filling:
+            return real
+        device = None if ids is None else ids.device
+        real = (
+            torch.ones(rows, columns, dtype=torch.bool, device=device) if real is None else real.to(device, copy=True)
+        )
+        if may_be_filling:
+            assert ids is not None
+            assert generation.filling is not None
+            generation.filling = generation.filling.to(ids.device)
+            real[:, generated:] &= ~torch.isin(ids[:, generated:], generation.filling)
+        real[:, :again] = False
+        return real
+
+    def _encoder_window(self, given: dict[str, Any]) -> Window:
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        rows, columns = (1, 1) if tokens is None else tokens.shape[:2]
+        counted = _real_tokens(given.get("attention_mask"), rows, columns)
+        return Window(rows, columns, 0, columns, counted, "encoder")
+
+
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    if not args:
+        return kwargs
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
+
+
+def _token_list(tokens: Any) -> list[int]:
+    if tokens is None:
+        return []
+    listed = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    return list(listed) if isinstance(listed, list | tuple) else [int(listed)]
+
+
+def _cached_length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _real_tokens(mask: Any, rows: int, columns: int) -> Tensor | None:
+    """The last columns of a 2-D attention mask, as far as it is one."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
+        return None
+    real = mask[:, -columns:].bool()
+    return real if real.shape[1] == columns else None

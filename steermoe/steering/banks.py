@@ -1,0 +1,127 @@
+"""Whether plans fit a model, and what they come to in each of its layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from steermoe.errors import SteeringError
+from steermoe.routing.shape import RouterShape, Target, check_fits, name_of, routers_of
+from steermoe.steering.plans import SteeringPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """The distinct plans of a batch as tensors for one layer, [P, N] each.
+
+    Attributes:
+        push: strength times expert vector, c E.
+        raised: where E > 0.
+        wanted: [P, W], the columns that a plan raises or forces.
+        is_idle: no plan does anything in this layer.
+    """
+
+    push: Tensor
+    raised: Tensor
+    forced: Tensor
+    banned: Tensor
+    wanted: Tensor
+    may_lower: bool
+    has_lists: bool
+    is_idle: bool
+    _moved: dict[torch.device, "Bank"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, router: RouterShape, number: int, plans: Sequence[SteeringPlan]) -> "Bank":
+        """For the `number`-th router of a model that the plans fit."""
+        experts = torch.zeros(max(1, len(plans)), router.num_experts)
+        forced, banned = experts.bool(), experts.bool()
+        for slot, plan in enumerate(plans):
+            if plan.layers is not None and not plan.layers[0] <= router.layer <= plan.layers[1]:
+                continue
+            if plan.vector is not None and plan.strength:
+                experts[slot, : plan.vector.num_experts] = plan.vector.experts[number]
+            for listed, marks in ((plan.force, forced), (plan.ban, banned)):
+                for layer, expert in listed:
+                    marks[slot, expert] |= layer == router.layer
+        push = experts * torch.tensor([float(plan.strength) for plan in plans] or [0.0])[:, None]
+        raised = experts > 0
+        wanted = torch.nn.functional.pad(raised | forced, (0, router.width - router.num_experts))
+        has_lists = bool(forced.any() or banned.any())
+        return cls(
+            push,
+            raised,
+            forced,
+            banned,
+            wanted,
+            may_lower=bool((push < 0).any()),
+            has_lists=has_lists,
+            is_idle=not has_lists and not bool(push.any()),
+        )
+
+    def on(self, device: torch.device) -> "Bank":
+        """The same on a device; moved once."""
+        if self.push.device == device:
+            return self
+        if device not in self._moved:
+            names = ("push", "raised", "forced", "banned", "wanted")
+            self._moved[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return self._moved[device]
+
+
+def check_plan(target: Target, plan: SteeringPlan) -> None:
+    """Raise what attaching the plan would raise, without attaching it."""
+    banks_for(target, routers_of(target), [plan])
+
+
+def banks_for(target: Target, routers: Sequence[RouterShape], plans: Sequence[SteeringPlan]) -> list[Bank]:
+    """The plans' tensors for each router, once it is sure that they fit and do something."""
+    for plan in plans:
+        _check_fits(target, routers, plan)
+    banks = [Bank.of(router, number, plans) for number, router in enumerate(routers)]
+    for slot, plan in enumerate(plans):
+        does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
+        if plan.does_something and not does:
+            raise SteeringError(_nothing_to_do(plan))
+    return banks
+
+
+def _check_fits(target: Target, routers: Sequence[RouterShape], plan: SteeringPlan) -> None:
+    name = name_of(target)
+    layers = [router.layer for router in routers]
+    if plan.vector is not None:
+        check_fits(target, plan.vector)
+    for layer, expert in (*plan.force, *plan.ban):
+        experts = max((router.num_experts for router in routers if router.layer == layer), default=0)
+        if not 0 <= expert < experts:
+            raise SteeringError(
+                f"expert ({layer}, {expert}) does not exist: {name} has routers in layers "
+                f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or routers[0].num_experts) - 1}"
+            )
+    if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
+        first, last = plan.layers
+        raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
+    for router in routers:
+        forced = {expert for layer, expert in plan.force if layer == router.layer}
+        if len(forced) > router.top_k:
+            raise SteeringError(
+                f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} a token: "
+                f"force {router.top_k} at most"
+            )
+        banned = {expert for layer, expert in plan.ban if layer == router.layer}
+        if len(banned) > router.num_experts - router.top_k:
+            raise SteeringError(
+                f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
+                f"{router.top_k} a token: ban {router.num_experts - router.top_k} at most"
+            )
+
+
+def _nothing_to_do(plan: SteeringPlan) -> str:
+    where = "" if plan.layers is None else f" in layers {plan.layers[0]}-{plan.layers[1]}"
+    if plan.vector is None:
+        return f"the experts to force and ban are outside layers {plan.layers}: nothing would be steered"
+    return (
+        f"vector '{plan.vector.domain}' has no expert above its threshold {plan.vector.threshold:g}{where}: nothing "
+        "would be steered; lower the threshold (vector.with_threshold) or widen the layers"
+    )

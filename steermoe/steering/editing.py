@@ -1,0 +1,194 @@
+"""How one router's logits are edited: the plans as tensors, what a forward call does to which token, and the tally.
+
+It knows plans and routers, but not where tokens come from: `steering` works that out once for each forward call.
+
+Shapes: T tokens as routers see them (rows after rows), P distinct plans, N experts of a layer, W columns of its logits,
+k experts chosen a token, C router calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steermoe import formulas
+from steermoe.errors import SteeringError
+from steermoe.formulas import Formula, Scale
+from steermoe.routing.routers import Router, chosen_experts
+from steermoe.steering.banks import Bank
+from steermoe.steering.plans import SteeringPlan
+
+PENDING_LIMIT = 1 << 16
+"""Choices that the tally keeps before it counts them: a decode step stays far below, a long prompt goes at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowLayout:
+    """Which plan each token follows, where they differ.
+
+    Attributes:
+        slot_T: the plan's number; 0 where there is none.
+        factor_T1: what to multiply its strength with.
+        ways: each formula and scale in use, with [T, 1] marks of the tokens that it is for.
+    """
+
+    slot_T: Tensor
+    factor_T1: Tensor
+    ways: tuple[tuple[Formula, Scale, Tensor], ...]
+    _moved: dict[torch.device, "RowLayout"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plans: Sequence[SteeringPlan], slots: Sequence[int], factor_BS: Tensor) -> "RowLayout":
+        """For rows that follow the plans of numbers `slots`; -1 is no plan, and its factors are 0."""
+        slot_T = torch.tensor(slots).clamp(min=0).repeat_interleave(factor_BS.shape[1])
+        factor_T = factor_BS.flatten()
+        ways = []
+        for formula, scale in dict.fromkeys((plan.formula, plan.scale) for plan in plans):
+            here_P = torch.tensor([(plan.formula, plan.scale) == (formula, scale) for plan in plans])
+            ways.append((formula, scale, (here_P[slot_T] & (factor_T != 0))[:, None]))
+        return cls(slot_T, factor_T[:, None], tuple(ways))
+
+    def on(self, device: torch.device) -> "RowLayout":
+        """The same on a device; moved once."""
+        if self.slot_T.device == device:
+            return self
+        if device not in self._moved:
+            ways = tuple((formula, scale, here_T1.to(device)) for formula, scale, here_T1 in self.ways)
+            self._moved[device] = RowLayout(self.slot_T.to(device), self.factor_T1.to(device), ways)
+        return self._moved[device]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How one forward call is steered.
+
+    Attributes:
+        tokens: how many are steered and count.
+        counted_T: which they are; None for all.
+        plan: what all tokens follow alike, with `factor` times its strength; None if
+        layout: says which token follows what.
+    """
+
+    tokens: int | Tensor
+    counted_T: Tensor | None
+    plan: SteeringPlan | None = None
+    factor: float = 1.0
+    layout: RowLayout | None = None
+
+
+class Editor:
+    """The handle's hand in one router: edits its logits and notes what it chose.
+
+    Attributes:
+        step: how the forward call that is running is steered in this layer; None if it is not.
+        calls: edited calls of the router that the tally has counted.
+    """
+
+    def __init__(self, router: Router, tally: "Tally") -> None:
+        self.router = router
+        self.bank: Bank
+        self.step: Step | None = None
+        self.calls = 0
+        self._tally = tally
+
+    def active(self) -> bool:
+        return self.step is not None
+
+    def edit(self, logits: Tensor) -> Tensor:
+        step = self.step
+        assert step is not None
+        bank = self.bank.on(logits.device)
+        flat = logits if logits.dim() == 2 else logits.flatten(0, -2)
+        own = flat if flat.shape[1] == self.router.num_experts else flat[:, : self.router.num_experts]
+        own = own if own.dtype == torch.float64 else own.float()
+        if step.plan is not None:
+            steered = _edit_alike(own, bank, step.plan, step.factor)
+        else:
+            steered = self._edit_rows(own, bank, step)
+        steered = steered.to(logits.dtype)
+        if steered.shape[1] != flat.shape[1]:
+            steered = torch.cat([steered, flat[:, steered.shape[1] :]], -1)
+        return steered if logits.dim() == 2 else steered.view_as(logits)
+
+    def observe(self, output: Any) -> None:
+        assert self.step is not None
+        self._tally.add(self, self.step, chosen_experts(self.router, output))
+
+    def _edit_rows(self, logits: Tensor, bank: Bank, step: Step) -> Tensor:
+        """Each formula once over all tokens, with every token's own expert vector and strength."""
+        assert step.layout is not None
+        layout = step.layout.on(logits.device)
+        if len(logits) != len(layout.slot_T):
+            raise SteeringError(
+                f"router '{self.router.name}' saw {len(logits)} tokens where the batch has {len(layout.slot_T)}: "
+                "rows can't be told apart in this model; steer all rows alike"
+            )
+        slot_T, out = layout.slot_T, logits
+        push, raised = bank.push[slot_T] * layout.factor_T1, bank.raised[slot_T]
+        for formula, scale, here_T1 in layout.ways:
+            steered = formulas.apply(formula, logits, push, raised, scale, bank.may_lower)
+            if bank.has_lists:
+                steered = formulas.ban(formulas.force(steered, bank.forced[slot_T]), bank.banned[slot_T])
+            out = steered.where(here_T1, out)
+        return out
+
+
+def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float) -> Tensor:
+    """The same for all tokens; the bank's one row serves them all."""
+    push = bank.push if factor == 1 else bank.push * factor
+    steered = formulas.apply(plan.formula, logits, push, bank.raised, plan.scale, bank.may_lower)
+    if bank.has_lists:
+        steered = formulas.ban(formulas.force(steered, bank.forced), bank.banned)
+    return steered
+
+
+class Tally:
+    """Counts router calls, and what share of the steered tokens' top-k slots went to experts that their plans raise.
+
+    Choices are kept until `count`, which handles all layers of a forward call at once and never waits for a device.
+    Nothing else is written while the model runs, so that torch.compile, which guards what it reads, compiles it once.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Editor, Step, Bank, Tensor]] = []
+        self._hits: dict[torch.device, Tensor] = {}
+        self._slots: int | Tensor = 0
+
+    def add(self, editor: Editor, step: Step, chosen_Tk: Tensor) -> None:
+        self._pending.append((editor, step, editor.bank, chosen_Tk))
+        if not torch.compiler.is_compiling() and len(self._pending) * chosen_Tk.numel() > PENDING_LIMIT:
+            self.count()
+
+    def count(self) -> None:
+        """Count what is pending."""
+        pending, self._pending = self._pending, []
+        groups: dict[Any, list[tuple[Bank, Tensor]]] = {}
+        for editor, step, bank, chosen in pending:
+            editor.calls += 1
+            groups.setdefault((step, bank.wanted.shape, chosen.shape, chosen.device), []).append((bank, chosen))
+        for (step, *_), calls in groups.items():
+            self._count_alike(step, [bank for bank, _ in calls], [chosen for _, chosen in calls])
+
+    def _count_alike(self, step: Step, banks: list[Bank], chosen: list[Tensor]) -> None:
+        chosen_CTk = torch.stack(chosen).long()
+        device = chosen_CTk.device
+        wanted_CPW = torch.stack([bank.on(device).wanted for bank in banks])
+        calls, tokens, top_k = chosen_CTk.shape
+        if step.layout is None:
+            wanted_CTW = wanted_CPW[:, :1].expand(-1, tokens, -1)
+        else:
+            wanted_CTW = wanted_CPW[:, step.layout.on(device).slot_T]
+        hits_CTk = wanted_CTW.gather(-1, chosen_CTk)
+        steered: int | Tensor = tokens
+        if step.counted_T is not None and len(step.counted_T) == tokens:
+            hits_CTk = hits_CTk & step.counted_T.to(device)[:, None]
+            steered = step.tokens
+        self._hits[device] = self._hits.get(device, 0) + hits_CTk.sum()
+        self._slots = self._slots + steered * (top_k * calls)
+
+    def share(self) -> float:
+        """0 to 1; 0 if no token was steered."""
+        slots = int(self._slots)
+        return sum(float(hits) for hits in self._hits.values()) / slots if slots else 0.0

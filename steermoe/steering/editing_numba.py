@@ -1,0 +1,189 @@
+"""Router logits edited by machine code, for processors; compiled by numba and kept on disk.
+
+Between two routers a processor reads weights that push all else out of its caches. Each of torch's small operations
+costs 15 microseconds then, and an edit is seven of them or more; this is one call. It does what `formulas` does, which
+the tests hold it to.
+
+numba doesn't notice that a function was changed which code from another file was compiled with: after a change here,
+remove the folders __pycache__.
+
+Shapes: T tokens of a forward call, W columns of logits, N experts of a layer, P plans.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
+from steermoe.steering.banks import Bank
+
+RAISED, FORCED, BANNED = 1, 2, 4
+"""Bits of a plan's marks: where E > 0, and the experts to force and to ban."""
+ADDITIVE, MAX_SCALED, ZERO_MAX_SCALED = (FORMULAS.index(name) for name in ("additive", "max_scaled", "zero_max_scaled"))
+
+
+def marks_of(bank: Bank) -> NDArray[np.uint8]:
+    """[P, N]: which experts are raised, forced and banned, as bits."""
+    listed = ((bank.raised, RAISED), (bank.forced, FORCED), (bank.banned, BANNED))
+    bits = [marks.numpy().astype(np.uint8) * np.uint8(bit) for marks, bit in listed]
+    return bits[0] | bits[1] | bits[2]
+
+
+class TokenPlans:
+    """Which plan each token of a forward call follows.
+
+    Args:
+        slot_T: its number, int64.
+        factor_T: what to multiply its strength with, float32; a token of factor 0 stays bit for bit.
+    """
+
+    def __init__(self, slot_T: NDArray[np.int64], factor_T: NDArray[np.float32]) -> None:
+        self._kept = slot_T, factor_T
+        self.places = _address(slot_T, np.int64), _address(factor_T, np.float32), len(slot_T)
+
+
+class LayerEditor:
+    """Edits the logits of one layer.
+
+    Args:
+        bank: its plans, on the processor; `push` is read at each call, what else it has only now and by `install`.
+        formula_P: the number of each plan's formula in FORMULAS, for all layers.
+        paper_P: whether its scale is `paper`, for all layers.
+    """
+
+    def __init__(self, bank: Bank, formula_P: NDArray[np.int64], paper_P: NDArray[np.bool_]) -> None:
+        self._marks_PN, self._experts = marks_of(bank), bank.push.shape[1]
+        self._kept = bank.push.numpy(), self._marks_PN, formula_P, paper_P
+        places = map(_address, self._kept, (np.float32, np.uint8, np.int64, np.bool_))
+        self._state = np.array([self._experts, *places], dtype=np.int64)
+        self._place = _address(self._state, np.int64)
+
+    def install(self, slot: int, bank: Bank) -> None:
+        """Take the marks of a slot from the one plan of another bank."""
+        self._marks_PN[slot] = marks_of(bank)[0]
+
+    def edit(self, logits: Tensor, tokens: TokenPlans) -> Tensor:
+        """Logits [T or more, W], computed in float32, as a new tensor of the same type.
+
+        Rows beyond T and columns beyond N stay bit for bit.
+
+        Raises:
+            ValueError: fewer rows than T, or fewer columns than N.
+        """
+        rows, columns = logits.shape
+        if rows < tokens.places[2] or columns < self._experts:
+            raise ValueError(
+                f"logits of shape {rows} x {columns} for {tokens.places[2]} tokens, {self._experts} experts"
+            )
+        if logits.dtype in (torch.bfloat16, torch.float32):
+            steered = logits.clone(memory_format=torch.contiguous_format)
+        else:
+            steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
+        _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, self._place, *tokens.places)
+        return steered if steered.dtype == logits.dtype else steered.to(logits.dtype)
+
+
+def _address(array: NDArray[Any], dtype: Any) -> int:
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise TypeError(f"an array of {array.dtype}, expected a contiguous one of {np.dtype(dtype)}")
+    return int(array.__array_interface__["data"][0])
+
+
+@intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """The address as a pointer, for carray."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(cache=True, error_model="numpy")
+def edit_row(z_N, push_N, marks_N, formula, paper, factor):
+    """Steer one token's logits in place, as `steermoe.formulas` does.
+
+    Args:
+        z_N: logits, float32.
+        push_N: c E, float32.
+        marks_N: RAISED, FORCED and BANNED, uint8.
+        formula: its number in FORMULAS.
+        paper: whether the scale is `paper` and not `magnitude`.
+        factor: what to multiply the push with.
+    """
+    largest = np.float32(-np.inf)
+    listed = np.uint8(0)
+    for n in range(len(z_N)):
+        largest = max(largest, z_N[n])
+        listed |= marks_N[n]
+    scale = largest if paper else abs(largest)
+    for n in range(len(z_N)):
+        push = push_N[n] * factor
+        if formula == ADDITIVE:
+            z_N[n] += push
+        elif formula == MAX_SCALED:
+            z_N[n] += scale * push
+        else:
+            steered = (np.float32(0) if marks_N[n] & RAISED else z_N[n]) + scale * push
+            if not paper and push < 0:
+                steered = min(steered, z_N[n])
+            z_N[n] = steered
+    if listed & FORCED:
+        top = z_N.max() + np.float32(FORCE_MARGIN)
+        for n in range(len(z_N)):
+            if marks_N[n] & FORCED:
+                z_N[n] = top
+    if listed & BANNED:
+        bottom = z_N.max() - np.float32(BAN_DEPTH)
+        for n in range(len(z_N)):
+            if marks_N[n] & BANNED:
+                z_N[n] = bottom
+
+
+@njit(cache=True, error_model="numpy")
+def widen(bits_N, z_N):
+    """Bits of bfloat16 to float32."""
+    wide_N = z_N.view(np.uint32)
+    for n in range(len(z_N)):
+        wide_N[n] = np.uint32(bits_N[n]) << np.uint32(16)
+
+
+@njit(cache=True, error_model="numpy")
+def narrow(z_N, bits_N):
+    """float32 to bits of bfloat16, rounded to the nearest, ties to even."""
+    wide_N = z_N.view(np.uint32)
+    for n in range(len(z_N)):
+        half = np.uint32(0x7FFF) + ((wide_N[n] >> np.uint32(16)) & np.uint32(1))
+        bits_N[n] = np.uint32(0x7FC0) if np.isnan(z_N[n]) else (wide_N[n] + half) >> np.uint32(16)
+
+
+@njit(types.void(*[types.int64] * 2, types.boolean, *[types.int64] * 4), cache=True, error_model="numpy")
+def _edit(logits, columns, is_bfloat16, layer, slots, factors, tokens):
+    """In place. Everything by its address: to look at an array that Python passes costs more than to steer it."""
+    state = carray(pointer(layer), (5,), np.int64)
+    experts = state[0]
+    slot_T = carray(pointer(slots), (tokens,), np.int64)
+    factor_T = carray(pointer(factors), (tokens,), np.float32)
+    row_N = np.empty(experts, np.float32)
+    for t in range(tokens):
+        if factor_T[t] == 0:
+            continue
+        slot = slot_T[t]
+        push_N = carray(pointer(state[1] + 4 * slot * experts), (experts,), np.float32)
+        marks_N = carray(pointer(state[2] + slot * experts), (experts,), np.uint8)
+        formula = carray(pointer(state[3] + 8 * slot), (1,), np.int64)[0]
+        paper = carray(pointer(state[4] + slot), (1,), np.uint8)[0] != 0
+        if is_bfloat16:
+            z_N = carray(pointer(logits + 2 * t * columns), (experts,), np.uint16)
+            widen(z_N, row_N)
+            edit_row(row_N, push_N, marks_N, formula, paper, factor_T[t])
+            narrow(row_N, z_N)
+        else:
+            z_N = carray(pointer(logits + 4 * t * columns), (experts,), np.float32)
+            edit_row(z_N, push_N, marks_N, formula, paper, factor_T[t])

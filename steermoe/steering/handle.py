@@ -1,0 +1,328 @@
+"""Attach steering to a model: the handle that swaps, reports and removes plans, one for all rows or one a row.
+
+Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see them.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steermoe.errors import SteeringError
+from steermoe.routing.intercept import intercept
+from steermoe.routing.routers import find_routers, language_model
+from steermoe.routing.tracker import Tracker, Window
+from steermoe.steering.banks import banks_for
+from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.steering.plans import (
+    DEFAULT_FORMULA,
+    DEFAULT_SCALE,
+    DEFAULT_STRENGTH,
+    LayerExpert,
+    Schedule,
+    SteeringPlan,
+    plan_for,
+)
+from steermoe.steering.report import SteeringReport
+from steermoe.vectors.vector import SteeringVector
+
+__all__ = [
+    "DEFAULT_FORMULA",
+    "DEFAULT_SCALE",
+    "DEFAULT_STRENGTH",
+    "LayerExpert",
+    "Schedule",
+    "SteeringHandle",
+    "SteeringPlan",
+    "SteeringReport",
+    "attach",
+    "plan_for",
+    "steer",
+]
+
+_STEERED: "weakref.WeakKeyDictionary[nn.Module, SteeringHandle]" = weakref.WeakKeyDictionary()
+"""The handle that is attached to a model, by the model's first router, which no wrapper around the model hides."""
+
+
+class SteeringHandle:
+    """Steering that is attached to a model. `set` changes it between tokens, `remove` takes it off.
+
+    Made by `attach`; not by hand. One forward call at a time: threads that share a model must take turns.
+    """
+
+    def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
+        self._model = language_model(model)
+        self._routers = find_routers(self._model)
+        first = self._routers[0].module
+        if first in _STEERED:
+            raise SteeringError(
+                "this model is steered already: change that with handle.set(...), steer toward several domains with "
+                "mix(...), or take it off first with handle.remove()"
+            )
+        self._tally = Tally()
+        self._editors = [Editor(router, self._tally) for router in self._routers]
+        self._tokens_seen: int | Tensor = 0
+        self._tokens_steered: int | Tensor = 0
+        self._was_wanted = False
+        self._calls_before: list[int] = []
+        self._bypassed: dict[str, int] = {}
+        self._layout: tuple[Any, RowLayout] | None = None
+        self._distinct: list[SteeringPlan] = []
+        self._install(plans)
+        with ExitStack() as undo:
+            self._tracker = Tracker(self._model, self._before_forward, self._after_forward)
+            undo.callback(self._tracker.close)
+            for editor in self._editors:
+                undo.callback(intercept(self._model, editor.router, editor))
+            _STEERED[first] = self
+            undo.callback(_STEERED.pop, first, None)
+            self._undo = undo.pop_all()
+
+    # ---- the user's side ----
+
+    @property
+    def plans(self) -> tuple[SteeringPlan | None, ...]:
+        """One plan for all rows, or one a row; None leaves a row alone."""
+        return self._plans
+
+    def set(
+        self,
+        plan: SteeringPlan | None = None,
+        *,
+        rows: Sequence[SteeringPlan | None] | None = None,
+        prompt_length: int | None = None,
+        **changes: Any,
+    ) -> None:
+        """Change the steering from the next forward call on, without attaching anew.
+
+        Args:
+            plan: a new plan for all rows.
+            rows: new plans, one a row; `[None]` pauses steering.
+            prompt_length: columns to take for the prompt when the model is called directly and not by `generate`.
+            changes: fields of the plans to replace, such as `strength=2.0`.
+
+        Raises:
+            SteeringError: a wrong plan; the steering stays as it was.
+        """
+        if plan is not None and rows is not None:
+            raise SteeringError("pass either one plan or plans for the rows, not both")
+        plans = list(rows) if rows is not None else [plan] if plan is not None else list(self._plans)
+        if unknown := sorted(changes.keys() - SteeringPlan.__dataclass_fields__.keys()):
+            known = ", ".join(SteeringPlan.__dataclass_fields__)
+            raise SteeringError(f"a plan has no {', '.join(unknown)}: it has {known}")
+        if changes:
+            plans = [current and replace(current, **changes) for current in plans]
+        if changes or plan is not None or rows is not None:
+            self._install(plans)
+        if prompt_length is not None:
+            self._tracker.prompt_length = prompt_length
+
+    def expect(self, window: Window | None) -> None:
+        """Say which tokens the forward calls that follow are of, for a caller whose rows begin at different times.
+
+        Args:
+            window: as `tracking.Window`, with an `index` a row; None finds out by itself again, as at first.
+        """
+        self._tracker.told = window
+
+    def remove(self) -> None:
+        """Take the steering off; the model is as it was. Does nothing the second time."""
+        self._undo.close()
+
+    def report(self) -> SteeringReport:
+        """What has been steered since attaching."""
+        self._tally.count()
+        return SteeringReport(
+            router_calls=sum(editor.calls for editor in self._editors),
+            tokens_seen=int(self._tokens_seen),
+            tokens_steered=int(self._tokens_steered),
+            vector_share=self._tally.share(),
+        )
+
+    def verify(self) -> None:
+        """Make sure that what was asked for happened.
+
+        Raises:
+            SteeringError: in some forward call, a router that should have been steered was bypassed.
+        """
+        if self._bypassed:
+            name, times = next(iter(self._bypassed.items()))
+            raise SteeringError(
+                f"{len(self._bypassed)} of {len(self._editors)} routers were to be steered but were bypassed (such as "
+                f"'{name}', in {times} forward calls): a fused kernel or another library's wrapper replaced their "
+                "forward; load the model without it, or attach the steering after it"
+            )
+
+    def require_steered_tokens(self) -> None:
+        """As `verify`, and raise too if no token was there to be steered at all."""
+        self.verify()
+        if self._was_wanted or not any(plan and plan.does_something for plan in self._plans):
+            return
+        seen = int(self._tokens_seen)
+        if not seen:
+            raise SteeringError(
+                "steering was asked for, but the model was not called: call the model itself, or its generate, "
+                "inside the block"
+            )
+        positions = sorted({plan.positions for plan in self._plans if plan})
+        raise SteeringError(
+            f"steering was asked for, but none of the {seen} tokens that the model saw was to be steered "
+            f"(positions {', '.join(positions)}): generate some, or steer with positions='all'"
+        )
+
+    # ---- plans ----
+
+    def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
+        if not plans:
+            raise SteeringError("no plans given: pass a plan, or one a row (None for rows to leave alone)")
+        if self._distinct and set(plans) <= {None, *self._distinct}:
+            self._assign(plans)  # rows that come and go between plans that are known already
+            return
+        distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
+        banks = banks_for(self._model, self._routers, distinct)
+        for editor, bank in zip(self._editors, banks, strict=True):
+            editor.bank = bank
+        self._distinct = distinct
+        self._assign(plans)
+
+    def _assign(self, plans: Sequence[SteeringPlan | None]) -> None:
+        numbers = {plan: number for number, plan in enumerate(self._distinct)}
+        self._plans = tuple(plans)
+        self._slots = [-1 if plan is None else numbers[plan] for plan in plans]
+        self._layout = None
+
+    # ---- what the tracker calls ----
+
+    def _before_forward(self, window: Window) -> None:
+        self._tokens_seen = self._tokens_seen + window.tokens
+        step = self._step(window)
+        if step is not None:
+            self._tokens_steered = self._tokens_steered + step.tokens
+            self._was_wanted = True
+        for editor in self._editors:
+            if editor.router.stack == window.stack:
+                editor.step = None if editor.bank.is_idle else step
+        self._calls_before = [editor.calls for editor in self._editors]
+
+    def _after_forward(self, window: Window) -> None:
+        self._tally.count()
+        for editor, before in zip(self._editors, self._calls_before, strict=True):
+            if editor.router.stack == window.stack:
+                if editor.step is not None and editor.calls == before:
+                    self._bypassed[editor.router.name] = self._bypassed.get(editor.router.name, 0) + 1
+                editor.step = None
+
+    def _step(self, window: Window) -> Step | None:
+        """The step for these tokens, or None if none of them is steered."""
+        slots = self._slots_of(window.rows)
+        factor_BS = self._factors(window, slots)
+        if factor_BS is None or not bool(factor_BS.any()):
+            return None
+        counted_T = None if window.counted is None else window.counted.flatten()
+        if len(self._distinct) == 1 and -1 not in slots and bool((factor_BS == factor_BS[0, 0]).all()):
+            return Step(window.tokens, counted_T, plan=self._distinct[0], factor=float(factor_BS[0, 0]))
+        steered_T = (factor_BS != 0).flatten()
+        if counted_T is not None:
+            counted_T = counted_T & steered_T.to(counted_T.device)
+            tokens: int | Tensor = counted_T.sum()
+        else:
+            counted_T, tokens = steered_T, int(steered_T.sum())
+        return Step(tokens, counted_T, layout=self._layout_for(slots, factor_BS))
+
+    def _factors(self, window: Window, slots: list[int]) -> Tensor | None:
+        """[B, S], by how much each token's strength is to be multiplied; None if no row has a plan."""
+        index = window.generated_index()
+        used = sorted(set(slots) - {-1})
+        if not used:
+            return None
+        if index.dim() == 1:
+            factors_PS = {slot: self._distinct[slot].factor(index) for slot in used}
+            idle = torch.zeros(window.columns)
+            return torch.stack([factors_PS.get(slot, idle) for slot in slots])
+        factor_BS = torch.zeros(index.shape)
+        slot_B = torch.tensor(slots)
+        for slot in used:
+            factor_BS[slot_B == slot] = self._distinct[slot].factor(index[slot_B == slot])
+        return factor_BS
+
+    def _slots_of(self, rows: int) -> list[int]:
+        """The number of each row's plan."""
+        if len(self._slots) == 1:
+            return self._slots * rows
+        repeats, rest = divmod(rows, len(self._slots))
+        if rest:
+            raise SteeringError(
+                f"{len(self._slots)} row plans can't be laid over {rows} rows: give one plan a row, or one for all"
+            )
+        return [slot for slot in self._slots for _ in range(repeats)]  # beams and return sequences repeat each row
+
+    def _layout_for(self, slots: list[int], factor_BS: Tensor) -> RowLayout:
+        """The layout, or the last one if nothing changed, as from token to token while strengths are constant."""
+        key = (slots, factor_BS.tolist()) if factor_BS.shape[1] == 1 else None
+        if key is None:
+            return RowLayout.of(self._distinct, slots, factor_BS)
+        if self._layout is None or self._layout[0] != key:
+            self._layout = key, RowLayout.of(self._distinct, slots, factor_BS)
+        return self._layout[1]
+
+
+def attach(
+    model: nn.Module,
+    plan: SteeringPlan | None = None,
+    *,
+    rows: Sequence[SteeringPlan | None] | None = None,
+) -> SteeringHandle:
+    """Steer a model until the handle's `remove`.
+
+    A model is steered by one handle at a time: two would act on each other's logits, and one that was forgotten, as
+    happens in notebooks, would go unnoticed. `handle.set` changes a steering, `mix` steers toward several domains.
+
+    Args:
+        model: any model of transformers with routers, or remote code that is built alike.
+        plan: one plan for all rows of every batch.
+        rows: instead, one plan a row; None leaves the row exactly as it would be without steering.
+
+    Returns:
+        the handle. If attaching fails, nothing is left behind.
+
+    Raises:
+        UnsupportedModel: no router to steer. CompatibilityError: a vector of another model.
+        SteeringError: a wrong plan, or a model that is steered already.
+    """
+    if (plan is None) == (rows is None):
+        raise SteeringError("pass either one plan or plans for the rows, not both and not neither")
+    return SteeringHandle(model, [plan] if rows is None else list(rows))
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    vector: SteeringVector | None = None,
+    strength: float | None = None,
+    *,
+    rows: Sequence[SteeringPlan | None] | None = None,
+    **plan: Any,
+) -> Iterator[SteeringHandle]:
+    """Steer a model inside a `with` block.
+
+    Args:
+        model: as in `attach`.
+        vector: the domain's vector.
+        strength: c; by default the strength that the vector was calibrated to.
+        rows: plans a row instead of a vector for all.
+        plan: further fields of `SteeringPlan`.
+
+    Raises:
+        SteeringError: as `attach`; and at the end of the block, if no token was steered though it was asked for.
+    """
+    if rows is not None and (vector is not None or strength is not None or plan):
+        raise SteeringError("pass either a vector with its settings or plans for the rows, not both")
+    handle = attach(model, plan_for(vector, strength, **plan)) if rows is None else attach(model, rows=rows)
+    with ExitStack() as undo:
+        undo.callback(handle.remove)
+        yield handle
+        handle.require_steered_tokens()

@@ -1,0 +1,164 @@
+"""Plans: everything that decides how tokens are steered, and how to make one from what a user writes. Knows no
+model's insides.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steermoe.errors import SteeringError
+from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.routing.tracker import POSITIONS, Positions, select
+from steermoe.vectors.vector import SteeringVector
+
+DEFAULT_FORMULA: Formula = "max_scaled"
+"""At equal damage it reached more texts than (5), whose effect jumps where c E passes 1 (docs/evidence.md)."""
+DEFAULT_SCALE: Scale = "magnitude"
+DEFAULT_STRENGTH = 8.0
+"""For vectors that were not calibrated; `steermoe calibrate` finds their own."""
+
+LayerExpert = tuple[int, int]
+"""(decoder layer, expert)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How strength changes over the generated tokens; prompt tokens, where they are steered, take the full strength.
+
+    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers tokens A
+    to B-1 only.
+    """
+
+    kind: Literal["constant", "decay", "window"] = "constant"
+    start: int = 0
+    stop: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        if text == "constant":
+            return cls()
+        if (match := re.fullmatch(r"decay:(\d+)", text)) and int(match[1]) > 0:
+            return cls("decay", 0, int(match[1]))
+        if (match := re.fullmatch(r"window:(\d+)-(\d+)", text)) and int(match[1]) < int(match[2]):
+            return cls("window", int(match[1]), int(match[2]))
+        raise SteeringError(
+            f"schedule '{text}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), in tokens"
+        )
+
+    def factor(self, index: Tensor) -> Tensor:
+        """What to multiply the strength with, for generated token number `index` (negative in the prompt)."""
+        if self.kind == "constant":
+            return torch.ones(index.shape)
+        if self.kind == "decay":
+            return (1 - index.clamp(min=0) / self.stop).clamp(min=0)
+        return ((index < 0) | ((index >= self.start) & (index < self.stop))).float()
+
+    def __str__(self) -> str:
+        return {
+            "constant": "constant",
+            "decay": f"decay:{self.stop}",
+            "window": f"window:{self.start}-{self.stop}",
+        }[self.kind]
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """Everything that decides how tokens are steered.
+
+    Attributes:
+        vector: the expert vector to steer with; None if only `force` and `ban` are wanted.
+        strength: c of the formulas; negative steers away from the domain, 0 leaves the model exactly as it is.
+        formula: `additive` (3), `max_scaled` (4) or `zero_max_scaled` (5).
+        scale: see `formulas.Scale`.
+        positions: `generated` tokens (the default), `prompt` or `all`.
+        schedule: a Schedule or its text.
+        layers: decoder layers (first, last), both included, to restrict steering to; None for all.
+        force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
+
+    Raises:
+        SteeringError: an unknown name, a strength that is not a finite number, or nothing to do.
+    """
+
+    vector: SteeringVector | None = None
+    strength: float = DEFAULT_STRENGTH
+    formula: Formula = DEFAULT_FORMULA
+    scale: Scale = DEFAULT_SCALE
+    positions: Positions = "generated"
+    schedule: Schedule = field(default_factory=Schedule)
+    layers: tuple[int, int] | None = None
+    force: tuple[LayerExpert, ...] = ()
+    ban: tuple[LayerExpert, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("formula", FORMULAS), ("scale", SCALES), ("positions", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise SteeringError(f"{name} '{getattr(self, name)}' is unknown: use {', '.join(known)}")
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        if not isinstance(self.strength, int | float) or not abs(self.strength) < float("inf"):
+            raise SteeringError(f"strength {self.strength!r} must be a finite number, such as {DEFAULT_STRENGTH:g}")
+        for name in ("force", "ban"):
+            object.__setattr__(self, name, tuple(_pair(name, entry) for entry in getattr(self, name)))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _pair("layers", self.layers))
+            if not 0 <= self.layers[0] <= self.layers[1]:
+                raise SteeringError(
+                    f"layers {self.layers[0]}-{self.layers[1]} is no range: give first and last, counted from 0"
+                )
+        if self.vector is None and not self.force and not self.ban:
+            raise SteeringError("a plan needs a vector, or experts to force or ban")
+        if both := set(self.force) & set(self.ban):
+            raise SteeringError(f"experts {sorted(both)} are both forced and banned: keep each in one of the lists")
+
+    @property
+    def does_something(self) -> bool:
+        return bool(self.force or self.ban) or (self.vector is not None and self.strength != 0)
+
+    def factor(self, index: Tensor) -> Tensor:
+        """How strongly each token is steered, as a multiple of the strength; `index` as in `Schedule.factor`."""
+        return self.schedule.factor(index) * select(self.positions, index) * self.does_something
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(number, int) for number in value):
+        return value[0], value[1]
+    wanted = "(first, last)" if name == "layers" else "(layer, expert) pairs"
+    raise SteeringError(f"{name}: {value!r} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
+
+
+def plan_for(vector: SteeringVector | None, strength: float | None = None, **fields: Any) -> SteeringPlan:
+    """A plan whose strength, formula and scale are, where not given, the ones the vector was calibrated with."""
+    info = vector.info if vector is not None else None
+    if strength is None:
+        strength = info.strength if info and info.strength is not None else DEFAULT_STRENGTH
+    for name in ("formula", "scale"):
+        if fields.get(name) is None:
+            fields[name] = getattr(info, name, None) or {"formula": DEFAULT_FORMULA, "scale": DEFAULT_SCALE}[name]
+    return SteeringPlan(vector, strength, **fields)
+
+
+def beyond_safe_range(plan: SteeringPlan) -> str:
+    """A warning if the strength is outside the range that the vector was calibrated to; "" if not, or if none is known.
+
+    The range holds for the formula and scale that it was measured with.
+    """
+    info = plan.vector.info if plan.vector is not None else None
+    if plan.vector is None or info is None or info.safe_range is None:
+        return ""
+    if (info.formula, info.scale) != (plan.formula, plan.scale):
+        return ""
+    low, high = info.safe_range
+    if low <= plan.strength <= high:
+        return ""
+    measured = f" (damage there: {info.damage:.2g} nats)" if info.damage is not None else ""
+    return (
+        f"strength {plan.strength:g} is outside {low:g} to {high:g}, the safe range that '{plan.vector.domain}' was "
+        f"calibrated to{measured}: the text may suffer; `steermoe calibrate` measures it"
+    )
+
+
+# ---- what a user writes ----

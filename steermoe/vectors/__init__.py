@@ -1,0 +1,1 @@
+"""Steering vectors: what they are, their files, where they are found."""

@@ -1,0 +1,216 @@
+"""Vector files: one safetensors file a vector, its matrices and a JSON header, hashed; no pickle. Knows no folders."""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from steermoe.errors import VectorError, VectorNotFound
+from steermoe.files import atomic_path
+from steermoe.vectors.vector import SteeringVector, VectorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+FORMAT_VERSION = 1
+
+
+SUFFIX = ".safetensors"
+
+
+METADATA_KEY = "steermoe"
+
+
+MATRICES = ("frequency", "baseline", "weights")
+
+
+HEADER_FIELDS = {
+    "domain": str,
+    "layers": list,
+    "num_experts": int,
+    "threshold": float,
+    "relative": bool,
+    "tensors_sha256": str,
+    "info": dict,
+}
+
+
+DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class VectorHeader:
+    """What a vector file says of itself: everything but its numbers. Fields as in `SteeringVector`.
+
+    Attributes:
+        matrices: which of `frequency`, `baseline` and `weights` it holds.
+    """
+
+    domain: str
+    layers: tuple[int, ...]
+    num_experts: int
+    threshold: float
+    relative: bool
+    tensors_sha256: str
+    matrices: tuple[str, ...]
+    info: VectorInfo
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat object for JSON."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "info"}
+        return {**own, **asdict(self.info)}
+
+
+def check_domain_name(name: str) -> str:
+    """The name, if it can be a file's.
+
+    Raises:
+        VectorError: it could leave the folder or isn't portable.
+    """
+    if not DOMAIN_NAME.fullmatch(name):
+        raise VectorError(
+            f"domain name '{name}' is not allowed: use small letters, digits, - and _, not - or _ first "
+            f"(the path of a vector file ends in {SUFFIX})"
+        )
+    return name
+
+
+def read_header(path: Path | str) -> VectorHeader:
+    """Read what a file says of itself, without its numbers and without torch.
+
+    Raises:
+        VectorNotFound: no such file. VectorError: no vector file, an unknown version, or a damaged header.
+    """
+    with _open(Path(path), "np") as file:
+        return _parse_header(file)
+
+
+def read_vector(path: Path | str) -> SteeringVector:
+    """Read one file and check all of it.
+
+    Raises:
+        VectorNotFound: no such file. VectorError: no vector file, an unknown version, other content than its hash says,
+            or numbers that can't be (see `SteeringVector`).
+    """
+    with _open(Path(path), "pt") as file:
+        header = _parse_header(file)
+        kinds = {name: file.get_slice(name).get_dtype() for name in header.matrices}
+        if wrong := {name: kind for name, kind in kinds.items() if name not in MATRICES or kind != "F32"}:
+            raise VectorError(f"it holds {wrong}, expected F32 matrices named {', '.join(MATRICES)}")
+        tensors = {name: file.get_tensor(name) for name in kinds}
+        if header.tensors_sha256 != tensors_sha256(tensors):
+            raise VectorError(
+                "its numbers do not match the hash in its header; it was changed or damaged: get it again"
+            )
+        vector = SteeringVector(
+            domain=header.domain,
+            layers=header.layers,
+            threshold=header.threshold,
+            relative=header.relative,
+            info=header.info,
+            **{name: tensors.get(name) for name in MATRICES},
+        )
+        if vector.num_experts != header.num_experts:
+            raise VectorError(f"its header says {header.num_experts} experts a layer, it has {vector.num_experts}")
+        return vector
+
+
+@contextlib.contextmanager
+def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
+    """An open safetensors file; whatever goes wrong with it becomes a VectorError that names it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not path.is_file():
+            raise VectorNotFound(f"no vector file '{path}'; `steermoe vectors list` shows what there is")
+        with safe_open(path, framework) as file:
+            yield file
+    except VectorNotFound:
+        raise
+    except VectorError as error:
+        raise VectorError(f"'{path}': {error}") from error
+    except SafetensorError as error:
+        raise VectorError(f"'{path}' is no safetensors file or is cut off ({error}); get it again") from error
+    except OSError as error:
+        raise VectorError(f"can't read '{path}': {error.strerror or error}") from error
+
+
+def _parse_header(file: Any) -> VectorHeader:
+    """The header of an open file as it should be, or a VectorError."""
+    header = (file.metadata() or {}).get(METADATA_KEY)
+    if header is None:
+        raise VectorError(f"it is no steering vector: its header has no '{METADATA_KEY}' entry")
+    try:
+        data = json.loads(header)
+        version = data["format_version"]
+        if version != FORMAT_VERSION:
+            raise VectorError(
+                f"it has format version {version}, this steermoe reads {FORMAT_VERSION}: upgrade steermoe"
+            )
+        for name, kind in HEADER_FIELDS.items():
+            if type(data[name]) is not kind:
+                raise TypeError(f"{name} is {data[name]!r}")
+        if not all(type(layer) is int for layer in data["layers"]):
+            raise TypeError(f"layers are {data['layers']!r}")
+        info = {f.name: data["info"][f.name] for f in fields(VectorInfo) if f.name in data["info"]}
+        for name in ("keywords", "safe_range", "parts"):
+            if isinstance(info.get(name), list):
+                info[name] = tuple(info[name])
+        return VectorHeader(
+            domain="+".join(map(check_domain_name, data["domain"].split("+"))),
+            layers=tuple(data["layers"]),
+            num_experts=data["num_experts"],
+            threshold=data["threshold"],
+            relative=data["relative"],
+            tensors_sha256=data["tensors_sha256"],
+            matrices=tuple(sorted(file.keys())),
+            info=VectorInfo(**info),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VectorError(f"its '{METADATA_KEY}' header lacks or garbles a field ({error!r}); get it again") from error
+
+
+def write_vector(vector: SteeringVector, path: Path) -> None:
+    """Write a vector file at once or not at all: a temporary file that is renamed when it is complete.
+
+    Raises:
+        VectorError: the folder can't be written to, or the domain can't be a file's name.
+    """
+    from safetensors.torch import save
+
+    for name in vector.domain.split("+"):
+        check_domain_name(name)
+    tensors = {name: getattr(vector, name) for name in MATRICES if getattr(vector, name) is not None}
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "domain": vector.domain,
+        "layers": list(vector.layers),
+        "num_experts": vector.num_experts,
+        "threshold": float(vector.threshold),
+        "relative": bool(vector.relative),
+        "tensors_sha256": tensors_sha256(tensors),
+        "info": asdict(vector.info),
+    }
+    content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise VectorError(f"can't write '{path}': {error.strerror}; name another file or folder") from error
+
+
+def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
+    """The hash that a file's header keeps of its matrices: names, kinds, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

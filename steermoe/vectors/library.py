@@ -1,0 +1,124 @@
+"""Vector files: where they are searched, how they are read, checked, written and imported.
+
+A file is safetensors with up to three matrices of [L layers, N experts] (`frequency`, `baseline`, `weights`) and one
+JSON string of metadata under the key `steermoe`. No pickle, so loading runs no code. torch is imported only where
+numbers are read.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steermoe.errors import CompatibilityError, VectorNotFound
+from steermoe.vectors.file import DOMAIN_NAME, SUFFIX, check_domain_name, read_vector
+from steermoe.vectors.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steermoe.routing.shape import Target
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """A vector file that was found: its path, its domain, and the folder (named after a model) that it is in."""
+
+    path: Path
+    domain: str
+    group: str
+
+
+def search_path(folder: Path | str | None = None) -> list[Path]:
+    """Folders that are searched for vectors, first to last, whether they exist or not.
+
+    `folder` if given, $STEERMOE_VECTORS, ./steering_vectors, the user's data folder, what is shipped with the package.
+    """
+    from platformdirs import user_data_path
+
+    folders = [Path(folder)] if folder is not None else []
+    if os.environ.get("STEERMOE_VECTORS"):
+        folders += [Path(part) for part in os.environ["STEERMOE_VECTORS"].split(os.pathsep) if part]
+    folders += [Path("steering_vectors"), user_data_path("steermoe") / "steering_vectors", packaged_vectors()]
+    return list(dict.fromkeys(path.resolve() for path in folders))
+
+
+def packaged_vectors() -> Path:
+    """The vectors that came with the package: inside it when installed, beside it in a checkout."""
+    inside = PACKAGE / "steering_vectors"
+    return inside if inside.is_dir() else PACKAGE.parent / "steering_vectors"
+
+
+def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
+    """All vector files on the search path, a domain's earlier file before a later one of the same name.
+
+    Files whose names can't be a domain's, such as hidden ones, are left out.
+    """
+    found = []
+    for place in search_path(folder):
+        for path in sorted(place.glob(f"*{SUFFIX}")) + sorted(place.glob(f"*/*{SUFFIX}")):
+            domain = path.name.removesuffix(SUFFIX)
+            if DOMAIN_NAME.fullmatch(domain):
+                found.append(VectorFile(path, domain, "" if path.parent == place else path.parent.name))
+    return found
+
+
+def find_vector(name: str | Path, *, folder: Path | str | None = None, group: str | None = None) -> list[Path]:
+    """The files that a name can mean, first to last: a vector file's own path, or a domain's files on the search path.
+
+    Raises:
+        VectorNotFound: no such file.
+    """
+    if Path(name).suffix == SUFFIX:
+        return [Path(name)]
+    domain = check_domain_name(str(name))
+    files = [file for file in find_vectors(folder) if group in (None, file.group)]
+    if found := [file.path for file in files if file.domain == domain]:
+        return found
+    known = sorted({file.domain for file in files})
+    where = f" for {group}" if group else ""
+    raise VectorNotFound(
+        f"no vector '{domain}'{where}; there are {', '.join(known) or 'none'} (searched: "
+        f"{', '.join(str(path) for path in search_path(folder))}); build one with `steermoe vectors build`"
+    )
+
+
+def read_fitting(paths: Sequence[Path], check: Callable[[SteeringVector], None]) -> tuple[Path, SteeringVector]:
+    """The first of several files that passes a check of its fit, which raises CompatibilityError where it does not.
+
+    Raises:
+        CompatibilityError: none fits; the first one's error.
+    """
+    misfits = []
+    for path in paths:
+        vector = read_vector(path)
+        try:
+            check(vector)
+        except CompatibilityError as error:
+            misfits.append(error)
+        else:
+            return path, vector
+    raise misfits[0]
+
+
+def load_vector(
+    name: str | Path, model: "Target | None" = None, *, folder: Path | str | None = None, group: str | None = None
+) -> SteeringVector:
+    """Load a domain's vector.
+
+    Args:
+        name: a domain, or the path of a vector file.
+        model: the model to steer; of several files of the domain the first that fits it is taken.
+        folder: searched before all others.
+        group: only look in this model's folder, such as "smollm2-moe".
+
+    Raises:
+        VectorNotFound: no such file. CompatibilityError: only files for other models. VectorError: a damaged file.
+    """
+    paths = find_vector(name, folder=folder, group=group)
+    if model is None:
+        return read_vector(paths[0])
+    from steermoe.routing.shape import check_fits
+
+    return read_fitting(paths, lambda vector: check_fits(model, vector))[1]

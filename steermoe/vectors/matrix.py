@@ -1,0 +1,63 @@
+"""Import expert vectors that others keep as a JSON matrix of layers x experts, as the paper's authors do."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from steermoe.errors import VectorError, VectorNotFound
+from steermoe.vectors.file import check_domain_name
+from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
+
+
+def import_matrix(
+    path: Path, domain: str, *, layers: Sequence[int] | None = None, info: VectorInfo | None = None
+) -> SteeringVector:
+    """Read an expert vector as the paper's authors keep it: JSON, a list of L lists of N numbers.
+
+    Rows that each sum to 1 are taken for frequencies F, anything else for E itself.
+
+    Args:
+        path: the JSON file.
+        domain: name of the vector.
+        layers: the decoder layer of each row; by default 0 to L-1.
+        info: what else is known.
+
+    Raises:
+        VectorError: not JSON, not such a list, or numbers that can't be.
+    """
+    import torch
+
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise VectorNotFound(f"can't read '{path}': {error.strerror}; give a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise VectorError(f"'{path}' is not JSON: {error}") from error
+    is_matrix = isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)
+    if not is_matrix or not all(type(x) in (int, float) for row in rows for x in row):
+        raise VectorError(f"'{path}' is no matrix: expected a list of L lists of N numbers")
+    if len({len(row) for row in rows}) != 1:
+        raise VectorError(
+            f"'{path}': its rows have different lengths {sorted({len(row) for row in rows})}, expected one"
+        )
+    numbers = tuple(layers) if layers is not None else tuple(range(len(rows)))
+    if len(numbers) != len(rows):
+        raise VectorError(
+            f"'{path}' has {len(rows)} rows, expected one for each of {len(numbers)} layers: it is for another model"
+        )
+    try:
+        matrix = torch.tensor(rows, dtype=torch.float32)
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise VectorError(f"'{path}' holds a number that is too large for float32") from error
+    if not matrix.any():
+        raise VectorError(f"'{path}' holds nothing but zeros: it would steer nothing")
+    info = info or VectorInfo()
+    is_frequency = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
+    return SteeringVector(
+        check_domain_name(domain),
+        matrix if is_frequency else None,
+        numbers,
+        weights=None if is_frequency else matrix,
+        info=replace(info, created_by=info.created_by or "steermoe vectors import"),
+    )

@@ -1,0 +1,231 @@
+"""Steering vectors: what a domain's routing looks like, and the expert vector E that steers toward it. Knows no files.
+
+Shapes: L MoE layers of the model (dense layers don't count), N experts a layer. Imports no torch, only uses the tensors
+that it is given; so `steermoe vectors list` answers at once.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from steermoe.errors import CompatibilityError, VectorError
+from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_THRESHOLD = 3.0
+ROW_SUM_TOLERANCE = 1e-3
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+
+
+_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    *(
+        (name, _is_text, "text")
+        for name in ("title", "model", "architecture", "corpus_sha256", "created_by", "licence")
+    ),
+    *(
+        (name, lambda value: isinstance(value, tuple) and all(map(_is_text, value)), "a tuple of texts")
+        for name in ("keywords", "parts")
+    ),
+    *((name, _is_count, "a whole number over 0") for name in ("top_k", "texts", "tokens")),
+    ("formula", lambda value: value is None or value in FORMULAS, " or ".join(FORMULAS)),
+    ("scale", lambda value: value is None or value in SCALES, " or ".join(SCALES)),
+    *((name, lambda value: value is None or _is_number(value), "a finite number") for name in ("strength", "damage")),
+    ("safe_range", lambda value: value is None or _is_range(value), "two finite numbers, the smaller first"),
+)
+
+
+@dataclass(frozen=True)
+class VectorInfo:
+    """What is known about a vector besides its numbers. All of it optional, all of it kept in the file.
+
+    Raises:
+        VectorError: a value of the wrong kind, such as a strength that is no finite number.
+    """
+
+    title: str = ""
+    keywords: tuple[str, ...] = ()
+    model: str = ""
+    """Name or id of the model that it was built for."""
+    architecture: str = ""
+    """That model's `model_type`."""
+    top_k: int | None = None
+    formula: Formula | None = None
+    scale: Scale | None = None
+    strength: float | None = None
+    """The strength to steer with by default, found by measurement."""
+    safe_range: tuple[float, float] | None = None
+    damage: float | None = None
+    """95th percentile of KL(steered || unsteered) in nats, measured at the upper end of the safe range."""
+    texts: int | None = None
+    tokens: int | None = None
+    corpus_sha256: str = ""
+    created_by: str = ""
+    licence: str = ""
+    parts: tuple[str, ...] = ()
+    """Of a mixture: each part as "name=weight", with the start of its hash where it came from a file."""
+
+    def __post_init__(self) -> None:
+        for name, is_right, expected in _EXPECTED:
+            if not is_right(getattr(self, name)):
+                raise VectorError(f"a vector's {name} is {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """The routing of one domain's texts and the expert vector that follows from it.
+
+    Attributes:
+        domain: its name.
+        frequency: mean routing embedding F [L, N] of the domain's texts, rows summing to 1; None where only E is known.
+        layers: the decoder layer that each of the L rows belongs to.
+        threshold: E keeps what exceeds `threshold` times the uniform frequency 1/N (the paper: 3).
+        baseline: mean F [L, N] of a whole corpus, to tell popular experts from the domain's own.
+        relative: if true, E keeps what exceeds `threshold` times the baseline instead.
+        weights: E itself [L, N], where it does not follow from the frequency: a mixture or an imported matrix.
+        info: provenance and calibration.
+
+    Raises:
+        VectorError: shapes that don't agree, NaN or infinity, negative frequencies, rows that don't sum to 1.
+    """
+
+    domain: str
+    frequency: "Tensor | None"
+    layers: tuple[int, ...]
+    threshold: float = DEFAULT_THRESHOLD
+    baseline: "Tensor | None" = None
+    relative: bool = False
+    weights: "Tensor | None" = None
+    info: VectorInfo = field(default_factory=VectorInfo)
+
+    def __post_init__(self) -> None:
+        if self.frequency is None and self.weights is None:
+            raise VectorError(f"vector '{self.domain}' has neither frequencies nor weights: give one of them")
+        if self.relative and self.baseline is None:
+            raise VectorError(f"vector '{self.domain}' is relative but has no baseline: store the corpus baseline too")
+        if not 0 <= self.threshold < float("inf"):
+            raise VectorError(f"vector '{self.domain}': threshold {self.threshold} must be a finite number, 0 or more")
+        for name in ("frequency", "baseline", "weights"):
+            matrix = getattr(self, name)
+            if matrix is not None:
+                _check_matrix(self.domain, name, matrix, len(self.layers))
+        shapes = {tuple(m.shape) for m in (self.frequency, self.baseline, self.weights) if m is not None}
+        if len(shapes) > 1:
+            raise VectorError(f"vector '{self.domain}': its matrices have different shapes {sorted(shapes)}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise VectorError(
+                f"vector '{self.domain}': layers {self.layers} must be one or more, increasing, from 0 on"
+            )
+
+    @cached_property
+    def experts(self) -> "Tensor":
+        """The expert vector E [L, N], float32: the frequencies above the threshold, else 0 (or `weights` as given)."""
+        if self.weights is not None:
+            return self.weights.float()
+        assert self.frequency is not None
+        frequency = self.frequency.float()
+        usual = self.baseline.float() if self.relative and self.baseline is not None else 1 / self.num_experts
+        return frequency.where(frequency > self.threshold * usual, 0.0)
+
+    @property
+    def _matrix(self) -> "Tensor":
+        matrix = self.weights if self.weights is not None else self.frequency
+        assert matrix is not None
+        return matrix
+
+    @property
+    def num_layers(self) -> int:
+        return self._matrix.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self._matrix.shape[1]
+
+    def chosen(self) -> dict[int, dict[int, float]]:
+        """The experts that E holds: decoder layer -> expert -> weight, zeros left out."""
+        return {
+            layer: {expert: weight for expert, weight in enumerate(row) if weight}
+            for layer, row in zip(self.layers, self.experts.tolist(), strict=True)
+        }
+
+    def with_threshold(self, threshold: float, relative: bool = False) -> "SteeringVector":
+        """The same frequencies cut at another threshold."""
+        if self.frequency is None:
+            raise VectorError(f"vector '{self.domain}' has no frequencies to threshold: it is a mixture or an import")
+        return replace(self, threshold=threshold, relative=relative, weights=None)
+
+    def check_fits(self, layers: Sequence[int], widths: Sequence[int], model: str, architecture: str = "") -> None:
+        """Check that the vector fits a model's routers.
+
+        Args:
+            layers: decoder layer index of each router.
+            widths: experts of each router.
+            model: the model's name, for the message.
+            architecture: its `model_type`, compared where both are known.
+
+        Raises:
+            CompatibilityError: another architecture, number of layers or of experts, or other layers.
+        """
+        built_for = f"it was built for {self.info.model}" if self.info.model else "it was built for another model"
+        fix = f"{built_for}; build one for {model} with `steermoe vectors build`"
+        own, expected = f"{self.num_layers}x{self.num_experts}", f"{len(layers)}x{max(widths)}"
+        if self.num_layers != len(layers) or not all(self.num_experts <= width for width in widths):
+            raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")
+        if min(widths) - self.num_experts > max(2, min(widths) // 4):
+            raise CompatibilityError(
+                f"vector '{self.domain}' has {self.num_experts} experts a layer, {model} has {min(widths)}: {fix}"
+            )
+        if tuple(layers) != self.layers:
+            raise CompatibilityError(
+                f"vector '{self.domain}' is for decoder layers {format_layers(self.layers)}, "
+                f"{model} has routers in {format_layers(layers)}: {fix}"
+            )
+        if self.info.architecture and architecture and self.info.architecture != architecture:
+            raise CompatibilityError(
+                f"vector '{self.domain}' is for {self.info.architecture} models, {model} is {architecture}: {fix}"
+            )
+
+
+def _check_matrix(domain: str, name: str, matrix: "Tensor", rows: int) -> None:
+    if matrix.dim() != 2 or matrix.shape[0] != rows or matrix.shape[1] < 2:
+        raise VectorError(
+            f"vector '{domain}': {name} has shape {list(matrix.shape)}, expected {rows} layers x 2 or more experts"
+        )
+    if not matrix.isfinite().all():
+        raise VectorError(f"vector '{domain}': {name} holds NaN or infinity; build the vector again")
+    if name == "weights":
+        return
+    if (matrix < 0).any():
+        raise VectorError(f"vector '{domain}': {name} holds {matrix.min():.3g}, but frequencies are never negative")
+    sums = matrix.float().sum(-1)
+    if ((sums - 1).abs() > ROW_SUM_TOLERANCE).any():
+        worst = int((sums - 1).abs().argmax())
+        raise VectorError(
+            f"vector '{domain}': row {worst} of {name} sums to {sums[worst]:.4g}, "
+            "expected 1; divide each row by its sum"
+        )
+
+
+def format_layers(layers: Sequence[int]) -> str:
+    """Layers as one line can hold them: 3-27, or 0, 2, 4 and so on."""
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+    return ", ".join(map(str, layers))

@@ -1,0 +1,196 @@
+"""Prompts as lines of text and JSON: what becomes a story, and what is said of a line that can't."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+
+from steermoe.batch import jobs
+from steermoe.batch.jobs import Job, Problem, PromptFile, Settings
+from steermoe.engines.request import Sampling
+from steermoe.errors import BatchError
+from steermoe.steering.spec import Steering
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Writes lines to a file and reads them back as jobs and problems."""
+
+    def read(content, settings=None, name="prompts.jsonl", format="auto"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        file = PromptFile(path, format)
+        try:
+            return list(file.jobs(settings or Settings()))
+        finally:
+            file.close()
+
+    return read
+
+
+def only(found) -> Job:
+    ((job,),) = found
+    return job
+
+
+def test_lines_of_text(read):
+    found = read(b"\xef\xbb\xbfA dog.\r\n\n   \n  {not json}\nlast", name="prompts.txt")
+    assert [(job.line, job.prompt) for (job,) in found] == [(1, "A dog."), (4, "  {not json}"), (5, "last")]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "format", "is_json"),
+    [
+        ("a.txt", '{"prompt": "x"}', "auto", False),
+        ("a.jsonl", "A dog.", "auto", True),
+        ("a.ndjson", "A dog.", "auto", True),
+        ("a", '{"prompt": "x"}', "auto", True),
+        ("a", '\n\n{"prompt": "x"}', "auto", True),
+        ("a", "[1]", "auto", False),
+        ("a", "{A dog.", "auto", False),
+        ("a.txt", '{"prompt": "x"}', "jsonl", True),
+        ("a.jsonl", '{"prompt": "x"}', "text", False),
+    ],
+)
+def test_format(tmp_path, name, first, format, is_json):
+    (tmp_path / name).write_text(first)
+    file = PromptFile(tmp_path / name, format)
+    assert file.is_json == is_json
+    file.close()
+
+
+def test_cross_product(read):
+    settings = Settings(Steering(strength=2.0), ("sport", "none"), Sampling(seed=7), samples=2)
+    found = read("A dog.\nIt rained.\n", settings, "a.txt")
+    told = [(job.prompt, job.steering.domain, job.sample, job.sampling.seed) for line in found for job in line]
+    assert told == [
+        (prompt, domain, sample, 7 + sample)
+        for prompt in ("A dog.", "It rained.")
+        for domain in ("sport", "none")
+        for sample in (0, 1)
+    ]
+    assert {job.steering.strength for line in found for job in line} == {2.0}
+
+
+def test_a_json_line_overrides_every_setting(read):
+    line = {
+        "prompt": "A dog.",
+        "id": "a17",
+        "domain": {"sport": 0.7, "food": -1},
+        "strength": 3,
+        "formula": "additive",
+        "scale": "paper",
+        "positions": "all",
+        "schedule": "decay:5",
+        "layers": 2,
+        "seed": 9,
+        "max_new_tokens": 5,
+        "min_new_tokens": 2,
+        "do_sample": False,
+        "temperature": 1,
+        "top_p": 0.5,
+        "top_k": 3,
+        "repetition_penalty": 1.5,
+        "meta": {"any": ["thing", None]},
+    }
+    job = only(read(json.dumps(line)))
+    assert job == Job(
+        line=1,
+        prompt="A dog.",
+        steering=Steering("sport=0.7+food=-1", 3, "additive", "paper", "all", "decay:5", "2"),
+        sampling=Sampling(5, 2, False, 1, 0.5, 3, 1.5, 9),
+        id="a17",
+        meta=line["meta"],
+    )
+
+
+def test_null_is_what_the_options_say_but_no_domain_is_none(read):
+    settings = Settings(domains=("sport",), sampling=Sampling(seed=4))
+    job = only(read('{"prompt": "x", "id": null, "seed": null, "strength": null, "samples": null}', settings))
+    assert job == Job(1, "x", Steering("sport"), Sampling(seed=4))
+    assert only(read('{"prompt": "x", "domain": null}', settings)).steering.domain == "none"
+
+
+@pytest.mark.parametrize("name", ["domain", "domains"])
+def test_domains_of_a_line(read, name):
+    (line,) = read(json.dumps({"prompt": "x", name: ["sport", None, {"food": 0.5}], "samples": 2}))
+    assert [(job.steering.domain, job.sample) for job in line] == [
+        (domain, sample) for domain in ("sport", "none", "food=0.5") for sample in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("A dog.", "is not JSON"),
+        ('{"prompt": "x"', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"prompt": "x", "temperature": NaN}', "NaN is no number"),
+        ("[1]", "is no JSON object but list"),
+        ("{}", "no field 'prompt'"),
+        ('{"prompt": null}', "no field 'prompt'"),
+        ('{"prompt": " \\n"}', "empty prompt"),
+        ('{"prompt": 3}', "field 'prompt' is 3, expected text"),
+        ('{"prompt": "x", "temprature": 1}', "field 'temprature' that means nothing here: use prompt, id, domain"),
+        ('{"prompt": "x", "seed": 1.5}', "field 'seed' is 1.5, expected a whole number"),
+        ('{"prompt": "x", "seed": true}', "field 'seed' is true"),
+        ('{"prompt": "x", "seed": -1}', "seed -1 is out of range"),
+        ('{"prompt": "x", "seed": 9223372036854775808}', "too large"),
+        ('{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens 0 is out of range"),
+        ('{"prompt": "x", "temperature": 0}', "temperature 0 is out of range"),
+        ('{"prompt": "x", "samples": 0}', "samples 0 is out of range"),
+        ('{"prompt": "x", "do_sample": 1}', "expected true or false"),
+        ('{"prompt": "x", "id": [1]}', "expected text or a whole number"),
+        ('{"prompt": "x", "domain": "a", "domains": ["b"]}', "both 'domain' and 'domains'"),
+        ('{"prompt": "x", "domains": "a"}', "field 'domains' is \"a\", expected a list"),
+        ('{"prompt": "x", "domains": []}', "empty list of domains"),
+        ('{"prompt": "x", "domain": ""}', "expected a name"),
+        ('{"prompt": "x", "domain": {}}', "expected a name"),
+        ('{"prompt": "x", "domain": {"sport": "much"}}', "names and weights"),
+        ('{"prompt": "\\ud800"}', "half a surrogate pair"),
+        ('{"prompt": "x", "meta": "\\ud800"}', "half a surrogate pair"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 (byte 12)"),
+    ],
+)
+def test_bad_lines_have_number_and_reason_and_the_rest_runs(read, line, reason):
+    content = line if isinstance(line, bytes) else line.encode()
+    good, bad, other = read(b'{"prompt": "x"}\n\n' + content + b'\n{"prompt": "y"}\n')
+    assert isinstance(bad, Problem)
+    assert bad.line == 3
+    assert reason in bad.reason
+    assert str(bad).startswith("line 3: ")
+    assert len(bad.text) <= jobs.KEPT_TEXT
+    assert (good[0].prompt, other[0].prompt) == ("x", "y")
+
+
+def test_a_line_without_end_does_not_fill_the_memory(read, monkeypatch):
+    monkeypatch.setattr(jobs, "MAX_LINE", 50)
+    first, second, third = read("a" * 50 + "\n" + "b" * 170 + "\n" + "c" * 50 + "\n", name="a.txt")
+    assert first[0].prompt == "a" * 50
+    assert second.reason == "is longer than 50 bytes"
+    assert (third[0].line, third[0].prompt) == (3, "c" * 50)
+
+
+def test_stdin_and_pipes_can_be_read_twice(monkeypatch, tmp_path):
+    class Stdin:
+        buffer = io.BytesIO(b"A dog.\nIt rained.\n")
+
+    monkeypatch.setattr("sys.stdin", Stdin)
+    file = PromptFile("-")
+    assert not file.is_json
+    assert [list(file.jobs(Settings())) for _ in range(2)] == [
+        [[Job(1, "A dog.", Steering(), Sampling())], [Job(2, "It rained.", Steering(), Sampling())]]
+    ] * 2
+    file.close()
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_what_can_not_be_read(tmp_path, name):
+    with pytest.raises(BatchError, match="can't read the prompts"):
+        PromptFile(tmp_path / name)
+
+
+def test_samples_out_of_range():
+    with pytest.raises(BatchError, match="samples 0"):
+        replace(Settings(), samples=0)

@@ -1,0 +1,179 @@
+"""`steermoe generate` and `compare` on a tiny checkpoint: what goes to stdout, exit codes, odd prompts, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from steermoe.vectors.file import write_vector
+
+SHORT = ("--max-new-tokens", "6")
+
+
+@pytest.fixture
+def vectors(bare_search_path, make_vector):
+    """`sport` and `food` for the tiny model, in ./steering_vectors."""
+    for domain in ("sport", "food"):
+        write_vector(make_vector(domain), bare_search_path / "steering_vectors" / "tiny" / f"{domain}.safetensors")
+    return bare_search_path
+
+
+def test_stdout_is_the_story_and_stderr_the_report(run, tiny_checkpoint, vectors):
+    result = run("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, *SHORT)
+    assert result.code == 0
+    assert result.out.startswith("A dog.")
+    assert "steered" not in result.out
+    assert "steered 5 of 11 tokens" in result.err
+
+
+def test_json_is_one_object_with_every_parameter(run, tiny_checkpoint, vectors):
+    result = run("generate", "A dog.", "-d", "sport", "--strength", "2", "-m", tiny_checkpoint, "--json", *SHORT)
+    record = json.loads(result.out)
+    assert result.out.count("\n") == 1
+    assert record["domain"] == "sport"
+    assert record["strength"] == 2.0
+    assert record["formula"] == "max_scaled"
+    assert record["seed"] == 0
+    assert record["model"] == "tiny-mixtral"
+    assert record["prompt"] == "A dog."
+    assert record["prompt_tokens"] == 6
+    assert record["new_tokens"] == 6
+    assert record["seconds"] > 0
+    assert set(record["steering"]) == {"router_calls", "tokens_seen", "tokens_steered", "vector_share"}
+
+
+def test_same_seed_same_text_other_seed_other_text(run, tiny_checkpoint, vectors):
+    texts = [
+        run("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, "--seed", seed, *SHORT).out
+        for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_streamed_text_is_the_same_as_at_once(run, tiny_checkpoint, vectors):
+    command = ("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, "--max-new-tokens", "20")
+    assert run(*command, "--stream").out == run(*command, "--no-stream").out
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[bold]markup[/bold] [/]",
+        "\x1b[31mred\x1b[0m\x07",
+        "emoji \U0001f415 and \u4e2d\u6587",
+        "<eos> <|im_end|>",
+        "%s {0} \\n",
+    ],
+)
+def test_odd_prompts_come_back_as_text(run, tiny_checkpoint, vectors, prompt):
+    result = run("generate", prompt, "-m", tiny_checkpoint, *SHORT)
+    assert result.code == 0
+    assert "\x1b" not in result.out
+    assert result.out.startswith("".join(char for char in prompt if ord(char) >= 32))
+    assert json.loads(run("generate", prompt, "-m", tiny_checkpoint, "--json", *SHORT).out)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", ""], 1, "the prompt is empty"),
+        (["generate", "x" * 300], 1, "context of tiny-mixtral is 256"),
+        (["generate", "x", "-d", "nosuch"], 1, "no vector 'nosuch'"),
+        (["generate", "x", "-d", "../etc"], 1, "not allowed"),
+        (["generate", "x", "-d", "sport=abc"], 1, "'abc' is no weight"),
+        (["generate", "x", "-d", "sport", "--schedule", "later"], 1, "schedule 'later' is unknown"),
+        (["generate", "x", "-d", "sport", "--layers", "9-11"], 1, "hold no router"),
+        (["generate", "x", "--ban", "0:99"], 1, "does not exist"),
+        (["generate", "x", "--temperature", "0"], 1, "temperature 0.0 is out of range"),
+        (["generate", "x", "--strength", "inf", "-d", "sport"], 1, "finite"),
+        (["generate", "x", "--formula", "wrong"], 2, "--formula"),
+        (["generate", "x", "--nonsense"], 2, "--nonsense"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(run, tiny_checkpoint, vectors, arguments, code, message):
+    result = run(*arguments, "-m", tiny_checkpoint)
+    assert result.code == code
+    assert result.out == ""
+    assert message in result.err
+    assert "Traceback" not in result.err
+    if code == 1:
+        assert result.err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("/no/such/folder", "no model at"), ("missing.gguf", "no GGUF file"), ("not-a-model-on-any-hub", "can't find")],
+)
+def test_missing_models_are_one_clear_line(run, vectors, model, message):
+    result = run("generate", "x", "-m", model)
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+
+
+def test_compare_shows_all_texts_unsteered_first(run, tiny_checkpoint, vectors):
+    result = run("compare", "A dog.", "-d", "sport", "-d", "food", "-m", tiny_checkpoint, "--json", *SHORT)
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [record["domain"] for record in records] == [None, "sport", "food"]
+    assert all(set(record["vector_shares"]) == {"sport", "food"} for record in records)
+    assert records[0]["steering"] is None or records[0]["strength"] == 0
+    assert records[1]["vector_shares"]["sport"] > records[0]["vector_shares"]["sport"]
+
+
+def test_compare_crosses_domains_strengths_and_formulas(run, tiny_checkpoint, vectors):
+    options = ["-d", "sport", "--strength", "1", "--strength", "3", "--formula", "additive", "--formula", "max_scaled"]
+    result = run("compare", "A dog.", *options, "-m", tiny_checkpoint, "--json", *SHORT)
+    found = [(r["formula"], r["strength"]) for r in map(json.loads, result.out.splitlines()[1:])]
+    assert found == [("additive", 1.0), ("additive", 3.0), ("max_scaled", 1.0), ("max_scaled", 3.0)]
+
+
+@pytest.mark.parametrize(("width", "beside"), [(160, True), (60, False)])
+def test_columns_stand_side_by_side_where_there_is_room(run, tiny_checkpoint, vectors, monkeypatch, width, beside):
+    from steermoe.cli.terminal import console
+
+    monkeypatch.setattr(console.out, "width", width)
+    lines = run("compare", "A dog.", "-d", "sport", "-m", tiny_checkpoint, *SHORT).out.splitlines()
+    assert any("unsteered" in line and "sport" in line for line in lines) == beside
+    assert any("unsteered" in line for line in lines)
+
+
+def test_compare_draws_an_svg_that_loads_nothing(run, tiny_checkpoint, vectors):
+    assert run("compare", "A dog.", "-m", tiny_checkpoint, "--svg", "x.svg", *SHORT).code == 0
+    picture = (vectors / "x.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "url(http" not in picture
+    assert "unsteered" in picture
+
+
+def command_line(tiny_checkpoint, *arguments):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "steermoe.cli.app", *arguments, "-m", str(tiny_checkpoint)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_prompt_from_a_pipe_and_into_a_pipe(tiny_checkpoint):
+    process = command_line(tiny_checkpoint, "generate", "-", *SHORT)
+    out, err = process.communicate("It rained all night.\n", timeout=100)
+    assert process.returncode == 0, err
+    assert out.startswith("It rained all night.")
+    assert "\x1b" not in out + err
+
+
+def test_ctrl_c_ends_cleanly_with_130(tiny_checkpoint):
+    process = command_line(tiny_checkpoint, "generate", "Go", "--stream", "--max-new-tokens", "240", "--seed", "3")
+    process.stdout.read(2)  # the prompt is written once the model is loaded and the text begins
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert "Traceback" not in err
+    assert process.returncode in (130, 0), err  # 0 if the tiny model was done before the signal
+    assert process.returncode == 0 or "interrupted" in err

@@ -1,0 +1,56 @@
+"""`steermoe serve` and --engine vllm where vLLM is not installed, and what reaches vLLM's command line where it is."""
+
+import importlib.util
+
+import pytest
+
+from steermoe.engines import auto
+
+
+@pytest.fixture
+def no_vllm(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(auto, "find_spec", lambda name: None if name == "vllm" else found(name))
+
+
+@pytest.mark.parametrize("command", [("serve",), ("generate", "--engine", "vllm"), ("compare", "--engine", "vllm")])
+def test_without_vllm_one_line_says_how_to_get_it(run, no_vllm, command):
+    result = run(*command)
+    assert (result.code, result.out) == (1, "")
+    assert "vLLM is not installed: pip install 'steermoe[vllm]'" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_sizes_of_parallelism_belong_to_vllm(run, tiny_checkpoint, bare_search_path):
+    (bare_search_path / "p.txt").write_text("A dog.\n")
+    result = run("batch", "p.txt", "-o", "s.jsonl", "-m", tiny_checkpoint, "--tensor-parallel-size", 2, "--compile")
+    assert result.code == 1
+    assert "--tensor-parallel-size, --compile need --engine vllm" in result.err
+
+
+def test_vllm_embeds_nothing(run, tiny_checkpoint, bare_search_path):
+    (bare_search_path / "texts.txt").write_text("A dog.\n")
+    result = run("embed", "texts.txt", "-o", "out", "-m", tiny_checkpoint, "--engine", "vllm")
+    assert result.code == 1
+    assert "vLLM records no routing" in result.err
+
+
+def test_what_reaches_vllm(run, monkeypatch, tiny_checkpoint, bare_search_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+    from steermoe.engines.vllm import server
+
+    seen = []
+    monkeypatch.setattr(server, "_run", seen.append)
+    for name in ("STEERMOE_VECTORS", "VLLM_PLUGINS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.delenv(name)
+    options = ["--api-key", "a", "--api-key", "b", "--port", 9, "--dtype", "float32", "--tensor-parallel-size", 2]
+    assert run("serve", tiny_checkpoint, *options, "--", "--max-num-seqs", "7").code == 0
+    ((*given,),) = seen
+    text = " ".join(given)
+    assert f"--model {tiny_checkpoint} --served-model-name tiny-mixtral --dtype float32" in text
+    assert "--host 127.0.0.1 --port 9" in text
+    assert "--api-key a --api-key b" in text
+    assert text.endswith("--max-num-seqs 7")
+    assert "--tensor-parallel-size=2" in given
+    assert "--enforce-eager" not in given

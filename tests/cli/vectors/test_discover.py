@@ -1,0 +1,186 @@
+"""`steermoe vectors discover`: the report, what goes to stdout and stderr, renaming, and wrong input in one line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from steermoe.discovery.store import EmbeddingMeta, EmbeddingStore, Text
+from steermoe.vectors.file import read_vector
+
+LAYERS, EXPERTS = 4, 8
+WORDS = {"sport": "referee goal", "food": "butter bread", "law": "judge witness"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _extra():
+    for module in ("matplotlib", "plotly", "umap"):
+        pytest.importorskip(module)
+
+
+def make_store(folder, *, labels=True, complete=True) -> EmbeddingStore:
+    """Embeddings of three domains, 16 texts each and more, in two shards."""
+    random = np.random.default_rng(0)
+    store = EmbeddingStore.create(folder, EmbeddingMeta("tiny-mixtral", "mixtral", tuple(range(LAYERS)), EXPERTS, 2))
+    texts, rows = [], []
+    for expert, (domain, words) in enumerate(WORDS.items()):
+        mean = np.full(EXPERTS, 0.02)
+        mean[expert] = 0.86
+        for number in range(16 + 2 * expert):
+            texts.append(Text(f"{domain}/{number}", f"the {words} of day {number}", domain if labels else ""))
+            rows.append(random.dirichlet(100 * mean, size=LAYERS))
+    frequency = np.array(rows, dtype=np.float32)
+    for shard, part in enumerate((slice(0, 30), slice(30, None))):
+        store.write_shard(shard, texts[part], [20] * len(texts[part]), frequency[part], None)
+    if complete:
+        store.finish(len(texts))
+    return store
+
+
+@pytest.fixture
+def embeddings(tmp_path):
+    return make_store(tmp_path / "emb").folder
+
+
+def one_line(text: str) -> str:
+    """The only line of an error, without its newline."""
+    assert text.count("\n") == 1, text
+    return text[:-1]
+
+
+def test_discover_in_embeddings(run, embeddings, tmp_path):
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "1.5")
+    assert code == 0, err
+    header, *rows, noise, agreement = out.splitlines()
+    assert header.split() == ["no.", "name", "texts", "main", "source", "keywords"]
+    assert [row.split()[:5] for row in rows] == [
+        ["0", "judge-witness", "20", "law", "100%"],
+        ["1", "bread-butter", "18", "food", "100%"],
+        ["2", "goal-referee", "16", "sport", "100%"],
+    ]
+    assert noise == "in no cluster: 0 of 54 texts"
+    assert agreement == "agreement with the known sources (adjusted Rand index): 1.000"
+    assert one_line(err) == f"report in {tmp_path / 'report' / 'index.html'}"
+    for name in ("index.html", "map.html", "map_sources.png", "heat_goal-referee.png", "report.json"):
+        assert (tmp_path / "report" / name).is_file()
+    vector = read_vector(tmp_path / "report" / "vectors" / "goal-referee.safetensors")
+    assert vector.chosen().keys() == set(range(LAYERS))
+    assert vector.relative
+
+
+def test_its_vectors_can_be_listed_and_shown(run, embeddings, tmp_path, bare_search_path):
+    run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "1.5")
+    listed = run("vectors", "list", "--vectors", tmp_path / "report" / "vectors")
+    assert [line.split()[0] for line in listed.out.splitlines()[1:]] == [
+        "bread-butter",
+        "goal-referee",
+        "judge-witness",
+    ]
+    shown = run("vectors", "show", "goal-referee", "--vectors", tmp_path / "report" / "vectors")
+    assert "steermoe vectors discover" in shown.out
+
+
+def test_json_is_the_report(run, embeddings, tmp_path):
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--json", "--seed", "3")
+    assert code == 0, err
+    record = json.loads(one_line(out))
+    assert record == json.loads((tmp_path / "report" / "report.json").read_text())
+    assert record["settings"]["seed"] == 3
+
+
+def test_options_reach_the_clustering(run, embeddings, tmp_path):
+    options = ["--min-cluster-size", "10", "--neighbours", "7", "--dimensions", "2", "--metric", "cosine"]
+    options += ["--absolute", "--assign-noise", "--threshold", "2"]
+    settings = json.loads(run("vectors", "discover", embeddings, "-o", tmp_path / "r", "--json", *options).out)[
+        "settings"
+    ]
+    assert settings == {
+        "threshold": 2.0,
+        "relative": False,
+        "cluster_dimensions": 2,
+        "min_cluster_size": 10,
+        "neighbours": 7,
+        "metric": "cosine",
+        "assign_noise": True,
+        "seed": 0,
+    }
+
+
+def test_clusters_are_renamed_in_a_second_run(run, embeddings, tmp_path):
+    arguments = ["vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "1.5"]
+    assert run(*arguments).code == 0
+    again = run(*arguments, "--name", "0=law", "--name", "goal-referee=football", "--force")
+    assert again.code == 0, again.err
+    assert [line.split()[1] for line in again.out.splitlines()[1:4]] == ["law", "bread-butter", "football"]
+    names = sorted(path.stem for path in (tmp_path / "report" / "vectors").iterdir())
+    assert names == ["bread-butter", "football", "law"]
+
+
+def test_weak_vectors_are_told_on_stderr(run, embeddings, tmp_path):
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "7.5")
+    assert code == 0
+    assert err.count("no vector: no expert's share exceeds 7.5 x the baseline") == 3
+    assert not (tmp_path / "report" / "vectors").exists()
+    assert len(out.splitlines()) == 6
+
+
+def test_embeddings_that_are_not_complete_or_have_no_labels(run, tmp_path):
+    folder = make_store(tmp_path / "emb", labels=False, complete=False).folder
+    code, out, err = run("vectors", "discover", folder, "-o", tmp_path / "report")
+    assert code == 0
+    assert f"steermoe: '{folder}' is not complete" in err
+    assert "agreement" not in out
+    assert "main source" not in out
+
+
+def test_a_corpus_is_embedded_first_and_once(run, tmp_path, tiny_checkpoint, monkeypatch):
+    corpus = tmp_path / "texts"
+    for letter in "az":
+        (corpus / letter).mkdir(parents=True)
+        for number in range(6):
+            (corpus / letter / f"{number}.txt").write_text(letter * 30 + f" {number}")
+    arguments = ["vectors", "discover", corpus, "-o", tmp_path / "report", "--model", tiny_checkpoint]
+    arguments += ["--threshold", "1", "--max-tokens", "16", "--min-cluster-size", "4"]
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    store = EmbeddingStore.open(tmp_path / "report" / "embeddings")
+    assert (store.meta.complete, store.meta.texts, store.meta.max_tokens) == (True, 12, 16)
+    assert sorted(set(store.load().labels)) == ["a", "z"]
+    before = {path: path.stat().st_mtime_ns for path in store.folder.glob("*.npy")}
+    assert run(*arguments, "--force").code == 0
+    assert {path: path.stat().st_mtime_ns for path in store.folder.glob("*.npy")} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--name", "0"], "--name '0': write a cluster's number or name and the new name, as 3=football"),
+        (["--name", "=x"], "--name '=x': write"),
+        (["--name", "0=A b"], "domain name 'A b' is not allowed"),
+        (["--name", "1=a", "--name", "1=b"], "names cluster '1' twice: 'a' and 'b'"),
+        (["--name", "9=a"], "no cluster '9' to be named 'a'; there are: 0 (judge-witness)"),
+        (["--min-cluster-size", "30"], "54 texts are too few to find clusters of 30 or more: give at least 90"),
+        (["--threshold", "inf"], "threshold inf must be a finite number"),
+        (["--seed", str(2**40)], "seed is 1099511627776"),
+    ],
+)
+def test_wrong_input_is_one_line(run, embeddings, tmp_path, options, expected):
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", *options)
+    assert (code, out) == (1, "")
+    assert expected in one_line(err)
+    assert not (tmp_path / "report").exists()
+
+
+def test_an_earlier_report_is_seen_before_the_work(run, tmp_path, embeddings):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("{}")
+    code, _, err = run("vectors", "discover", tmp_path / "no-corpus", "-o", tmp_path / "report")
+    assert code == 1
+    assert "holds a report already (report.json): pass --force" in one_line(err)
+    assert run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--force").code == 0
+
+
+def test_no_corpus(run, tmp_path):
+    code, _, err = run("vectors", "discover", tmp_path / "none", "-o", tmp_path / "report")
+    assert code == 1
+    assert "no corpus at" in one_line(err)

@@ -1,0 +1,252 @@
+"""From embedded texts to domains: vectors are the clusters' mean routing, names fit for files, labels counted."""
+
+import hashlib
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from steermoe.discovery.discover import discover, most_common
+from steermoe.discovery.store import EmbeddedTexts, EmbeddingMeta, Text
+from steermoe.errors import SteerMoEError, VectorError
+from steermoe.vectors.file import check_domain_name, read_vector, write_vector
+
+LAYERS, EXPERTS = 4, 8
+WORDS = {"sport": "referee goal", "food": "butter bread", "law": "judge witness"}
+
+
+def embedded(sizes, share=0.8, seed=0, labels=True) -> EmbeddedTexts:
+    """Texts of domains, each of which prefers one expert a layer with `share` of the choices."""
+    random = np.random.default_rng(seed)
+    texts, rows = [], []
+    for expert, (domain, size) in enumerate(sizes.items()):
+        mean = np.full(EXPERTS, (1 - share) / (EXPERTS - 1))
+        mean[expert] = share
+        for number in range(size):
+            texts.append(Text(f"{domain}/{number}", f"the {WORDS[domain]} of day {number}", domain if labels else ""))
+            rows.append(random.dirichlet(100 * mean, size=LAYERS))
+    meta = EmbeddingMeta("tiny", "mixtral", (1, 3, 5, 7), EXPERTS, 2, complete=True, texts=len(texts))
+    tokens = np.arange(1, len(texts) + 1)
+    return EmbeddedTexts(meta, texts, tokens, np.array(rows, dtype=np.float32))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _extra():
+    pytest.importorskip("umap")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return discover(embedded({"sport": 16, "food": 24, "law": 20}), threshold=1.5)
+
+
+def test_clusters_are_the_domains_the_largest_first(found):
+    assert [cluster.name for cluster in found.clusters] == ["bread-butter", "judge-witness", "goal-referee"]
+    assert [cluster.size for cluster in found.clusters] == [24, 20, 16]
+    assert [cluster.number for cluster in found.clusters] == [0, 1, 2]
+    assert [cluster.labels for cluster in found.clusters] == [{"food": 24}, {"law": 20}, {"sport": 16}]
+    assert [cluster.purity for cluster in found.clusters] == [1.0] * 3
+    assert found.adjusted_rand == 1.0
+    assert found.noise == 0
+    assert found.name_of(0) == "bread-butter"
+    assert found.name_of(-1) == ""
+
+
+def test_a_vector_is_the_mean_of_its_texts(found):
+    source = found.embedded
+    for cluster in found.clusters:
+        rows = [row for row, label in enumerate(found.clustering.labels) if label == cluster.number]
+        vector = cluster.vector
+        assert np.allclose(vector.frequency.numpy(), source.frequency[rows].mean(0), atol=1e-6)
+        assert np.allclose(vector.baseline.numpy(), source.frequency.mean(0), atol=1e-6)
+        assert vector.domain == cluster.name
+        assert vector.layers == (1, 3, 5, 7)
+        assert vector.relative
+        assert vector.threshold == 1.5
+        assert vector.info.keywords == cluster.words
+        assert vector.info.title == ", ".join(cluster.words)
+        assert (vector.info.model, vector.info.architecture, vector.info.top_k) == ("tiny", "mixtral", 2)
+        assert vector.info.texts == cluster.size
+        assert vector.info.tokens == sum(int(source.tokens[row]) for row in rows)
+        joined = "\n".join(source.texts[row].text for row in rows)
+        assert vector.info.corpus_sha256 == hashlib.sha256(joined.encode()).hexdigest()
+        assert vector.info.created_by == "steermoe vectors discover"
+        assert vector.chosen().keys() == {1, 3, 5, 7}
+        assert cluster.note == ""
+
+
+def test_a_vector_can_be_kept_in_a_file(found, tmp_path):
+    vector = found.clusters[0].vector
+    write_vector(vector, tmp_path / "x.safetensors")
+    assert torch.equal(read_vector(tmp_path / "x.safetensors").experts, vector.experts)
+
+
+def test_examples_are_the_texts_nearest_to_the_middle():
+    source = embedded({"sport": 20, "food": 20})
+    typical = source.frequency[:20].mean(0)
+    source.frequency[7] = typical
+    (sport,) = (c for c in discover(source).clusters if "sport" in c.labels)
+    assert sport.examples[0] == "sport/7"
+    assert len(set(sport.examples)) == 3
+
+
+def test_labels_that_are_partly_known():
+    source = embedded({"sport": 20, "food": 20})
+    texts = [replace(text, label="") if number % 2 else text for number, text in enumerate(source.texts)]
+    texts[0] = replace(texts[0], label="food")
+    found = discover(EmbeddedTexts(source.meta, texts, source.tokens, source.frequency))
+    sport = next(cluster for cluster in found.clusters if "sport" in cluster.labels)
+    assert sport.labels == {"sport": 9, "food": 1}
+    assert sport.purity == 0.9
+    assert 0.6 < found.adjusted_rand < 1
+
+
+def test_without_labels_there_is_no_agreement():
+    found = discover(embedded({"sport": 20, "food": 20}, labels=False))
+    assert found.adjusted_rand is None
+    assert {cluster.purity for cluster in found.clusters} == {None}
+    assert {tuple(cluster.labels) for cluster in found.clusters} == {()}
+
+
+def test_noise_counts_as_a_group_in_the_agreement(monkeypatch):
+    from steermoe.discovery import clustering
+
+    labels = np.repeat([0, -1], 20)
+    monkeypatch.setattr(clustering, "_densest", lambda at, size: (labels, (labels >= 0).astype(float)))
+    found = discover(embedded({"sport": 20, "food": 20}))
+    assert found.adjusted_rand == 1.0
+    assert found.noise == 20
+    assert len(found.clusters) == 1
+
+
+# ---- thresholds ----
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "relative", "note"),
+    [
+        (0.8, {"threshold": 1.5}, True, ""),
+        (0.8, {"threshold": 3.0, "relative": False}, False, ""),
+        (0.8, {"threshold": 3.0}, False, r"(with 50% of all texts it can't exceed 2 x); cut at 3 / 8 instead"),
+        (0.3, {"threshold": 3.0}, None, "no vector: no expert's share exceeds 3 x the baseline (with 50%"),
+        (0.3, {"threshold": 1.9}, False, "no expert's share exceeds 1.9 x the baseline; cut at 1.9 / 8 instead"),
+        (0.3, {"threshold": 3.0, "relative": False}, None, "no vector: no expert's share exceeds 3 / 8; a lower"),
+    ],
+)
+def test_what_exceeds_no_baseline_is_cut_as_in_the_paper_or_gives_no_vector(share, options, relative, note):
+    found = discover(embedded({"sport": 20, "food": 20}, share=share), **options)
+    assert len(found.clusters) == 2
+    for cluster in found.clusters:
+        assert (cluster.vector.relative if cluster.vector else None) == relative
+        assert note in cluster.note
+        assert bool(cluster.note) == bool(note)
+        if cluster.vector is not None:
+            assert cluster.vector.experts.any()
+
+
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf")])
+def test_impossible_thresholds(threshold):
+    with pytest.raises(VectorError, match="must be a finite number, 0 or more"):
+        discover(embedded({"sport": 10, "food": 10}), threshold=threshold)
+
+
+# ---- names ----
+
+
+def test_clusters_are_renamed_by_number_or_name():
+    source = embedded({"sport": 20, "food": 24})
+    found = discover(source, threshold=1.5, names={0: "kitchen", "goal-referee": "football"})
+    assert [cluster.name for cluster in found.clusters] == ["kitchen", "football"]
+    assert [cluster.vector.domain for cluster in found.clusters] == ["kitchen", "football"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({5: "x"}, r"no cluster '5' to be named 'x'; there are: 0 \(bread-butter\), 1 \(goal-referee\)"),
+        ({"golf": "x"}, "no cluster 'golf'"),
+        ({-1: "x"}, "no cluster '-1'"),
+        ({0: "x", 1: "x"}, "two clusters would be named 'x'"),
+        ({0: "goal-referee"}, "two clusters would be named 'goal-referee'"),
+        ({0: "../x"}, "domain name '../x' is not allowed"),
+    ],
+)
+def test_names_that_can_not_be_given(names, expected):
+    with pytest.raises(VectorError, match=expected):
+        discover(embedded({"sport": 20, "food": 24}), names=names)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("Crème brûlée", "brulee-creme"),
+        ("мяч ворота", "cluster-0"),
+        ("足球 ball", "ball"),
+        ("x1", "cluster-0"),
+        ("a" * 50 + " kite", "kite"),
+    ],
+)
+def test_names_are_fit_for_files(words, name):
+    source = embedded({"sport": 20, "food": 18})
+    texts = [replace(text, text=words) if text.label == "sport" else text for text in source.texts]
+    found = discover(EmbeddedTexts(source.meta, texts, source.tokens, source.frequency))
+    assert found.clusters[0].name == name
+    assert all(check_domain_name(cluster.name) for cluster in found.clusters)
+
+
+def test_clusters_without_keywords_have_names():
+    source = embedded({"sport": 20, "food": 18})
+    texts = [replace(text, text="1 2 3") for text in source.texts]
+    found = discover(EmbeddedTexts(source.meta, texts, source.tokens, source.frequency))
+    assert [cluster.name for cluster in found.clusters] == ["cluster-0", "cluster-1"]
+
+
+def test_two_clusters_of_the_same_words_have_two_names():
+    from steermoe.discovery.discover import _name_clusters
+    from steermoe.discovery.keywords import Keyword
+
+    words = [Keyword("goal", 2.0), Keyword("team", 1.0)]
+    assert _name_clusters({0: words, 1: words, 2: []}, {}) == ["goal-team", "goal-team-1", "cluster-2"]
+
+
+# ---- other ----
+
+
+def test_hidden_states_are_compared_by_cosine():
+    source = embedded({"sport": 20, "food": 20})
+    hidden = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    hidden[:20] += 5
+    found = discover(replace(source, hidden=hidden))
+    assert found.settings.metric == "cosine"
+    assert found.adjusted_rand == 1.0
+    assert discover(source).settings.metric == "hellinger"
+
+
+def test_settings_and_progress_are_told():
+    told = []
+    source = embedded({"sport": 20, "food": 20})
+    found = discover(source, seed=3, neighbours=9, cluster_dimensions=2, progress=told.append)
+    assert told == ["Clustering 40 texts ...", "Finding keywords ...", "Building vectors ..."]
+    settings = found.settings
+    assert (settings.seed, settings.neighbours, settings.cluster_dimensions) == (3, 9, 2)
+    assert settings.min_cluster_size == 4
+
+
+def test_texts_without_a_cluster():
+    source = embedded({"sport": 20, "food": 20})
+    found = discover(replace(source, frequency=np.full_like(source.frequency, 1 / EXPERTS)))
+    assert found.clusters == ()
+    assert found.noise == 40
+    assert found.adjusted_rand == 0
+
+
+def test_most_common():
+    assert list(most_common(["b", "a", "b", "c"]).items()) == [("b", 2), ("a", 1), ("c", 1)]
+
+
+def test_scikit_learn_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(SteerMoEError, match=r"pip install 'steermoe\[discover\]'"):
+        discover(embedded({"sport": 20, "food": 20}))

@@ -1,0 +1,89 @@
+"""The README's examples, run as written: every `steermoe` command of its console blocks, and its Python blocks."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steermoe.discovery.corpus import Corpus
+from steermoe.discovery.embed_corpus import embed_corpus
+from steermoe.models import loading
+from steermoe.models.default import pull, spec
+from steermoe.models.default.stories import load_stories
+from steermoe.models.gguf.export import export_gguf
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PLACEHOLDER = "PATH_OR_HUB_ID"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("console") for line in block.splitlines() if "steermoe " in line]
+
+
+def test_readme_has_examples():
+    assert len(COMMANDS) >= 8
+    assert len(blocks("python")) == 3
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with `texts/TOPIC/*.txt`, beginnings of stories, and their `embeddings`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for topic in spec.TOPICS:
+        (folder / "texts" / topic).mkdir(parents=True)
+        for story in load_stories("train", topic)[:4]:
+            (folder / "texts" / topic / f"{story.id}.txt").write_text(" ".join(story.rest.split()[:20]))
+    embed_corpus(loading.load(), Corpus(folder / "texts"), folder / "embeddings")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """The default model as a GGUF file."""
+    return export_gguf(loading.load(), tmp_path_factory.mktemp("gguf") / "smollm2-moe-q8_0.gguf", "q8_0")
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
+    if not pull.is_pulled():
+        pytest.skip("the default model is not pulled: `make model`")
+    if re.search(r"\b(texts/|texts |embeddings )", command):
+        folder = request.getfixturevalue("corpus")
+        shutil.copytree(folder / "texts", tmp_path / "texts")
+        if " discover " in command:
+            shutil.copytree(folder / "embeddings", tmp_path / "embeddings")
+    if PLACEHOLDER in command:  # "your own model": the tiny one, with a matrix and a vector of its own
+        (tmp_path / "matrix.json").write_text(str(make_vector().frequency.tolist()))
+        if "generate" in command:
+            from steermoe.vectors.file import write_vector
+
+            write_vector(make_vector(), tmp_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors")
+        command = command.replace(PLACEHOLDER, str(tiny_checkpoint))
+    if ".gguf" in command:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
+        shutil.copy(request.getfixturevalue("gguf"), tmp_path / "smollm2-moe-q8_0.gguf")
+    command = re.sub(r"\bsteermoe ", f"{sys.executable} -m steermoe.cli.app ", command)
+    if re.search(r"app (generate|compare|batch)", command):
+        command += " --max-new-tokens 12"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.default_model
+def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+    if not pull.is_pulled():
+        pytest.skip("the default model is not pulled: `make model`")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "SteeringReport(" in capsys.readouterr().out
+    assert (tmp_path / "steering_vectors" / "my-model" / "athletics.safetensors").is_file()

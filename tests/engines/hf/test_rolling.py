@@ -1,0 +1,192 @@
+"""Continuous batching: rows that come and go give the texts that they give alone, whatever the cache is made of."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.hf.rolling import RollingDecoder, StaticDecoder, decoder_for
+from steermoe.engines.request import Request, Sampling
+from steermoe.errors import SteeringError
+from steermoe.routing.families import list_families
+from tests.support import steering_models as tiny
+from tests.support import tiny_models
+
+FAMILIES = ("mixtral", "qwen3_moe", "granitemoeshared", "gpt_oss", "deepseek_v3")
+STORIES = ("Once upon a time", "A dog", "The cat is on the mat today", "It", "x", "When they came home, all was quiet.")
+
+
+@functools.cache
+def build(family):
+    return tiny.build(family) if family in tiny.CAUSAL else tiny_models.build(family, vocab_size=tiny.VOCABULARY)
+
+
+@functools.cache
+def alone(family):
+    """The requests of a family's model, each with what `generate` gives for it by itself."""
+    engine = HFEngine(tiny.loaded(build(family)))
+    return [(request, engine.generate([request])[0]) for request in requests_for(build(family))]
+
+
+def plans_for(model):
+    return [
+        None,
+        tiny.plan_for_experts(model, 1, 5),
+        tiny.plan_for_experts(model, 2, formula="additive", schedule="decay:5"),
+        tiny.plan_for_experts(model, 3, formula="max_scaled", schedule="window:2-4", strength=9.0),
+        tiny.plan_for_experts(model, 4, positions="all"),
+        tiny.plan_for_experts(model, 6, positions="prompt", strength=-3.0),
+        tiny.plan_for_experts(model, 1, ban=((0, 2),), force=((1, 3),)),
+    ]
+
+
+def requests_for(model, plans=None, count=14):
+    """Rows of every kind: plans that differ in all ways, several positions and schedules, greedy and sampled."""
+    plans = plans_for(model) if plans is None else plans
+    samplings = [
+        Sampling(max_new_tokens=9, do_sample=False),
+        Sampling(max_new_tokens=14, temperature=1.0, seed=5, min_new_tokens=14),
+        Sampling(max_new_tokens=5, top_p=0.8, repetition_penalty=1.4, seed=6),
+        Sampling(max_new_tokens=1, seed=7),
+        Sampling(max_new_tokens=11, top_k=9, seed=8, temperature=1.3),
+    ]
+    return [
+        Request(STORIES[i % len(STORIES)], plans[i % len(plans)], replace(samplings[i % len(samplings)], seed=i))
+        for i in range(count)
+    ]
+
+
+def roll(decoder, engine, requests, rows):
+    """All completions, with at most so many rows at once; new ones begin as soon as there is room."""
+    waiting, done = list(requests), {}
+    while waiting or len(decoder):
+        room = min(rows - len(decoder), len(waiting))
+        if room:
+            decoder.start(waiting[:room], [engine.encode(request) for request in waiting[:room]])
+            waiting = waiting[room:]
+        for completion in decoder.step():
+            assert completion.request not in done
+            done[completion.request] = completion
+    return [done[request] for request in requests]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 14])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_text_is_what_it_is_alone(family, rows):
+    model = build(family)
+    engine = HFEngine(tiny.loaded(model))
+    expected = alone(family)
+    decoder = decoder_for(engine)
+    assert isinstance(decoder, RollingDecoder)
+    try:
+        together = roll(decoder, engine, [request for request, _ in expected], rows)
+    finally:
+        decoder.close()
+    assert tiny.traces(model) == []
+    for (request, single), done in zip(expected, together, strict=True):
+        assert done.request is request
+        assert done.token_ids == single.token_ids
+        assert (done.text, done.finish_reason) == (single.text, single.finish_reason)
+        assert (done.prompt_tokens, done.new_tokens) == (single.prompt_tokens, single.new_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family.family for family in list_families() if family.steerable])
+def test_every_family(family):
+    """Those that can refill rows do so with the texts of single calls; the others go batch by batch, likewise."""
+    model = tiny_models.build(family, vocab_size=tiny.VOCABULARY)
+    if not hasattr(model, "generate") or model.config.is_encoder_decoder:
+        pytest.skip("nothing that continues a text")
+    engine = HFEngine(tiny.loaded(model))
+    plan = tiny.plan_for_experts(model, 1, 5, schedule="decay:6")
+    expected = [(request, engine.generate([request])[0]) for request in requests_for(model, [None, plan])]
+    decoder = decoder_for(engine)
+    together = roll(decoder, engine, [request for request, _ in expected], 5)
+    decoder.close()
+    assert [done.token_ids for done in together] == [single.token_ids for _, single in expected]
+
+
+def test_rows_that_end_at_once_and_prompts_that_share():
+    """Text ends at the first token: nothing is placed in the cache, and the others go on."""
+    model = build("mixtral")
+    engine = HFEngine(tiny.loaded(model))
+    short = Request("It", None, Sampling(max_new_tokens=1, do_sample=False))
+    long = Request("It", None, Sampling(max_new_tokens=4, min_new_tokens=4, do_sample=False))
+    decoder = RollingDecoder(engine)
+    ids = engine.encode(short)
+    decoder.start([short, short], [ids, ids])
+    assert len(decoder) == 2
+    assert [done.new_tokens for done in decoder.step()] == [1, 1]
+    assert len(decoder) == 0
+    assert decoder.step() == []
+    decoder.start([short, long], [ids, ids])
+    assert [done.request for done in decoder.step()] == [short]
+    assert [len(decoder.step()) for _ in range(2)] == [0, 1]
+    decoder.close()
+
+
+def test_an_end_of_text(monkeypatch):
+    model = build("mixtral")
+    engine = HFEngine(tiny.loaded(model))
+    request = Request("Once", None, Sampling(max_new_tokens=12, min_new_tokens=12, do_sample=False))
+    (usual,) = engine.generate([request])
+    free = Request("Once", None, Sampling(max_new_tokens=12, do_sample=False))
+    monkeypatch.setattr(engine, "end_tokens", lambda: {usual.token_ids[5]})
+    decoder = RollingDecoder(engine)
+    (done,) = roll(decoder, engine, [free], 1)
+    decoder.close()
+    assert done.finish_reason == "stop"
+    assert done.token_ids == usual.token_ids[: usual.token_ids.index(usual.token_ids[5])]
+
+
+def test_steering_that_did_not_happen_is_an_error(monkeypatch):
+    model = build("mixtral")
+    engine = HFEngine(tiny.loaded(model))
+    monkeypatch.setattr("steermoe.steering.handle.intercept", lambda *_: lambda: None)
+    decoder = RollingDecoder(engine)
+    with pytest.raises(SteeringError, match="2 of 2 routers"):
+        roll(decoder, engine, [Request("Once", tiny.plan_for_experts(model, 1), Sampling())], 1)
+    decoder.close()
+    assert tiny.traces(model) == []
+
+
+def test_after_clear_it_begins_anew():
+    model = build("gpt_oss")
+    engine = HFEngine(tiny.loaded(model))
+    expected = alone("gpt_oss")[:6]
+    requests = [request for request, _ in expected]
+    decoder = RollingDecoder(engine)
+    decoder.start(requests[:4], [engine.encode(request) for request in requests[:4]])
+    decoder.step()
+    decoder.clear()
+    assert len(decoder) == 0
+    together = roll(decoder, engine, requests, 2)
+    decoder.close()
+    assert [done.token_ids for done in together] == [single.token_ids for _, single in expected]
+
+
+def test_reports_count_each_row_s_own_tokens():
+    model = build("mixtral")
+    engine = HFEngine(tiny.loaded(model))
+    plan = tiny.plan_for_experts(model, 1, 5)
+    sampling = Sampling(max_new_tokens=6, min_new_tokens=6)
+    decoder = RollingDecoder(engine)
+    assert decoder.report() is None
+    roll(decoder, engine, [Request("It rained", p, sampling) for p in (plan, None, plan, plan)], 2)
+    report = decoder.report()
+    decoder.close()
+    assert report.tokens_steered == 3 * 5  # the last token of each is never fed
+    assert report.vector_share == 1.0
+
+
+def test_static_decoder_adds_up_its_reports():
+    model = build("mixtral")
+    engine = HFEngine(tiny.loaded(model))
+    sampling = Sampling(max_new_tokens=6, min_new_tokens=6)
+    decoder = StaticDecoder(engine)
+    requests = [Request("It rained", p, sampling) for p in (tiny.plan_for_experts(model, 1, 5), None) * 2]
+    together = roll(decoder, engine, requests, 2)
+    assert [done.request for done in together] == requests
+    assert decoder.report().tokens_steered == 2 * 5
+    decoder.close()

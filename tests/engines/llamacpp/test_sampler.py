@@ -1,0 +1,53 @@
+"""The numpy sampler against the torch one: the same logits and seed give the same token."""
+
+import numpy as np
+import pytest
+import torch
+
+from steermoe.engines.hf.sampling import RowSampler
+from steermoe.engines.llamacpp.sampler import TokenSampler
+from steermoe.engines.request import Sampling
+
+VOCABULARY = 500
+SETTINGS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.7, "top_k": 20},
+    {"top_p": 0.8},
+    {"top_p": 0.01},
+    {"top_k": 1000, "top_p": 0.95, "repetition_penalty": 1.3},
+    {"repetition_penalty": 0.5},
+    {"do_sample": False},
+    {"do_sample": False, "repetition_penalty": 2.0},
+    {"min_new_tokens": 3, "temperature": 2.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_draws_as_the_torch_sampler(settings, seed):
+    sampling = Sampling(seed=seed, **settings)
+    ends = [2, 7, 8]
+    prompt = [5, 9, 9, 30]
+    theirs = RowSampler([sampling], [len(prompt)], ends)
+    ours = TokenSampler(sampling, ends)
+    generator = torch.Generator().manual_seed(100 + seed)
+    new: list[int] = []
+    for _ in range(12):
+        logits = torch.randn(1, VOCABULARY, generator=generator) * 3
+        logits[0, ends] += 4
+        context = torch.tensor([[*prompt, *new]])
+        wanted = int(theirs(context, logits.clone()).argmax())
+        before = logits.clone()
+        warped = torch.from_numpy(ours.warp(logits[0].numpy(), [*prompt, *new], len(new)))
+        torch.testing.assert_close(warped, theirs.warp(context, logits.clone())[0], rtol=1e-6, atol=1e-6)
+        token = ours.draw(logits[0].numpy(), [*prompt, *new], len(new))
+        assert torch.equal(logits, before)
+        assert token == wanted
+        new.append(token)
+
+
+def test_the_rarest_token_can_be_drawn():
+    sampler = TokenSampler(Sampling(temperature=1.0), [])
+    logits = np.zeros(3, dtype=np.float32)
+    assert {sampler.draw(logits, [], 0) for _ in range(100)} == {0, 1, 2}

@@ -1,0 +1,57 @@
+"""The vLLM engine against the hf engine: the same greedy tokens, for every kind of plan, on several families."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Request, Sampling
+from steermoe.engines.vllm.engine import VLLMEngine
+from steermoe.models import loading
+from steermoe.steering.spec import make_plan
+from tests.support.vllm_engines import (
+    FAMILIES,
+    OPTIONS,
+    all_at_once,
+    end,
+    one_by_one,
+    plans_of_every_kind,
+    requests,
+    write_checkpoint,
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """The hf and the vLLM engine on one checkpoint."""
+    folder = tmp_path_factory.mktemp("vllm") / request.param
+    reference = write_checkpoint(request.param, folder)
+    engine = VLLMEngine(str(folder), **OPTIONS)
+    yield reference, engine
+    end(engine)
+
+
+def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
+    reference, engine = pair
+    plans = plans_of_every_kind(engine.target)
+    asked = requests(list(plans.values()))
+    expected = one_by_one(reference, asked)
+    assert len(set(expected)) > len(plans) // 2, "steering must change these texts, or the test shows nothing"
+    found = all_at_once(engine, asked)
+    assert dict(zip(plans, found, strict=True)) == dict(zip(plans, expected, strict=True))
+
+
+@pytest.mark.default_model
+def test_the_default_model_tells_the_stories_of_the_hf_engine():
+    reference = HFEngine(loading.load(dtype="float32"))
+    engine = VLLMEngine(dtype="float32", kv_cache_memory_bytes=1 << 28, max_model_len=256)
+    try:
+        plans = [None, *(make_plan(engine.target, [domain]) for domain in ("sport", "law=0.5", "food"))]
+        opening = "Once upon a time there was a brown dog named Milo who lived by the river."
+        asked = [Request(opening, plan, Sampling(max_new_tokens=40, do_sample=False)) for plan in plans]
+        expected, found = reference.generate(asked), engine.generate(asked)
+        assert [one.text for one in found] == [one.text for one in expected]
+        assert len({one.text for one in found}) == len(plans)
+        assert found[0].report == expected[0].report
+    finally:
+        end(engine)

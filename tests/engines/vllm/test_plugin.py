@@ -1,0 +1,123 @@
+"""What the plugin refuses: other versions of vLLM, models and layers that can't be steered, requests it can't read."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+import torch
+import vllm
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm.exceptions import VLLMValidationError
+
+from steermoe.engines.vllm import plugin
+from steermoe.engines.vllm.engine import VLLMEngine
+from steermoe.engines.vllm.launch import processors_of
+from steermoe.engines.vllm.wire import pack
+from steermoe.errors import ModelError, UnsupportedModel
+from steermoe.steering.plans import SteeringPlan
+from tests.support.steering_models import byte_tokenizer
+from tests.support.vllm_engines import OPTIONS, SIZES, end, requests, vector, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm") / "mixtral"
+    write_checkpoint("mixtral", folder)
+    engine = VLLMEngine(str(folder), **OPTIONS)
+    yield engine
+    end(engine)
+
+
+def test_another_version_is_refused_unless_it_is_wanted(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    with pytest.raises(UnsupportedModel, match=r"vLLM 0\.99\.1 was not tested with steermoe, 0\.32\.\* was"):
+        plugin.check_version()
+    monkeypatch.setenv(plugin.ANY_VERSION, "1")
+    plugin.check_version()
+
+
+def test_a_method_that_is_missing_is_an_error():
+    class Changed:
+        pass
+
+    with pytest.raises(UnsupportedModel, match=r"has no .*Changed\.execute_model, which steering needs"):
+        plugin._wrap(Changed, "execute_model", lambda method: method)
+
+
+ROUTER = SimpleNamespace(layer=3, num_experts=8, top_k=2)
+
+
+def layer(router=None, **config):
+    config = {"is_sequence_parallel": False, "num_logical_experts": 8, **config}
+    return SimpleNamespace(router=router or SimpleNamespace(top_k=2), moe_config=SimpleNamespace(**config))
+
+
+class RoutingSimulatorRouter:
+    top_k = 2
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (None, "layer 3 is not run by vLLM's MoERunner"),
+        (layer(SimpleNamespace(top_k=2, _hash_indices_table=[1])), "which reads no logits"),
+        (layer(RoutingSimulatorRouter()), "routed by RoutingSimulatorRouter, which reads no logits"),
+        (layer(is_sequence_parallel=True), "run without expert parallelism"),
+        (layer(num_logical_experts=16), "chooses 2 of 16 experts in vLLM, 2 of 8 in transformers"),
+    ],
+)
+def test_layers_that_can_not_be_steered(module, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        plugin._refuse_layer(ROUTER, module)
+
+
+def test_a_layer_that_can():
+    plugin._refuse_layer(ROUTER, layer())
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=2, max_position_embeddings=256))
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UnsupportedModel, match=r"dense can't be steered in vLLM: .* is a dense model"):
+        VLLMEngine(str(tmp_path / "dense"), **OPTIONS)
+
+
+def test_what_vllm_can_not_load_is_one_line(tmp_path):
+    write_checkpoint("mixtral", tmp_path / "odd")
+    with pytest.raises(ModelError, match="vLLM can't run 'odd': ") as caught:
+        VLLMEngine(str(tmp_path / "odd"), **{**OPTIONS, "max_model_len": 100_000})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_is_sent_to_the_other_engines(tmp_path):
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ModelError, match="--engine llamacpp or --engine hf"):
+        VLLMEngine(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("steering", ["{", {"domain": "nosuch"}, {"domain": 3}, b"junk", 7])
+def test_a_request_that_can_not_be_read_is_refused(engine, steering):
+    params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": steering})
+    with pytest.raises(VLLMValidationError, match="steering: "):
+        engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
+    assert params.extra_args == {"steering": steering}
+
+
+def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
+    other = write_checkpoint("mixtral", tmp_path / "deep", num_hidden_layers=3)
+    plan = SteeringPlan(vector(other.loaded.model, 1), 2.0)
+    params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": pack(plan)})
+    with pytest.raises(VLLMValidationError, match=r"has 3x8 experts"):
+        engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
+    assert len(engine.generate(requests([None]))) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 64])
+def test_every_worker_has_a_processor(workers):
+    parts = processors_of(workers).split("|")
+    assert len(parts) == workers
+    assert all(part.split(",")[0].isdigit() for part in parts)

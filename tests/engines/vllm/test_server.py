@@ -1,0 +1,263 @@
+"""`steermoe serve` as clients see it: the openai package, plain HTTP, clients that vanish and clients that err."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from steermoe.engines.request import Request
+from steermoe.steering.spec import make_plan
+from steermoe.vectors.file import write_vector
+from tests.support.vllm_engines import PROMPTS, greedy, vector, write_checkpoint
+
+openai = pytest.importorskip("openai", reason="the openai package is not installed: make test-vllm")
+
+KEY = "a-key"
+START_SECONDS = 150
+TOKENS = 24
+NO_END = {"ignore_eos": True}
+
+
+class Server:
+    """A running server and what is known about it."""
+
+    def __init__(self, url, folder, reference):
+        self.url, self.folder, self.reference = url, folder, reference
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def complete(self, model, prompt=PROMPTS[0], steering=None):
+        """A greedy text."""
+        extra = {**NO_END, "return_token_ids": True}
+        if steering is not None:
+            extra["vllm_xargs"] = {"steering": json.dumps(steering)}
+        made = self.client.completions.create(
+            model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body=extra
+        )
+        return made.choices[0]
+
+    def tokens(self, model, prompt=PROMPTS[0], steering=None):
+        """Its tokens: random bytes are not always text."""
+        return tuple(self.complete(model, prompt, steering).token_ids)
+
+    def expected(self, domains, prompt=PROMPTS[0], **fields):
+        """The same tokens by the hf engine."""
+        plan = make_plan(self.reference.loaded.model, domains, vectors=self.folder, **fields)
+        return self.reference.generate([Request(prompt, plan, greedy(TOKENS))])[0].token_ids
+
+    def post(self, path, body, key=KEY):
+        """Status and answer of a request that no client library has checked."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        asked = urllib.request.Request(f"{self.url}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("server")
+    reference = write_checkpoint("mixtral", root / "tiny")
+    vectors = root / "vectors"
+    for domain, raised in (("sport", (1, 3)), ("food", (6,))):
+        write_vector(vector(reference.loaded.model, *raised, domain=domain), vectors / "tiny" / f"{domain}.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "steermoe.cli.app", "serve", root / "tiny", "--port", port, "--api-key", KEY]
+    command += ["--vectors", vectors, "--dtype", "float32", "--eager", "--", "--max-model-len", 128]
+    command += ["--kv-cache-memory-bytes", 1 << 26, "--max-num-seqs", 32]
+    log = (root / "log").open("w")
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, root / "log")
+        yield Server(f"http://127.0.0.1:{port}", vectors, reference)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        log.close()
+
+
+def wait_for(url, process, log):
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+def test_names_steer_as_fields_do_and_as_the_hf_engine_does(server):
+    texts = {
+        "tiny": [],
+        "tiny:sport": ["sport"],
+        "tiny:food": ["food"],
+        "tiny:sport=0.7,food=0.4": ["sport=0.7", "food=0.4"],
+        "tiny:sport=-1": ["sport=-1"],
+    }
+    found = {name: server.tokens(name) for name in texts}
+    assert found == {name: server.expected(domains) for name, domains in texts.items()}
+    assert len(set(found.values())) == len(texts)
+    for name, domains in texts.items():
+        if domains:
+            assert server.tokens("tiny", steering={"domain": domains}) == found[name]
+
+
+def test_every_field_of_a_plan(server):
+    spec = {"strength": 3, "formula": "additive", "positions": "all", "schedule": "decay:20", "layers": "0-1"}
+    found = server.tokens("tiny", steering={"domain": "sport", "force": ["1:2"], "ban": ["0:5"], **spec})
+    expected = server.expected(["sport"], force=["1:2"], ban=["0:5"], **{**spec, "strength": 3.0})
+    assert found == expected != server.expected(["sport"])
+
+
+def test_models_are_listed_with_their_domains(server):
+    listed = {model.id for model in server.client.models.list()}
+    assert listed == {"tiny", "tiny:food", "tiny:sport"}
+
+
+def test_a_domain_that_comes_while_it_serves(server):
+    assert server.post("/v1/completions", {"model": "tiny:music", "prompt": "x"})[0] == 400
+    own = vector(server.reference.loaded.model, 0, 2, domain="music")
+    write_vector(own, server.folder / "tiny" / "music.safetensors")
+    try:
+        assert server.tokens("tiny:music") == server.expected(["music"])
+        assert "tiny:music" in {model.id for model in server.client.models.list()}
+        write_vector(vector(server.reference.loaded.model, 5, domain="music"), server.folder / "tiny/music.safetensors")
+        assert server.tokens("tiny:music") == server.expected(["music"])
+    finally:
+        (server.folder / "tiny" / "music.safetensors").unlink(missing_ok=True)
+
+
+def test_streams_say_what_whole_answers_say(server):
+    for name in ("tiny", "tiny:sport"):
+        stream = server.client.completions.create(
+            model=name, prompt=PROMPTS[0], max_tokens=TOKENS, temperature=0, stream=True, extra_body=NO_END
+        )
+        pieces = [event.choices[0].text for event in stream]
+        assert len(pieces) > 2
+        assert "".join(pieces) == server.complete(name).text
+
+
+def test_chat(server):
+    def answer(model, **fields):
+        return server.client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": PROMPTS[1]}],
+            max_tokens=TOKENS,
+            temperature=0,
+            extra_body=NO_END,
+            **fields,
+        )
+
+    plain, steered = (answer(name).choices[0].message.content for name in ("tiny", "tiny:sport"))
+    assert plain != steered
+    streamed = [event.choices[0].delta.content or "" for event in answer("tiny:sport", stream=True)]
+    assert "".join(streamed) == steered
+
+
+def test_32_requests_at_once_each_under_its_own_steering(server):
+    names = ["tiny", "tiny:sport", "tiny:food", "tiny:sport=0.5,food=0.5"]
+    asked = [(names[i % 4], PROMPTS[i % 3]) for i in range(32)]
+    alone = {one: server.tokens(*one) for one in set(asked)}
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda one: server.tokens(*one), asked))
+    assert together == [alone[one] for one in asked]
+
+
+BAD = [
+    ("an unknown domain", {"model": "tiny:nosuch"}, "no vector 'nosuch'; there are food, sport"),
+    ("no domain", {"model": "tiny:"}, "names no domain"),
+    ("a weight that is none", {"model": "tiny:sport=much"}, "'much' is no weight"),
+    ("a path", {"model": "tiny:/etc/passwd"}, "not allowed"),
+    ("no JSON", {"model": "tiny", "vllm_xargs": {"steering": "{"}}, "is not JSON"),
+    ("an unknown field", {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","x":1}'}}, "has no x"),
+    ("a number", {"model": "tiny", "vllm_xargs": {"steering": 7}}, "no object"),
+    (
+        "two steerings",
+        {"model": "tiny:sport", "vllm_xargs": {"steering": '{"domain":"food"}'}},
+        "leave one of them out",
+    ),
+    ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs into vllm_xargs"),
+    ("beam search", {"model": "tiny:sport", "use_beam_search": True, "n": 2}, "beam search can't be steered"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("case", "body", "message"), BAD, ids=[case for case, *_ in BAD])
+def test_bad_steering_is_refused_with_400(server, case, body, message, stream):
+    for path, text in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        status, answer = server.post(path, {**text, "max_tokens": 2, "stream": stream, **body})
+        assert (status, answer["error"]["code"]) == (400, 400)
+        assert message in answer["error"]["message"]
+        assert str(server.folder) not in answer["error"]["message"]
+
+
+def test_the_openai_client_raises_what_it_should(server):
+    with pytest.raises(openai.BadRequestError, match="no vector 'nosuch'"):
+        server.tokens("tiny:nosuch")
+    with pytest.raises(openai.NotFoundError):
+        server.tokens("other")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_a_key_is_asked_for_before_anything_is_told(server):
+    assert server.post("/v1/completions", {"model": "tiny:nosuch", "prompt": "x"}, key="wrong")[0] == 401
+
+
+def test_what_is_no_request_is_answered_by_vllm(server):
+    expected = server.tokens("tiny")
+    for body in (b"", b"nonsense", b"[1]", b'"text"', b"{}", b"[" * 100_000):
+        status, _ = server.post("/v1/completions", body)
+        assert 400 <= status < 500
+    assert server.tokens("tiny") == expected
+
+
+def test_a_client_that_vanishes_in_the_middle_leaves_the_server_well(server):
+    before = server.tokens("tiny:sport")
+    for _ in range(4):
+        stream = server.client.completions.create(
+            model="tiny:sport", prompt="A", max_tokens=110, temperature=0, stream=True, extra_body=NO_END
+        )
+        next(iter(stream))
+        stream.response.close()
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a-key\r\n")
+        half.sendall(b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+    assert server.tokens("tiny:sport") == before
+
+
+def test_a_flood_of_bad_requests_beside_good_ones(server):
+    expected = server.tokens("tiny:sport")
+
+    def one(number):
+        if number % 10 == 0:
+            return server.tokens("tiny:sport")
+        return server.post("/v1/completions", {"model": f"tiny:no{number}", "prompt": "x"})[0]
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(one, range(300)))
+    assert set(answers[::10]) == {expected}
+    assert {status for number, status in enumerate(answers) if number % 10} == {400}
+    assert server.tokens("tiny:food") == server.expected(["food"])

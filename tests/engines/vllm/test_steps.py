@@ -1,0 +1,206 @@
+"""What a worker does to logits, without vLLM: graphs that are replayed do the same as code that runs."""
+
+import sys
+
+import pytest
+import torch
+
+from steermoe import formulas
+from steermoe.engines.vllm.steps import WAYS, Row, Steps
+from steermoe.engines.vllm.wire import pack
+from steermoe.errors import SteeringError
+from steermoe.routing.routers import find_routers
+from steermoe.steering.plans import SteeringPlan
+from tests.support.vllm_engines import plans_of_every_kind
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    from tests.support.tiny_models import build
+
+    return build("mixtral")
+
+
+@pytest.fixture
+def routers(model):
+    return find_routers(model)
+
+
+def steps_for(routers, graphs=False, capacity=64, plans=16, machine_code=True):
+    steps = Steps(routers, range(len(routers)), capacity, plans, CPU, graphs)
+    steps.machine_code = steps.machine_code and machine_code  # without it, as where logits are on an accelerator
+    return steps
+
+
+def logits_for(routers, tokens, seed=0):
+    return torch.randn(tokens, routers[0].num_experts, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(plans, count=3, prompt=2):
+    """A row a plan, each with some tokens of its prompt and some that are generated."""
+    return [
+        Row(str(i), None if plan is None else pack(plan), first=i % 3, tokens=count, prompt=prompt)
+        for i, plan in enumerate(plans)
+    ]
+
+
+def test_graphs_that_are_replayed_and_machine_code_do_what_torch_does(model, routers):
+    plans = list(plans_of_every_kind(model).values())
+    live, graph, machine = ways = (
+        steps_for(routers, machine_code=False),
+        steps_for(routers, graphs=True),
+        steps_for(routers),
+    )
+    assert {(plan.formula, plan.scale) for plan in plans if plan} == set(WAYS)
+    for seed in range(4):
+        rows = rows_of(plans[seed:] + plans[:seed])
+        tokens = sum(row.tokens for row in rows)
+        for steps in ways:
+            steps.begin(rows)
+        for number in range(len(routers)):
+            logits = logits_for(routers, tokens, seed)
+            edited = live.edit(number, logits)
+            assert not torch.equal(edited, logits)
+            assert torch.equal(edited, graph.edit(number, logits))
+            torch.testing.assert_close(machine.edit(number, logits), edited, rtol=1e-6, atol=1e-6)
+        for steps in ways:
+            steps.end()
+
+
+def test_rows_without_a_plan_are_left_bit_for_bit(model, routers):
+    plans = list(plans_of_every_kind(model).values())
+    for graphs, machine_code in ((False, False), (True, False), (False, True)):
+        steps = steps_for(routers, graphs, machine_code=machine_code)
+        steps.begin(rows_of([None, plans[1], None]))
+        logits = logits_for(routers, 9).bfloat16()
+        edited = steps.edit(0, logits)
+        assert torch.equal(edited[:3], logits[:3])
+        assert torch.equal(edited[6:], logits[6:])
+        assert not torch.equal(edited[3:6], logits[3:6])
+
+
+def test_each_token_follows_the_formula(model, routers):
+    plan = plans_of_every_kind(model)["zero_max_scaled-paper"]
+    steps = steps_for(routers)
+    steps.begin([Row("a", pack(plan), first=1, tokens=3, prompt=2)])
+    logits = logits_for(routers, 3)
+    expected = formulas.zero_max_scaled(logits, plan.vector.experts[0], plan.strength, "paper")
+    edited = steps.edit(0, logits)
+    assert torch.equal(edited[:1], logits[:1])  # the last token of the prompt
+    assert torch.allclose(edited[1:], expected[1:])
+
+
+@pytest.mark.parametrize("machine_code", [True, False])
+def test_padding_is_left_alone_and_tokens_that_are_missing_are_noticed(model, routers, machine_code):
+    plan = plans_of_every_kind(model)["all"]
+    steps = steps_for(routers, machine_code=machine_code)
+    steps.begin([Row("a", pack(plan), 0, 4, 2)])
+    logits = logits_for(routers, 7)
+    assert torch.equal(steps.edit(0, logits)[4:], logits[4:])
+    with pytest.raises(SteeringError, match="saw 3 tokens where the batch has 4"):
+        steps.edit(0, logits[:3])
+
+
+def test_after_the_call_nothing_is_edited(model, routers):
+    plan = plans_of_every_kind(model)["all"]
+    steps = steps_for(routers)
+    logits = logits_for(routers, 4)
+    steps.begin([Row("a", pack(plan), 0, 4, 2)])
+    assert steps.edit(0, logits) is not logits
+    steps.end()
+    assert steps.edit(0, logits) is logits
+    steps.begin([Row("b", None, 0, 4, 2)])
+    assert steps.edit(0, logits) is logits
+
+
+def test_replayed_graphs_forget_the_call_before(model, routers):
+    plan = plans_of_every_kind(model)["all"]
+    steps = steps_for(routers, graphs=True)
+    steps.begin([Row("a", pack(plan), 0, 6, 2)])
+    steps.end()
+    logits = logits_for(routers, 6)
+    steps.begin([Row("b", pack(plan), 0, 2, 2), Row("c", None, 0, 1, 2)])
+    assert torch.equal(steps.edit(0, logits)[2:], logits[2:])
+    steps.begin([Row("c", None, 0, 6, 2)])
+    assert torch.equal(steps.edit(0, logits), logits)
+
+
+def test_without_numba_torch_edits(model, routers, monkeypatch):
+    plan = plans_of_every_kind(model)["all"]
+    logits = logits_for(routers, 4)
+    edited = []
+    for _ in range(2):
+        steps = steps_for(routers)
+        steps.begin([Row("a", pack(plan), 0, 4, 2)])
+        edited.append(steps.edit(0, logits))
+        assert steps.machine_code == (len(edited) == 1)
+        monkeypatch.delattr(
+            "steermoe.steering.editing_numba", raising=False
+        )  # else the package has it without an import
+        monkeypatch.setitem(sys.modules, "steermoe.steering.editing_numba", None)
+    torch.testing.assert_close(*edited, rtol=1e-6, atol=1e-6)
+
+
+def test_slots_are_used_again(model, routers):
+    steps = steps_for(routers, plans=2)
+    sport = plans_of_every_kind(model)["all"].vector
+    logits = logits_for(routers, 2)
+    for strength in range(1, 8):
+        plan = SteeringPlan(sport, float(strength), "additive", positions="all")
+        steps.begin([Row("a", pack(plan), 0, 2, 2)])
+        assert torch.allclose(steps.edit(0, logits), logits + strength * sport.experts[0])
+        steps.end()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "decay:4", "window:1-3"])
+@pytest.mark.parametrize("positions", ["generated", "prompt", "all"])
+def test_what_is_kept_from_token_to_token_is_what_is_wanted(model, routers, schedule, positions):
+    """The same rows call after call, against steps that see only one; then one more row, and one that is over."""
+    sport = plans_of_every_kind(model)["all"].vector
+    plan = pack(SteeringPlan(sport, 2.0, "additive", positions=positions, schedule=schedule))
+    other = pack(SteeringPlan(sport, 5.0, "max_scaled"))
+    steps = steps_for(routers)
+    logits = logits_for(routers, 3)
+    kept = []
+    for first in range(9):
+        rows = [Row("a", plan, first, 1, 3), Row("b", None, first, 1, 1), Row("c", other, first, 1, 5)]
+        rows = rows[: 2 if first == 6 else 3]
+        steps.begin(rows)
+        alone = steps_for(routers)
+        alone.begin(rows)
+        assert torch.equal(steps.edit(1, logits), alone.edit(1, logits))
+        kept.append(steps._last[1])
+        steps.end()
+    assert (kept[7] is kept[8]) == (schedule == "constant")
+    assert steps.report().tokens_steered == sum(step.tokens for step in kept)
+
+
+def test_a_stage_of_a_pipeline_follows_its_own_rows(model, routers):
+    plan = plans_of_every_kind(model)["all"]
+    whole, stage = steps_for(routers), Steps(routers[1:], [1], 64, 4, CPU, graphs=False)
+    logits = logits_for(routers, 3)
+    for steps in (whole, stage):
+        steps.begin([Row("a", pack(plan), 0, 3, 2)])
+    assert torch.equal(stage.edit(0, logits), whole.edit(1, logits))
+    assert not torch.equal(stage.edit(0, logits), whole.edit(0, logits))
+
+
+def test_choices_are_counted_by_request(model, routers):
+    steps = steps_for(routers)
+    steps.begin([Row("a", None, 1, 3, 2, True), Row("b", None, 4, 1, 2, False), Row("c", None, 4, 1, 2, True)])
+    chosen = torch.tensor([[0, 1], [2, 3], [2, 4], [5, 6], [7, 0]])
+    for number in range(len(routers)):
+        steps.chose(number, chosen)
+    found = {name: dict(rows) for name, rows in steps.recorded().items()}
+    assert found["a"][0] == [0, 0, 2, 1, 1, 0, 0, 0]  # the token of the prompt is not counted
+    assert found["c"][1] == [1, 0, 0, 0, 0, 0, 0, 1]
+    assert found.keys() == {"a", "c"}
+    assert steps.recorded() == {}
+
+
+def test_too_many_tokens(model, routers):
+    steps = steps_for(routers, graphs=True, capacity=8)
+    with pytest.raises(SteeringError, match="a call of 9 tokens is larger than the 8"):
+        steps.begin([Row("a", pack(plans_of_every_kind(model)["all"]), 0, 9, 2)])

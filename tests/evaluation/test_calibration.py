@@ -1,0 +1,131 @@
+"""Calibration: the largest strength within the budget, saturation, ranges, and what `generate` says beyond them."""
+
+from dataclasses import replace
+
+import pytest
+
+from steermoe.errors import SteeringError
+from steermoe.evaluation.calibration import LARGEST, calibrate, calibrate_vector
+from steermoe.evaluation.teacher_forcing import Forcing
+from steermoe.steering.plans import beyond_safe_range, plan_for
+from steermoe.vectors.file import read_vector, write_vector
+
+
+def test_the_largest_strength_within_the_budget():
+    found = calibrate(lambda strength: 0.1 * strength, 1.0)
+    assert 9.7 <= found.strength <= 10
+    assert found.safe_range == (0.0, found.strength)
+    assert found.damage == pytest.approx(0.1 * found.strength)
+    assert not found.saturates
+    assert all(damage <= 1 for strength, damage in found.measured if strength <= found.strength)
+
+
+def test_where_more_changes_nothing_the_smallest_that_does_it_all():
+    found = calibrate(lambda strength: min(strength, 5.0) / 10, 1.0)
+    assert found.saturates
+    assert found.safe_range == (0.0, LARGEST)
+    assert 4.85 <= found.strength <= 5.05
+
+
+def test_a_jump_over_the_budget_leaves_the_strength_below_it():
+    found = calibrate(lambda strength: 0.01 if strength < 3.37 else 2.0, 1.0)
+    assert 3.3 <= found.strength < 3.37
+    assert found.damage == 0.01
+
+
+def test_no_strength_is_measured_twice():
+    tried = []
+    calibrate(lambda strength: tried.append(strength) or strength / 7, 1.0)
+    assert len(tried) == len(set(tried)) < 20
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf")])
+def test_a_budget_must_be_positive(budget):
+    with pytest.raises(SteeringError, match="must be a number above 0"):
+        calibrate(lambda strength: strength, budget)
+
+
+def test_a_budget_that_nothing_fits():
+    with pytest.raises(SteeringError, match="raise the budget"):
+        calibrate(lambda strength: 3.0, 1.0)
+
+
+# ---- with a model ----
+
+TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and runs into the wood" for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def forcing(tiny_model):
+    return Forcing(tiny_model, TEXTS)
+
+
+def test_a_vector_is_calibrated(forcing, make_vector):
+    most = forcing.compare(plan_for(make_vector(), 64.0)).kl_p95
+    vector, found = calibrate_vector(forcing, make_vector(), most / 2)
+    assert 0 < vector.info.strength == found.strength <= vector.info.safe_range[1]
+    assert vector.info.damage == found.damage <= most / 2
+    assert forcing.compare(plan_for(vector)).kl_p95 <= most / 2
+
+
+def test_beyond_the_safe_range_there_is_a_warning(make_vector):
+    vector = make_vector()
+    plain = plan_for(vector, 9.0)
+    assert beyond_safe_range(plain) == ""
+    info = replace(vector.info, safe_range=(0.0, 5.0), damage=0.93, formula="zero_max_scaled", scale="magnitude")
+    calibrated = replace(vector, info=info)
+    assert beyond_safe_range(plan_for(calibrated, 5.0)) == ""
+    assert "strength 9 is outside 0 to 5" in beyond_safe_range(plan_for(calibrated, 9.0))
+    assert "-1 is outside" in beyond_safe_range(plan_for(calibrated, -1.0))
+    assert beyond_safe_range(plan_for(calibrated, 9.0, formula="additive")) == ""
+
+
+# ---- the commands ----
+
+
+@pytest.fixture
+def vector_file(bare_search_path, make_vector):
+    path = bare_search_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors"
+    write_vector(make_vector(), path)
+    return path
+
+
+@pytest.fixture
+def neutral(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def test_calibrate_writes_the_file_and_generate_warns(run, vector_file, neutral, tiny_checkpoint, forcing, make_vector):
+    budget = forcing.compare(plan_for(make_vector(), 64.0)).kl_p95 / 2
+    shared = ("--model", tiny_checkpoint, "--dtype", "float32")
+    code, out, err = run("calibrate", "-d", "sport", "--budget", budget, "--heldout", neutral, *shared)
+    assert code == 0, err
+    assert str(vector_file)[-20:] in out
+    info = read_vector(vector_file).info
+    assert info.damage <= budget
+    assert info.safe_range == (0.0, info.strength)
+    beyond = str(info.strength + 1)
+    code, _, err = run("generate", "hello", "-d", "sport", "--strength", beyond, "--max-new-tokens", "3", *shared)
+    assert code == 0
+    assert f"strength {info.strength + 1:g} is outside 0 to {info.strength:g}" in err
+    code, _, err = run("generate", "hello", "-d", "sport", "--max-new-tokens", "3", *shared)
+    assert "outside" not in err
+
+
+def test_calibrate_dry_run_writes_nothing(run, vector_file, neutral, tiny_checkpoint):
+    before = vector_file.read_bytes()
+    code, out, err = run(
+        "calibrate", "-d", "sport", "--heldout", neutral, "--model", tiny_checkpoint, "--dry-run", "--json"
+    )
+    assert code == 0, err
+    assert '"saturates": true' in out
+    assert vector_file.read_bytes() == before
+
+
+def test_calibrate_tells_wrong_budgets_before_it_loads(run, vector_file):
+    code, _, err = run("calibrate", "-d", "sport", "--budget", "0", "--model", "/nowhere/at/all")
+    assert (code, err) == (1, "steermoe: budget 0.0 must be a number above 0, in nats, such as 1\n")

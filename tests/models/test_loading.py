@@ -1,0 +1,273 @@
+"""Loading, describing and pulling models: what is found, and what is refused in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel
+from steermoe.models import checkpoint, loading
+from steermoe.models.default import assemble, base, pull, spec
+from steermoe.models.description import describe
+
+
+def config_folder(folder: Path, config) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 9,
+}
+
+
+# ---- load ----
+
+
+def test_load(tiny_checkpoint, tiny_model):
+    assert (tiny_model.name, tiny_model.context_length) == ("tiny-mixtral", 256)
+    assert not tiny_model.model.training
+    assert tiny_model.model.dtype == torch.float32
+    assert tiny_model.tokenizer.pad_token_id == tiny_model.tokenizer.eos_token_id == 0
+    assert tiny_model.tokenizer.decode(tiny_model.tokenizer("Grüße, 体育!")["input_ids"]) == "Grüße, 体育!"
+
+
+def test_load_in_another_dtype(tiny_checkpoint):
+    assert loading.load(tiny_checkpoint, dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float", "int8", "nonsense", "nn"])
+def test_unknown_dtypes(tiny_checkpoint, dtype):
+    if dtype == "float":  # torch's own second name of float32
+        assert loading.load(tiny_checkpoint, dtype=dtype).model.dtype == torch.float32
+        return
+    with pytest.raises(ModelError, match=f"dtype '{dtype}' is unknown: use auto, float32"):
+        loading.load(tiny_checkpoint, dtype=dtype)
+
+
+def test_a_dense_model_is_refused(tmp_path, tiny_checkpoint):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "dense"
+    LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM has no router to steer: it is a dense model"):
+        loading.load(folder)
+
+
+@pytest.mark.parametrize("use", [loading.load, describe])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./none", "no model at './none'"),
+        ("/none", "no model at '/none'"),
+        ("a/b/c", "no model at 'a/b/c'"),
+        ("none.gguf", "no GGUF file 'none.gguf'"),
+        ("empty", "folder 'empty' holds no model: it has no config.json"),
+        ("no-org/no-model", "can't find 'no-org/no-model', neither as a folder nor on the hub"),
+        ("garbage", "can't load 'garbage'"),
+        ("untyped", "can't load 'untyped'"),
+        ("unknown", "can't load 'unknown'"),
+        ("crooked", "can't load 'crooked'"),
+    ],
+)
+def test_what_can_not_be_found_or_read(tmp_path, monkeypatch, use, model, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    config_folder(tmp_path / "garbage", "no json")
+    config_folder(tmp_path / "untyped", {})
+    config_folder(tmp_path / "unknown", {"model_type": "no_such_type"})
+    config_folder(tmp_path / "crooked", {**TINY_LLAMA, "hidden_size": "wide"})
+    with pytest.raises(ModelError, match=message) as error:
+        use(model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_checkpoint_that_is_cut_off(tmp_path, tiny_checkpoint, name):
+    shutil.copytree(tiny_checkpoint, tmp_path / "half")
+    whole = (tiny_checkpoint / name).read_bytes()
+    (tmp_path / "half" / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="can't load 'half'"):
+        loading.load(tmp_path / "half")
+
+
+def test_own_code_needs_consent(tmp_path):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    folder = config_folder(tmp_path / "remote", config)
+    (folder / "code.py").write_text("raise RuntimeError('it was run')")
+    with pytest.raises(
+        ModelError, match="'remote' brings its own model code: pass --trust-remote-code if you trust it"
+    ):
+        describe(folder)
+
+
+# ---- describe ----
+
+
+def test_describe(tiny_checkpoint, tiny_model):
+    description = describe(tiny_checkpoint)
+    assert description.as_dict() == {
+        "name": "tiny-mixtral",
+        "architecture": "mixtral",
+        "model_class": "MixtralForCausalLM",
+        "layers": 3,
+        "moe_layers": (0, 1, 2),
+        "experts": (8,),
+        "top_k": (2,),
+        "scoring": "softmax",
+        "shared_experts": False,
+        "router_class": "MixtralTopKRouter",
+        "parameters": sum(parameter.numel() for parameter in tiny_model.model.parameters()),
+        "steerable": True,
+        "reason": "its routers' logits are changed before top-k",
+    }
+
+
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "moe_intermediate_size": 4,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 9,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 4,
+    "kv_lora_rank": 4,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": 2,
+    "v_head_dim": 2,
+}
+
+
+def test_describe_a_model_with_dense_layers_and_shared_experts(tmp_path):
+    description = describe(config_folder(tmp_path / "deepseek", DEEPSEEK))
+    assert (description.layers, description.moe_layers) == (4, (1, 2, 3))
+    assert (description.experts, description.top_k, description.scoring) == ((8,), (3,), "sigmoid")
+    assert description.shared_experts
+
+
+def test_describe_a_dense_model(tmp_path):
+    description = describe(config_folder(tmp_path / "dense", TINY_LLAMA))
+    assert (description.steerable, description.moe_layers, description.router_class) == (False, (), "")
+    assert "dense model" in description.reason
+
+
+def test_describe_allocates_no_weights(tmp_path):
+    huge = {**DEEPSEEK, "hidden_size": 8192, "intermediate_size": 2**20, "vocab_size": 2**20}
+    assert describe(config_folder(tmp_path / "huge", huge)).parameters > 2**33
+
+
+def test_the_description_knows_which_vectors_fit(tiny_checkpoint, make_vector):
+    description = describe(tiny_checkpoint)
+    info = description.vector_info()
+    assert (info.model, info.architecture, info.top_k) == ("tiny-mixtral", "mixtral", 2)
+    description.check_fits(make_vector(info=info))
+    with pytest.raises(CompatibilityError, match="'sport' has 4x8 experts, tiny-mixtral has 3x8"):
+        description.check_fits(make_vector(layers=range(4)))
+
+
+# ---- the default model ----
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and a trained part of a few bytes."""
+    monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path / "cache"))
+    trained = tmp_path / "trained_part.safetensors"
+    trained.write_bytes(b"trained")
+    monkeypatch.setattr(spec, "TRAINED_PART", trained)
+    return tmp_path / "cache"
+
+
+def fake_assemble(source, folder):
+    folder.mkdir()
+    (folder / "config.json").write_text(str(source))
+
+
+def test_pull_once(cache, monkeypatch):
+    monkeypatch.setattr(assemble, "assemble", fake_assemble)
+    assert not pull.is_pulled()
+    folder = pull.pull("first")
+    assert folder.parent == cache / "models"
+    assert pull.is_pulled()
+    assert pull.pull("second") == folder
+    assert (folder / "config.json").read_text() == "first"
+    pull.pull("third", force=True)
+    assert (folder / "config.json").read_text() == "third"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_another_trained_part_is_another_folder(cache):
+    before = pull.default_model_folder()
+    spec.TRAINED_PART.write_bytes(b"trained longer")
+    assert pull.default_model_folder() != before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no base"), OSError(28, "No space left on device")])
+def test_a_pull_that_fails_leaves_what_was_there(cache, monkeypatch, error):
+    monkeypatch.setattr(assemble, "assemble", fake_assemble)
+    folder = pull.pull("first")
+
+    def fail(source, folder):
+        fake_assemble(source, folder)
+        raise error
+
+    monkeypatch.setattr(assemble, "assemble", fail)
+    with pytest.raises((KeyboardInterrupt, ModelError)):
+        pull.pull("second", force=True)
+    assert (folder / "config.json").read_text() == "first"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_pull_fetches_the_base_where_none_is_given(cache, monkeypatch):
+    monkeypatch.setattr(assemble, "assemble", fake_assemble)
+    monkeypatch.setattr(base, "fetch", lambda folder: folder / "fetched.gguf")
+    assert (pull.pull() / "config.json").read_text().endswith("fetched.gguf")
+
+
+def test_the_default_model_is_not_here_yet(cache):
+    for use in (loading.load, describe):
+        for name in (None, "smollm2-moe"):
+            with pytest.raises(ModelError, match="run `steermoe models pull`"):
+                use(name)
+
+
+def test_a_package_without_its_trained_part(cache):
+    spec.TRAINED_PART.unlink()
+    with pytest.raises(ModelError, match=r"can't read the trained part '.*': install steermoe again"):
+        pull.is_pulled()
+
+
+def test_cache_that_can_not_be_written(cache, monkeypatch):
+    cache.write_text("a file")
+    with pytest.raises(ModelError, match=r"can't write the model to .*set STEERMOE_CACHE to another folder"):
+        pull.pull("base")
+
+
+def test_repeatable_dtype(tiny_checkpoint, tmp_path, monkeypatch):
+    """float32 for what is small and runs on a CPU."""
+    assert checkpoint.repeatable_dtype(tiny_checkpoint) == "float32"
+    assert checkpoint.repeatable_dtype("an/id-on-the-hub") == "auto"
+    with pytest.raises(ModelError, match="holds no model"):
+        checkpoint.repeatable_dtype(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SMALL_CHECKPOINT_BYTES", 10)
+        assert checkpoint.repeatable_dtype(tiny_checkpoint) == "auto"
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert checkpoint.repeatable_dtype(tiny_checkpoint) == "auto"

@@ -1,0 +1,448 @@
+"""Vector files: the round trip, where they are searched, every damage, atomic writes, and the authors' JSON."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
+from steermoe.files import atomic_path
+from steermoe.vectors import file, library
+from steermoe.vectors.file import read_header, read_vector, write_vector
+from steermoe.vectors.library import find_vectors, load_vector
+from steermoe.vectors.matrix import import_matrix
+from steermoe.vectors.vector import SteeringVector, VectorInfo
+
+FULL_INFO = VectorInfo(
+    title="Sports & games",
+    keywords=("team", "Spiel", "игра"),
+    model="tiny-mixtral",
+    architecture="mixtral",
+    top_k=2,
+    formula="zero_max_scaled",
+    scale="paper",
+    strength=-1.5,
+    safe_range=(-2.0, 0.5),
+    damage=0.75,
+    texts=3,
+    tokens=400,
+    corpus_sha256="ab" * 32,
+    created_by="a test",
+    licence="Apache-2.0",
+    parts=("sport=0.7 sha256:0123456789ab", "food=-0.3"),
+)
+
+
+def write_raw(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes) -> Path:
+    """A vector file with any content: what `changes` doesn't name is right, the hash too; None drops a key."""
+    tensors = {"frequency": torch.full((2, 4), 0.25)} if tensors is None else tensors
+    header = {
+        "format_version": file.FORMAT_VERSION,
+        "domain": "sport",
+        "layers": [0, 1],
+        "num_experts": 4,
+        "threshold": 3.0,
+        "relative": False,
+        "tensors_sha256": ""
+        if any(t.dtype == torch.bfloat16 for t in tensors.values())
+        else file.tensors_sha256(tensors),
+        "info": {},
+        **changes,
+    }
+    text = json.dumps({key: value for key, value in header.items() if value is not None})
+    save_file(tensors, path, {"steermoe": text})
+    return path
+
+
+# ---- the round trip ----
+
+
+@pytest.mark.parametrize("threshold", [3.0, 0.5])
+def test_round_trip_is_exact(tmp_path, make_vector, threshold):
+    baseline = torch.full((3, 8), 1 / 8)
+    vector = make_vector(threshold=threshold, baseline=baseline, relative=True, layers=(1, 4, 9), info=FULL_INFO)
+    write_vector(vector, tmp_path / "new" / "folder" / "sport.safetensors")
+    back = read_vector(tmp_path / "new" / "folder" / "sport.safetensors")
+    assert torch.equal(back.frequency, vector.frequency)
+    assert torch.equal(back.baseline, baseline)
+    assert torch.equal(back.experts, vector.experts)
+    assert back.weights is None
+    assert (back.domain, back.layers, back.threshold, back.relative) == ("sport", (1, 4, 9), threshold, True)
+    assert back.info == FULL_INFO
+
+
+def test_round_trip_of_a_mixture(tmp_path):
+    weights = torch.tensor([[0.5, -0.25], [0.0, 1.0]], dtype=torch.float64)
+    write_vector(SteeringVector("sport+food", None, (0, 1), weights=weights), tmp_path / "mix.safetensors")
+    back = read_vector(tmp_path / "mix.safetensors")
+    assert back.domain == "sport+food"
+    assert back.frequency is None
+    assert torch.equal(back.weights, weights.float())
+
+
+def test_header_says_what_the_vector_says(tmp_path, make_vector):
+    path = tmp_path / "sport.safetensors"
+    write_vector(make_vector(info=FULL_INFO, layers=(1, 4, 9)), path)
+    header = read_header(path)
+    assert (header.domain, header.layers, header.num_experts, header.matrices) == (
+        "sport",
+        (1, 4, 9),
+        8,
+        ("frequency",),
+    )
+    assert header.info == FULL_INFO
+    flat = header.as_dict()
+    assert json.loads(json.dumps(flat))["keywords"] == ["team", "Spiel", "игра"]
+    assert "info" not in flat
+
+
+def test_same_vector_same_bytes(tmp_path, make_vector):
+    for name in ("a", "b"):
+        write_vector(make_vector(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_unknown_info_of_a_later_version_is_left_out(tmp_path):
+    assert read_vector(write_raw(tmp_path / "x", info={"title": "Sport", "mood": "good"})).info == VectorInfo(
+        title="Sport"
+    )
+
+
+# ---- damage ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format version 2, this steermoe reads 1: upgrade"),
+        ({"format_version": None}, "header lacks or garbles a field .*format_version"),
+        ({"tensors_sha256": "0" * 64}, "do not match the hash"),
+        ({"tensors_sha256": None}, "lacks or garbles a field .*tensors_sha256"),
+        ({"domain": "../sport"}, "domain name '../sport' is not allowed"),
+        ({"domain": "food+../sport"}, "domain name '../sport' is not allowed"),
+        ({"domain": 3}, "garbles a field .*domain is 3"),
+        ({"layers": [0]}, r"shape \[2, 4\], expected 1 layers"),
+        ({"layers": [0.0, 1.0]}, "garbles a field .*layers are"),
+        ({"layers": "01"}, "garbles a field .*layers is '01'"),
+        ({"num_experts": 5}, "header says 5 experts a layer, it has 4"),
+        ({"threshold": "3"}, "garbles a field .*threshold is '3'"),
+        ({"threshold": float("nan")}, "threshold nan must be a finite number"),
+        ({"relative": True}, "store the corpus baseline"),
+        ({"info": []}, r"garbles a field .*info is \[\]"),
+        ({"info": {"strength": "4"}}, "strength is '4', expected a finite number"),
+        ({"info": {"strength": float("inf")}}, "strength is inf"),
+        ({"info": {"keywords": "team"}}, "keywords is 'team', expected a tuple of texts"),
+        ({"info": {"keywords": [1]}}, "keywords is"),
+        ({"info": {"formula": "cubic"}}, "formula is 'cubic', expected additive"),
+    ],
+)
+def test_damaged_headers(tmp_path, changes, message):
+    path = write_raw(tmp_path / "sport.safetensors", **changes)
+    with pytest.raises(VectorError, match=message) as error:
+        read_vector(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"frequency": torch.tensor([[0.5, 0.5, float("nan"), 0.0]] * 2)}, "frequency holds NaN or infinity"),
+        ({"frequency": torch.tensor([[1.5, -0.5, 0.0, 0.0]] * 2)}, "holds -0.5, but frequencies are never negative"),
+        ({"frequency": torch.ones(2, 4)}, "row 0 of frequency sums to 4, expected 1"),
+        ({"frequency": torch.full((2, 4), 0.25), "baseline": torch.ones(2, 4)}, "row 0 of baseline sums to 4"),
+        ({"frequency": torch.full((2, 4), 0.25), "baseline": torch.full((2, 2), 0.5)}, "different shapes"),
+        ({"frequency": torch.full((2, 4), 0.25, dtype=torch.float64)}, "frequency': 'F64'.*expected F32"),
+        ({"frequency": torch.full((2, 4), 0.25, dtype=torch.bfloat16)}, "frequency': 'BF16'.*expected F32"),
+        (
+            {"frequency": torch.full((2, 4), 0.25), "extra": torch.ones(1)},
+            "extra.*expected F32 matrices named frequency",
+        ),
+        ({"baseline": torch.full((2, 4), 0.25)}, "neither frequencies nor weights"),
+        ({"weights": torch.full((2, 4), float("inf"))}, "weights holds NaN or infinity"),
+    ],
+)
+def test_numbers_that_can_not_be(tmp_path, tensors, message):
+    path = write_raw(tmp_path / "sport.safetensors", tensors)
+    with pytest.raises(VectorError, match=message) as error:
+        read_vector(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.fixture
+def good_file(tmp_path, make_vector) -> Path:
+    path = tmp_path / "sport.safetensors"
+    write_vector(make_vector(), path)
+    return path
+
+
+def header_only(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda good: good[:-1] + bytes([good[-1] ^ 1]), "do not match the hash"),
+        (lambda good: good[:-8], "is no safetensors file or is cut off"),
+        (lambda good: good[:100], "is no safetensors file or is cut off"),
+        (lambda good: b"", "is no safetensors file or is cut off"),
+        (lambda good: b"not a vector at all", "is no safetensors file or is cut off"),
+        (lambda good: header_only(b"{}"), "no 'steermoe' entry"),
+        (lambda good: header_only(b'{"__metadata__":{"steermoe":"{"}}'), "garbles a field .*JSONDecodeError"),
+        (lambda good: header_only(b'{"__metadata__":{"steermoe":"7"}}'), "garbles a field"),
+        (lambda good: header_only(b'{"__metadata__":{"steermoe":"' + b"[" * 100_000 + b'"}}'), "RecursionError"),
+    ],
+)
+def test_damaged_files(good_file, damage, message):
+    good_file.write_bytes(damage(good_file.read_bytes()))
+    with pytest.raises(VectorError, match=message) as error:
+        read_vector(good_file)
+    assert str(good_file) in str(error.value)
+
+
+@pytest.mark.parametrize("read", [read_vector, read_header])
+def test_not_a_file(tmp_path, read):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(VectorNotFound, match=r"no vector file .*steermoe vectors list"):
+            read(path)
+
+
+def test_name_too_long_for_any_file(tmp_path, make_vector):
+    path = tmp_path / f"{'x' * 300}.safetensors"
+    with pytest.raises(VectorError, match="can't read"):
+        read_vector(path)
+    with pytest.raises(VectorError, match="can't write"):
+        write_vector(make_vector(), path)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("pickle-was-run",)
+
+
+@pytest.mark.parametrize(
+    "save", [lambda path: torch.save(Payload(), path), lambda p: p.write_bytes(pickle.dumps(Payload()))]
+)
+def test_a_pickle_is_refused_and_never_run(tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "sport.safetensors")
+    with pytest.raises(VectorError, match="is no safetensors file"):
+        load_vector(tmp_path / "sport.safetensors")
+    assert not (tmp_path / "pickle-was-run").exists()
+
+
+# ---- names and the search path ----
+
+
+@pytest.mark.parametrize("name", ["sport", "0", "a_b-c", "x" * 200])
+def test_allowed_names(name):
+    assert file.check_domain_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "../sport", "a/b", "a\\b", "/etc/passwd", "-a", "_a", "Sport", "a.b", "a b", "спорт", "a\n", "a\0", "~", ".."],
+)
+def test_names_that_could_leave_the_folder(name, bare_search_path):
+    for use in (file.check_domain_name, load_vector):
+        with pytest.raises(VectorError, match="is not allowed: use small letters"):
+            use(name)
+
+
+def test_a_vector_with_such_a_name_is_not_written(tmp_path, make_vector):
+    with pytest.raises(VectorError, match=r"domain name '\.\./x' is not allowed"):
+        write_vector(make_vector("../x"), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def places(tmp_path, bare_search_path, monkeypatch) -> list[Path]:
+    """All folders of the search path, first to last."""
+    monkeypatch.setenv("STEERMOE_VECTORS", os.pathsep.join([str(tmp_path / "env1"), str(tmp_path / "env2")]))
+    named = [tmp_path / name for name in ("given", "env1", "env2")]
+    return [
+        *named,
+        bare_search_path / "steering_vectors",
+        tmp_path / "user-data/steermoe/steering_vectors",
+        tmp_path / "packaged",
+    ]
+
+
+def test_search_path_order(places):
+    assert library.search_path(places[0]) == places
+    assert library.search_path() == places[1:]
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_an_earlier_folder_wins(places, make_vector, first):
+    for number, place in enumerate(places[first:], first):
+        write_vector(make_vector(info=VectorInfo(title=str(number))), place / "tiny-mixtral" / "sport.safetensors")
+    assert load_vector("sport", folder=places[0]).info.title == str(first)
+
+
+def test_the_packaged_folder_of_a_checkout_is_beside_the_package():
+    assert library.packaged_vectors().name == "steering_vectors"
+    assert library.packaged_vectors().parent in (library.PACKAGE, library.PACKAGE.parent)
+
+
+def test_what_is_found(places, make_vector):
+    files = [
+        "food.safetensors",
+        "model/sport.safetensors",
+        ".hidden.safetensors",
+        "Upper.safetensors",
+        "model/notes.txt",
+    ]
+    for name in [*files, "model/deeper/law.safetensors"]:
+        (places[0] / name).parent.mkdir(parents=True, exist_ok=True)
+        (places[0] / name).touch()
+    found = [(file.domain, file.group, file.path) for file in find_vectors(places[0])]
+    assert found == [("food", "", places[0] / files[0]), ("sport", "model", places[0] / files[1])]
+
+
+def test_unknown_domain_names_what_there_is(places, make_vector):
+    for domain in ("food", "sport"):
+        write_vector(make_vector(domain), places[0] / "m" / f"{domain}.safetensors")
+    with pytest.raises(VectorNotFound, match="no vector 'law'; there are food, sport") as error:
+        load_vector("law", folder=places[0])
+    assert all(str(place) in str(error.value) for place in places)
+    with pytest.raises(VectorNotFound, match="no vector 'sport' for other; there are none"):
+        load_vector("sport", folder=places[0], group="other")
+
+
+def test_group_narrows_the_search(places, make_vector):
+    for group in ("a", "b"):
+        write_vector(make_vector(info=VectorInfo(title=group)), places[0] / group / "sport.safetensors")
+    assert load_vector("sport", folder=places[0]).info.title == "a"
+    assert load_vector("sport", folder=places[0], group="b").info.title == "b"
+
+
+def test_a_path_is_taken_as_it_is(good_file, bare_search_path):
+    assert load_vector(good_file).domain == "sport"
+    assert load_vector(str(good_file)).domain == "sport"
+
+
+# ---- fit to a model ----
+
+
+def test_the_first_file_that_fits_the_model_is_taken(places, make_vector, tiny_model):
+    write_vector(make_vector(layers=range(4)), places[0] / "a" / "sport.safetensors")
+    write_vector(make_vector(info=VectorInfo(architecture="qwen3_moe")), places[0] / "b" / "sport.safetensors")
+    write_vector(make_vector(info=VectorInfo(title="right")), places[1] / "c" / "sport.safetensors")
+    assert load_vector("sport", tiny_model.model, folder=places[0]).info.title == "right"
+
+
+def test_a_vector_of_a_foreign_model(places, make_vector, tiny_model):
+    path = places[0] / "a" / "sport.safetensors"
+    write_vector(make_vector(layers=range(4), info=VectorInfo(model="big")), path)
+    for name in ("sport", path):
+        with pytest.raises(
+            CompatibilityError, match="'sport' has 4x8 experts, tiny-mixtral has 3x8: it was built for big"
+        ):
+            load_vector(name, tiny_model.model, folder=places[0])
+
+
+# ---- atomic writes ----
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("method", ["write_bytes", "replace"])
+def test_an_interrupted_write_leaves_the_old_file(good_file, make_vector, monkeypatch, method, error):
+    before = good_file.read_bytes()
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(Path, method, fail)
+    with pytest.raises((KeyboardInterrupt, VectorError)):
+        write_vector(make_vector("food"), good_file)
+    monkeypatch.undo()
+    assert good_file.read_bytes() == before
+    assert list(good_file.parent.iterdir()) == [good_file]
+
+
+def test_atomic_path(tmp_path):
+    target = tmp_path / "file"
+    with atomic_path(target) as partial:
+        partial.write_text("new")
+        assert partial.parent == tmp_path
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_is_a_file(good_file, make_vector):
+    with pytest.raises(VectorError, match=r"can't write .*: File exists"):
+        write_vector(make_vector(), good_file / "sport.safetensors")
+
+
+# ---- the authors' JSON ----
+
+
+def matrix_file(tmp_path: Path, content) -> Path:
+    path = tmp_path / "matrix.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_import_of_an_expert_vector(tmp_path):
+    vector = import_matrix(matrix_file(tmp_path, [[0, 0.25, 0], [0.5, 0, 0.125]]), "sport")
+    assert vector.experts.tolist() == [[0, 0.25, 0], [0.5, 0, 0.125]]
+    assert (vector.domain, vector.layers, vector.frequency) == ("sport", (0, 1), None)
+
+
+def test_import_of_frequencies(tmp_path):
+    vector = import_matrix(matrix_file(tmp_path, [[0.5, 0.25, 0.25], [1, 0, 0]]), "sport", layers=[3, 4])
+    assert vector.weights is None
+    assert vector.layers == (3, 4)
+    assert vector.with_threshold(1).experts.tolist() == [[0.5, 0, 0], [1, 0, 0]]
+
+
+def test_imported_vectors_can_be_written(tmp_path):
+    vector = import_matrix(matrix_file(tmp_path, "\ufeff[[0, 0.5]]"), "sport", info=VectorInfo(model="tiny"))
+    write_vector(vector, tmp_path / "sport.safetensors")
+    back = read_vector(tmp_path / "sport.safetensors")
+    assert torch.equal(back.experts, vector.experts)
+    assert back.info == VectorInfo(model="tiny", created_by="steermoe vectors import")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[1, 2", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("", "is not JSON"),
+        ({"a": 1}, "expected a list of L lists of N numbers"),
+        ([], "expected a list of L lists"),
+        ([1, 2], "expected a list of L lists"),
+        ([["a", "b"]], "expected a list of L lists"),
+        ([[True, False]], "expected a list of L lists"),
+        ([[None, 0.5]], "expected a list of L lists"),
+        ([[0.1, 0.2], [0.3]], r"different lengths \[1, 2\]"),
+        ([[0.5], [0.5]], r"shape \[2, 1\], expected 2 layers x 2 or more experts"),
+        ([[]], "nothing but zeros"),
+        ([[0, 0], [0, 0]], "nothing but zeros"),
+        ("[[NaN, 1]]", "NaN or infinity"),
+        ("[[1e400, 1]]", "NaN or infinity"),
+        (f"[[1{'0' * 400}, 1]]", "too large for float32"),
+    ],
+)
+def test_files_that_are_no_matrix(tmp_path, content, message):
+    with pytest.raises(VectorError, match=message):
+        import_matrix(matrix_file(tmp_path, content), "sport")
+
+
+def test_import_checks_layers_name_and_file(tmp_path):
+    path = matrix_file(tmp_path, [[0, 0.5], [0.5, 0]])
+    with pytest.raises(VectorError, match="has 2 rows, expected one for each of 3 layers"):
+        import_matrix(path, "sport", layers=[0, 1, 2])
+    with pytest.raises(VectorError, match="is not allowed"):
+        import_matrix(path, "../sport")
+    with pytest.raises(VectorNotFound, match=r"can't read .*No such file"):
+        import_matrix(tmp_path / "none.json", "sport")
