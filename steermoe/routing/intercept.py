@@ -1,4 +1,4 @@
-"""Change a router's logits where it makes them: in its own forward, before softmax or sigmoid, bias, groups and top-k."""
+"""Change a router's logits where it makes them: in its forward, before softmax or sigmoid, bias, groups and top-k."""
 
 import functools
 from collections.abc import Callable

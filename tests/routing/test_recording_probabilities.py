@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.tiny_models import build, tokens
 
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
 from steermoe.routing.recording import record_routing
 from steermoe.routing.routers import find_routers
+from tests.support.tiny_models import build, tokens
 
 SOFTMAX = ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "granitemoeshared"]
 SIGMOID = ["deepseek_v3", "llama4"]

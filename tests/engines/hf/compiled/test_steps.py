@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from test_engine_rolling import build, requests_for, roll
 
 from steermoe.engines.hf.compiled import artifacts
 from steermoe.engines.hf.engine import HFEngine
@@ -17,6 +16,7 @@ from steermoe.steering.banks import banks_for
 from steermoe.steering.editing_graph import Edits, edit
 from steermoe.steering.handle import steer
 from tests.support import steering_models as tiny
+from tests.support.rolling import build, requests_for, roll
 
 QUICK = ("granitemoeshared", "gpt_oss")
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "ernie4_5_moe", "dots1")
