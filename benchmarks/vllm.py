@@ -224,7 +224,7 @@ def transformers_rate(tokens: int) -> float:
     from steermoe.steering.spec import make_plan
 
     engine = HFEngine(load(dtype="bfloat16"))
-    plans = [make_plan(engine.target, [domain]) for domain in DOMAINS]
+    plans = [make_plan(engine.shape, [domain]) for domain in DOMAINS]
     sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     asked = [Request(text, plans[i % len(plans)], sampling) for i, text in enumerate(prompts(TEXTS))]
     decoder = decoder_for(engine)

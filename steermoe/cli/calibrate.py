@@ -61,11 +61,10 @@ def calibrate(
     loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.teacher_forcing import Forcing
-    from steermoe.routing.shape import check_fits
 
     def fitting(name: str) -> "tuple[Path, SteeringVector]":
         paths = library.find_vector(name, folder=vectors)
-        return library.read_fitting(paths, lambda vector: check_fits(loaded.model, vector))
+        return library.read_fitting(paths, loaded.shape)
 
     found = [fitting(name) for name in dict.fromkeys(domain)]
     with console.working("Reading the texts unsteered ..."):

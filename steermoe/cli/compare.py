@@ -84,7 +84,7 @@ def compare(
 
     plans = [
         make_plan(
-            runner.target,
+            runner.shape,
             [names] if names.endswith(SUFFIX) else names.split("+"),
             strength=c,
             layers=layers,

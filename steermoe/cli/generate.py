@@ -77,7 +77,7 @@ def generate(
     from steermoe.steering.spec import make_plan
 
     plan = make_plan(
-        runner.target,
+        runner.shape,
         domain or [],
         strength=strength,
         layers=layers,

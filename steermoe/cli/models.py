@@ -268,7 +268,7 @@ def _facts(description: "ModelDescription") -> dict[str, str]:
     from steermoe.vectors.vector import format_layers
 
     d = description
-    facts = {"model class": d.model_class, "architecture": d.architecture, "parameters": f"{d.parameters:,}"}
+    facts = {"model class": d.model_class, "architecture": d.shape.architecture, "parameters": f"{d.parameters:,}"}
     if d.layers is not None:
         facts["layers"] = str(d.layers)
     if d.steerable:

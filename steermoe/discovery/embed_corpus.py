@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from steermoe.discovery.embedder import EmbeddingOptions, Progress, RoutingSource, TextEmbedder
-from steermoe.discovery.embedder_hf import Embedder, _stop_after_last_router, _without_head, architecture_of, routers_of
+from steermoe.discovery.embedder_hf import Embedder, _stop_after_last_router, _without_head
 from steermoe.discovery.store import EmbeddingMeta, EmbeddingStore, Text
 from steermoe.errors import CorpusError
 from steermoe.models.loading import LoadedModel
@@ -39,13 +39,13 @@ def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> 
 
 def meta_of(loaded: RoutingSource, options: EmbeddingOptions) -> EmbeddingMeta:
     """What a folder of this model's embeddings says of itself."""
-    routers = routers_of(loaded)
+    shape = loaded.shape
     return EmbeddingMeta(
         model=loaded.name,
-        architecture=architecture_of(loaded),
-        layers=tuple(router.layer for router in routers),
-        num_experts=max(router.num_experts for router in routers),
-        top_k=routers[0].top_k,
+        architecture=shape.architecture,
+        layers=shape.layers,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
         features=options.features,
         tokens=options.tokens,
         hidden=options.hidden,

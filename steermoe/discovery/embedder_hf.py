@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steermoe.discovery.embedder import Embedded, EmbeddingOptions, Progress, RoutingSource
+from steermoe.discovery.embedder import Embedded, EmbeddingOptions, Progress
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import RoutingRecord
 from steermoe.routing.routers import find_routers, language_model, module_that_routes
@@ -126,13 +126,3 @@ def batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> 
         batch.append(i)
     if batch:
         yield batch
-
-
-def routers_of(loaded: RoutingSource) -> Sequence[Any]:
-    """A model's routers, with `layer`, `num_experts` and `top_k` each."""
-    return find_routers(_without_head(loaded.model)) if isinstance(loaded, LoadedModel) else loaded.target.routers
-
-
-def architecture_of(loaded: RoutingSource) -> str:
-    """The `model_type` of transformers."""
-    return loaded.model.config.model_type if isinstance(loaded, LoadedModel) else loaded.target.model_type

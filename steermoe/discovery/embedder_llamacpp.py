@@ -30,8 +30,7 @@ class GGUFEmbedder:
             )
         self._engine = engine
         self._options = options
-        routers = engine.target.routers
-        self.shape = len(routers), routers[0].num_experts
+        self.shape = len(engine.shape.layers), engine.shape.num_experts
 
     def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Embedded:
         """Embed texts, in their order."""

@@ -17,7 +17,6 @@ from steermoe.discovery.contrast import (
 )
 from steermoe.discovery.embed_corpus import embedder
 from steermoe.discovery.embedder import EmbeddingOptions, Progress, RoutingSource
-from steermoe.discovery.embedder_hf import architecture_of, routers_of
 from steermoe.errors import VectorError
 from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
@@ -63,12 +62,11 @@ def vectors_from_labelled(
         infos[domain] = vector_info(loaded, texts, tokens, CREATED_BY)
     is_relative = len(corpora) > threshold if relative is None else relative
     baseline = torch.stack(list(frequencies.values())).mean(0)
-    layers = tuple(router.layer for router in routers_of(loaded))
     vectors = [
         SteeringVector(
             domain,
             frequency,
-            layers,
+            loaded.shape.layers,
             threshold=threshold,
             baseline=baseline if len(corpora) > 1 else None,
             relative=is_relative,
@@ -105,12 +103,11 @@ def contrasts(
     Raises:
         VectorError: no texts, a text without tokens, or sets that route alike.
     """
-    routers = routers_of(loaded)
-    layers = tuple(router.layer for router in routers)
+    layers = loaded.shape.layers
 
     def rate(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         embeddings, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
-        return activation_rate(embeddings, tokens, routers[0].top_k), tokens
+        return activation_rate(embeddings, tokens, loaded.shape.top_k), tokens
 
     rate_against, _ = rate(against)
     made = []
@@ -195,16 +192,13 @@ def vector_from_texts(
     """
     frequencies, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens)
     info = replace(vector_info(loaded, texts, tokens, "steermoe.vector_from_texts"), keywords=tuple(keywords))
-    layers = tuple(router.layer for router in routers_of(loaded))
-    return SteeringVector(domain, frequencies.mean(0), layers, threshold=threshold, info=info)
+    return SteeringVector(domain, frequencies.mean(0), loaded.shape.layers, threshold=threshold, info=info)
 
 
 def vector_info(loaded: RoutingSource, texts: Sequence[str], tokens: Tensor, created_by: str) -> VectorInfo:
     """Where a vector comes from: its model and its texts."""
-    return VectorInfo(
-        model=loaded.name,
-        architecture=architecture_of(loaded),
-        top_k=routers_of(loaded)[0].top_k,
+    return replace(
+        VectorInfo.of(loaded.shape),
         texts=len(texts),
         tokens=int(tokens.sum()),
         corpus_sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),

@@ -3,12 +3,13 @@ library that runs models.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from steermoe.engines.request import Completion, Request
 
 if TYPE_CHECKING:
     from steermoe.engines.memory import Room
+    from steermoe.routing.shape import RoutingShape
     from steermoe.steering.report import SteeringReport
 
 
@@ -46,8 +47,8 @@ class Engine(Protocol):
         """The model's name."""
 
     @property
-    def target(self) -> Any:
-        """What vectors must fit: the model, or what is known of its file."""
+    def shape(self) -> "RoutingShape":
+        """What vectors and plans must fit."""
 
     @property
     def dtype(self) -> str:

@@ -1,6 +1,7 @@
 """Load a checkpoint as a model of transformers with its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from steermoe.models.quantization import Quantization
+    from steermoe.routing.shape import RoutingShape
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,13 @@ class LoadedModel:
     name: str
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
+
+    @cached_property
+    def shape(self) -> "RoutingShape":
+        """What vectors and plans for it must fit."""
+        from steermoe.routing.routers import shape_of
+
+        return replace(shape_of(self.model), name=self.name)
 
     @property
     def context_length(self) -> int | None:

@@ -11,7 +11,9 @@ Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ from steermoe.routing.architectures import (
     NOT_A_ROUTER,
     ROUTER_CLASS,
 )
+from steermoe.routing.shape import RouterShape, RoutingShape
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,10 @@ class Router:
     width: int
     top_k: int
     stack: Literal["encoder", "decoder"] = "decoder"
+
+    @property
+    def shape(self) -> RouterShape:
+        return RouterShape(self.layer, self.num_experts, self.width, self.top_k)
 
 
 def find_routers(model: nn.Module) -> list[Router]:
@@ -237,6 +244,28 @@ def scoring(router: Any, config: Any) -> str:
 
 
 # ---- changing logits ----
+
+
+def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None = None) -> RoutingShape:
+    """The shape of a model of transformers; a shape is returned as it is.
+
+    Args:
+        model: the model, or a shape.
+        routers: the model's, where they have been found already.
+
+    Raises:
+        UnsupportedModel: the model has no routers, or none that is known.
+    """
+    if isinstance(model, RoutingShape):
+        return model
+    config = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", "") or type(model).__name__
+    architecture = getattr(config, "model_type", "")
+    return RoutingShape(
+        Path(name).name,
+        (architecture,) if architecture else (),
+        tuple(router.shape for router in routers or find_routers(language_model(model))),
+    )
 
 
 def language_model(model: nn.Module) -> nn.Module:

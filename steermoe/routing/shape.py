@@ -1,68 +1,67 @@
-"""What vectors and plans must fit: a model of torch, or the description of a model that another engine runs."""
+"""What steering must fit: where a model has routers, and how many experts each one chooses from. Imports no torch.
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+Every kind of model gives one: `routers.shape_of` a model of transformers, `description.describe` a checkpoint whose
+weights are not loaded, `gguf.header.read_gguf` a GGUF file, `Engine.shape` whatever an engine runs.
+"""
 
-from torch import nn
-
-from steermoe.routing.routers import find_routers, language_model
-from steermoe.vectors.vector import SteeringVector
+import re
+from dataclasses import dataclass
 
 
-class RouterShape(Protocol):
-    """Where a router is and how many experts it has; as `routers.Router`, which is one."""
+@dataclass(frozen=True)
+class RouterShape:
+    """One router in numbers.
 
-    @property
-    def layer(self) -> int: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-
-
-class Description(Protocol):
-    """A model that is no module of torch here, such as that of a GGUF file."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def routers(self) -> Sequence[RouterShape]:
-        """In the order of their layers."""
-
-    def check_fits(self, vector: SteeringVector) -> None:
-        """As `SteeringVector.check_fits`."""
-
-
-Target = nn.Module | Description
-
-
-def routers_of(target: Target) -> Sequence[RouterShape]:
-    """All routers, in the order of their layers.
-
-    Raises:
-        UnsupportedModel: there are none, or none that is known.
+    Attributes:
+        layer: the decoder layer it belongs to, counted from 0.
+        num_experts: experts it can choose from (what expert vectors have columns for), N.
+        width: columns of its logits, W; some routers have more than experts, such as for shared ones.
+        top_k: experts chosen for each token, k.
     """
-    return find_routers(language_model(target)) if isinstance(target, nn.Module) else target.routers
+
+    layer: int
+    num_experts: int
+    width: int
+    top_k: int
 
 
-def name_of(target: Target) -> str:
-    """What messages call it."""
-    if not isinstance(target, nn.Module):
-        return target.name
-    return getattr(getattr(target, "config", None), "name_or_path", "") or type(target).__name__
+@dataclass(frozen=True)
+class RoutingShape:
+    """All routers of a model, in the order of their layers, and what the model is called.
+
+    Attributes:
+        name: for messages, and for the folder of the model's vectors.
+        architectures: its `model_type`, and what else it is called elsewhere; the first one is for messages, none where
+            it is not known.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    routers: tuple[RouterShape, ...]
+
+    @property
+    def architecture(self) -> str:
+        return self.architectures[0] if self.architectures else ""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layer of each router, [L]."""
+        return tuple(router.layer for router in self.routers)
+
+    @property
+    def num_experts(self) -> int:
+        """The most experts that a router has, N."""
+        return max(router.num_experts for router in self.routers)
+
+    @property
+    def top_k(self) -> int:
+        """Of the first router."""
+        return self.routers[0].top_k
+
+    def is_a(self, architecture: str) -> bool:
+        """Whether a `model_type` is this model's, however it is spelled; true where either is not known."""
+        return not architecture or not self.architectures or _plain(architecture) in map(_plain, self.architectures)
 
 
-def check_fits(target: Target, vector: SteeringVector) -> None:
-    """As `SteeringVector.check_fits`, reading shape and names off the target."""
-    if not isinstance(target, nn.Module):
-        target.check_fits(vector)
-        return
-    routers = routers_of(target)
-    layers, widths = [r.layer for r in routers], [r.num_experts for r in routers]
-    architecture = getattr(getattr(target, "config", None), "model_type", "")
-    vector.check_fits(layers, widths, Path(name_of(target)).name, architecture)
+def _plain(name: str) -> str:
+    return re.sub("[-_]", "", name)

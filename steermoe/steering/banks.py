@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steermoe.errors import SteeringError
-from steermoe.routing.shape import RouterShape, Target, check_fits, name_of, routers_of
+from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.plans import SteeringPlan
 
 
@@ -70,16 +70,21 @@ class Bank:
         return self._moved[device]
 
 
-def check_plan(target: Target, plan: SteeringPlan) -> None:
-    """Raise what attaching the plan would raise, without attaching it."""
-    banks_for(target, routers_of(target), [plan])
+def check_plan(shape: RoutingShape, plan: SteeringPlan) -> None:
+    """Raise what attaching the plan to a model of this shape would raise, without attaching it."""
+    banks_for(shape, [plan])
 
 
-def banks_for(target: Target, routers: Sequence[RouterShape], plans: Sequence[SteeringPlan]) -> list[Bank]:
-    """The plans' tensors for each router, once it is sure that they fit and do something."""
+def banks_for(shape: RoutingShape, plans: Sequence[SteeringPlan]) -> list[Bank]:
+    """The plans' tensors for each router, [L] banks.
+
+    Raises:
+        CompatibilityError: a vector of another model.
+        SteeringError: layers or experts that the model does not have, or a plan that would do nothing.
+    """
     for plan in plans:
-        _check_fits(target, routers, plan)
-    banks = [Bank.of(router, number, plans) for number, router in enumerate(routers)]
+        _check_fits(shape, plan)
+    banks = [Bank.of(router, number, plans) for number, router in enumerate(shape.routers)]
     for slot, plan in enumerate(plans):
         does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
         if plan.does_something and not does:
@@ -87,16 +92,15 @@ def banks_for(target: Target, routers: Sequence[RouterShape], plans: Sequence[St
     return banks
 
 
-def _check_fits(target: Target, routers: Sequence[RouterShape], plan: SteeringPlan) -> None:
-    name = name_of(target)
-    layers = [router.layer for router in routers]
+def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
+    layers, routers = shape.layers, shape.routers
     if plan.vector is not None:
-        check_fits(target, plan.vector)
+        plan.vector.check_fits(shape)
     for layer, expert in (*plan.force, *plan.ban):
         experts = max((router.num_experts for router in routers if router.layer == layer), default=0)
         if not 0 <= expert < experts:
             raise SteeringError(
-                f"expert ({layer}, {expert}) does not exist: {name} has routers in layers "
+                f"expert ({layer}, {expert}) does not exist: {shape.name} has routers in layers "
                 f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or routers[0].num_experts) - 1}"
             )
     if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):

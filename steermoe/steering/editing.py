@@ -6,7 +6,7 @@ Shapes: T tokens as routers see them (rows after rows), P distinct plans, N expe
 k experts chosen a token, C router calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from steermoe import formulas
 from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
-from steermoe.routing.routers import Router, chosen_experts
+from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.plans import SteeringPlan
 
@@ -79,15 +79,25 @@ class Step:
 
 
 class Editor:
-    """The handle's hand in one router: edits its logits and notes what it chose.
+    """Edits one router's logits and notes what it chose.
+
+    Args:
+        name: for messages.
+        router: how many experts it has.
+        tally: counts what it chose.
+        chosen: reads the chosen experts [T, k] off what the router returned; None where nothing calls `observe`.
 
     Attributes:
         step: how the forward call that is running is steered in this layer; None if it is not.
         calls: edited calls of the router that the tally has counted.
     """
 
-    def __init__(self, router: Router, tally: "Tally") -> None:
+    def __init__(
+        self, name: str, router: RouterShape, tally: "Tally", chosen: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        self.name = name
         self.router = router
+        self._chosen = chosen
         self.bank: Bank
         self.step: Step | None = None
         self.calls = 0
@@ -113,8 +123,8 @@ class Editor:
         return steered if logits.dim() == 2 else steered.view_as(logits)
 
     def observe(self, output: Any) -> None:
-        assert self.step is not None
-        self._tally.add(self, self.step, chosen_experts(self.router, output))
+        assert self.step is not None and self._chosen is not None
+        self._tally.add(self, self.step, self._chosen(output))
 
     def _edit_rows(self, logits: Tensor, bank: Bank, step: Step) -> Tensor:
         """Each formula once over all tokens, with every token's own expert vector and strength."""
@@ -122,7 +132,7 @@ class Editor:
         layout = step.layout.on(logits.device)
         if len(logits) != len(layout.slot_T):
             raise SteeringError(
-                f"router '{self.router.name}' saw {len(logits)} tokens where the batch has {len(layout.slot_T)}: "
+                f"router '{self.name}' saw {len(logits)} tokens where the batch has {len(layout.slot_T)}: "
                 "rows can't be told apart in this model; steer all rows alike"
             )
         slot_T, out = layout.slot_T, logits

@@ -3,6 +3,7 @@
 Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see them.
 """
 
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
-from steermoe.routing.routers import find_routers, language_model
+from steermoe.routing.routers import chosen_experts, find_routers, language_model, shape_of
 from steermoe.routing.tracker import Tracker, Window
 from steermoe.steering.banks import banks_for
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
@@ -57,6 +58,7 @@ class SteeringHandle:
     def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
         self._model = language_model(model)
         self._routers = find_routers(self._model)
+        self._shape = shape_of(self._model, self._routers)
         first = self._routers[0].module
         if first in _STEERED:
             raise SteeringError(
@@ -64,7 +66,10 @@ class SteeringHandle:
                 "mix(...), or take it off first with handle.remove()"
             )
         self._tally = Tally()
-        self._editors = [Editor(router, self._tally) for router in self._routers]
+        self._editors = [
+            Editor(router.name, router.shape, self._tally, functools.partial(chosen_experts, router))
+            for router in self._routers
+        ]
         self._tokens_seen: int | Tensor = 0
         self._tokens_steered: int | Tensor = 0
         self._was_wanted = False
@@ -76,8 +81,8 @@ class SteeringHandle:
         with ExitStack() as undo:
             self._tracker = Tracker(self._model, self._before_forward, self._after_forward)
             undo.callback(self._tracker.close)
-            for editor in self._editors:
-                undo.callback(intercept(self._model, editor.router, editor))
+            for router, editor in zip(self._routers, self._editors, strict=True):
+                undo.callback(intercept(self._model, router, editor))
             _STEERED[first] = self
             undo.callback(_STEERED.pop, first, None)
             self._undo = undo.pop_all()
@@ -183,7 +188,7 @@ class SteeringHandle:
             self._assign(plans)  # rows that come and go between plans that are known already
             return
         distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
-        banks = banks_for(self._model, self._routers, distinct)
+        banks = banks_for(self._shape, distinct)
         for editor, bank in zip(self._editors, banks, strict=True):
             editor.bank = bank
         self._distinct = distinct
@@ -203,17 +208,17 @@ class SteeringHandle:
         if step is not None:
             self._tokens_steered = self._tokens_steered + step.tokens
             self._was_wanted = True
-        for editor in self._editors:
-            if editor.router.stack == window.stack:
+        for router, editor in zip(self._routers, self._editors, strict=True):
+            if router.stack == window.stack:
                 editor.step = None if editor.bank.is_idle else step
         self._calls_before = [editor.calls for editor in self._editors]
 
     def _after_forward(self, window: Window) -> None:
         self._tally.count()
-        for editor, before in zip(self._editors, self._calls_before, strict=True):
-            if editor.router.stack == window.stack:
+        for router, editor, before in zip(self._routers, self._editors, self._calls_before, strict=True):
+            if router.stack == window.stack:
                 if editor.step is not None and editor.calls == before:
-                    self._bypassed[editor.router.name] = self._bypassed.get(editor.router.name, 0) + 1
+                    self._bypassed[router.name] = self._bypassed.get(router.name, 0) + 1
                 editor.step = None
 
     def _step(self, window: Window) -> Step | None:

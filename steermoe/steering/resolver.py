@@ -27,7 +27,7 @@ class PlanBook:
     """
 
     def __init__(self, engine: Engine, vectors: Path | None = None) -> None:
-        self._model = engine.target
+        self._shape = engine.shape
         self._folder = vectors
         self._fingerprint = engine.fingerprint()
         self.plan = lru_cache(KEPT_PLANS)(self._plan)
@@ -61,7 +61,7 @@ class PlanBook:
         """A vector or mixture, and a hash of what it does."""
         is_file = domain.endswith(".safetensors") and Path(domain).is_file()
         parts = [parse_domain(part) for part in ([domain] if is_file else domain.split("+"))]
-        vector = mix([(load_vector(name, self._model, folder=self._folder), weight) for name, weight in parts])
+        vector = mix([(load_vector(name, self._shape, folder=self._folder), weight) for name, weight in parts])
         digest = hashlib.sha256(vector.experts.detach().float().cpu().contiguous().numpy().tobytes())
         digest.update(repr(vector.layers).encode())
         return vector, digest.hexdigest()
@@ -71,7 +71,7 @@ class PlanBook:
         vector = self._vector(steering.domain)[0] if steering.domain else None
         layers = None if steering.layers is None else parse_layers(steering.layers)
         force, ban = tuple(map(parse_expert, steering.force)), tuple(map(parse_expert, steering.ban))
-        check_plan(self._model, SteeringPlan(vector, 1.0, layers=layers, force=force, ban=ban))
+        check_plan(self._shape, SteeringPlan(vector, 1.0, layers=layers, force=force, ban=ban))
 
     def key(self, job: Job) -> str:
         """16 hexadecimal digits of a hash of everything that decides a story's text, and of its id."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.errors import SteeringError
-from steermoe.routing.shape import Target
+from steermoe.routing.shape import RoutingShape
 from steermoe.steering.plans import LayerExpert, SteeringPlan, plan_for
 from steermoe.vectors.file import SUFFIX
 from steermoe.vectors.library import load_vector
@@ -127,7 +127,7 @@ def parse_expert(text: str) -> LayerExpert:
 
 
 def make_plan(
-    model: Target,
+    shape: RoutingShape,
     domains: list[str],
     *,
     strength: float | None = None,
@@ -140,7 +140,7 @@ def make_plan(
     """The plan for a mixture of domains, or None if nothing is asked for.
 
     Args:
-        model: the model to steer, which the vectors must fit.
+        shape: of the model to steer, which the vectors must fit.
         domains: as `parse_domain` reads them.
         strength: by default what the vectors were calibrated to.
         layers: as `parse_layers` reads them.
@@ -155,7 +155,7 @@ def make_plan(
     forced, banned = tuple(map(parse_expert, force or ())), tuple(map(parse_expert, ban or ()))
     if not domains and not forced and not banned:
         return None
-    parts = [(load_vector(name, model, folder=vectors), weight) for name, weight in map(parse_domain, domains)]
+    parts = [(load_vector(name, shape, folder=vectors), weight) for name, weight in map(parse_domain, domains)]
     given = {name: value for name, value in fields.items() if value is not None}
     return plan_for(
         mix(parts) if parts else None,

@@ -6,7 +6,7 @@ numbers are read.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,9 @@ from steermoe.vectors.file import DOMAIN_NAME, SUFFIX, check_domain_name, read_v
 from steermoe.vectors.vector import SteeringVector
 
 if TYPE_CHECKING:
-    from steermoe.routing.shape import Target
+    from torch import nn
+
+    from steermoe.routing.shape import RoutingShape
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -84,8 +86,8 @@ def find_vector(name: str | Path, *, folder: Path | str | None = None, group: st
     )
 
 
-def read_fitting(paths: Sequence[Path], check: Callable[[SteeringVector], None]) -> tuple[Path, SteeringVector]:
-    """The first of several files that passes a check of its fit, which raises CompatibilityError where it does not.
+def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, SteeringVector]:
+    """The first of several files whose vector fits a model.
 
     Raises:
         CompatibilityError: none fits; the first one's error.
@@ -94,7 +96,7 @@ def read_fitting(paths: Sequence[Path], check: Callable[[SteeringVector], None])
     for path in paths:
         vector = read_vector(path)
         try:
-            check(vector)
+            vector.check_fits(shape)
         except CompatibilityError as error:
             misfits.append(error)
         else:
@@ -103,13 +105,17 @@ def read_fitting(paths: Sequence[Path], check: Callable[[SteeringVector], None])
 
 
 def load_vector(
-    name: str | Path, model: "Target | None" = None, *, folder: Path | str | None = None, group: str | None = None
+    name: str | Path,
+    model: "nn.Module | RoutingShape | None" = None,
+    *,
+    folder: Path | str | None = None,
+    group: str | None = None,
 ) -> SteeringVector:
     """Load a domain's vector.
 
     Args:
         name: a domain, or the path of a vector file.
-        model: the model to steer; of several files of the domain the first that fits it is taken.
+        model: the model to steer, or its shape; of several files of the domain the first that fits it is taken.
         folder: searched before all others.
         group: only look in this model's folder, such as "smollm2-moe".
 
@@ -119,6 +125,6 @@ def load_vector(
     paths = find_vector(name, folder=folder, group=group)
     if model is None:
         return read_vector(paths[0])
-    from steermoe.routing.shape import check_fits
+    from steermoe.routing.routers import shape_of
 
-    return read_fitting(paths, lambda vector: check_fits(model, vector))[1]
+    return read_fitting(paths, shape_of(model))[1]

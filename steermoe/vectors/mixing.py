@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from steermoe.errors import CompatibilityError, VectorError
+from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 
@@ -31,8 +32,9 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
     if not 0 < total < float("inf"):
         weights = ", ".join(f"{vector.domain}={weight:g}" for vector, weight in parts)
         raise VectorError(f"the weights of the mixture {weights} must be finite and not all 0")
+    shape = _shape_of(first)
     for vector, _ in parts[1:]:
-        vector.check_fits(first.layers, [first.num_experts], f"the model of '{first.domain}'", first.info.architecture)
+        vector.check_fits(shape)
         if vector.num_experts != first.num_experts:
             raise CompatibilityError(
                 f"vector '{vector.domain}' has {vector.num_experts} experts a layer, '{first.domain}' has "
@@ -61,6 +63,16 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
     for vector, weight in parts[1:]:
         experts = experts + weight * vector.experts
     return SteeringVector(name, None, first.layers, weights=experts, info=info)
+
+
+def _shape_of(vector: SteeringVector) -> RoutingShape:
+    """As much of the model that a vector is of as the vector itself tells."""
+    experts, top_k = vector.num_experts, vector.info.top_k or 1
+    return RoutingShape(
+        f"the model of '{vector.domain}'",
+        (vector.info.architecture,) if vector.info.architecture else (),
+        tuple(RouterShape(layer, experts, experts, top_k) for layer in vector.layers),
+    )
 
 
 def _sum_known(counts: Sequence[int | None]) -> int | None:

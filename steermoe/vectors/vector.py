@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import CompatibilityError, VectorError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.routing.shape import RoutingShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,12 @@ class VectorInfo:
     licence: str = ""
     parts: tuple[str, ...] = ()
     """Of a mixture: each part as "name=weight", with the start of its hash where it came from a file."""
+
+    @classmethod
+    def of(cls, shape: RoutingShape) -> "VectorInfo":
+        """What a vector for a model says of that model."""
+        top_k = {router.top_k for router in shape.routers}
+        return cls(model=shape.name, architecture=shape.architecture, top_k=top_k.pop() if len(top_k) == 1 else None)
 
     def __post_init__(self) -> None:
         for name, is_right, expected in _EXPECTED:
@@ -172,35 +179,30 @@ class SteeringVector:
             raise VectorError(f"vector '{self.domain}' has no frequencies to threshold: it is a mixture or an import")
         return replace(self, threshold=threshold, relative=relative, weights=None)
 
-    def check_fits(self, layers: Sequence[int], widths: Sequence[int], model: str, architecture: str = "") -> None:
+    def check_fits(self, shape: RoutingShape) -> None:
         """Check that the vector fits a model's routers.
-
-        Args:
-            layers: decoder layer index of each router.
-            widths: experts of each router.
-            model: the model's name, for the message.
-            architecture: its `model_type`, compared where both are known.
 
         Raises:
             CompatibilityError: another architecture, number of layers or of experts, or other layers.
         """
+        model, widths = shape.name, [router.num_experts for router in shape.routers]
         built_for = f"it was built for {self.info.model}" if self.info.model else "it was built for another model"
         fix = f"{built_for}; build one for {model} with `steermoe vectors build`"
-        own, expected = f"{self.num_layers}x{self.num_experts}", f"{len(layers)}x{max(widths)}"
-        if self.num_layers != len(layers) or not all(self.num_experts <= width for width in widths):
+        own, expected = f"{self.num_layers}x{self.num_experts}", f"{len(widths)}x{max(widths)}"
+        if self.num_layers != len(widths) or not all(self.num_experts <= width for width in widths):
             raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")
         if min(widths) - self.num_experts > max(2, min(widths) // 4):
             raise CompatibilityError(
                 f"vector '{self.domain}' has {self.num_experts} experts a layer, {model} has {min(widths)}: {fix}"
             )
-        if tuple(layers) != self.layers:
+        if shape.layers != self.layers:
             raise CompatibilityError(
                 f"vector '{self.domain}' is for decoder layers {format_layers(self.layers)}, "
-                f"{model} has routers in {format_layers(layers)}: {fix}"
+                f"{model} has routers in {format_layers(shape.layers)}: {fix}"
             )
-        if self.info.architecture and architecture and self.info.architecture != architecture:
+        if not shape.is_a(self.info.architecture):
             raise CompatibilityError(
-                f"vector '{self.domain}' is for {self.info.architecture} models, {model} is {architecture}: {fix}"
+                f"vector '{self.domain}' is for {self.info.architecture} models, {model} is {shape.architecture}: {fix}"
             )
 
 

@@ -11,6 +11,7 @@ from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel
 from steermoe.models import checkpoint, loading
 from steermoe.models.default import assemble, base, pull, spec
 from steermoe.models.description import describe
+from steermoe.vectors.vector import VectorInfo
 
 
 def config_folder(folder: Path, config) -> Path:
@@ -175,11 +176,11 @@ def test_describe_allocates_no_weights(tmp_path):
 
 def test_the_description_knows_which_vectors_fit(tiny_checkpoint, make_vector):
     description = describe(tiny_checkpoint)
-    info = description.vector_info()
+    info = VectorInfo.of(description.shape)
     assert (info.model, info.architecture, info.top_k) == ("tiny-mixtral", "mixtral", 2)
-    description.check_fits(make_vector(info=info))
+    make_vector(info=info).check_fits(description.shape)
     with pytest.raises(CompatibilityError, match="'sport' has 4x8 experts, tiny-mixtral has 3x8"):
-        description.check_fits(make_vector(layers=range(4)))
+        make_vector(layers=range(4)).check_fits(description.shape)
 
 
 # ---- the default model ----

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steermoe import formulas
-from steermoe.routing.routers import Router
+from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
 from steermoe.steering.handle import attach, steer
@@ -19,12 +19,12 @@ def model():
     return tiny.build("mixtral")
 
 
-def router(width: int = tiny.EXPERTS) -> Router:
-    return Router("gate", 0, torch.nn.Linear(4, width), tiny.EXPERTS, width, tiny.TOP_K)
+def router(width: int = tiny.EXPERTS) -> RouterShape:
+    return RouterShape(0, tiny.EXPERTS, width, tiny.TOP_K)
 
 
 def editor_for(plans: list[SteeringPlan], step: Step, width: int = tiny.EXPERTS) -> Editor:
-    editor = Editor(router(width), Tally())
+    editor = Editor("gate", router(width), Tally())
     editor.bank = Bank.of(editor.router, 0, plans)
     editor.step = step
     return editor

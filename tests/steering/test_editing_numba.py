@@ -10,7 +10,7 @@ pytest.importorskip("numba", reason="numba comes with steermoe[llamacpp] and ste
 import numpy as np
 
 from steermoe import formulas
-from steermoe.routing.routers import Router
+from steermoe.routing.shape import RouterShape
 from steermoe.steering import editing_numba
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
@@ -61,8 +61,8 @@ def test_tokens_of_many_plans_are_edited_as_by_the_editor(dtype, columns):
     ways = [(formula, scale) for formula in formulas.FORMULAS for scale in formulas.SCALES]
     plans = [plan(seed, *way, strength=3.5 - seed) for seed, way in enumerate(ways)]
     plans.append(SteeringPlan(force=((0, 3),), ban=((0, 5), (0, 6))))
-    router = Router("gate", 0, torch.nn.Linear(4, columns), EXPERTS, columns, 2)
-    editor = Editor(router, Tally())
+    router = RouterShape(0, EXPERTS, columns, 2)
+    editor = Editor("gate", router, Tally())
     editor.bank = Bank.of(router, 0, plans)
     slots = [number % (len(plans) + 1) - 1 for number in range(TOKENS)]
     factors = torch.tensor([[0.0 if slot < 0 else (1.0, 0.5, 0.0)[number % 3]] for number, slot in enumerate(slots)])
@@ -89,7 +89,7 @@ def test_bfloat16_is_rounded_as_by_torch():
     values = torch.randn(4096, EXPERTS, generator=torch.Generator().manual_seed(3)).bfloat16()
     values[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     values[1, :2] = torch.tensor([0.0, -0.0])
-    router = Router("gate", 0, torch.nn.Linear(4, EXPERTS), EXPERTS, EXPERTS, 2)
+    router = RouterShape(0, EXPERTS, EXPERTS, 2)
     push = torch.linspace(-1, 1, EXPERTS)[None]
     bank = replace(Bank.of(router, 0, []), push=push)
     layer = editing_numba.LayerEditor(bank, np.array([editing_numba.ADDITIVE]), np.array([False]))
@@ -99,7 +99,7 @@ def test_bfloat16_is_rounded_as_by_torch():
 
 
 def test_memory_is_never_read_beyond_its_end():
-    router = Router("gate", 0, torch.nn.Linear(4, EXPERTS), EXPERTS, EXPERTS, 2)
+    router = RouterShape(0, EXPERTS, EXPERTS, 2)
     layer = editing_numba.LayerEditor(Bank.of(router, 0, []), np.zeros(1, np.int64), np.zeros(1, np.bool_))
     tokens = editing_numba.TokenPlans(np.zeros(3, np.int64), np.ones(3, np.float32))
     for shape in ((2, EXPERTS), (3, EXPERTS - 1)):

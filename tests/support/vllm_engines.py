@@ -12,7 +12,8 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.formulas import FORMULAS, SCALES
 from steermoe.models.loading import LoadedModel
-from steermoe.routing.routers import find_routers
+from steermoe.routing.routers import shape_of
+from steermoe.routing.shape import RoutingShape
 from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
@@ -54,21 +55,21 @@ def write_checkpoint(family: str, folder: Path, **overrides: Any) -> HFEngine:
     return HFEngine(LoadedModel(folder.name, model, tokenizer))
 
 
-def vector(model: nn.Module, *raised: int, domain: str = "sport") -> SteeringVector:
+def vector(model: nn.Module | RoutingShape, *raised: int, domain: str = "sport") -> SteeringVector:
     """Frequencies that differ from layer to layer: the raised experts, moved on by one a layer, share most of it."""
-    routers = find_routers(model)
-    experts = routers[0].num_experts
-    frequency = torch.full((len(routers), experts), 0.2 / experts)
-    for row in range(len(routers)):
+    shape = shape_of(model)
+    experts = shape.routers[0].num_experts
+    frequency = torch.full((len(shape.routers), experts), 0.2 / experts)
+    for row in range(len(shape.routers)):
         for rank, expert in enumerate(raised):
             frequency[row, (expert + row) % experts] += 0.8 * (rank + 1) / sum(range(1, len(raised) + 1))
-    return SteeringVector(domain, frequency, tuple(router.layer for router in routers), threshold=1.0)
+    return SteeringVector(domain, frequency, shape.layers, threshold=1.0)
 
 
-def plans_of_every_kind(model: nn.Module) -> dict[str, SteeringPlan | None]:
+def plans_of_every_kind(model: nn.Module | RoutingShape) -> dict[str, SteeringPlan | None]:
     """All that a plan can say; None for a text that is left alone."""
     sport, food = vector(model, 1, 3), vector(model, 6, domain="food")
-    layers = [router.layer for router in find_routers(model)]
+    layers = shape_of(model).layers
     first, last = layers[0], layers[-1]
     return {
         "unsteered": None,

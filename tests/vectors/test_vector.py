@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from steermoe.errors import CompatibilityError, VectorError
+from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector, VectorInfo, format_layers
 
@@ -104,6 +105,11 @@ def test_info_of_the_wrong_kind_is_refused(field, value, expected):
         VectorInfo(**{field: value})
 
 
+def shape(name, layers, widths, architecture):
+    routers = tuple(RouterShape(layer, width, width, 1) for layer, width in zip(layers, widths, strict=True))
+    return RoutingShape(name, (architecture,) if architecture else (), routers)
+
+
 @pytest.mark.parametrize(
     ("layers", "widths", "architecture", "message"),
     [
@@ -118,13 +124,13 @@ def test_info_of_the_wrong_kind_is_refused(field, value, expected):
 def test_a_foreign_model_is_refused(layers, widths, architecture, message):
     sport = vector(info=VectorInfo(model="tiny", architecture="mixtral"))
     with pytest.raises(CompatibilityError, match=message) as error:
-        sport.check_fits(layers, widths, "other", architecture)
+        sport.check_fits(shape("other", layers, widths, architecture))
     assert "steermoe vectors build" in str(error.value)
 
 
 @pytest.mark.parametrize("widths", [[4, 4], [5, 5], [4, 6]])
 def test_routers_may_have_a_few_more_columns(widths):
-    vector(info=VectorInfo(architecture="mixtral")).check_fits([5, 6], widths, "same", "mixtral")
+    vector(info=VectorInfo(architecture="mixtral")).check_fits(shape("same", [5, 6], widths, "mixtral"))
 
 
 @pytest.mark.parametrize(

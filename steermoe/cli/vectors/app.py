@@ -200,6 +200,7 @@ def import_(
     from steermoe.errors import VectorError
     from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
     from steermoe.vectors.matrix import import_matrix
+    from steermoe.vectors.vector import VectorInfo
 
     check_domain_name(domain)
     description = _describe(model, trust_remote_code) if model is not None else None
@@ -212,8 +213,8 @@ def import_(
     if description is None:
         vector = import_matrix(matrix, domain)
     else:
-        vector = import_matrix(matrix, domain, layers=description.moe_layers, info=description.vector_info())
-        description.check_fits(vector)
+        vector = import_matrix(matrix, domain, layers=description.moe_layers, info=VectorInfo.of(description.shape))
+        vector.check_fits(description.shape)
     write_vector(vector, path)
     record = {**read_header(path).as_dict(), "path": str(path)}
     if json:
@@ -251,7 +252,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
         if description is None:
             path, vector = paths[0], read_vector(paths[0])
         else:
-            path, vector = read_fitting(paths, description.check_fits)
+            path, vector = read_fitting(paths, description.shape)
     except (VectorError, CompatibilityError) as error:
         return {**result, "error": str(error)}
     return {

@@ -20,6 +20,7 @@ from steermoe.engines.text import continuation, encode_prompt
 from steermoe.errors import GenerationError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
+from steermoe.routing.shape import RoutingShape
 from steermoe.steering.handle import attach
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class HFEngine:
         return self.loaded.name
 
     @property
-    def target(self) -> Any:
-        return self.loaded.model
+    def shape(self) -> RoutingShape:
+        return self.loaded.shape
 
     @property
     def dtype(self) -> str:

@@ -67,7 +67,8 @@ class LlamaCppEngine:
     ) -> None:
         self._model: Any = None
         self._context: Context | None = None
-        self.target = model if isinstance(model, GGUFModel) else read_gguf(model)
+        self.file = model if isinstance(model, GGUFModel) else read_gguf(model)
+        self.shape = self.file.shape
         self.threads = threads or torch.get_num_threads()
         self._cache = cache
         self._callback = callback
@@ -78,9 +79,9 @@ class LlamaCppEngine:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         messages.clear()
-        self._model = llama_cpp.llama_model_load_from_file(str(self.target.path).encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not self._model:
-            raise ModelError(f"llama.cpp can't load '{self.target.path}': {last_message()}; get or export it again")
+            raise ModelError(f"llama.cpp can't load '{self.file.path}': {last_message()}; get or export it again")
         self.tokenizer = GGUFTokenizer(llama_cpp.llama_model_get_vocab(self._model))
         library = llama_cpp.llama_cpp._lib
         functions = tuple(
@@ -88,7 +89,7 @@ class LlamaCppEngine:
             for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set", "ggml_backend_buffer_is_host")
         )
         self.state = CallbackState(
-            self.target,
+            self.file,
             layout.find_layout(library),
             (functions[0], functions[1], functions[2]),
             CALL_TOKENS,
@@ -97,7 +98,7 @@ class LlamaCppEngine:
 
     @property
     def name(self) -> str:
-        return self.target.name
+        return self.file.name
 
     @property
     def dtype(self) -> str:
@@ -105,7 +106,7 @@ class LlamaCppEngine:
         from gguf import LlamaFileType
 
         with suppress(ValueError):
-            return re.sub("^(all|mostly)_", "", LlamaFileType(self.target.file_type).name.lower())
+            return re.sub("^(all|mostly)_", "", LlamaFileType(self.file.file_type).name.lower())
         return "gguf"
 
     @property
@@ -149,7 +150,7 @@ class LlamaCppEngine:
             raise GenerationError(
                 f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another"
             )
-        limit = self.target.context_length
+        limit = self.file.context_length
         if limit and len(ids) + request.sampling.max_new_tokens > limit:
             raise GenerationError(
                 f"the prompt has {len(ids)} tokens and {request.sampling.max_new_tokens} more were asked for, but the "
@@ -165,14 +166,14 @@ class LlamaCppEngine:
         return Room(
             int(free_memory(torch.device("cpu")) * SHARE),
             LOGITS_BYTES * vocabulary,
-            number_bytes * self.target.cache_numbers,
+            number_bytes * self.file.cache_numbers,
         )
 
     def fingerprint(self) -> str:
         """The file's size, and pieces of it from beginning to end."""
-        size = self.target.path.stat().st_size
+        size = self.file.path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
-        with self.target.path.open("rb") as file:
+        with self.file.path.open("rb") as file:
             for start in np.linspace(0, max(0, size - SAMPLED_BYTES), SAMPLES).astype(int):
                 file.seek(int(start))
                 digest.update(file.read(SAMPLED_BYTES))

@@ -99,7 +99,7 @@ class CallbackState:
         Raises:
             CompatibilityError: a vector of another model. SteeringError: layers or experts that the model has not.
         """
-        banks = banks_for(self._model, self._model.routers, plans)  # type: ignore[arg-type]
+        banks = banks_for(self._model.shape, plans)
         push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
         marks_PLN = np.stack([marks_of(bank) for bank in banks], 1)
         busy_PL = (push_PLN != 0).any(-1) | (marks_PLN & (FORCED | BANNED) != 0).any(-1)

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import Pieces, continuation, encode_prompt
@@ -21,7 +21,7 @@ from steermoe.engines.vllm.steps import RECORD
 from steermoe.engines.vllm.wire import KEY, pack
 from steermoe.errors import GenerationError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
-from steermoe.models.description import skeleton_of
+from steermoe.models.description import shape_of_config
 from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
@@ -80,7 +80,7 @@ class VLLMEngine:
         if reason := next(filter(None, self.ask("steermoe_reason")), ""):
             self.close()
             raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
-        self.target: nn.Module = skeleton_of(self._vllm.model_config)
+        self.shape = replace(shape_of_config(self._vllm.model_config), name=self.name)
         self.tokenizer = self._source.tokenizer(trust_remote_code)
         self.ends = self._source.end_tokens(self.tokenizer)
         self._numbers = count()
@@ -178,7 +178,7 @@ class VLLMEngine:
         found: dict[str, Tensor] = {}
         for worker in self.ask("steermoe_recorded"):
             for number, rows in worker.items():
-                counts = found.setdefault(number, torch.zeros(len(_layers(self.target)), _experts(self.target)))
+                counts = found.setdefault(number, torch.zeros(len(self.shape.routers), self.shape.num_experts))
                 for row, values in rows:
                     counts[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
         return found
@@ -186,7 +186,7 @@ class VLLMEngine:
     def _packed(self, plan: SteeringPlan | None) -> bytes | None:
         if plan is None or not plan.does_something:
             return None
-        check_plan(self.target, plan)
+        check_plan(self.shape, plan)
         return pack(plan)
 
 
@@ -311,15 +311,3 @@ def _sum_of_stages(workers: Sequence[dict[str, Any]]) -> SteeringReport:
         sum(report.tokens_steered for report in whole),
         shares / calls if calls else 0.0,
     )
-
-
-def _layers(model: nn.Module) -> list[int]:
-    from steermoe.routing.routers import find_routers
-
-    return [router.layer for router in find_routers(model)]
-
-
-def _experts(model: nn.Module) -> int:
-    from steermoe.routing.routers import find_routers
-
-    return max(router.num_experts for router in find_routers(model))

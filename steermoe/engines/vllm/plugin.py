@@ -28,8 +28,8 @@ from steermoe.engines.vllm.spec import SpecBook
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
-from steermoe.models.description import skeleton_of
-from steermoe.routing.routers import Router, find_routers
+from steermoe.models.description import shape_of_config
+from steermoe.routing.shape import RouterShape
 from steermoe.steering.plans import SteeringPlan
 
 TESTED = "0.32."
@@ -145,7 +145,7 @@ def _attach(model_runner: Any) -> Steps:
     global _active
     config = model_runner.vllm_config
     _refuse_modes(config)
-    expected = find_routers(skeleton_of(config.model_config))
+    expected = shape_of_config(config.model_config).routers
     model = model_runner.get_model()
     found = {module.layer_id: module for module in model.modules() if type(module) is register.runner}  # type: ignore[attr-defined]
     own = _own_layers(config)
@@ -188,7 +188,7 @@ def _own_layers(config: Any) -> range:
     return range(*_load("vllm.distributed.utils", "get_pp_indices")(layers, group.rank_in_group, group.world_size))
 
 
-def _refuse_layer(router: Router, module: Any) -> None:
+def _refuse_layer(router: RouterShape, module: Any) -> None:
     """Raise UnsupportedModel unless the module's top-k reads logits that are ours to change."""
     if module is None:
         raise UnsupportedModel(
@@ -276,7 +276,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
         if asked is not None:
             book = getattr(self, "steermoe_book", None)
             if book is None:
-                book = self.steermoe_book = SpecBook(functools.partial(skeleton_of, self.model_config))
+                book = self.steermoe_book = SpecBook(functools.partial(shape_of_config, self.model_config))
             try:
                 packed = book.checked(asked) if isinstance(asked, bytes) else book.packed(asked)
             except SteerMoEError as error:

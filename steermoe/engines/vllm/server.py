@@ -19,7 +19,7 @@ from steermoe.engines.vllm.spec import SpecBook, spec_of_name
 from steermoe.engines.vllm.wire import KEY
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
-from steermoe.models.description import skeleton_of
+from steermoe.models.description import shape_of_config
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 """Where texts are asked for."""
@@ -129,8 +129,8 @@ class SteeringEndpoint:
         reasons = await engine_client.collective_rpc("steermoe_reason")
         if reason := next(filter(None, reasons), ""):
             raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
-        book = SpecBook(functools.partial(skeleton_of, engine_client.model_config), names_only=True)
-        book.model  # noqa: B018  # built now, not at the first request
+        book = SpecBook(functools.partial(shape_of_config, engine_client.model_config), names_only=True)
+        book.shape  # noqa: B018  # built now, not at the first request
         engine_client.input_processor.steermoe_book = book
         state.steermoe = book, list(args.served_model_name)
 

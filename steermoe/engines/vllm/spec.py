@@ -6,14 +6,13 @@ Imports no vLLM.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
-from steermoe.routing.shape import check_fits
+from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.spec import make_plan, parse_domain, read_spec
@@ -27,25 +26,26 @@ class SpecBook:
     """Reads specs for one model; what was read once is kept until its vector files change.
 
     Args:
-        model: the model that vectors must fit, or what makes it when it is needed.
+        shape: what vectors must fit, or what finds it out when it is needed.
         vectors: a folder of vectors to search first.
         names_only: refuse paths of files, as a server must.
     """
 
     def __init__(
-        self, model: nn.Module | Callable[[], nn.Module], vectors: Path | None = None, *, names_only: bool = False
+        self,
+        shape: RoutingShape | Callable[[], RoutingShape],
+        vectors: Path | None = None,
+        *,
+        names_only: bool = False,
     ) -> None:
-        self._made = model if isinstance(model, nn.Module) else None
-        self._make = model
+        self._find_shape = shape
         self._vectors = vectors
         self._names_only = names_only
         self._kept: OrderedDict[Any, bytes | None] = OrderedDict()
 
-    @property
-    def model(self) -> nn.Module:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+    @cached_property
+    def shape(self) -> RoutingShape:
+        return self._find_shape if isinstance(self._find_shape, RoutingShape) else self._find_shape()
 
     def packed(self, spec: Any) -> bytes | None:
         """The packed plan of a spec; None if it does nothing, as at strength 0.
@@ -68,16 +68,16 @@ class SpecBook:
             SteerMoEError: it does not, or the bytes are no plan.
         """
         if data not in self._kept:
-            check_plan(self.model, unpack(data))
+            check_plan(self.shape, unpack(data))
             self._keep(data, data)
         return data
 
     def plan(self, fields: Mapping[str, Any]) -> SteeringPlan | None:
         """The plan of what `read_spec` found."""
         options = {name: value for name, value in fields.items() if name != "domain"}
-        plan = make_plan(self.model, list(fields["domain"]), vectors=self._vectors, **options)
+        plan = make_plan(self.shape, list(fields["domain"]), vectors=self._vectors, **options)
         if plan is not None:
-            check_plan(self.model, plan)
+            check_plan(self.shape, plan)
         return plan
 
     def domains(self) -> list[str]:
@@ -85,7 +85,7 @@ class SpecBook:
         found = []
         for file in find_vectors(self._vectors):
             try:
-                check_fits(self.model, read_vector(file.path))
+                read_vector(file.path).check_fits(self.shape)
             except (CompatibilityError, VectorError):
                 continue
             found.append(file.domain)

@@ -19,7 +19,7 @@ from torch import Tensor
 from steermoe.engines.vllm.wire import unpack
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.routing.routers import Router
+from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
 from steermoe.steering.plans import SteeringPlan
@@ -78,7 +78,7 @@ class Steps:
 
     def __init__(
         self,
-        routers: Sequence[Router],
+        routers: Sequence[RouterShape],
         rows: Sequence[int],
         capacity: int,
         plans: int,
@@ -87,7 +87,7 @@ class Steps:
     ) -> None:
         self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
         self._tally = Tally()
-        self.editors = [Editor(router, self._tally) for router in routers]
+        self.editors = [Editor(f"layer {router.layer}", router, self._tally) for router in routers]
         for editor in self.editors:
             editor.bank = _empty_bank(editor.router, plans, device, all_flags=graphs)
         room = capacity if graphs else 0
@@ -150,7 +150,7 @@ class Steps:
         tokens = len(step.layout.slot_T)
         if len(logits) < tokens:
             raise SteeringError(
-                f"router '{editor.router.name}' saw {len(logits)} tokens where the batch has {tokens}: tokens are "
+                f"the router of {editor.name} saw {len(logits)} tokens where the batch has {tokens}: tokens are "
                 "divided among workers here, which steermoe can't follow; run without expert or sequence parallelism"
             )
         if self.machine_code:
@@ -299,7 +299,7 @@ class Steps:
                 )
 
 
-def _empty_bank(router: Router, plans: int, device: torch.device, *, all_flags: bool) -> Bank:
+def _empty_bank(router: RouterShape, plans: int, device: torch.device, *, all_flags: bool) -> Bank:
     """Room for plans that do nothing yet; `all_flags` for where no flag may decide anything."""
     marks_PN = torch.zeros(plans, router.num_experts, dtype=torch.bool, device=device)
     return Bank(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.errors import ModelError, UnsupportedModel
-from steermoe.vectors.vector import SteeringVector
+from steermoe.routing.shape import RouterShape, RoutingShape
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -38,16 +38,6 @@ LOGITS_ARE_PROBABILITIES = {"gpt-oss"}
 
 
 @dataclass(frozen=True)
-class GGUFRouter:
-    """One router, as the formulas need to know it; fields as in `routers.Router`."""
-
-    layer: int
-    num_experts: int
-    width: int
-    top_k: int
-
-
-@dataclass(frozen=True)
 class GGUFModel:
     """A GGUF file of a Mixture-of-Experts model.
 
@@ -67,7 +57,7 @@ class GGUFModel:
     name: str
     architecture: str
     model_types: tuple[str, ...]
-    routers: tuple[GGUFRouter, ...]
+    routers: tuple[RouterShape, ...]
     context_length: int
     node: str
     chooses_by_logits: bool
@@ -82,16 +72,10 @@ class GGUFModel:
     def model_type(self) -> str:
         return self.model_types[0]
 
-    def check_fits(self, vector: SteeringVector) -> None:
-        """As `SteeringVector.check_fits`; vectors of the same model in transformers fit too."""
-        known = {_plain(name) for name in (*self.model_types, self.architecture)}
-        of = vector.info.architecture
-        architecture = of if _plain(of) in known else self.model_type
-        vector.check_fits(self.layers, [router.num_experts for router in self.routers], self.name, architecture)
-
-
-def _plain(name: str) -> str:
-    return re.sub("[-_]", "", name)
+    @property
+    def shape(self) -> RoutingShape:
+        """What vectors must fit; those of the same model in transformers do."""
+        return RoutingShape(self.name, (*self.model_types, self.architecture), self.routers)
 
 
 def read_gguf(path: Path | str) -> GGUFModel:
@@ -118,7 +102,7 @@ def read_gguf(path: Path | str) -> GGUFModel:
         )
     top_k = setting("expert_used_count", 1)
     routers = tuple(
-        GGUFRouter(layer, experts, experts, int(top_k[layer] if isinstance(top_k, list) else top_k))
+        RouterShape(layer, experts, experts, int(top_k[layer] if isinstance(top_k, list) else top_k))
         for layer, experts in ((layer, int(shapes[f"blk.{layer}.ffn_gate_inp.weight"][-1])) for layer in layers)
     )
     kinds = MODEL_TYPES.get(architecture, (architecture,))

@@ -100,7 +100,7 @@ def test_each_story_is_what_generate_gives_for_its_record(engine):
         sampling = Sampling(**{name: story[name] for name in Sampling.__dataclass_fields__})
         fields = {n: story[n] for n in ("strength", "formula", "scale", "positions", "schedule")}
         domains = story["domain"].split("+") if story["domain"] else []
-        plan = make_plan(engine.target, domains, **fields) if domains else None
+        plan = make_plan(engine.shape, domains, **fields) if domains else None
         (alone,) = engine.generate([Request(story["prompt"], plan, sampling)])
         assert (story["text"], story["new_tokens"], story["prompt_tokens"], story["finish_reason"]) == (
             alone.text,
@@ -195,7 +195,7 @@ def test_stories_of_one_prompt_share_its_computation(engine, monkeypatch):
     )
     tell(engine, lines, rows=18)
     assert len(read) == 1 + 2  # unsteered prompts once, and once for each plan that steers them
-    alone = LlamaCppEngine(str(engine.target.path))
+    alone = LlamaCppEngine(str(engine.file.path))
     tell(alone, lines, "alone.jsonl", rows=1)
     assert texts() == texts("alone.jsonl")
 
@@ -211,7 +211,7 @@ def test_a_cache_that_can_not_be_had_is_halved(engine, monkeypatch):
         return make(model, params) if params.n_ctx <= 5 * CELL_STEP else None
 
     monkeypatch.setattr(llama_cpp, "llama_init_from_model", limited)
-    fresh = LlamaCppEngine(str(engine.target.path))
+    fresh = LlamaCppEngine(str(engine.file.path))
     summary = tell(fresh, lines, rows=16)
     assert (summary.new, summary.failed, summary.rows) == (16, 0, 4)
     assert max(asked) == 16 * CELL_STEP

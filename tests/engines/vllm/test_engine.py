@@ -33,7 +33,7 @@ def pair(request, tmp_path_factory):
 
 def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
     reference, engine = pair
-    plans = plans_of_every_kind(engine.target)
+    plans = plans_of_every_kind(engine.shape)
     asked = requests(list(plans.values()))
     expected = one_by_one(reference, asked)
     assert len(set(expected)) > len(plans) // 2, "steering must change these texts, or the test shows nothing"
@@ -46,7 +46,7 @@ def test_the_default_model_tells_the_stories_of_the_hf_engine():
     reference = HFEngine(loading.load(dtype="float32"))
     engine = VLLMEngine(dtype="float32", kv_cache_memory_bytes=1 << 28, max_model_len=256)
     try:
-        plans = [None, *(make_plan(engine.target, [domain]) for domain in ("sport", "law=0.5", "food"))]
+        plans = [None, *(make_plan(engine.shape, [domain]) for domain in ("sport", "law=0.5", "food"))]
         opening = "Once upon a time there was a brown dog named Milo who lived by the river."
         asked = [Request(opening, plan, Sampling(max_new_tokens=40, do_sample=False)) for plan in plans]
         expected, found = reference.generate(asked), engine.generate(asked)

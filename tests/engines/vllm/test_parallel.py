@@ -26,7 +26,7 @@ def reference(tmp_path_factory):
 
 
 def same_tokens(reference, engine):
-    asked = requests(list(plans_of_every_kind(engine.target).values()))
+    asked = requests(list(plans_of_every_kind(engine.shape).values()))
     assert all_at_once(engine, asked) == one_by_one(reference[0], asked)
 
 
@@ -41,7 +41,7 @@ def test_two_workers_share_each_layer(reference, unbound):
     try:
         assert engine.ask("steermoe_reason") == ["", ""]
         same_tokens(reference, engine)
-        steered = requests(list(plans_of_every_kind(engine.target).values()))[1:4]
+        steered = requests(list(plans_of_every_kind(engine.shape).values()))[1:4]
         expected, found = reference[0].generate(steered), engine.generate(steered, record=True)
         assert found[0].report.tokens_steered == expected[0].report.tokens_steered
         assert found[0].report.router_calls >= expected[0].report.router_calls  # a text may begin a step later
@@ -65,7 +65,7 @@ def test_copies_are_driven_as_one_is(reference, unbound, monkeypatch):
     engine = VLLMEngine(reference[1], **OPTIONS)
     try:
         same_tokens(reference, engine)
-        (completion,) = engine.generate(requests([plans_of_every_kind(engine.target)["all"]]), record=True)
+        (completion,) = engine.generate(requests([plans_of_every_kind(engine.shape)["all"]]), record=True)
         assert completion.report.tokens_steered == completion.prompt_tokens + 11
         assert completion.frequency.sum(-1).tolist() == pytest.approx([1, 1])
     finally:

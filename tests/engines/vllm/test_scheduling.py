@@ -66,13 +66,13 @@ def long_requests(plans, tokens=12):
 
 def test_chunked_prompts(reference, start):
     engine = start(max_num_batched_tokens=32, max_texts=16)
-    asked = long_requests(plans_of_every_kind(engine.target).values())
+    asked = long_requests(plans_of_every_kind(engine.shape).values())
     assert all_at_once(engine, asked) == one_by_one(reference[0], asked)
 
 
 def test_preempted_texts_go_on_as_they_were(reference, start):
     engine = start(kv_cache_memory_bytes=1 << 20, block_size=32, enable_prefix_caching=False)
-    plans = plans_of_every_kind(engine.target).values()
+    plans = plans_of_every_kind(engine.shape).values()
     asked = [Request(LONG[i : i + 30], plan, greedy(70)) for i, plan in enumerate(plans)]
     completions = engine.generate(asked)
     assert [completion.token_ids for completion in completions] == one_by_one(reference[0], asked)
@@ -82,14 +82,14 @@ def test_preempted_texts_go_on_as_they_were(reference, start):
 
 def test_compiled_code(reference, start):
     engine = start(compiled=True)
-    asked = requests(list(plans_of_every_kind(engine.target).values()))
+    asked = requests(list(plans_of_every_kind(engine.shape).values()))
     assert all_at_once(engine, asked) == one_by_one(reference[0], asked)
     assert engine.generate(asked[1:2])[0].report.tokens_steered == 11
 
 
 def test_unsteered_texts_beside_steered_ones_are_those_of_vllm_without_steermoe(reference, start):
     engine = start()
-    plans = plans_of_every_kind(engine.target)
+    plans = plans_of_every_kind(engine.shape)
     mixed = [plan for steered in plans.values() for plan in (steered, None)]
     asked = requests(mixed)
     found = [tokens for tokens, plan in zip(all_at_once(engine, asked), mixed, strict=True) if plan is None]
@@ -109,7 +109,7 @@ def test_unsteered_texts_beside_steered_ones_are_those_of_vllm_without_steermoe(
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
 def test_the_prefix_cache_is_shared_by_equal_steering_alone(start, positions):
     engine = start(block_size=32)
-    sport, food = vector(engine.target, 1, 3), vector(engine.target, 6)
+    sport, food = vector(engine.shape, 1, 3), vector(engine.shape, 6)
     plans = [SteeringPlan(sport, 3.0, positions=positions), SteeringPlan(food, 3.0, positions=positions), None]
 
     def told(plan, prompt=LONG):
@@ -138,7 +138,7 @@ def test_the_prefix_cache_is_shared_by_equal_steering_alone(start, positions):
 def test_what_was_generated_under_steering_is_no_prompt_of_others(start):
     """A conversation goes on: its first answer was steered, now it is prompt, which `generated` leaves alone."""
     engine = start(block_size=32)
-    plan = SteeringPlan(vector(engine.target, 1, 3), 3.0)
+    plan = SteeringPlan(vector(engine.shape, 1, 3), 3.0)
     opening = Request(LONG[:64], plan, greedy(40))
     (first,) = engine.generate([opening])
     longer = engine.encode(opening) + list(first.token_ids)
@@ -161,7 +161,7 @@ def test_what_was_generated_under_steering_is_no_prompt_of_others(start):
 
 def test_texts_come_in_pieces(start):
     engine = start()
-    plan = plans_of_every_kind(engine.target)["all"]
+    plan = plans_of_every_kind(engine.shape)["all"]
     pieces: list[str] = []
     (completion,) = engine.generate([Request(PROMPTS[0], plan, greedy(30))], on_text=pieces.append)
     assert "".join(pieces) == completion.text
@@ -170,6 +170,6 @@ def test_texts_come_in_pieces(start):
 
 def test_more_plans_than_slots(reference, start):
     engine = start(max_texts=4)
-    sport = vector(engine.target, 1, 3)
+    sport = vector(engine.shape, 1, 3)
     asked = requests([SteeringPlan(sport, 0.5 * strength, "additive") for strength in range(1, 20)])
     assert all_at_once(engine, asked) == one_by_one(reference[0], asked)

@@ -17,7 +17,7 @@ from steermoe.vectors.file import write_vector
 def book(tiny_model, make_vector, bare_search_path):
     for domain in ("sport", "food"):
         write_vector(make_vector(domain), bare_search_path / "steering_vectors" / "tiny" / f"{domain}.safetensors")
-    return SpecBook(tiny_model.model, names_only=True)
+    return SpecBook(tiny_model.shape, names_only=True)
 
 
 def test_a_packed_plan_comes_back_whole(make_vector):
@@ -141,7 +141,7 @@ def test_vectors_of_another_model_are_refused_and_not_listed(book, make_vector, 
 
 def test_a_path_is_allowed_where_the_user_is_at_the_machine(tiny_model, make_vector, bare_search_path):
     write_vector(make_vector(), bare_search_path / "own.safetensors")
-    assert SpecBook(tiny_model.model).packed({"domain": "own.safetensors"}) is not None
+    assert SpecBook(tiny_model.shape).packed({"domain": "own.safetensors"}) is not None
 
 
 @pytest.mark.parametrize(

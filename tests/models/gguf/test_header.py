@@ -81,14 +81,14 @@ def test_hash_routers_are_left_out(tmp_path):
 
 
 def test_vectors_of_the_same_model_in_transformers_fit(gguf, make_vector):
-    model = read_gguf(gguf)
+    shape = read_gguf(gguf).shape
     fits = make_vector(layers=range(2))
-    model.check_fits(fits)
+    fits.check_fits(shape)
     with pytest.raises(CompatibilityError, match=r"has 3x8 experts, tiny-mixtral-f32 has 2x8"):
-        model.check_fits(make_vector())
+        make_vector().check_fits(shape)
     foreign = make_vector(layers=range(2), info=fits.info.__class__(architecture="olmoe"))
     with pytest.raises(CompatibilityError, match="is for olmoe models, tiny-mixtral-f32 is mixtral"):
-        model.check_fits(foreign)
+        foreign.check_fits(shape)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from steermoe.engines.hf.cache import RowCache
 from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step
-from steermoe.routing.routers import find_routers
+from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
 from steermoe.steering.editing_graph import Edits
 from steermoe.steering.plans import SteeringPlan
@@ -28,6 +28,7 @@ class CompiledSteps:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._routers = find_routers(model)
+        self._shape = shape_of(model, self._routers)
         self._steps: dict[Kind, CompiledStep | None] = {}
         self._distinct: list[SteeringPlan] = []
         self._banks: list[Bank] = []
@@ -101,7 +102,7 @@ class CompiledSteps:
         """The edits, which experts they raise or force, and how many rows are steered; kept while nothing changes."""
         if not set(plans) <= {None, *self._distinct}:
             self._distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
-            self._banks = banks_for(self._model, self._routers, self._distinct)
+            self._banks = banks_for(self._shape, self._distinct)
             self._steered_routers = sum(not bank.is_idle for bank in self._banks)
             self._laid_out = None
         slots = [-1 if plan is None else self._distinct.index(plan) for plan in plans]

@@ -11,7 +11,7 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import ModelError
 from steermoe.models.quantization import quantize, quantize_model
-from steermoe.routing.routers import find_routers
+from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import banks_for
 from steermoe.steering.editing_graph import Edits, edit
 from steermoe.steering.handle import steer
@@ -71,7 +71,7 @@ def test_edits_of_a_step_are_those_of_the_formulas(formula, scale, strength):
     model = build("mixtral")
     plan = tiny.plan_for_experts(model, 1, 5, formula=formula, scale=scale, strength=strength)
     routers = find_routers(model)
-    banks = banks_for(model, routers, [plan])
+    banks = banks_for(shape_of(model, routers), [plan])
     tensors = Edits.of([plan], banks, [0, -1, 0], torch.tensor([1.0, 0.0, 0.0])).tensors()
     logits = torch.randn(3, tiny.EXPERTS, generator=torch.Generator().manual_seed(1)) - 1
     edited = edit(logits, 1, tensors)
