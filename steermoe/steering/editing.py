@@ -123,7 +123,8 @@ class Editor:
         return steered if logits.dim() == 2 else steered.view_as(logits)
 
     def observe(self, output: Any) -> None:
-        assert self.step is not None and self._chosen is not None
+        assert self.step is not None
+        assert self._chosen is not None
         self._tally.add(self, self.step, self._chosen(output))
 
     def _edit_rows(self, logits: Tensor, bank: Bank, step: Step) -> Tensor:
