@@ -15,7 +15,8 @@ from steermoe.engines.llamacpp import callback
 from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
 from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.errors import CompatibilityError, SteeringError
-from steermoe.models.gguf.header import GGUFModel, GGUFRouter
+from steermoe.models.gguf.header import GGUFModel
+from steermoe.routing.shape import RouterShape
 from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.vector import SteeringVector
 
@@ -84,7 +85,7 @@ class FakeTensor:
 
 
 def make_model(node="ffn_moe_logits", chooses_by_logits=True):
-    routers = tuple(GGUFRouter(layer, EXPERTS, EXPERTS, TOP_K) for layer in LAYERS)
+    routers = tuple(RouterShape(layer, EXPERTS, EXPERTS, TOP_K) for layer in LAYERS)
     return GGUFModel("x.gguf", "x", "mixtral", ("mixtral",), routers, 128, node, chooses_by_logits)
 
 
