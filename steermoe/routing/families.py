@@ -7,7 +7,7 @@ itself, as steerable or with the reason why not. Nothing of transformers and no 
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,18 +95,18 @@ def _read_family(family: str, source: str) -> Family | None:
     candidates = [name for name in code_of if ROUTER_CLASS.search(name) or name in recorded]
     routers = tuple(name for name in candidates if not NOT_A_ROUTER.search(name) and "Attention" not in name)
     text_code = {name: code for name, code in code_of.items() if not NOT_TEXT.search(name)}
-    has_experts = any(EXPERTS_CLASS.search(name) or EXPERTS_IN_CODE.search(code) for name, code in text_code.items())
-    if "vocab_size" not in source or not (routers or has_experts):
+    if "vocab_size" not in source or not (routers or _has_experts(text_code)):
         return None
-    if not routers and family not in NO_ROUTER_REASONS and any(_has_linear_gate(code) for code in text_code.values()):
+    if not routers and family not in NO_ROUTER_REASONS and any(map(_has_linear_gate, text_code.values())):
         routers = ("Linear",)
     if routers:
         return Family(family, True, _left_alone(candidates), routers)
-    if family in NO_ROUTER_REASONS:
-        reason = NO_ROUTER_REASONS[family]
-    else:
-        reason = HASH_REASON if any("Hash" in name for name in candidates) else UNKNOWN_REASON
-    return Family(family, False, reason, ())
+    usual = HASH_REASON if any("Hash" in name for name in candidates) else UNKNOWN_REASON
+    return Family(family, False, NO_ROUTER_REASONS.get(family, usual), ())
+
+
+def _has_experts(code_of: Mapping[str, str]) -> bool:
+    return any(EXPERTS_CLASS.search(name) or EXPERTS_IN_CODE.search(code) for name, code in code_of.items())
 
 
 def _classes(source: str) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steermoe.errors import VectorError, VectorNotFound
 from steermoe.vectors.file import check_domain_name
 from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def import_matrix(
@@ -26,6 +30,27 @@ def import_matrix(
     Raises:
         VectorError: not JSON, not such a list, or numbers that can't be.
     """
+    matrix = _read(path)
+    numbers = tuple(layers) if layers is not None else tuple(range(len(matrix)))
+    if len(numbers) != len(matrix):
+        raise VectorError(
+            f"'{path}' has {len(matrix)} rows, expected one for each of {len(numbers)} layers: it is for another model"
+        )
+    if not matrix.any():
+        raise VectorError(f"'{path}' holds nothing but zeros: it would steer nothing")
+    info = info or VectorInfo()
+    is_frequency = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
+    return SteeringVector(
+        check_domain_name(domain),
+        matrix if is_frequency else None,
+        numbers,
+        weights=None if is_frequency else matrix,
+        info=replace(info, created_by=info.created_by or "steermoe vectors import"),
+    )
+
+
+def _read(path: Path) -> "Tensor":
+    """The matrix [L, N] in float32."""
     import torch
 
     try:
@@ -41,23 +66,7 @@ def import_matrix(
         raise VectorError(
             f"'{path}': its rows have different lengths {sorted({len(row) for row in rows})}, expected one"
         )
-    numbers = tuple(layers) if layers is not None else tuple(range(len(rows)))
-    if len(numbers) != len(rows):
-        raise VectorError(
-            f"'{path}' has {len(rows)} rows, expected one for each of {len(numbers)} layers: it is for another model"
-        )
     try:
-        matrix = torch.tensor(rows, dtype=torch.float32)
+        return torch.tensor(rows, dtype=torch.float32)
     except (OverflowError, RuntimeError, ValueError) as error:
         raise VectorError(f"'{path}' holds a number that is too large for float32") from error
-    if not matrix.any():
-        raise VectorError(f"'{path}' holds nothing but zeros: it would steer nothing")
-    info = info or VectorInfo()
-    is_frequency = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
-    return SteeringVector(
-        check_domain_name(domain),
-        matrix if is_frequency else None,
-        numbers,
-        weights=None if is_frequency else matrix,
-        info=replace(info, created_by=info.created_by or "steermoe vectors import"),
-    )

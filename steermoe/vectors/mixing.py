@@ -7,8 +7,11 @@ from steermoe.errors import CompatibilityError, VectorError
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
+Parts = Sequence[tuple[SteeringVector, float]]
+"""Vectors with their weights."""
 
-def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None) -> SteeringVector:
+
+def mix(parts: Parts, domain: str | None = None) -> SteeringVector:
     """Steer toward several domains at once: the weighted sum of their expert vectors.
 
     Its strength, if all parts have one, is their weighted mean over the largest weight, so that the strongest part
@@ -28,10 +31,22 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
     name = domain or "+".join(vector.domain for vector, _ in parts)
     if len(parts) == 1 and parts[0][1] == 1:
         return replace(first, domain=name)
-    total = sum(abs(weight) for _, weight in parts)
-    if not 0 < total < float("inf"):
+    _check_weights(parts)
+    _check_one_model(parts)
+    experts = first.experts * parts[0][1]
+    for vector, weight in parts[1:]:
+        experts = experts + weight * vector.experts
+    return SteeringVector(name, None, first.layers, weights=experts, info=_info_of(parts))
+
+
+def _check_weights(parts: Parts) -> None:
+    if not 0 < sum(abs(weight) for _, weight in parts) < float("inf"):
         weights = ", ".join(f"{vector.domain}={weight:g}" for vector, weight in parts)
         raise VectorError(f"the weights of the mixture {weights} must be finite and not all 0")
+
+
+def _check_one_model(parts: Parts) -> None:
+    first = parts[0][0]
     shape = _shape_of(first)
     for vector, _ in parts[1:]:
         vector.check_fits(shape)
@@ -40,29 +55,35 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
                 f"vector '{vector.domain}' has {vector.num_experts} experts a layer, '{first.domain}' has "
                 f"{first.num_experts}: only vectors of one model can be mixed"
             )
-    strengths = [vector.info.strength for vector, _ in parts]
-    known = [strength for strength in strengths if strength is not None]
-    largest = max(abs(weight) for _, weight in parts) if len(parts) > 1 else 1.0
-    info = VectorInfo(
+
+
+def _info_of(parts: Parts) -> VectorInfo:
+    """What is known of the mixture: what all parts share, and what follows from each."""
+    first, licences = parts[0][0].info, {vector.info.licence for vector, _ in parts}
+    return VectorInfo(
         title=" + ".join(f"{weight:g} {vector.domain}" for vector, weight in parts),
         keywords=tuple(word for vector, weight in parts if weight > 0 for word in vector.info.keywords),
-        model=first.info.model,
-        architecture=first.info.architecture,
-        top_k=first.info.top_k,
-        formula=first.info.formula,
-        scale=first.info.scale,
-        strength=sum(abs(w) * s for (_, w), s in zip(parts, known, strict=True)) / total / largest
-        if None not in strengths
-        else None,
+        model=first.model,
+        architecture=first.architecture,
+        top_k=first.top_k,
+        formula=first.formula,
+        scale=first.scale,
+        strength=_strength_of(parts),
         texts=_sum_known([vector.info.texts for vector, _ in parts]),
         tokens=_sum_known([vector.info.tokens for vector, _ in parts]),
-        licence=first.info.licence if len({vector.info.licence for vector, _ in parts}) == 1 else "",
+        licence=first.licence if len(licences) == 1 else "",
         parts=tuple(f"{vector.domain}={weight:g}" for vector, weight in parts),
     )
-    experts = first.experts * parts[0][1]
-    for vector, weight in parts[1:]:
-        experts = experts + weight * vector.experts
-    return SteeringVector(name, None, first.layers, weights=experts, info=info)
+
+
+def _strength_of(parts: Parts) -> float | None:
+    """None where a part has none."""
+    known = [vector.info.strength for vector, _ in parts if vector.info.strength is not None]
+    if len(known) < len(parts):
+        return None
+    weights = [abs(weight) for _, weight in parts]
+    largest = max(weights) if len(parts) > 1 else 1.0
+    return sum(weight * strength for weight, strength in zip(weights, known, strict=True)) / sum(weights) / largest
 
 
 def _shape_of(vector: SteeringVector) -> RoutingShape:

@@ -186,16 +186,22 @@ def _kind_of(state, tensor):
 
 
 @njit(error_model="numpy")
-def _on_node(tensor, asks, state):
+def _router_of(state, tensor):
+    """What a node is and which router it belongs to; -1 and -1 where it is of no use here."""
     if state[_IN_GRAPH] != 0 and state[_FROM_TOPK] == 0:
         # the operation stands where llama.cpp looks anyway, a node's name does not: it would have to come from memory
         op = half_word(tensor + state[_AT_OP])
         if op != state[_OP_SOFTMAX] and op != state[_OP_UNARY] and op != state[_OP_CUSTOM]:
-            return asks == 0
+            return -1, -1
     kind, layer = _kind_of(state, tensor)
     if kind < 0 or layer > state[_MAX_LAYER]:
-        return asks == 0
-    row = carray(pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
+        return -1, -1
+    return kind, carray(pointer(state[_A_ROW]), (state[_MAX_LAYER] + 1,), np.int32)[layer]
+
+
+@njit(error_model="numpy")
+def _on_node(tensor, asks, state):
+    kind, row = _router_of(state, tensor)
     if row < 0:
         return asks == 0
     active = carray(pointer(state[_A_ACTIVE]), (state[_ROUTERS],), np.uint8)[row] != 0
