@@ -8,6 +8,7 @@ Shapes: as in `step`.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import platform
@@ -200,8 +201,8 @@ def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
 
 def _code_version() -> str:
     digest = hashlib.sha256()
-    for name in ("step", "edits", "rewrites"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for thing in (DecodeStep, Edits, *REWRITES.values()):
+        digest.update(Path(inspect.getfile(thing)).read_bytes())
     return digest.hexdigest()
 
 
