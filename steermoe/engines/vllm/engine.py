@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steermoe.engines.request import Completion, Request, Sampling
-from steermoe.engines.text import Pieces, continuation, encode_prompt
+from steermoe.engines.text import Pieces, continuation, encode_prompt, end_tokens, literal_tokens
 from steermoe.engines.vllm.launch import _start, check_sizes, prepare_environment
 from steermoe.engines.vllm.steps import RECORD
 from steermoe.engines.vllm.wire import KEY, pack
@@ -82,7 +83,7 @@ class VLLMEngine:
             raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
         self.shape = replace(shape_of_config(self._vllm.model_config), name=self.name)
         self.tokenizer = self._source.tokenizer(trust_remote_code)
-        self.ends = self._source.end_tokens(self.tokenizer)
+        self.ends = end_tokens(self._source.eos_token_id(), self.tokenizer)
         self._numbers = count()
 
     @property
@@ -112,7 +113,7 @@ class VLLMEngine:
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `HFEngine.encode`."""
         limit = self._vllm.model_config.max_model_len
-        return encode_prompt(self.tokenizer, request, self.name, limit, known)
+        return encode_prompt(partial(literal_tokens, self.tokenizer), request, self.name, limit, known)
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
