@@ -25,7 +25,7 @@ from steermoe.engines.text import continuation
 from steermoe.routing.tracker import Window
 from steermoe.steering.handle import SteeringHandle, attach
 from steermoe.steering.plans import SteeringPlan
-from steermoe.steering.report import SteeringReport, _sum
+from steermoe.steering.report import SteeringReport
 
 PROMPT_TOKENS = 4096
 """Tokens of new prompts that one forward pass takes, padding included; a longer prompt goes alone."""
@@ -95,7 +95,7 @@ class RollingDecoder:
         reports = [] if self._handle is None else [self._handle.report()]
         if self._compiled is not None and self._compiled.report().tokens_steered:
             reports.append(self._compiled.report())
-        return _sum(reports) if reports else None
+        return sum(reports, SteeringReport()) if reports else None
 
     def close(self) -> None:
         self.clear()
@@ -256,7 +256,7 @@ class StaticDecoder:
         done = self._engine.generate(self._waiting)
         self._waiting = []
         if done and done[0].report is not None:
-            self._reports = [_sum([*self._reports, done[0].report])]
+            self._reports = [sum(self._reports, done[0].report)]
         return done
 
     def clear(self) -> None:
