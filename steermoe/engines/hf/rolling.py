@@ -23,7 +23,7 @@ from steermoe.models.loading import LoadedModel
 from steermoe.routing.tracker import Window
 from steermoe.steering.handle import SteeringHandle, attach
 from steermoe.steering.plans import SteeringPlan
-from steermoe.steering.report import SteeringReport, _sum
+from steermoe.steering.report import SteeringReport
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
@@ -71,7 +71,7 @@ class RollingDecoder:
         reports = [] if self._handle is None else [self._handle.report()]
         if self._compiled is not None and self._compiled.report().tokens_steered:
             reports.append(self._compiled.report())
-        return _sum(reports) if reports else None
+        return sum(reports, SteeringReport()) if reports else None
 
     def close(self) -> None:
         self.clear()

@@ -18,7 +18,7 @@ from steermoe.engines.request import Completion, Request
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
 from steermoe.steering.handle import attach
-from steermoe.steering.report import SteeringReport, _sum
+from steermoe.steering.report import SteeringReport
 
 
 class StaticDecoder:
@@ -81,8 +81,7 @@ class StaticDecoder:
             if handle is not None:
                 handle.verify()
         if handle is not None:
-            report = handle.report()
-            self._report = report if self._report is None else _sum([self._report, report])
+            self._report = (self._report or SteeringReport()) + handle.report()
         if routing is None:
             return [finish(row) for row in rows]
         return [finish(row, routing.frequency_of(number)) for number, row in enumerate(rows)]

@@ -150,8 +150,7 @@ class Run:
         hits, slots = self._state.take_share()
         self._hits += hits
         self._slots += slots
-        share = self._hits / self._slots if self._slots else 0.0
-        return SteeringReport(self._calls, self._seen, self._steered, share)
+        return SteeringReport(self._calls, self._seen, self._steered, self._hits, self._slots)
 
     def _drop(self) -> list[Row]:
         """Take the finished rows out, and close the gaps that they leave."""

@@ -300,15 +300,22 @@ def _with_frequency(completion: Completion, counts: Tensor | None) -> Completion
 
 
 def _sum_of_stages(workers: Sequence[dict[str, Any]]) -> SteeringReport:
-    """One report of all copies and stages; the workers that share a stage's layers all saw the same."""
-    parts = {(worker.pop("copy"), tuple(worker.pop("rows"))): SteeringReport(**worker) for worker in workers}
+    """One report of all replicas and pipeline stages.
+
+    The workers that share a stage's layers count the same tokens and choices: one of them answers for all. All stages
+    of a replica see the same tokens: its first stage counts them, while each counts the calls and slots of its own
+    layers.
+
+    Args:
+        workers: what each answers to `steermoe_report`.
+    """
+    parts: dict[tuple[int, tuple[int, ...]], SteeringReport] = {}
+    for worker in workers:
+        counts = {name: count for name, count in worker.items() if name not in ("copy", "rows")}
+        parts[worker["copy"], tuple(worker["rows"])] = SteeringReport(**counts)
     first = min(rows for _, rows in parts)
-    calls = sum(report.router_calls for report in parts.values())
-    shares = sum(report.vector_share * report.router_calls for report in parts.values())
-    whole = [report for (_, rows), report in parts.items() if rows == first]
-    return SteeringReport(
-        calls,
-        sum(report.tokens_seen for report in whole),
-        sum(report.tokens_steered for report in whole),
-        shares / calls if calls else 0.0,
+    whole = (
+        report if rows == first else replace(report, tokens_seen=0, tokens_steered=0)
+        for (_, rows), report in parts.items()
     )
+    return sum(whole, SteeringReport())
