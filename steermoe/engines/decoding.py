@@ -32,6 +32,7 @@ class Row(Generic[S]):
         ends: tokens that end a text and are no part of it.
         sampler: draws its tokens; None where the library that runs the model does.
         on_text: called with each piece of text as it comes.
+        number: tells the rows of a decoder apart, where it keeps something by their numbers.
         started: when it was made, as `time.perf_counter` has it.
         new: tokens written so far.
         finish_reason: as in `Completion`; empty while it is being written.
@@ -43,6 +44,7 @@ class Row(Generic[S]):
     ends: set[int]
     sampler: S
     on_text: Callable[[str], None] | None = None
+    number: int = 0
     started: float = field(default_factory=time.perf_counter)
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
