@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from steermoe.engines.hf.engine import HFEngine
-from steermoe.engines.hf.rolling import decoder_for
 from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.models import loading
 from steermoe.models.default import spec
@@ -35,7 +34,7 @@ def mixed_requests(loaded: loading.LoadedModel, count: int, tokens: int) -> list
 
 
 def rolled(engine: HFEngine, requests: list[Request], rows: int) -> list[Completion]:
-    decoder, waiting, done = decoder_for(engine), deque(requests), {}
+    decoder, waiting, done = engine.decoder(rows), deque(requests), {}
     try:
         while waiting or len(decoder):
             begun = [waiting.popleft() for _ in range(min(rows - len(decoder), len(waiting)))]

@@ -218,7 +218,6 @@ def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
 def transformers_rate(tokens: int) -> float:
     """Tokens a second of the hf engine, all steered, as `steermoe batch` runs it: rows that come and go."""
     from steermoe.engines.hf.engine import HFEngine
-    from steermoe.engines.hf.rolling import decoder_for
     from steermoe.engines.request import Request, Sampling
     from steermoe.models.loading import load
     from steermoe.steering.spec import make_plan
@@ -227,7 +226,7 @@ def transformers_rate(tokens: int) -> float:
     plans = [make_plan(engine.shape, [domain]) for domain in DOMAINS]
     sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     asked = [Request(text, plans[i % len(plans)], sampling) for i, text in enumerate(prompts(TEXTS))]
-    decoder = decoder_for(engine)
+    decoder = engine.decoder(len(asked))
     begun, made = time.perf_counter(), 0
     decoder.start(asked, [engine.encode(request) for request in asked])
     while len(decoder):

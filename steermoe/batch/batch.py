@@ -48,7 +48,8 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         rate = self.tokens / self.seconds if self.seconds else 0.0
         found = {**asdict(self), "seconds": round(self.seconds, 3), "tokens_per_second": round(rate, 1)}
-        found["steering"] = found.pop("report")
+        del found["report"]
+        found["steering"] = self.report.as_dict() if self.report else None
         return found
 
 

@@ -173,7 +173,7 @@ class ClusterTeller:
                 if "error" in line:
                     raise BatchError(line["error"])
                 if "report" in line:
-                    self.report = joined(self.report, SteeringReport(**line["report"]))
+                    self.report = (self.report or SteeringReport()) + SteeringReport(**line["report"])
                 elif line["key"] in waiting:  # else an actor died after its chunk was kept
                     story = waiting.pop(line["key"])
                     if "record" in line:
@@ -284,17 +284,3 @@ class Actor:
                 )
             self._engine = engine
         return self._engine
-
-
-def joined(one: SteeringReport | None, other: SteeringReport) -> SteeringReport:
-    """The report of both together."""
-    if one is None:
-        return other
-    steered = one.tokens_steered + other.tokens_steered
-    share = one.vector_share * one.tokens_steered + other.vector_share * other.tokens_steered
-    return SteeringReport(
-        one.router_calls + other.router_calls,
-        one.tokens_seen + other.tokens_seen,
-        steered,
-        share / steered if steered else 0.0,
-    )

@@ -19,8 +19,18 @@ class Decoder(Protocol):
     def __len__(self) -> int:
         """Requests that are begun and not finished."""
 
-    def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
+    def start(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[list[int]],
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
         """Begin requests, each with the tokens of its prompt.
+
+        Args:
+            requests: texts to continue.
+            prompts: tokens of each one's prompt.
+            on_text: called with each piece of their text as it comes.
 
         Raises:
             GenerationError, SteeringError: as `Engine.generate`.

@@ -1,32 +1,36 @@
 """A continuation's text from its tokens: the same whether it is decoded at the end or streamed while it comes."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from steermoe.engines.request import Request
 from steermoe.errors import GenerationError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes read like while the rest of their character is missing."""
 
 
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer, be it of transformers or of llama.cpp."""
+
+    def decode(self, tokens: Sequence[int], **options: Any) -> str:
+        """The text of tokens; `options` are transformers' own."""
+
+
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenize: Callable[[str], list[int]],
     request: Request,
     model: str,
     limit: int | None,
     known: list[int] | None = None,
 ) -> list[int]:
-    """A prompt's tokens; text that looks like a special token stays text.
+    """A prompt's tokens, checked.
 
     Args:
-        tokenizer: the model's.
+        tokenize: gives the tokens of a text; what looks like a special token must stay text.
         request: what to check and encode.
         model: the model's name, for the message.
-        limit: tokens of its context.
+        limit: tokens of its context; None if that is not known.
         known: the tokens, if another request had the same prompt.
 
     Raises:
@@ -34,7 +38,7 @@ def encode_prompt(
     """
     if not request.prompt.strip():
         raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
-    ids = tokenizer(request.prompt, split_special_tokens=True)["input_ids"] if known is None else known
+    ids = tokenize(request.prompt) if known is None else known
     if not ids:
         raise GenerationError(f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another")
     if limit is not None and len(ids) + request.sampling.max_new_tokens > limit:
@@ -45,6 +49,22 @@ def encode_prompt(
     return ids
 
 
+def literal_tokens(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens by a tokenizer of transformers; what looks like a special token stays text."""
+    return list(tokenizer(text, split_special_tokens=True)["input_ids"])
+
+
+def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:
+    """Tokens that end a text by the rules of transformers.
+
+    Args:
+        configured: `eos_token_id` of the generation configuration.
+        tokenizer: its own end token counts where the configuration has none.
+    """
+    end: Any = tokenizer.eos_token_id if configured is None else configured
+    return set(end) if isinstance(end, list | tuple) else {end} - {None}
+
+
 class Pieces:
     """Turns tokens into text piece by piece, a character not before it is complete.
 
@@ -52,7 +72,7 @@ class Pieces:
     read a row of bytes as a whole. So each piece is decoded together with the one before, whose text is then cut off.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._before = list(prompt)
         self._pending: list[int] = []
@@ -75,7 +95,7 @@ class Pieces:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def continuation(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], new: Iterable[int]) -> str:
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> str:
     """What `new` tokens add to the text of the prompt's."""
     pieces = Pieces(tokenizer, prompt)
     return "".join(map(pieces.add, new)) + pieces.rest()

@@ -45,16 +45,15 @@ class Source:
         except Exception as error:  # a damaged checkpoint can make transformers raise anything
             raise ModelError(_why_not_loaded(self.name, error)) from error
 
-    def end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-        """Tokens that end a text, as its generation configuration says, else its tokenizer."""
+    def eos_token_id(self) -> int | list[int] | None:
+        """What its generation configuration has as end tokens; None if that names none."""
         from transformers import GenerationConfig
 
         try:
-            end = GenerationConfig.from_pretrained(self.folder).eos_token_id
+            end: int | list[int] | None = GenerationConfig.from_pretrained(self.folder).eos_token_id
         except OSError:
-            end = None
-        end = tokenizer.eos_token_id if end is None else end
-        return set(end) if isinstance(end, list | tuple) else {end} - {None}
+            return None
+        return end
 
     def fingerprint(self) -> str:
         """Tells the checkpoint from others of its name: its configuration, and a few bytes of every tensor."""

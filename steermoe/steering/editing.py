@@ -156,7 +156,7 @@ def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float) -
 
 
 class Tally:
-    """Counts router calls, and what share of the steered tokens' top-k slots went to experts that their plans raise.
+    """Counts router calls, the steered tokens' top-k slots, and those of them that went to experts of their plans.
 
     Choices are kept until `count`, which handles all layers of a forward call at once and never waits for a device.
     Nothing else is written while the model runs, so that torch.compile, which guards what it reads, compiles it once.
@@ -199,7 +199,12 @@ class Tally:
         self._hits[device] = self._hits.get(device, 0) + hits_CTk.sum()
         self._slots = self._slots + steered * (top_k * calls)
 
-    def share(self) -> float:
-        """0 to 1; 0 if no token was steered."""
-        slots = int(self._slots)
-        return sum(float(hits) for hits in self._hits.values()) / slots if slots else 0.0
+    @property
+    def hits(self) -> int:
+        """How many of the slots went to experts that their tokens' plans raise or force."""
+        return sum(int(hits) for hits in self._hits.values())
+
+    @property
+    def slots(self) -> int:
+        """Top-k slots of the steered tokens, over all calls that were counted."""
+        return int(self._slots)

@@ -145,7 +145,8 @@ class SteeringHandle:
             router_calls=sum(editor.calls for editor in self._editors),
             tokens_seen=int(self._tokens_seen),
             tokens_steered=int(self._tokens_steered),
-            vector_share=self._tally.share(),
+            hits=self._tally.hits,
+            slots=self._tally.slots,
         )
 
     def verify(self) -> None:

@@ -1,12 +1,11 @@
-"""What steering did, as counts that add up."""
+"""What steering did, as counts that add up. Knows no model and no plan."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringReport:
-    """What steering did.
+    """What steering did. Reports of parts add up to the report of the whole: `sum(reports, SteeringReport())`.
 
     Attributes:
         router_calls: calls of a router whose logits were changed.
@@ -14,23 +13,32 @@ class SteeringReport:
             ended before its neighbours, nor what is computed again where there is no cache; drafts of assisted
             decoding are.
         tokens_steered: those of them that were steered.
-        vector_share: share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1.
+        hits: top-k slots of the steered tokens that went to experts which their plans raise or force.
+        slots: all top-k slots of the steered tokens, in all routers that were steered.
     """
 
-    router_calls: int
-    tokens_seen: int
-    tokens_steered: int
-    vector_share: float
+    router_calls: int = 0
+    tokens_seen: int = 0
+    tokens_steered: int = 0
+    hits: int = 0
+    slots: int = 0
+
+    @property
+    def vector_share(self) -> float:
+        """Share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1; 0 without any slot."""
+        return self.hits / self.slots if self.slots else 0.0
+
+    def __add__(self, other: "SteeringReport") -> "SteeringReport":
+        return SteeringReport(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __repr__(self) -> str:
+        return f"SteeringReport({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def _sum(reports: Sequence[SteeringReport]) -> SteeringReport:
-    steered = sum(report.tokens_steered for report in reports)
-    return SteeringReport(
-        router_calls=sum(report.router_calls for report in reports),
-        tokens_seen=sum(report.tokens_seen for report in reports),
-        tokens_steered=steered,
-        vector_share=sum(report.vector_share * report.tokens_steered for report in reports) / max(1, steered),
-    )
+        """What users read: the share in place of the counts that it is made of."""
+        return {
+            "router_calls": self.router_calls,
+            "tokens_seen": self.tokens_seen,
+            "tokens_steered": self.tokens_steered,
+            "vector_share": self.vector_share,
+        }

@@ -467,11 +467,11 @@ def test_windows_are_sorted_and_joined(loaded, place, monkeypatch):
 
 
 def test_models_whose_rows_can_not_change_go_batch_by_batch(place):
-    from steermoe.engines.hf.rolling import StaticDecoder, decoder_for
+    from steermoe.engines.hf.static import StaticDecoder
     from tests.support import tiny_models
 
     loaded = tiny.loaded(tiny_models.build("granitemoehybrid", vocab_size=tiny.VOCABULARY))
-    assert isinstance(decoder_for(HFEngine(loaded)), StaticDecoder)
+    assert isinstance(HFEngine(loaded).decoder(2), StaticDecoder)
     vector = tiny.vector_for(loaded.model, 3, domain="mist")
     write_vector(vector, place / "steering_vectors" / "tiny" / "mist.safetensors")
     wanted = settings("mist", "none", samples=2)

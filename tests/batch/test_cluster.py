@@ -10,7 +10,6 @@ import pytest
 
 from steermoe.batch import cluster
 from steermoe.errors import BatchError
-from steermoe.steering.report import SteeringReport
 from steermoe.vectors.file import write_vector
 
 NODE = {"CPU": 8.0, "memory": 1e9}
@@ -269,11 +268,3 @@ def test_placing(nodes, actors, gpus, expected):
 def test_actors_that_do_not_fit(nodes, actors, gpus, message):
     with pytest.raises(BatchError, match=message):
         cluster.place(nodes, actors, gpus)
-
-
-def test_reports_are_joined():
-    one, other = SteeringReport(2, 10, 6, 0.5), SteeringReport(3, 5, 2, 0.9)
-    assert cluster.joined(None, one) == one
-    assert cluster.joined(one, other) == SteeringReport(5, 15, 8, pytest.approx(0.6))
-    nothing = SteeringReport(0, 4, 0, 0.0)
-    assert cluster.joined(nothing, nothing) == SteeringReport(0, 8, 0, 0.0)

@@ -98,7 +98,7 @@ def test_tally_by_hand(model):
     for chosen in ([[1, 2], [1, 2], [3, 1]], [[0, 2], [1, 1], [5, 6]]):
         tally.add(editor, step, torch.tensor(chosen, dtype=torch.int32))
     tally.count()
-    assert tally.share() == (2 + 1 + 1 + 0) / 8
+    assert (tally.hits, tally.slots) == (2 + 1 + 1 + 0, 8)
     assert editor.calls == 2
 
 
@@ -108,7 +108,7 @@ def test_tally_counts_long_prompts_at_once(model, monkeypatch):
     tally, step = Tally(), Step(4, None, plan=plan)
     tally.add(editor_for([plan], step), step, torch.ones(4, 2, dtype=torch.long))
     assert not tally._pending
-    assert tally.share() == 1.0
+    assert (tally.hits, tally.slots) == (8, 8)
 
 
 # ---- the report of real models ----

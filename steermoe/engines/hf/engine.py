@@ -1,27 +1,25 @@
-"""The default engine: any model and device that transformers reaches, one padded batch a call."""
+"""The default engine: any model and device that transformers reaches.
+
+It chooses what decodes: `RollingDecoder` where rows may come and go or compiled steps are there, else `StaticDecoder`.
+"""
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from steermoe.engines.decoding import complete
 from steermoe.engines.engine import Decoder
-from steermoe.engines.hf.cache import bytes_of_a_token
-from steermoe.engines.hf.sampling import RowLimits, RowSampler
-from steermoe.engines.hf.streamer import TextStreamer
+from steermoe.engines.hf.cache import bytes_of_a_token, rows_can_change
+from steermoe.engines.hf.rolling import RollingDecoder
+from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
-from steermoe.engines.text import continuation, encode_prompt
-from steermoe.errors import GenerationError
+from steermoe.engines.text import encode_prompt, end_tokens, literal_tokens
 from steermoe.models.loading import LoadedModel
-from steermoe.routing.recording import record_routing
 from steermoe.routing.shape import RoutingShape
-from steermoe.steering.handle import attach
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
@@ -69,9 +67,19 @@ class HFEngine:
         return Room(int(free_memory(model.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
 
     def decoder(self, rows: int) -> Decoder:
-        from steermoe.engines.hf.rolling import decoder_for
+        """As `Engine.decoder`: the best that the model allows."""
+        if rows_can_change(self.loaded.model):
+            return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps())
+        return StaticDecoder(self.loaded, self.end_tokens())
 
-        return decoder_for(self)
+    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
+        """As `Engine.encode`."""
+        tokenize = partial(literal_tokens, self.loaded.tokenizer)
+        return encode_prompt(tokenize, request, self.name, self.loaded.context_length, known)
+
+    def end_tokens(self) -> set[int]:
+        """Tokens that end a text."""
+        return end_tokens(self.loaded.model.generation_config.eos_token_id, self.loaded.tokenizer)
 
     def fingerprint(self) -> str:
         """Class and dtype, and a few numbers of every tensor."""
@@ -85,64 +93,14 @@ class HFEngine:
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
-        """As `Engine.generate`; all requests run as one batch, which takes as long as its longest."""
-        if not requests:
-            return []
-        if on_text is not None and len(requests) != 1:
-            raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
-        steps = None if record else self.compiled_steps()
+        """As `Engine.generate`; all requests run as one batch, by compiled steps where there are any for it."""
+        steps = self.compiled_steps() if requests and not record else None
+        decoder: Decoder
         if steps is not None and steps.serves(len(requests)):
-            return self._generate_rolling(requests, on_text)
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        prompts = [self.encode(request) for request in requests]
-        lengths = [len(ids) for ids in prompts]
-        width, pad = max(lengths), tokenizer.pad_token_id
-        padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
-        real = [[0] * (width - length) + [1] * length for length in lengths]
-        samplings = [request.sampling for request in requests]
-        limits = [sampling.max_new_tokens for sampling in samplings]
-        plans = [request.plan for request in requests]
-        ends = self.end_tokens()
-        handle = None
-        with ExitStack() as undo:
-            if any(plans):
-                handle = attach(model, plans[0]) if len(set(plans)) == 1 else attach(model, rows=plans)
-                undo.callback(handle.remove)
-            routing = undo.enter_context(record_routing(model, "generated")) if record else None
-            # `generate` fills what a configuration leaves open from the checkpoint's own, sampling and penalties too
-            undo.callback(setattr, model, "generation_config", model.generation_config)
-            model.generation_config = self._config(max(limits), ends)
-            started = time.perf_counter()
-            with torch.inference_mode():
-                output = model.generate(
-                    torch.tensor(padded, device=model.device),
-                    attention_mask=torch.tensor(real, device=model.device),
-                    logits_processor=LogitsProcessorList([RowSampler(samplings, lengths, sorted(ends))]),
-                    stopping_criteria=StoppingCriteriaList([RowLimits(limits, width)]),
-                    streamer=None if on_text is None else TextStreamer(tokenizer, on_text, ends),
-                )
-            seconds = time.perf_counter() - started
-            if handle is not None:
-                handle.verify()
-        report = handle.report() if handle is not None else None
-        completions = []
-        for row, request in enumerate(requests):
-            new = output[row, width:].tolist()[: limits[row]]
-            stop = next((position for position, token in enumerate(new) if token in ends), None)
-            kept = new if stop is None else new[:stop]
-            completions.append(
-                Completion(
-                    request=request,
-                    text=continuation(tokenizer, prompts[row], kept),
-                    token_ids=tuple(kept),
-                    prompt_tokens=lengths[row],
-                    finish_reason="length" if stop is None else "stop",
-                    seconds=seconds,
-                    report=report,
-                    frequency=None if routing is None else routing.frequency_of(row),
-                )
-            )
-        return completions
+            decoder = RollingDecoder(self.loaded, self.end_tokens(), steps)
+        else:
+            decoder = StaticDecoder(self.loaded, self.end_tokens(), record)
+        return complete(decoder, requests, self.encode, on_text)
 
     def compiled_steps(self) -> "CompiledSteps | None":
         """The model's compiled steps; None where they are not wanted, or would pass by what else is attached to it."""
@@ -153,48 +111,6 @@ class HFEngine:
         if self._steps is None:
             self._steps = CompiledSteps(self.loaded.model)
         return self._steps
-
-    def _generate_rolling(self, requests: Sequence[Request], on_text: Callable[[str], None] | None) -> list[Completion]:
-        from steermoe.engines.hf.rolling import RollingDecoder
-
-        prompts = [self.encode(request) for request in requests]
-        streamer = None if on_text is None else TextStreamer(self.loaded.tokenizer, on_text, self.end_tokens())
-        if streamer is not None:
-            streamer.put(torch.tensor(prompts[0]))
-        started = time.perf_counter()
-        decoder = RollingDecoder(self, None if streamer is None else lambda token: streamer.put(torch.tensor([token])))
-        try:
-            decoder.start(requests, prompts)
-            done: dict[int, list[Completion]] = {}
-            while len(decoder):
-                for completion in decoder.step():
-                    done.setdefault(id(completion.request), []).append(completion)
-            report = decoder.report()
-        finally:
-            decoder.close()
-        if streamer is not None:
-            streamer.end()
-        seconds = time.perf_counter() - started
-        return [replace(done[id(request)].pop(), seconds=seconds, report=report) for request in requests]
-
-    def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
-        """As `Engine.encode`."""
-        return encode_prompt(self.loaded.tokenizer, request, self.name, self.loaded.context_length, known)
-
-    def end_tokens(self) -> set[int]:
-        """Tokens that end a text."""
-        end = self.loaded.model.generation_config.eos_token_id
-        end = self.loaded.tokenizer.eos_token_id if end is None else end
-        return set(end) if isinstance(end, list | tuple) else {end} - {None}
-
-    def _config(self, max_new_tokens: int, ends: set[int]) -> GenerationConfig:
-        """Greedy for `generate`, since RowSampler has drawn the token by then."""
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=self.loaded.tokenizer.pad_token_id,
-        )
 
 
 def _is_plain(model: torch.nn.Module) -> bool:

@@ -1,61 +1,37 @@
 """Many requests at once: a row that is finished makes room for the next request, while the others go on.
 
-`RollingDecoder` does so for models whose cache is keys and values; `StaticDecoder` takes any model, a batch after the
-other, each as long as its longest. Transformers' own continuous batching gives no seeds a request and packs all tokens
-into one row, where steering can't tell prompts from texts; `docs/batch.md` says what else stood against it.
+For models whose cache is keys and values; `static` takes any model. Transformers' own continuous batching gives no
+seeds a request and packs all tokens into one row, where steering can't tell prompts from texts; `docs/batch.md` says
+what else stood against it.
 
 Shapes: B rows in flight, M prompts that are computed together, S columns of them, W columns of the cache, V tokens of
 the vocabulary.
 """
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from steermoe.engines.hf.cache import RowCache, empty_cache, rows_can_change
-from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.decoding import Row, by_prompt, finish, steers_prompt
+from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens
 from steermoe.engines.request import Completion, Request
-from steermoe.engines.text import continuation
+from steermoe.models.loading import LoadedModel
 from steermoe.routing.tracker import Window
 from steermoe.steering.handle import SteeringHandle, attach
 from steermoe.steering.plans import SteeringPlan
-from steermoe.steering.report import SteeringReport, _sum
+from steermoe.steering.report import SteeringReport
+
+if TYPE_CHECKING:
+    from steermoe.engines.hf.compiled.steps import CompiledSteps
 
 PROMPT_TOKENS = 4096
 """Tokens of new prompts that one forward pass takes, padding included; a longer prompt goes alone."""
 
-
-def decoder_for(engine: HFEngine) -> "RollingDecoder | StaticDecoder":
-    """The best that the engine's model allows."""
-    return RollingDecoder(engine) if rows_can_change(engine.loaded.model) else StaticDecoder(engine)
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request in flight.
-
-    Attributes:
-        new: its tokens so far; all but the last one are in the cache, behind the prompt's.
-    """
-
-    request: Request
-    prompt: list[int]
-    generator: torch.Generator
-    started: float
-    new: list[int] = field(default_factory=list)
-
-    @property
-    def cached(self) -> int:
-        return len(self.prompt) + len(self.new) - 1
-
-    def history(self) -> Tensor:
-        return torch.tensor(self.prompt + self.new)
+HFRow = Row[torch.Generator]
 
 
 class RollingDecoder:
@@ -64,29 +40,29 @@ class RollingDecoder:
     Requests that begin together and share a prompt share its computation, unless steering changes the prompt.
 
     Args:
-        engine: with the model; where it has compiled steps that serve the rows in flight, they are taken.
-        on_token: called with every token as it is picked, for a single request.
+        loaded: the model, whose rows can change (see `cache.rows_can_change`), and its tokenizer.
+        ends: tokens that end a text.
+        compiled: the model's compiled steps, taken where they serve the rows in flight.
     """
 
-    def __init__(self, engine: HFEngine, on_token: Callable[[int], None] | None = None) -> None:
-        self._engine = engine
-        self._model: Any = engine.loaded.model
-        self._ends = engine.end_tokens()
-        self._end_tokens = torch.tensor(sorted(self._ends), dtype=torch.long)
+    def __init__(self, loaded: LoadedModel, ends: set[int], compiled: "CompiledSteps | None" = None) -> None:
+        self._model: Any = loaded.model
+        self._tokenizer = loaded.tokenizer
+        self._ends = ends
+        self._end_tokens = torch.tensor(sorted(ends), dtype=torch.long)
         accepted = inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._handle: SteeringHandle | None = None
-        self._compiled = engine.compiled_steps()
-        if self._compiled is not None:
-            self._compiled.reset()
-        self._on_token = on_token
+        self._compiled = compiled
+        if compiled is not None:
+            compiled.reset()
         self.clear()
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._finished)
 
     def clear(self) -> None:
-        self._rows: list[_Row] = []
+        self._rows: list[HFRow] = []
         self._finished: list[Completion] = []
         self._cache: RowCache | None = None
         self._rows_changed = True
@@ -95,25 +71,25 @@ class RollingDecoder:
         reports = [] if self._handle is None else [self._handle.report()]
         if self._compiled is not None and self._compiled.report().tokens_steered:
             reports.append(self._compiled.report())
-        return _sum(reports) if reports else None
+        return sum(reports, SteeringReport()) if reports else None
 
     def close(self) -> None:
         self.clear()
         if self._handle is not None:
             self._handle.remove()
 
-    def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
-        now = time.perf_counter()
+    def start(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[list[int]],
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
         generators = generators_of([request.sampling for request in requests])
         rows = [
-            _Row(request, ids, generator, now)
-            for request, ids, generator in zip(requests, prompts, generators, strict=True)
+            HFRow(request, prompt, self._tokenizer, self._ends, generator, on_text)
+            for request, prompt, generator in zip(requests, prompts, generators, strict=True)
         ]
-        groups: dict[Any, list[_Row]] = {}
-        for row in rows:
-            plan = row.request.plan
-            groups.setdefault((tuple(row.prompt), plan if _steers_prompt(plan) else None), []).append(row)
-        for chunk in _chunks(list(groups.values()), PROMPT_TOKENS):
+        for chunk in _chunks(by_prompt(rows), PROMPT_TOKENS):
             self._compute_prompts(chunk)
 
     @torch.inference_mode()
@@ -122,7 +98,7 @@ class RollingDecoder:
             assert self._cache is not None
             self._take_tokens(self._rows, self._next_logits(self._cache))
             for number in reversed(range(len(self._rows))):
-                if self._ended(self._rows[number]):
+                if self._rows[number].finish_reason:
                     self._drop(number)
             self._cache.set_width(max((row.cached for row in self._rows), default=0))
         finished, self._finished = self._finished, []
@@ -147,16 +123,16 @@ class RollingDecoder:
     # ---- prompts ----
 
     @torch.inference_mode()
-    def _compute_prompts(self, groups: list[list[_Row]]) -> None:
+    def _compute_prompts(self, groups: list[list[HFRow]]) -> None:
         """Compute the prompt of each group once, and pick all its rows' first tokens."""
         prompts = [group[0].prompt for group in groups]
         lengths = torch.tensor([len(ids) for ids in prompts])
-        width, pad = int(lengths.max()), self._engine.loaded.tokenizer.pad_token_id
+        width, pad = int(lengths.max()), self._tokenizer.pad_token_id
         tokens_MS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
         mask_MS = torch.arange(width) >= (width - lengths)[:, None]
         positions_MS = (mask_MS.long().cumsum(-1) - 1).clamp(min=0)
         plans = [group[0].request.plan for group in groups]
-        self._steer([plan if _steers_prompt(plan) else None for plan in plans])
+        self._steer([plan if steers_prompt(plan) else None for plan in plans])
         self._rows_changed = True
         computed = empty_cache(self._model, forgets=self._compiled is None)
         window = Window(len(groups), width, 0, width, mask_MS)
@@ -166,7 +142,8 @@ class RollingDecoder:
         rows = [row for group in groups for row in group]
         source = [number for number, group in enumerate(groups) for _ in group]
         self._take_tokens(rows, logits_MV[torch.tensor(source, device=logits_MV.device)])
-        staying = [(row, number) for row, number in zip(rows, source, strict=True) if not self._ended(row)]
+        self._finished += [finish(row) for row in rows if row.finish_reason]
+        staying = [(row, number) for row, number in zip(rows, source, strict=True) if not row.finish_reason]
         if staying:
             if self._cache is None:
                 self._cache = RowCache(computed)
@@ -193,38 +170,21 @@ class RollingDecoder:
             self._handle.verify()
         return output.logits[:, -1].float()
 
-    def _take_tokens(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
+    def _take_tokens(self, rows: Sequence[HFRow], logits_BV: Tensor) -> None:
         samplings = [row.request.sampling for row in rows]
         new = [len(row.new) for row in rows]
-        generators = [row.generator for row in rows]
-        token_B = next_tokens(
-            logits_BV, samplings, new, self._end_tokens, lambda number: rows[number].history(), generators
-        )
-        for row, token in zip(rows, token_B.tolist(), strict=True):
-            row.new.append(token)
-            if self._on_token is not None:
-                self._on_token(token)
+        generators = [row.sampler for row in rows]
 
-    def _ended(self, row: _Row) -> bool:
-        """Whether the row's last token was its last; then its completion is ready."""
-        is_stop = row.new[-1] in self._ends
-        if not is_stop and len(row.new) < row.request.sampling.max_new_tokens:
-            return False
-        kept = row.new[:-1] if is_stop else row.new
-        self._finished.append(
-            Completion(
-                request=row.request,
-                text=continuation(self._engine.loaded.tokenizer, row.prompt, kept),
-                token_ids=tuple(kept),
-                prompt_tokens=len(row.prompt),
-                finish_reason="stop" if is_stop else "length",
-                seconds=time.perf_counter() - row.started,
-            )
-        )
-        return True
+        def history(number: int) -> Tensor:
+            return torch.tensor(rows[number].prompt + rows[number].new)
+
+        token_B = next_tokens(logits_BV, samplings, new, self._end_tokens, history, generators)
+        for row, token in zip(rows, token_B.tolist(), strict=True):
+            row.take(token)
 
     def _drop(self, number: int) -> None:
         assert self._cache is not None
+        self._finished.append(finish(self._rows[number]))
         self._cache.drop(number)
         last = self._rows.pop()
         if number < len(self._rows):
@@ -238,44 +198,9 @@ class RollingDecoder:
             self._handle = attach(self._model, rows=plans)
 
 
-class StaticDecoder:
-    """One batch after the other through `HFEngine.generate`, for models whose rows can't begin at different times."""
-
-    def __init__(self, engine: HFEngine) -> None:
-        self._engine = engine
-        self._waiting: list[Request] = []
-        self._reports: list[SteeringReport] = []
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
-        self._waiting += requests
-
-    def step(self) -> list[Completion]:
-        done = self._engine.generate(self._waiting)
-        self._waiting = []
-        if done and done[0].report is not None:
-            self._reports = [_sum([*self._reports, done[0].report])]
-        return done
-
-    def clear(self) -> None:
-        self._waiting = []
-
-    def report(self) -> SteeringReport | None:
-        return self._reports[0] if self._reports else None
-
-    def close(self) -> None:
-        self.clear()
-
-
-def _steers_prompt(plan: SteeringPlan | None) -> bool:
-    return plan is not None and plan.positions != "generated"
-
-
-def _chunks(groups: list[list[_Row]], most: int) -> Iterator[list[list[_Row]]]:
+def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:
     """Groups in their order, as many as a forward pass takes."""
-    chunk: list[list[_Row]] = []
+    chunk: list[list[HFRow]] = []
     width = 0
     for group in groups:
         wider = max(width, len(group[0].prompt))

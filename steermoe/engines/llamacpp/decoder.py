@@ -1,31 +1,44 @@
 """Continuous batching: a text that is finished makes room in llama.cpp's cache for the next one."""
 
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from steermoe.engines.llamacpp.rows import Row, Run
+from steermoe.engines.decoding import finish
+from steermoe.engines.llamacpp.rows import Context, LlamaRow, Run, frequency_of
+from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.request import Completion, Request
 from steermoe.steering.report import SteeringReport
 
 if TYPE_CHECKING:
-    from steermoe.engines.llamacpp.engine import LlamaCppEngine
+    from steermoe.engines.llamacpp.state import CallbackState
+    from steermoe.engines.llamacpp.tokenizer import GGUFTokenizer
 
 
 class RollingDecoder:
-    """As `base.Decoder`. The cache has room for so many tokens a row: one that may become longer waits until none is in
-    flight, and it is made larger.
+    """As `engine.Decoder`. The cache has room for so many tokens a row: one that may become longer waits until none is
+    in flight, and it is made larger.
 
     Args:
-        engine: which must do nothing else meanwhile.
+        context: makes an empty context with room for some texts of some tokens each.
+        state: of the callback; nothing else may use it meanwhile.
+        tokenizer: of the model.
         rows: that go on together at most.
+        recorded: how many requests there will be, to fill `Completion.frequency` too; 0 leaves it out.
     """
 
-    def __init__(self, engine: "LlamaCppEngine", rows: int) -> None:
-        self._engine = engine
-        self._most = rows
+    def __init__(
+        self,
+        context: Callable[[int, int], Context],
+        state: "CallbackState",
+        tokenizer: "GGUFTokenizer",
+        rows: int,
+        recorded: int = 0,
+    ) -> None:
+        self._context, self._state, self._tokenizer = context, state, tokenizer
+        self._most, self._recorded = rows, recorded
         self._run: Run | None = None
+        self._given = 0
         self._was_steered = False
         self.clear()
 
@@ -33,9 +46,9 @@ class RollingDecoder:
         return len(self._waiting) + (len(self._run.rows) if self._run is not None else 0)
 
     def clear(self) -> None:
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[LlamaRow] = deque()
         if self._run is not None:
-            self._run.rows = []
+            self._run.clear()
 
     def close(self) -> None:
         self.clear()
@@ -43,19 +56,28 @@ class RollingDecoder:
     def report(self) -> SteeringReport | None:
         return self._run.report() if self._run is not None and self._was_steered else None
 
-    def start(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> None:
+    def start(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[list[int]],
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        ends = self._tokenizer.ends
         for request, prompt in zip(requests, prompts, strict=True):
-            self._waiting.append(self._engine.row(request, prompt))
+            sampler = TokenSampler(request.sampling, sorted(ends))
+            self._waiting.append(LlamaRow(request, prompt, self._tokenizer, ends, sampler, on_text, self._given))
+            self._given += 1
             self._was_steered |= request.plan is not None
 
     def step(self) -> list[Completion]:
         finished = self._begin()
         if self._run is not None:
             finished += self._run.step()
-        now = time.perf_counter()
-        return [self._engine.completion(row, now - row.started) for row in finished]
+        if not self._recorded:
+            return [finish(row) for row in finished]
+        return [finish(row, frequency_of(self._state.counts[row.number])) for row in finished]
 
-    def _begin(self) -> list[Row]:
+    def _begin(self) -> list[LlamaRow]:
         """Begin as many rows as there is room for, in their order; those that are finished with their first token."""
         if not self._waiting:
             return []
@@ -64,7 +86,7 @@ class RollingDecoder:
         assert self._run is not None
         context = self._run.context
         free = context.texts - len(self._run.rows)
-        beginning: list[Row] = []
+        beginning: list[LlamaRow] = []
         while self._waiting and len(beginning) < free and self._waiting[0].most <= context.cells:
             beginning.append(self._waiting.popleft())
         return self._run.begin(beginning) if beginning else []
@@ -72,8 +94,8 @@ class RollingDecoder:
     def _make_room(self) -> None:
         """Where nothing is in flight, a cache for all that could go on together."""
         rows = list(self._waiting)[: self._most]
-        context = self._engine.context(len(rows), max(row.most for row in rows))
+        context = self._context(len(rows), max(row.most for row in rows))
         if self._run is None:
-            self._engine.state.record(0)
-            self._run = Run(context, self._engine.state, self._engine.tokenizer.ends)
+            self._state.record(self._recorded)
+            self._run = Run(context, self._state)
         self._run.context = context

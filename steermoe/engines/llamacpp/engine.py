@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,23 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from steermoe.engines.decoding import complete
 from steermoe.engines.llamacpp import layout
 from steermoe.engines.llamacpp.context import Context, last_message, messages, on_message
 from steermoe.engines.llamacpp.decoder import RollingDecoder
-from steermoe.engines.llamacpp.rows import CALL_TOKENS, Row, Run, factors_of, frequency_of
-from steermoe.engines.llamacpp.sampler import TokenSampler
+from steermoe.engines.llamacpp.rows import CALL_TOKENS, factors_of
 from steermoe.engines.llamacpp.state import CallbackState, Reach
 from steermoe.engines.llamacpp.tokenizer import GGUFTokenizer
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
-from steermoe.engines.text import Pieces, continuation
-from steermoe.errors import GenerationError, ModelError
+from steermoe.engines.text import encode_prompt
+from steermoe.errors import ModelError
 from steermoe.models.gguf.header import GGUFModel, read_gguf
 from steermoe.steering.plans import SteeringPlan
-from steermoe.steering.report import SteeringReport
 
 MOST_ROWS = 128
-"""Texts that go on together; more of `generate` are done in groups. Beyond these, rows add little speed."""
+"""Texts that go on together; more of `generate` follow as there is room. Beyond these, rows add little speed."""
 CELL_STEP = 256
 """The cache of a text grows by so many tokens."""
 NO_LIBRARY_GPU_LAYERS = 0
@@ -132,34 +130,16 @@ class LlamaCppEngine:
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
         """As `Engine.generate`; up to MOST_ROWS requests go on together."""
-        if on_text is not None and len(requests) != 1:
-            raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
-        completions: list[Completion] = []
-        prompts = [self.encode(request) for request in requests]
-        for start in range(0, len(requests), MOST_ROWS):
-            group = slice(start, start + MOST_ROWS)
-            completions += self._generate(requests[group], prompts[group], on_text, record)
-        return completions
+        recorded = len(requests) if record else 0
+        decoder = RollingDecoder(self.context, self.state, self.tokenizer, MOST_ROWS, recorded)
+        return complete(decoder, requests, self.encode, on_text)
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
-        if not request.prompt.strip():
-            raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
-        ids = self.tokenizer.encode(request.prompt) if known is None else known
-        if not ids:
-            raise GenerationError(
-                f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another"
-            )
-        limit = self.file.context_length
-        if limit and len(ids) + request.sampling.max_new_tokens > limit:
-            raise GenerationError(
-                f"the prompt has {len(ids)} tokens and {request.sampling.max_new_tokens} more were asked for, but the "
-                f"context of {self.name} is {limit}: shorten the prompt or lower --max-new-tokens"
-            )
-        return ids
+        return encode_prompt(self.tokenizer.encode, request, self.name, self.file.context_length or None, known)
 
     def decoder(self, rows: int) -> RollingDecoder:
-        return RollingDecoder(self, min(rows, CALL_TOKENS))
+        return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS))
 
     def room(self) -> Room:
         vocabulary, number_bytes = self.tokenizer.size, {"f16": 2, "f32": 4}[self._cache]
@@ -178,47 +158,6 @@ class LlamaCppEngine:
                 file.seek(int(start))
                 digest.update(file.read(SAMPLED_BYTES))
         return digest.hexdigest()
-
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        prompts: Sequence[list[int]],
-        on_text: Callable[[str], None] | None,
-        record: bool,
-    ) -> list[Completion]:
-        rows = [self.row(*given, text=text) for text, given in enumerate(zip(requests, prompts, strict=True))]
-        if on_text is not None:
-            rows[0].pieces = Pieces(self.tokenizer, rows[0].prompt)  # type: ignore[arg-type]
-        self.state.record(len(rows) if record else 0)
-        run = Run(self.context(len(rows), max(row.most for row in rows)), self.state, self.tokenizer.ends, on_text)
-        started = time.perf_counter()
-        run.begin(rows)
-        while run.rows:
-            run.step()
-        seconds = time.perf_counter() - started
-        report = run.report() if any(request.plan is not None for request in requests) else None
-        return [self.completion(row, seconds, report, recorded=record) for row in rows]
-
-    def row(self, request: Request, prompt: list[int], *, text: int = -1) -> Row:
-        """A text to be written; `text` is its place among those that are counted."""
-        sampler = TokenSampler(request.sampling, sorted(self.tokenizer.ends))
-        factor = factors_of(request.plan, len(prompt), request.sampling.max_new_tokens)
-        return Row(request, prompt, sampler, factor, text=text)
-
-    def completion(
-        self, row: Row, seconds: float, report: SteeringReport | None = None, *, recorded: bool = False
-    ) -> Completion:
-        """Of a row that is finished."""
-        return Completion(
-            request=row.request,
-            text=continuation(self.tokenizer, row.prompt, row.new),  # type: ignore[arg-type]
-            token_ids=tuple(row.new),
-            prompt_tokens=len(row.prompt),
-            finish_reason=row.finish_reason,
-            seconds=seconds,
-            report=report,
-            frequency=frequency_of(self.state.counts[row.text]) if recorded else None,
-        )
 
     def context(self, texts: int, cells: int) -> Context:
         """An empty context with room for so many texts of so many tokens each; the last one if that has it."""

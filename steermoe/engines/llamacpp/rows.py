@@ -3,20 +3,18 @@
 Imports no llama.cpp: a context that computes is handed in.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steermoe.engines.decoding import Row, by_prompt
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.llamacpp.state import CallbackState
-from steermoe.engines.request import Request
-from steermoe.engines.text import Pieces
+from steermoe.steering.mapping import PlanMapping
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 
@@ -49,176 +47,125 @@ class Context(Protocol):
         """Free the cache of one text."""
 
 
-@dataclass(eq=False)
-class Row:
-    """One text that is being written.
-
-    Attributes:
-        number: its place in the context's cache, and among the rows in flight.
-        text: its place among the texts whose choices are counted.
-        slot: its plan's place among those that the callback knows, or -1.
-        new: its tokens so far; all but the last one are in the cache, behind the prompt's.
-        finish_reason: empty until it is finished.
-    """
-
-    request: Request
-    prompt: list[int]
-    sampler: TokenSampler
-    factor: NDArray[np.float32]
-    pieces: Pieces | None = None
-    started: float = field(default_factory=time.perf_counter)
-    number: int = -1
-    text: int = -1
-    slot: int = -1
-    new: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.new)
-
-    @property
-    def most(self) -> int:
-        """Tokens that it may come to."""
-        return len(self.prompt) + self.request.sampling.max_new_tokens
-
-    @property
-    def beginning(self) -> tuple[Any, ...]:
-        """Equal for rows whose prompts are computed alike."""
-        plan = self.request.plan
-        return tuple(self.prompt), None if plan is None or plan.positions == "generated" else plan
+LlamaRow = Row[TokenSampler]
+"""`number` is its place among the texts whose choices are counted."""
 
 
 class Run:
     """Writes texts together, each from its own beginning to its own end, and keeps count of what was steered.
 
     Each has a cache of its own, so what it reads does not depend on the others. llama.cpp computes those texts in one
-    go whose numbers follow each other, so the last one takes the place of one that is finished.
+    go whose places in the cache follow each other, so the last one takes the place of one that is finished.
 
     Attributes:
         context: what computes; to be changed only when no row is in flight.
-        rows: in flight.
+        rows: in flight; a row's index here is its place in the context's cache.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        state: CallbackState,
-        ends: set[int],
-        on_text: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, context: Context, state: CallbackState) -> None:
         self.context = context
-        self.rows: list[Row] = []
-        self._state, self._ends, self._on_text = state, ends, on_text
-        self._plans: list[SteeringPlan] = []
+        self._state = state
+        self._plans = PlanMapping()
         self._calls = self._seen = self._steered = self._hits = self._slots = 0
         state.install([])
         state.take_share()
+        self.clear()
 
-    def begin(self, rows: Sequence[Row]) -> list[Row]:
+    def clear(self) -> None:
+        """Forget the rows in flight."""
+        self.rows: list[LlamaRow] = []
+        self._followed: list[int] = []
+        self._factors: dict[LlamaRow, NDArray[np.float32]] = {}
+
+    def begin(self, rows: Sequence[LlamaRow]) -> list[LlamaRow]:
         """Read the prompts, one after the other, equal ones once, and draw each row's first token.
 
         Returns:
             the rows that are finished with it.
         """
-        self._install([*self.rows, *rows])
+        self._install([row.request.plan for row in [*self.rows, *rows]])
+        self.rows += rows
         for row in rows:
-            row.number = len(self.rows)
-            self.rows.append(row)
-        groups: dict[tuple[Any, ...], list[Row]] = {}
-        for row in rows:
-            groups.setdefault(row.beginning, []).append(row)
-        for group in groups.values():
-            logits = self._read_prompt(group[0])
-            for row in group[1:]:
-                self.context.copy(group[0].number, row.number)
+            self._factors[row] = factors_of(row.request.plan, len(row.prompt), row.request.sampling.max_new_tokens)
+        for group in by_prompt(rows):
+            first, *others = (self.rows.index(row) for row in group)
+            logits = self._read_prompt(first)
+            for other in others:
+                self.context.copy(first, other)
             for row in group:
                 self._take(row, logits)
         return self._drop()
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[LlamaRow]:
         """Add a token to every row in flight; those that are finished with it."""
         rows = self.rows
         if not rows:
             return []
-        self._forward(rows, [row.new[-1] for row in rows], [row.length - 1 for row in rows], range(len(rows)))
-        for number, row in enumerate(rows):
-            self._take(row, self.context.logits(number))
+        places = range(len(rows))
+        self._forward(places, [row.new[-1] for row in rows], [row.cached for row in rows], places)
+        for place, row in enumerate(rows):
+            self._take(row, self.context.logits(place))
         return self._drop()
 
     def report(self) -> SteeringReport:
         hits, slots = self._state.take_share()
         self._hits += hits
         self._slots += slots
-        share = self._hits / self._slots if self._slots else 0.0
-        return SteeringReport(self._calls, self._seen, self._steered, share)
+        return SteeringReport(self._calls, self._seen, self._steered, self._hits, self._slots)
 
-    def _drop(self) -> list[Row]:
+    def _drop(self) -> list[LlamaRow]:
         """Take the finished rows out, and close the gaps that they leave."""
         finished = [row for row in self.rows if row.finish_reason]
         for row in reversed(finished):
-            last = self.rows.pop()
+            place, last = self.rows.index(row), self.rows.pop()
             if last is not row:
-                self.context.copy(last.number, row.number)
-                last.number = row.number
-                self.rows[row.number] = last
+                self.context.copy(len(self.rows), place)
+                self.rows[place] = last
             self.context.forget(len(self.rows))
+            del self._factors[row]
+        if finished:
+            self._followed = self._plans.numbers(row.request.plan for row in self.rows)
         return finished
 
-    def _install(self, rows: Sequence[Row]) -> None:
+    def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
         """Let the callback know the plans of all rows."""
-        plans = list(dict.fromkeys(row.request.plan for row in rows if row.request.plan is not None))
-        if plans != self._plans:
-            self._state.install(plans)
-        self._plans = plans
-        for row in rows:
-            row.slot = -1 if row.request.plan is None else plans.index(row.request.plan)
+        if not self._plans.knows(plans):
+            mapping = PlanMapping(plans)
+            self._state.install(mapping.plans)
+            self._plans = mapping
+        self._followed = self._plans.numbers(plans)
 
-    def _read_prompt(self, row: Row) -> NDArray[np.float32]:
-        for start in range(0, len(row.prompt), CALL_TOKENS):
-            part = row.prompt[start : start + CALL_TOKENS]
+    def _read_prompt(self, place: int) -> NDArray[np.float32]:
+        prompt = self.rows[place].prompt
+        for start in range(0, len(prompt), CALL_TOKENS):
+            part = prompt[start : start + CALL_TOKENS]
             count = len(part)
             # the last token's logits are wanted each time: without any, the last layer would not be computed
-            self._forward([row] * count, part, range(start, start + count), [count - 1])
+            self._forward([place] * count, part, range(start, start + count), [count - 1])
         return self.context.logits(count - 1)
 
     def _forward(
-        self, rows: Sequence[Row], tokens: Sequence[int], places: Sequence[int], wanted: Sequence[int]
+        self, places: Sequence[int], tokens: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
     ) -> None:
-        factors = [row.factor[place] for row, place in zip(rows, places, strict=True)]
+        """Compute tokens, each with its row's place and its position in the row's text."""
+        at = [(self.rows[place], position) for place, position in zip(places, positions, strict=True)]
+        factors = [self._factors[row][position] for row, position in at]
         texts = None
         if len(self._state.counts):
-            is_new = [place >= len(row.prompt) for row, place in zip(rows, places, strict=True)]
-            texts = [row.text if new else -1 for row, new in zip(rows, is_new, strict=True)]
-        self._steered += self._state.steer([row.slot for row in rows], factors, wanted, texts)  # type: ignore[arg-type]
-        self.context.forward(tokens, places, [row.number for row in rows], wanted)
+            texts = [row.number if position >= len(row.prompt) else -1 for row, position in at]
+        self._steered += self._state.steer([self._followed[place] for place in places], factors, wanted, texts)  # type: ignore[arg-type]
+        self.context.forward(tokens, positions, places, wanted)
         self._calls += self._state.verify()
         self._seen += len(tokens)
 
-    def _take(self, row: Row, logits: NDArray[np.float32]) -> None:
-        """Draw a row's next token and see whether it is the last."""
-        token = row.sampler.draw(logits, row.prompt + row.new, len(row.new))
-        if token in self._ends:
-            row.finish_reason = "stop"
-        else:
-            row.new.append(token)
-            if row.pieces is not None:
-                self._send(row.pieces.add(token))
-            if len(row.new) == row.request.sampling.max_new_tokens:
-                row.finish_reason = "length"
-        if row.finish_reason and row.pieces is not None:
-            self._send(row.pieces.rest())
-
-    def _send(self, text: str) -> None:
-        if text and self._on_text is not None:
-            self._on_text(text)
+    def _take(self, row: LlamaRow, logits: NDArray[np.float32]) -> None:
+        row.take(row.sampler.draw(logits, row.prompt + row.new, len(row.new)))
 
 
 def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:
-    """By how much the plan's strength is multiplied at each place of the text."""
-    if plan is None:
-        return np.zeros(prompt + new, dtype=np.float32)
-    return plan.factor(torch.arange(-prompt, new)).float().numpy()
+    """[prompt + new], by how much the plan's strength is multiplied at each position of the text."""
+    mapping = PlanMapping([plan])
+    return mapping.factors(mapping.numbers([plan]), torch.arange(-prompt, new))[0].float().numpy()
 
 
 def frequency_of(counts: NDArray[np.int64]) -> Tensor | None:

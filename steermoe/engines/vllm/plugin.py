@@ -17,6 +17,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -261,10 +262,10 @@ class WorkerReport:
         return {number.rpartition("-")[0]: counts for number, counts in found.items()}
 
     def steermoe_report(self) -> dict[str, Any]:
-        """As `SteeringReport`, the rows of the routers that it is of, and which copy of the model they belong to."""
+        """The counts of `SteeringReport`, the rows of the routers that they are of, and which copy of the model."""
         steps: Steps = self.model_runner.steermoe
         copy = self.model_runner.vllm_config.parallel_config.data_parallel_index
-        return {**steps.report().as_dict(), "rows": steps.rows, "copy": copy}
+        return {**asdict(steps.report()), "rows": steps.rows, "copy": copy}
 
 
 # ---- requests ----

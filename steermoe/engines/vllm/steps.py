@@ -184,7 +184,8 @@ class Steps:
         """What was steered since the last report."""
         self._tally.count()
         calls = sum(editor.calls for editor in self.editors)
-        found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, self._tally.share())
+        tally = self._tally
+        found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, tally.hits, tally.slots)
         self._tally = Tally()
         for editor in self.editors:
             editor.calls, editor._tally = 0, self._tally

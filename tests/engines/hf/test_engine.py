@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from steermoe.engines.hf.engine import HFEngine
-from steermoe.engines.hf.streamer import TextStreamer
 from steermoe.engines.request import Request, Sampling
-from steermoe.engines.text import continuation
 from steermoe.errors import GenerationError, SteeringError
 from steermoe.steering.handle import attach
 from tests.support import steering_models as tiny
@@ -123,46 +121,6 @@ def test_streamed_text_is_the_final_text(engine, prompt, seed):
     (done,) = engine.generate([Request(prompt, sampling=replace(SAMPLED, seed=seed))], on_text=pieces.append)
     assert "".join(pieces) == done.text != ""
     assert all(pieces)
-
-
-@pytest.mark.parametrize("tokenizer", [tiny.byte_tokenizer(), tiny.word_tokenizer()], ids=["bytes", "words"])
-@pytest.mark.parametrize("text", ["the cat the dog", "cat 🐈 €uro é", "日本語"])
-def test_words_keep_their_space_and_characters_come_whole(tokenizer, text):
-    """A continuation that begins with a new word: its space is kept, which decoding it alone would drop."""
-    ids = tokenizer("the")["input_ids"]
-    new = tokenizer(f"the {text}")["input_ids"][len(ids) :]
-    assert continuation(tokenizer, ids, new) == f" {text}"
-    pieces: list[str] = []
-    streamer = TextStreamer(tokenizer, pieces.append, {tiny.END})
-    streamer.put(torch.tensor([ids]))
-    for token in [*new, tiny.END]:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert "".join(pieces) == f" {text}"
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert len(pieces) >= len(set(text)) - 2 or " the" in pieces
-
-
-@pytest.mark.parametrize("tokenizer", [tiny.byte_tokenizer(), tiny.word_tokenizer()], ids=["bytes", "words"])
-def test_a_text_cut_inside_a_character_keeps_those_before(tokenizer):
-    """As max_new_tokens may cut it; a row of bytes that ends like this is garbage when it is decoded as a whole."""
-    ids = tokenizer("the")["input_ids"]
-    new = tokenizer("the日本語")["input_ids"][len(ids) : -1]
-    text = continuation(tokenizer, ids, new)
-    assert text.rstrip("\N{REPLACEMENT CHARACTER}") == "日本"
-    assert text != "日本"
-
-
-def test_a_character_that_never_gets_complete_is_sent_at_the_end():
-    tokenizer, pieces = tiny.byte_tokenizer(), []
-    streamer = TextStreamer(tokenizer, pieces.append, set())
-    streamer.put(torch.tensor([tokenizer("a")["input_ids"]]))
-    euro = tokenizer("€")["input_ids"]
-    for token in euro[:2]:
-        streamer.put(torch.tensor([token]))
-    assert pieces == []
-    streamer.end()
-    assert pieces == [continuation(tokenizer, tokenizer("a")["input_ids"], euro[:2])] == ["\N{REPLACEMENT CHARACTER}"]
 
 
 def test_special_tokens_in_a_prompt_stay_text(engine):

@@ -5,7 +5,8 @@ import functools
 import pytest
 
 from steermoe.engines.hf.engine import HFEngine
-from steermoe.engines.hf.rolling import RollingDecoder, StaticDecoder, decoder_for
+from steermoe.engines.hf.rolling import RollingDecoder
+from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import SteeringError
 from steermoe.routing.families import list_families
@@ -29,7 +30,7 @@ def test_every_text_is_what_it_is_alone(family, rows):
     model = build(family)
     engine = HFEngine(tiny.loaded(model))
     expected = alone(family)
-    decoder = decoder_for(engine)
+    decoder = engine.decoder(rows)
     assert isinstance(decoder, RollingDecoder)
     try:
         together = roll(decoder, engine, [request for request, _ in expected], rows)
@@ -53,7 +54,7 @@ def test_every_family(family):
     engine = HFEngine(tiny.loaded(model))
     plan = tiny.plan_for_experts(model, 1, 5, schedule="decay:6")
     expected = [(request, engine.generate([request])[0]) for request in requests_for(model, [None, plan])]
-    decoder = decoder_for(engine)
+    decoder = engine.decoder(5)
     together = roll(decoder, engine, [request for request, _ in expected], 5)
     decoder.close()
     assert [done.token_ids for done in together] == [single.token_ids for _, single in expected]
@@ -65,7 +66,7 @@ def test_rows_that_end_at_once_and_prompts_that_share():
     engine = HFEngine(tiny.loaded(model))
     short = Request("It", None, Sampling(max_new_tokens=1, do_sample=False))
     long = Request("It", None, Sampling(max_new_tokens=4, min_new_tokens=4, do_sample=False))
-    decoder = RollingDecoder(engine)
+    decoder = engine.decoder(2)
     ids = engine.encode(short)
     decoder.start([short, short], [ids, ids])
     assert len(decoder) == 2
@@ -85,7 +86,7 @@ def test_an_end_of_text(monkeypatch):
     (usual,) = engine.generate([request])
     free = Request("Once", None, Sampling(max_new_tokens=12, do_sample=False))
     monkeypatch.setattr(engine, "end_tokens", lambda: {usual.token_ids[5]})
-    decoder = RollingDecoder(engine)
+    decoder = engine.decoder(2)
     (done,) = roll(decoder, engine, [free], 1)
     decoder.close()
     assert done.finish_reason == "stop"
@@ -96,7 +97,7 @@ def test_steering_that_did_not_happen_is_an_error(monkeypatch):
     model = build("mixtral")
     engine = HFEngine(tiny.loaded(model))
     monkeypatch.setattr("steermoe.steering.handle.intercept", lambda *_: lambda: None)
-    decoder = RollingDecoder(engine)
+    decoder = engine.decoder(2)
     with pytest.raises(SteeringError, match="2 of 2 routers"):
         roll(decoder, engine, [Request("Once", tiny.plan_for_experts(model, 1), Sampling())], 1)
     decoder.close()
@@ -108,7 +109,7 @@ def test_after_clear_it_begins_anew():
     engine = HFEngine(tiny.loaded(model))
     expected = alone("gpt_oss")[:6]
     requests = [request for request, _ in expected]
-    decoder = RollingDecoder(engine)
+    decoder = engine.decoder(2)
     decoder.start(requests[:4], [engine.encode(request) for request in requests[:4]])
     decoder.step()
     decoder.clear()
@@ -123,7 +124,7 @@ def test_reports_count_each_row_s_own_tokens():
     engine = HFEngine(tiny.loaded(model))
     plan = tiny.plan_for_experts(model, 1, 5)
     sampling = Sampling(max_new_tokens=6, min_new_tokens=6)
-    decoder = RollingDecoder(engine)
+    decoder = engine.decoder(2)
     assert decoder.report() is None
     roll(decoder, engine, [Request("It rained", p, sampling) for p in (plan, None, plan, plan)], 2)
     report = decoder.report()
@@ -136,7 +137,7 @@ def test_static_decoder_adds_up_its_reports():
     model = build("mixtral")
     engine = HFEngine(tiny.loaded(model))
     sampling = Sampling(max_new_tokens=6, min_new_tokens=6)
-    decoder = StaticDecoder(engine)
+    decoder = StaticDecoder(engine.loaded, engine.end_tokens())
     requests = [Request("It rained", p, sampling) for p in (tiny.plan_for_experts(model, 1, 5), None) * 2]
     together = roll(decoder, engine, requests, 2)
     assert [done.request for done in together] == requests

@@ -113,12 +113,16 @@ def test_a_text_does_not_depend_on_its_neighbours(engine):
             torch.testing.assert_close(done.frequency, alone.frequency)
 
 
-def test_many_requests_go_in_groups(engine, monkeypatch):
+def test_more_requests_than_rows_follow_as_there_is_room(engine, monkeypatch):
     monkeypatch.setattr("steermoe.engines.llamacpp.engine.MOST_ROWS", 2)
     requests = [Request(PROMPT, PLANS["default"], replace(SAMPLED, seed=seed)) for seed in range(5)]
-    texts = [done.token_ids for done in engine.generate(requests)]
-    assert texts == [engine.generate([request])[0].token_ids for request in requests]
-    assert len(set(texts)) == 5
+    together = engine.generate(requests, record=True)
+    for request, done in zip(requests, together, strict=True):
+        (alone,) = engine.generate([request], record=True)
+        assert done.token_ids == alone.token_ids
+        torch.testing.assert_close(done.frequency, alone.frequency)  # counted for the right one, whoever had its place
+    assert len({done.token_ids for done in together}) == 5
+    assert {(done.seconds, done.report) for done in together} == {(together[0].seconds, together[0].report)}
 
 
 def test_prompts_longer_than_a_call(engine, hf, monkeypatch):

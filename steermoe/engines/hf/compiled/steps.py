@@ -89,7 +89,8 @@ class CompiledSteps:
             router_calls=self._router_calls,
             tokens_seen=self._tokens_seen,
             tokens_steered=self._tokens_steered,
-            vector_share=int(self._hits) / self._slots if self._slots else 0.0,
+            hits=int(self._hits),
+            slots=self._slots,
         )
 
     def _step(self, rows: int) -> CompiledStep | None:

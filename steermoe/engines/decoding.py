@@ -1,0 +1,157 @@
+"""The loop that all engines share: requests become rows, rows take tokens until they end, then they are completions.
+
+Knows no model and no library that runs one: a decoder computes logits and draws tokens.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from steermoe.engines.engine import Decoder
+from steermoe.engines.request import Completion, Request
+from steermoe.engines.text import Pieces, Tokenizer, continuation
+from steermoe.errors import GenerationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steermoe.steering.plans import SteeringPlan
+
+S = TypeVar("S")
+"""What draws the tokens of a row: each engine has its own."""
+
+
+@dataclass(eq=False)
+class Row(Generic[S]):
+    """One text being written.
+
+    Attributes:
+        prompt: tokens of the request's prompt.
+        tokenizer: turns its tokens into text.
+        ends: tokens that end a text and are no part of it.
+        sampler: draws its tokens; None where the library that runs the model does.
+        on_text: called with each piece of text as it comes.
+        number: tells the rows of a decoder apart, where it keeps something by their numbers.
+        started: when it was made, as `time.perf_counter` has it.
+        new: tokens written so far.
+        finish_reason: as in `Completion`; empty while it is being written.
+    """
+
+    request: Request
+    prompt: list[int]
+    tokenizer: Tokenizer
+    ends: set[int]
+    sampler: S
+    on_text: Callable[[str], None] | None = None
+    number: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    new: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self._pieces = None if self.on_text is None else Pieces(self.tokenizer, self.prompt)
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the model has read, once it has written one: all but the last one."""
+        return len(self.prompt) + len(self.new) - 1
+
+    @property
+    def most(self) -> int:
+        """Tokens that it can grow to, prompt included."""
+        return len(self.prompt) + self.request.sampling.max_new_tokens
+
+    def take(self, token: int) -> None:
+        """Add a token, or end the row if it is an end token; the last token allowed ends it too."""
+        if token in self.ends:
+            self.end("stop")
+            return
+        self.new.append(token)
+        if self._pieces is not None:
+            self._send(self._pieces.add(token))
+        if len(self.new) == self.request.sampling.max_new_tokens:
+            self.end("length")
+
+    def end(self, reason: str) -> None:
+        """Take no more tokens; a row that has ended keeps its reason."""
+        if self.finish_reason:
+            return
+        self.finish_reason = reason
+        if self._pieces is not None:
+            self._send(self._pieces.rest())
+
+    def _send(self, text: str) -> None:
+        if text and self.on_text is not None:
+            self.on_text(text)
+
+
+def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
+    """The completion of a row that has ended, with its own seconds.
+
+    Args:
+        row: what was written.
+        frequency: the routing embedding F [L, N] of its new tokens, if it was recorded.
+    """
+    return Completion(
+        request=row.request,
+        text=continuation(row.tokenizer, row.prompt, row.new),
+        token_ids=tuple(row.new),
+        prompt_tokens=len(row.prompt),
+        finish_reason=row.finish_reason,
+        seconds=time.perf_counter() - row.started,
+        frequency=frequency,
+    )
+
+
+def steers_prompt(plan: "SteeringPlan | None") -> bool:
+    """Whether a plan changes how the prompt is computed."""
+    return plan is not None and plan.positions != "generated"
+
+
+def by_prompt(rows: Sequence[Row[S]]) -> list[list[Row[S]]]:
+    """The rows in groups whose prompts are computed alike: the same tokens, under the same steering of prompts."""
+    groups: dict[Any, list[Row[S]]] = {}
+    for row in rows:
+        plan = row.request.plan
+        groups.setdefault((tuple(row.prompt), plan if steers_prompt(plan) else None), []).append(row)
+    return list(groups.values())
+
+
+def complete(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    encode: Callable[[Request], list[int]],
+    on_text: Callable[[str], None] | None = None,
+) -> list[Completion]:
+    """`Engine.generate`: bring requests through a decoder, and close it.
+
+    Args:
+        decoder: begins all requests at once, as far as it has room.
+        requests: texts to continue.
+        encode: as `Engine.encode`.
+        on_text: called with each piece of text as it comes; for a single request only.
+
+    Returns:
+        completions in the requests' order, with the seconds and the steering report of all of them together.
+
+    Raises:
+        GenerationError, SteeringError: as `Engine.generate`.
+    """
+    if not requests:
+        return []
+    if on_text is not None and len(requests) != 1:
+        raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
+    prompts = [encode(request) for request in requests]
+    done: dict[int, list[Completion]] = {}
+    started = time.perf_counter()
+    try:
+        decoder.start(requests, prompts, on_text)
+        while len(decoder):
+            for completion in decoder.step():
+                done.setdefault(id(completion.request), []).append(completion)
+        seconds = time.perf_counter() - started
+        report = decoder.report()
+    finally:
+        decoder.close()
+    return [replace(done[id(request)].pop(), seconds=seconds, report=report) for request in requests]

@@ -1,0 +1,137 @@
+"""Requests through transformers' own `generate`: any model, one padded batch after the other.
+
+Shapes: B rows, S columns of their padded prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from steermoe.engines.decoding import Row, finish
+from steermoe.engines.hf.sampling import RowLimits, RowSampler
+from steermoe.engines.request import Completion, Request
+from steermoe.models.loading import LoadedModel
+from steermoe.routing.recording import record_routing
+from steermoe.steering.handle import attach
+from steermoe.steering.report import SteeringReport
+
+
+class StaticDecoder:
+    """Runs all that has been started as one batch, which takes as long as its longest.
+
+    Args:
+        loaded: the model and its tokenizer.
+        ends: tokens that end a text.
+        record: also fill `Completion.frequency`.
+    """
+
+    def __init__(self, loaded: LoadedModel, ends: set[int], record: bool = False) -> None:
+        self._model: Any = loaded.model
+        self._tokenizer = loaded.tokenizer
+        self._ends, self._record = ends, record
+        self._report: SteeringReport | None = None
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def clear(self) -> None:
+        self._rows: list[Row[None]] = []
+
+    def close(self) -> None:
+        self.clear()
+
+    def report(self) -> SteeringReport | None:
+        return self._report
+
+    def start(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[list[int]],
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        for request, prompt in zip(requests, prompts, strict=True):
+            self._rows.append(Row(request, prompt, self._tokenizer, self._ends, None, on_text))
+
+    def step(self) -> list[Completion]:
+        if not self._rows:
+            return []
+        done = self._run(self._rows)
+        self._rows = []
+        return done
+
+    def _run(self, rows: Sequence[Row[None]]) -> list[Completion]:
+        """Generate with steering attached and routing recorded, and leave the model as it was."""
+        model, plans = self._model, [row.request.plan for row in rows]
+        handle = None
+        with ExitStack() as undo:
+            if any(plans):
+                handle = attach(model, plans[0]) if len(set(plans)) == 1 else attach(model, rows=plans)
+                undo.callback(handle.remove)
+            routing = undo.enter_context(record_routing(model, "generated")) if self._record else None
+            # `generate` fills what a configuration leaves open from the checkpoint's own, sampling and penalties too
+            undo.callback(setattr, model, "generation_config", model.generation_config)
+            model.generation_config = self._config(rows)
+            self._generate(rows)
+            if handle is not None:
+                handle.verify()
+        if handle is not None:
+            self._report = (self._report or SteeringReport()) + handle.report()
+        if routing is None:
+            return [finish(row) for row in rows]
+        return [finish(row, routing.frequency_of(number)) for number, row in enumerate(rows)]
+
+    def _generate(self, rows: Sequence[Row[None]]) -> None:
+        """Let each row take its tokens."""
+        lengths = [len(row.prompt) for row in rows]
+        width, pad = max(lengths), self._tokenizer.pad_token_id
+        tokens_BS = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
+        mask_BS = [[0] * (width - length) + [1] * length for length in lengths]
+        samplings = [row.request.sampling for row in rows]
+        limits = [sampling.max_new_tokens for sampling in samplings]
+        is_streamed = len(rows) == 1 and rows[0].on_text is not None
+        with torch.inference_mode():
+            output = self._model.generate(
+                torch.tensor(tokens_BS, device=self._model.device),
+                attention_mask=torch.tensor(mask_BS, device=self._model.device),
+                logits_processor=LogitsProcessorList([RowSampler(samplings, lengths, sorted(self._ends))]),
+                stopping_criteria=StoppingCriteriaList([RowLimits(limits, width)]),
+                streamer=RowStreamer(rows[0]) if is_streamed else None,
+            )
+        for row, new in zip(rows, output[:, width:].tolist(), strict=True):
+            for token in new:
+                if row.finish_reason:
+                    break
+                row.take(token)
+
+    def _config(self, rows: Sequence[Row[None]]) -> GenerationConfig:
+        """Greedy for `generate`, since RowSampler has drawn the token by then."""
+        return GenerationConfig(
+            max_new_tokens=max(row.request.sampling.max_new_tokens for row in rows),
+            do_sample=False,
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+
+
+class RowStreamer(BaseStreamer):
+    """Lets a row, alone in its batch, take its tokens while `generate` goes on."""
+
+    def __init__(self, row: Row[None]) -> None:
+        self._row = row
+        self._saw_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        """Pass over the prompt, which comes first, then take token after token."""
+        if self._saw_prompt:
+            for token in value.flatten().tolist():
+                self._row.take(token)
+        self._saw_prompt = True
+
+    def end(self) -> None:
+        """The row ends by itself."""

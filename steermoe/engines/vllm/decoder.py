@@ -1,0 +1,148 @@
+"""Requests go to vLLM, which batches, samples and ends them; completions come back as they are finished.
+
+Knows vLLM only by the calls of its `LLMEngine`, which `copies` offers too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steermoe.engines.decoding import Row, finish
+from steermoe.engines.request import Completion, Request, Sampling
+from steermoe.engines.text import Tokenizer
+from steermoe.engines.vllm.steps import RECORD
+from steermoe.engines.vllm.wire import KEY, pack
+from steermoe.routing.shape import RoutingShape
+from steermoe.steering.banks import check_plan
+from steermoe.steering.report import SteeringReport
+
+_numbers = count()
+"""vLLM knows requests by names, which must differ as long as it runs."""
+
+
+class VLLMDecoder:
+    """As `engine.Decoder`; what there is no room for waits in vLLM's own queue.
+
+    Args:
+        vllm: runs the model.
+        shape: of the model, which plans must fit.
+        tokenizer: of the model.
+        ends: tokens that end a text.
+        record: also fill `Completion.frequency`.
+    """
+
+    def __init__(
+        self, vllm: Any, shape: RoutingShape, tokenizer: Tokenizer, ends: set[int], record: bool = False
+    ) -> None:
+        self._vllm, self._shape, self._tokenizer, self._ends = vllm, shape, tokenizer, ends
+        self._record = record
+        self._rows: dict[str, Row[None]] = {}
+        self._was_steered = False
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def clear(self) -> None:
+        if self._rows:
+            self._vllm.abort_request(list(self._rows))
+        self._rows = {}
+
+    def close(self) -> None:
+        self.clear()
+
+    def report(self) -> SteeringReport | None:
+        return report_of(self._vllm) if self._was_steered else None
+
+    def start(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[list[int]],
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        from vllm import TokensPrompt
+
+        for request, prompt in zip(requests, prompts, strict=True):
+            name = f"steermoe-{next(_numbers)}"
+            self._vllm.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), self._params(request))
+            self._rows[name] = Row(request, prompt, self._tokenizer, self._ends, None, on_text)
+            self._was_steered |= request.plan is not None
+
+    def step(self) -> list[Completion]:
+        finished: dict[str, Row[None]] = {}
+        for output in self._vllm.step() if self._vllm.has_unfinished_requests() else ():
+            row, written = self._rows[output.request_id], output.outputs[0]
+            for token in written.token_ids[len(row.new) :]:
+                row.take(token)
+            if output.finished:
+                row.end("stop" if written.finish_reason == "stop" else "length")
+                finished[output.request_id] = self._rows.pop(output.request_id)
+        counts = self._recorded() if self._record and finished else {}
+        return [finish(row, _frequency_of(counts.get(name))) for name, row in finished.items()]
+
+    def _params(self, request: Request) -> Any:
+        """How vLLM is to sample the request's tokens, and what its workers must know to steer or record it."""
+        params = sampling_params(request.sampling, sorted(self._ends))
+        extra: dict[str, Any] = {RECORD: b"1"} if self._record else {}  # bytes, which no client of a server can send
+        if request.plan is not None and request.plan.does_something:
+            check_plan(self._shape, request.plan)
+            extra[KEY] = pack(request.plan)
+        params.extra_args = extra or None
+        return params
+
+    def _recorded(self) -> dict[str, Tensor]:
+        """Counts [L, N] of what requests chose that were to be recorded, since this was asked last."""
+        found: dict[str, Tensor] = {}
+        for worker in self._vllm.collective_rpc("steermoe_recorded"):
+            for name, rows in worker.items():
+                counts = found.setdefault(name, torch.zeros(len(self._shape.routers), self._shape.num_experts))
+                for row, values in rows:
+                    counts[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
+        return found
+
+
+def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
+    """The same in vLLM's words: a text ends at `ends` and nowhere else."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature if sampling.do_sample else 0.0,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        stop_token_ids=ends,
+        ignore_eos=True,
+        detokenize=False,
+    )
+
+
+def report_of(vllm: Any) -> SteeringReport:
+    """What all workers together have steered since the last report.
+
+    The workers that share a stage's layers count the same tokens and choices: one of them answers for all. All stages
+    of a replica see the same tokens: its first stage counts them, while each counts the calls and slots of its own
+    layers.
+    """
+    parts: dict[tuple[int, tuple[int, ...]], SteeringReport] = {}
+    for worker in vllm.collective_rpc("steermoe_report"):
+        counts = {name: number for name, number in worker.items() if name not in ("copy", "rows")}
+        parts[worker["copy"], tuple(worker["rows"])] = SteeringReport(**counts)
+    first = min(rows for _, rows in parts)
+    whole = (
+        report if rows == first else replace(report, tokens_seen=0, tokens_steered=0)
+        for (_, rows), report in parts.items()
+    )
+    return sum(whole, SteeringReport())
+
+
+def _frequency_of(counts: Tensor | None) -> Tensor | None:
+    """Routing embedding F [L, N]; None if some layer counted nothing."""
+    if counts is None or not bool((counts.sum(-1) > 0).all()):
+        return None
+    return counts / counts.sum(-1, keepdim=True)
