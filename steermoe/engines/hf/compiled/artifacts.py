@@ -1,18 +1,18 @@
 """Compile a model's decode step, keep it on disk, and find it again: a few MB a step, without the weights.
 
-An artifact belongs to one configuration, dtype, processor, thread count and version of torch, transformers and this
-package; all of that makes its name, so that a stale one is never found. It is used only if it computed what the model
-computes, and faster.
+An artifact belongs to one configuration, dtype, CPU, thread count, version of torch and transformers, and to the code
+that is traced into it; all of that makes its name, so that a stale one is never found. It is used only if it computed
+what the model computes, and faster.
 
 Shapes: as in `step`.
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -21,17 +21,25 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from steermoe import formulas
+from steermoe.engines.hf import cache as caches
 from steermoe.engines.hf.cache import empty_cache, rows_can_change
+from steermoe.engines.hf.compiled import rewrites
+from steermoe.engines.hf.compiled import step as steps
 from steermoe.engines.hf.compiled.rewrites import REWRITES
 from steermoe.engines.hf.compiled.step import DecodeStep
-from steermoe.errors import ModelError, SteerMoEError
+from steermoe.errors import GenerationError, ModelError, SteerMoEError
 from steermoe.files import cache_folder
+from steermoe.models import quantization
+from steermoe.routing import architectures, intercept, routers
+from steermoe.steering import editing_graph
 from steermoe.steering.editing_graph import Edits
 
 logger = logging.getLogger(__name__)
@@ -50,6 +58,22 @@ TOLERANCE = {torch.float32: 1e-4}
 SHORT_TOLERANCE = 0.05
 
 PROGRAM, FACTS = "step.pt2", "facts.json"
+
+TRACED: tuple[ModuleType, ...] = (
+    architectures,
+    caches,
+    formulas,
+    editing_graph,
+    intercept,
+    quantization,
+    rewrites,
+    routers,
+    steps,
+    sys.modules[__name__],
+)
+"""Modules whose code or constants end up in a compiled step, or say how it is compiled."""
+VERSIONED = frozenset({"torch", "transformers", *sys.stdlib_module_names})
+"""Packages whose code is known by a version instead; the standard library's is not traced."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +115,18 @@ class CompiledStep:
         states: list[Tensor],
         edits: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """As `DecodeStep.forward`; all tensors contiguous, as the program does not look at strides."""
+        """As `DecodeStep.forward`.
+
+        Raises:
+            GenerationError: a tensor is not contiguous: the program does not look at strides and would be wrong.
+        """
         given = (tokens_B1, positions_B1, mask_BC, column_1, *states, *edits)
-        assert all(tensor.is_contiguous() for tensor in given)
+        for number, tensor in enumerate(given):
+            if not tensor.is_contiguous():
+                raise GenerationError(
+                    f"input {number} of the compiled step, {list(tensor.shape)}, has strides {tensor.stride()}, but "
+                    "must be contiguous: please report it, and generate with --no-compiled-steps"
+                )
         logits_BV, chosen_RBk = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
         return logits_BV, chosen_RBk
 
@@ -191,7 +224,7 @@ def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
         "attention": model.config._attn_implementation,
         "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),
         "versions": [version(package) for package in ("torch", "transformers")],
-        "code": _code_version(),
+        "code": _code_version(model),
         "processor": [platform.machine(), sorted(torch.cpu.get_capabilities().items())],
         "threads": torch.get_num_threads(),
     }
@@ -199,10 +232,15 @@ def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
     return cache_folder() / "compiled" / f"{model.config.model_type}-{kind}-{digest[:16]}"
 
 
-def _code_version() -> str:
+def _code_version(model: nn.Module) -> str:
+    """A hash of the code that is traced into a step: ours, and the model's unless a package version stands for it."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    names = {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in VERSIONED}
+    modules = {name: sys.modules.get(name) for name in names} | {module.__name__: module for module in TRACED}
     digest = hashlib.sha256()
-    for thing in (DecodeStep, Edits, *REWRITES.values()):
-        digest.update(Path(inspect.getfile(thing)).read_bytes())
+    for _, module in sorted(modules.items()):
+        if file := getattr(module, "__file__", None):
+            digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 
 

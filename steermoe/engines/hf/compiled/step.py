@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from steermoe.engines.hf.cache import empty_cache
+from steermoe.engines.hf.cache import DummyLayer, empty_cache
 from steermoe.errors import UnsupportedModel
 from steermoe.routing.intercept import intercept
 from steermoe.routing.routers import Router, chosen_experts, find_routers

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from steermoe.engines.hf.compiled import artifacts
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
-from steermoe.errors import ModelError
+from steermoe.errors import GenerationError, ModelError
 from steermoe.models.quantization import quantize, quantize_model
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import banks_for
@@ -140,6 +143,65 @@ def test_a_damaged_step_is_passed_by(compiled, caplog):
         assert "is damaged" in caplog.text
         assert "`steermoe models compile` makes it anew" in caplog.text
         program.touch()
+
+
+def traced_modules(model, tmp_path, monkeypatch):
+    """The modules of steermoe that run while a step is traced."""
+    names = {module.__file__: name for name, module in sys.modules.items() if name.startswith("steermoe.")}
+    ran = set()
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
+    with warnings.catch_warnings(action="ignore"):  # of torch, as in `compile_step`
+        sys.setprofile(lambda frame, event, _: ran.add(frame.f_code.co_filename))
+        try:
+            artifacts._compile(model, "one", tmp_path / "none")
+        finally:
+            sys.setprofile(None)
+    return [sys.modules[names[file]] for file in sorted(ran & names.keys())]
+
+
+def test_a_step_is_found_only_by_the_code_that_was_compiled_into_it(tmp_path, monkeypatch):
+    from steermoe import formulas
+    from steermoe.routing import architectures
+
+    model = build.__wrapped__("granitemoeshared")
+    quantize_model(model)
+    modules = traced_modules(model, tmp_path, monkeypatch)
+    assert len(modules) >= 7
+    folder = artifacts.folder_of(model, "one")
+    for module in (*modules, architectures, formulas):  # the last two give constants only
+        changed = tmp_path / "changed.py"
+        changed.write_bytes(Path(module.__file__).read_bytes() + b"\nCHANGED = True\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(changed))
+            assert artifacts.folder_of(model, "one") != folder, module.__name__
+        assert artifacts.folder_of(model, "one") == folder
+
+
+def test_a_step_is_found_only_by_the_models_own_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "custom_norm.py"
+    source.write_text("import torch\n\n\nclass Norm(torch.nn.Identity):\n    pass\n")
+    model = build.__wrapped__("granitemoeshared")
+    plain = artifacts.folder_of(model, "one")
+    import custom_norm
+
+    model.model.norm = custom_norm.Norm()
+    folder = artifacts.folder_of(model, "one")
+    source.write_text(source.read_text() + "\n    def forward(self, x):\n        return 2 * x\n")
+    assert len({plain, folder, artifacts.folder_of(model, "one")}) == 3
+
+
+def test_inputs_with_gaps_are_refused(compiled):
+    model = build("granitemoeshared")
+    compiled(model, ["one"])
+    step = artifacts.find_step(model, "one")
+    traced = artifacts.DecodeStep(model)
+    tokens, *rest = artifacts._inputs(traced, artifacts._states(model, 1, 8), 1, 7)
+    step(tokens, *rest)
+    states = rest[3]
+    states[1] = states[1].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(GenerationError, match=r"input 5 .* must be contiguous: .* --no-compiled-steps"):
+        step(tokens, *rest)
 
 
 def test_what_can_not_be_compiled_says_why(monkeypatch):
