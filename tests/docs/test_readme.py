@@ -23,7 +23,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-COMMANDS = [line for block in blocks("console") for line in block.splitlines() if "steermoe " in line]
+COMMANDS = [
+    line
+    for block in blocks("console")
+    for line in re.sub(r"\\\n\s*", "", block).splitlines()  # a backslash joins two lines, as in a shell
+    if "steermoe " in line
+]
 
 
 def test_readme_has_examples():
@@ -61,11 +66,13 @@ def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
             shutil.copytree(folder / "embeddings", tmp_path / "embeddings")
     if PLACEHOLDER in command:  # "your own model": the tiny one, with a matrix and a vector of its own
         (tmp_path / "matrix.json").write_text(str(make_vector().frequency.tolist()))
-        if "generate" in command:
+        if "generate" in command or "calibrate" in command:
             from steermoe.vectors.file import write_vector
 
             write_vector(make_vector(), tmp_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors")
-        command = command.replace(PLACEHOLDER, str(tiny_checkpoint))
+        # random routers prefer no expert for any domain, so vectors are built with trained ones
+        checkpoint = pull.default_model_folder() if " build " in command else tiny_checkpoint
+        command = command.replace(PLACEHOLDER, str(checkpoint))
     if ".gguf" in command:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
         shutil.copy(request.getfixturevalue("gguf"), tmp_path / "smollm2-moe-q8_0.gguf")
