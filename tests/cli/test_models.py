@@ -220,7 +220,7 @@ def test_long_lists_of_experts_are_cut(experts, shown):
     [
         ("./none", "no model at './none': give a checkpoint folder"),
         ("none.gguf", "no GGUF file 'none.gguf'"),
-        (".", "holds no model: it has no config.json"),
+        (".", "contains no model: it has no config.json"),
         ("no-such-org/no-such-model", "can't find 'no-such-org/no-such-model', neither as a folder nor on the hub"),
     ],
 )

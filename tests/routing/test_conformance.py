@@ -70,7 +70,7 @@ MORE_THAN_EXPERTS_COMPETE = {"longcat_flash": 2, "zaya": 1}
 CALLS_NO_GATE = {"longcat_flash": "reads its classifier's weight without calling the classifier"}
 INDICES_UNSEEN = {
     "jetmoe": "sorts the tokens by expert before it passes them on",
-    "nllb_moe": "passes on a mask of first choices (which transformers 5.23 reads as indices: only experts 0 and 1 run)",
+    "nllb_moe": "passes a mask of first choices (which transformers 5.23 reads as indices: only experts 0 and 1 run)",
     "llama4": "passes every token to every expert, times 0 where it was not chosen",
     "zaya": "passes the tokens that skip a layer to expert 0, times 0",
 }
