@@ -192,7 +192,7 @@ def test_without_matplotlib_nothing_is_run(run, tiny_checkpoint, texts, tmp_path
     [
         (["--png", "x.png"], "pass --texts CORPUS too"),
         (["--texts", "none"], "no corpus at 'none'"),
-        (["--texts", "."], "'.' holds no texts"),
+        (["--texts", "."], "'.' contains no texts"),
     ],
 )
 def test_inspect_refuses_texts(run, bare_search_path, tiny_checkpoint, arguments, message):
