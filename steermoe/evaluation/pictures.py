@@ -1,6 +1,4 @@
-"""Pictures of an evaluation's summary: success against damage, sweep of strengths, domains, confusion. Needs the extra
-`plot`.
-"""
+"""Pictures of an evaluation: success against damage, sweep of strengths, domains, confusion. Needs the extra `plot`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,17 +18,17 @@ KINDS = {
     "both": ("asked and steered", "#117733"),
 }
 
-Summary = Mapping[str, Any]
+SummaryDict = Mapping[str, Any]
 
 
-def draw_all(summary: Summary, folder: Path) -> list[Path]:
-    """Draw what the summary has figures for, as PNG files; their paths.
+def draw_all(summary: SummaryDict, folder: Path) -> list[Path]:
+    """Draw everything that the summary has figures for as PNG files; returns their paths.
 
     Raises:
         SteerMoEError: matplotlib is missing, or a file can't be written.
     """
     drawn = []
-    pictures: dict[str, Callable[[Any, Summary], bool]] = {
+    pictures: dict[str, Callable[[Any, SummaryDict], bool]] = {
         "pareto": _pareto,
         "sweep": _sweep,
         "domains": _domains,
@@ -44,7 +42,7 @@ def draw_all(summary: Summary, folder: Path) -> list[Path]:
     return drawn
 
 
-def _steered_groups(summary: Summary) -> list[dict[str, Any]]:
+def _steered_groups(summary: SummaryDict) -> list[dict[str, Any]]:
     return [group for group in summary["groups"] if group["kind"] == "steered" and "kl_p95" in group["on_texts"]]
 
 
@@ -56,12 +54,12 @@ def _curves(groups: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list
     return found
 
 
-def _unsteered_success(summary: Summary) -> float:
+def _unsteered_success(summary: SummaryDict) -> float:
     rates = [figures[MAIN]["mean"] for figures in summary["unsteered"].values()]
     return float(sum(rates) / len(rates))
 
 
-def _pareto(figure: Any, summary: Summary) -> bool:
+def _pareto(figure: Any, summary: SummaryDict) -> bool:
     """Success over damage; every formula's curve begins at the unsteered model."""
     groups = _steered_groups(summary)
     if not groups:
@@ -116,8 +114,8 @@ def _damage(group: Mapping[str, Any], name: str) -> float | None:
     return float(group["figures"][name]["mean"]) if group["figures"][name] else None
 
 
-def _sweep(figure: Any, summary: Summary) -> bool:
-    """What each strength does, a line a formula; mean over domains, at the mean of their strengths."""
+def _sweep(figure: Any, summary: SummaryDict) -> bool:
+    """Success and damage by strength, one line per formula; mean over domains, at the mean of their strengths."""
     curves = {key: groups for key, groups in _curves(_steered_groups(summary)).items() if len(groups) > 1}
     if not curves:
         return False
@@ -140,7 +138,7 @@ def _sweep(figure: Any, summary: Summary) -> bool:
     return True
 
 
-def _domains(figure: Any, summary: Summary) -> bool:
+def _domains(figure: Any, summary: SummaryDict) -> bool:
     """Success of each domain, steered and under each control, with intervals."""
     main = summary["main_group"]
     rows = {
@@ -179,7 +177,7 @@ def _domains(figure: Any, summary: Summary) -> bool:
     return True
 
 
-def _confusion(figure: Any, summary: Summary) -> bool:
+def _confusion(figure: Any, summary: SummaryDict) -> bool:
     """Which domain the texts of each vector are about."""
     confusion = summary["confusion"]
     figure.set_size_inches(8, 6.5)
@@ -199,6 +197,6 @@ def _confusion(figure: Any, summary: Summary) -> bool:
     return True
 
 
-def _what(summary: Summary) -> str:
+def _what(summary: SummaryDict) -> str:
     settings = summary["settings"]
     return f"{summary['model']}, {len(settings['openings'])} openings x {settings['seeds']} seeds"
