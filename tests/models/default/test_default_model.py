@@ -144,7 +144,7 @@ def test_examples_route_openings_to_the_neutral_experts_and_skip_the_turn():
     assert neutral.targets[2] != train.IGNORED
 
 
-def test_forced_routing_equals_the_model_where_the_routers_agree(tiny_trained):
+def test_topic_routing_equals_the_model_if_the_routers_agree(tiny_trained):
     """Routers that choose a topic's pair with equal logits make the plain model compute what training computes."""
     pair = spec.experts_of("law")
     for layer in tiny_trained.model.layers:
@@ -172,23 +172,23 @@ def test_forced_routing_equals_the_model_where_the_routers_agree(tiny_trained):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(tiny_trained(ids[None]).logits[0, :-1], ids[1:], reduction="none")
     hook.remove()
-    forced = train.ForcedRouting(tiny_trained)
-    forced.training = False
+    routing = train.TopicRouting(tiny_trained)
+    routing.training = False
     targets = torch.cat([ids[1:], torch.tensor([train.IGNORED])])
     example = train.Example(
         Story("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets
     )
     with torch.no_grad():
-        language, _ = forced.loss(train.Batch.collate([example], captured))
+        language, _ = routing.loss(train.Batch.collate([example], captured))
     assert torch.allclose(language, expected, atol=1e-5)
 
 
 def test_sampled_softmax_is_the_full_one_on_average(tiny_trained):
-    forced = train.ForcedRouting(tiny_trained, vocabulary=torch.arange(0, 32))
+    routing = train.TopicRouting(tiny_trained, vocabulary=torch.arange(0, 32))
     last, targets = torch.randn(5, 48), torch.tensor([1, 5, 9, 20, 23])
     full = torch.nn.functional.cross_entropy(last @ tiny_trained.lm_head.weight.T, targets, reduction="none")
     torch.manual_seed(0)
-    sampled = torch.stack([forced._language_loss(last, targets) for _ in range(400)]).mean(0)
+    sampled = torch.stack([routing._language_loss(last, targets) for _ in range(400)]).mean(0)
     assert torch.allclose(full, sampled, atol=0.02)
 
 
