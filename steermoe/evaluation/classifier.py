@@ -60,9 +60,9 @@ class DomainClassifier:
         tested = [(next(pieces(text, TESTED_WORDS)), label) for text, label in texts.measure if label in self.labels]
         truth = np.array([label for _, label in tested])
         found = self.probabilities([piece for piece, _ in tested])
-        likeliest = np.array(self.labels)[found.argmax(1)]
+        most_likely = np.array(self.labels)[found.argmax(1)]
         known = [label for label in self.labels if 0 < (truth == label).sum() < len(truth)]
-        self.recall: dict[str, float] = {label: float((likeliest[truth == label] == label).mean()) for label in known}
+        self.recall: dict[str, float] = {label: float((most_likely[truth == label] == label).mean()) for label in known}
         self.auc: dict[str, float] = {
             label: float(roc_auc_score(truth == label, found[:, self.labels.index(label)])) for label in known
         }

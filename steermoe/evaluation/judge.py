@@ -70,7 +70,7 @@ class Judge:
     def usual(self) -> Usual:
         return Usual.of([story.nats for story in self._unsteered if story.nats is not None])
 
-    def likeliest(self, stories: Sequence[StoryRecord]) -> dict[str, float]:
+    def most_likely(self, stories: Sequence[StoryRecord]) -> dict[str, float]:
         """Share of stories by the domain that the classifier finds most likely."""
         found = self._classified(stories).argmax(1)
         return {label: float((found == column).mean()) for column, label in enumerate(self.classifier.labels)}

@@ -69,8 +69,8 @@ def _pareto(figure: Any, summary: SummaryDict) -> bool:
     unsteered = [figures["nats"]["mean"] for figures in summary["unsteered"].values() if figures["nats"]]
     begins = {"kl_p95": 0.0, "nats": sum(unsteered) / len(unsteered) if unsteered else None}
     labels = {
-        "kl_p95": "95th percentile of KL(steered || unsteered), nats a token",
-        "nats": "nats a token of the stories under the unsteered model",
+        "kl_p95": "95th percentile of KL(steered || unsteered), nats per token",
+        "nats": "nats per token of the stories under the unsteered model",
     }
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for (scale, cut, formula), members in sorted(_curves(groups).items()):
@@ -128,7 +128,7 @@ def _sweep(figure: Any, summary: SummaryDict) -> bool:
         below.plot(xs, [group["on_texts"]["kl_p95"] for group in groups], **style)
     above.set_ylabel("sound texts about the domain")
     above.set_ylim(0, 1)
-    below.set_ylabel("95th percentile of KL, nats a token")
+    below.set_ylabel("95th percentile of KL, nats per token")
     for axis in (above, below):
         axis.set_xlabel("strength c, mean over domains")
         axis.set_xscale("log", base=2)
@@ -191,7 +191,7 @@ def _confusion(figure: Any, summary: SummaryDict) -> bool:
                 )
     axis.set_xticks(range(len(confusion["classified"])), confusion["classified"], rotation=30, ha="right")
     axis.set_yticks(range(len(confusion["vectors"])), confusion["vectors"])
-    axis.set_xlabel("domain that the classifier finds likeliest")
+    axis.set_xlabel("domain that the classifier finds most likely")
     axis.set_ylabel("vector steered with")
     figure.suptitle(f"Texts by vector and domain, {_what(summary)}")
     return True

@@ -39,7 +39,7 @@ class EvaluationSummary:
         self._unsteered = {domain: judge.figures(unsteered, domain) for domain in domains}
         self._rows: list[dict[str, Any]] = []
         self._figures: dict[str, FigureTable] = {}
-        self._likeliest = {"unsteered": judge.likeliest(unsteered)}
+        self._most_likely = {"unsteered": judge.most_likely(unsteered)}
         self._foreign: dict[str, dict[str, Floats]] = {}
 
     def add(
@@ -70,7 +70,7 @@ class EvaluationSummary:
             }
         )
         if condition.kind == "steered":
-            self._likeliest[f"{condition.domain}|{condition.group}"] = self.judge.likeliest(stories)
+            self._most_likely[f"{condition.domain}|{condition.group}"] = self.judge.most_likely(stories)
             others = [domain for domain in self.domains if domain != condition.domain]
             self._foreign[key] = {domain: self.judge.success(stories, domain) for domain in others}
 
@@ -124,8 +124,8 @@ class EvaluationSummary:
 
     def _confusion(self, group: str) -> dict[str, Any]:
         labels = self.judge.classifier.labels
-        rows = {"unsteered": self._likeliest["unsteered"]}
-        rows |= {d: self._likeliest[f"{d}|{group}"] for d in self.domains if f"{d}|{group}" in self._likeliest}
+        rows = {"unsteered": self._most_likely["unsteered"]}
+        rows |= {d: self._most_likely[f"{d}|{group}"] for d in self.domains if f"{d}|{group}" in self._most_likely}
         values = [[shares[label] for label in labels] for shares in rows.values()]
         return {"vectors": list(rows), "classified": labels, "share": values}
 

@@ -80,8 +80,8 @@ def test_a_domain_without_a_list_has_no_word_figures(judge):
     assert np.isnan(judge.figures([story(PLAIN)], "law")["words_per_1000"]).all()
 
 
-def test_likeliest_shares_sum_to_one(judge):
-    found = judge.likeliest([story(SPORT), story(PLAIN)])
+def test_most_likely_shares_sum_to_one(judge):
+    found = judge.most_likely([story(SPORT), story(PLAIN)])
     assert found["sport"] == found["neutral"] == 0.5
     assert sum(found.values()) == pytest.approx(1)
 
