@@ -1,9 +1,9 @@
-"""How much faster a batch of mixed stories is than the same ones through single calls of `generate`, one by one.
+"""How much faster a batch of mixed stories is than the same stories from single calls of `generate`.
 
     python benchmarks/batch.py [--stories 64] [--single 64] [--tokens 120] [--json FILE]
 
-Stories of all domains and of none, sampled with seeds of their own. The two ways alternate, each is measured in wall
-and in processor seconds. It also counts the texts that are the same both ways: docs/batch.md says why not all are.
+Stories of all domains and of none, each sampled with its own seed. The two ways alternate; each is measured in wall
+time and CPU time. It also counts the texts that are the same both ways: docs/batch.md says why not all are.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def rolled(engine: HFEngine, requests: list[Request], rows: int) -> list[Complet
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stories", type=int, default=64)
-    parser.add_argument("--single", type=int, default=64, help="so many of them are told singly")
+    parser.add_argument("--single", type=int, default=64, help="how many of them to generate one by one")
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)

@@ -1,8 +1,8 @@
 """What the default model reaches, measured on the held-out split: `make bench-model`, or
 `python benchmarks/default_model.py --base GGUF [--json FILE]`.
 
-Prints each requirement with its figure. Success of a continuation means three or more different words of the domain's
-list (`steermoe/default_model/words`) in 120 tokens; no opening holds any of those words.
+Prints each requirement with its figure. A continuation is a success if its 120 tokens contain three or more different
+words from the domain's list (`steermoe/models/default/data`); no opening contains any of those words.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MEGABYTE = 1e6
 
 
 def nearest_vector_accuracy(loaded, vectors) -> tuple[float, dict[str, float]]:
-    """Share of held-out domain texts whose routing embedding has its own domain's expert vector nearest, by cosine."""
+    """Share of held-out domain texts whose routing embedding is nearest to its own domain's vector, by cosine."""
     stories = [story for story in load_stories("heldout") if story.topic != "neutral"]
     embeddings, _ = routing_embeddings(loaded, [story.text for story in stories])
     experts = torch.stack([vectors[domain].experts.flatten() for domain in spec.DOMAINS])
@@ -47,7 +47,7 @@ def nearest_vector_accuracy(loaded, vectors) -> tuple[float, dict[str, float]]:
 
 
 def peak_memory_of_generate() -> float:
-    """Megabytes at the peak of one `steermoe generate`, in a process of its own."""
+    """Peak megabytes of one `steermoe generate` in its own process."""
     story = [sys.executable, "-m", "steermoe.cli.app", "generate", "--domain", "sport", "--no-stream"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     subprocess.run(story, check=True, capture_output=True)
@@ -104,7 +104,7 @@ def main() -> None:
     prompts = openings("heldout", args.openings)
     words = {domain: domain_words(domain) for domain in spec.DOMAINS}
     leaks = {d: [p for p in prompts if distinct_words(p, word_pattern(words[d]))] for d in spec.DOMAINS}
-    assert not any(leaks.values()), f"openings that hold words of a domain: {leaks}"
+    assert not any(leaks.values()), f"openings that contain words of a domain: {leaks}"
     done = {"unsteered": continue_openings(loaded, prompts, None)}
     for domain in spec.DOMAINS:
         done[domain] = continue_openings(loaded, prompts, plan_for(vectors[domain]))

@@ -3,7 +3,7 @@
 
 All on the default model and the repository's stories, without their openings. Parts: `clusters` (agreement with the
 true topics, keywords), `heldout` (the same on stories that neither model nor vectors have seen), `steering` (discovered
-against labelled vectors), `speed` (A B A B in one process), `memory` (400 against 40,000 texts).
+and labelled vectors compared), `speed` (A B A B in one process), `memory` (400 and 40,000 texts compared).
 """
 
 import argparse
@@ -41,7 +41,7 @@ FORMULA, STRENGTH = "zero_max_scaled", 6.0
 
 
 class Report:
-    """Figures, and for people a row of each with what was wanted."""
+    """Figures for JSON, and a row for each with its target for readers."""
 
     def __init__(self) -> None:
         self.figures: dict = {}
@@ -61,7 +61,7 @@ def embed_stories(loaded, split: str, folder: Path) -> EmbeddedTexts:
 
 
 def agreement(embedded: EmbeddedTexts, report: Report, prefix: str) -> Discovery:
-    """Adjusted Rand index of ours against the true topics, and that of the other ways."""
+    """Adjusted Rand index with the true topics, of our clusters and of other methods."""
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.metrics import adjusted_rand_score
@@ -92,7 +92,7 @@ def agreement(embedded: EmbeddedTexts, report: Report, prefix: str) -> Discovery
 
 
 def compare_steering(loaded, embedded: EmbeddedTexts, found: Discovery, count: int, report: Report) -> None:
-    """Success of discovered against labelled vectors on held-out openings, the same seeds for both."""
+    """Success of discovered and of labelled vectors on held-out openings, with the same seeds for both."""
     prompts = openings("heldout", count)
     labels = np.array(embedded.labels)
     baseline = torch.from_numpy(embedded.frequency.mean(0))
@@ -127,7 +127,7 @@ def compare_steering(loaded, embedded: EmbeddedTexts, found: Discovery, count: i
 
 
 def one_by_one(model, tokenizer, texts: list[str]) -> int:
-    """The authors' way: hooks keep each gate's choices while `generate` runs one text at a time. Returns tokens."""
+    """The paper's authors' method: hooks record the gates while `generate` runs one text at a time. Returns tokens."""
     chosen: list[list] = []
     routers = find_routers(model)
     hooks = [r.module.register_forward_hook(lambda module, args, out: chosen.append(out)) for r in routers]
@@ -149,7 +149,7 @@ def one_by_one(model, tokenizer, texts: list[str]) -> int:
 
 
 def bare_forward(loaded, texts: list[str]) -> int:
-    """The same batches through the model without its head, nothing recorded. Returns tokens."""
+    """The same batches through the model without its head, recording nothing. Returns tokens."""
     ids = loaded.tokenizer(texts, truncation=True, max_length=512)["input_ids"]
     lengths = [len(one) for one in ids]
     order = sorted(range(len(ids)), key=lengths.__getitem__)
@@ -168,7 +168,7 @@ def ours(loaded, texts: list[str]) -> int:
 
 
 def measure_speed(loaded, report: Report, rounds: int) -> None:
-    """Tokens a second of the three ways, in turn, for whole stories and for single sentences."""
+    """Tokens per second of the three methods, in turn, for whole stories and for beginnings."""
     stories = [story.rest for story in load_stories("heldout")]
     kinds = {"stories": stories[::6], "first six words": [" ".join(text.split()[:6]) for text in stories]}
     for kind, texts in kinds.items():
@@ -199,20 +199,21 @@ def measure_speed(loaded, report: Report, rounds: int) -> None:
 
 MEASURED = """
 import pathlib, re, sys
-from steermoe.discovery.embedding import EmbeddingOptions, embed_corpus
+from steermoe.discovery.embed_corpus import embed_corpus
+from steermoe.discovery.embedder import EmbeddingOptions
 from steermoe.discovery.store import Text
-from steermoe.default_model.stories import load_stories
-from steermoe.models import load
+from steermoe.models.default.stories import load_stories
+from steermoe.models.loading import load
 stories = [story.rest for story in load_stories()]
 texts = (Text(f"t{n}", stories[n % len(stories)]) for n in range(int(sys.argv[1])))
 embed_corpus(load(dtype=sys.argv[3]), texts, sys.argv[2], EmbeddingOptions(max_tokens=4))
 print(int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024)
 """
-"""The kernel's peak of this program alone; `ru_maxrss` would begin with that of the parent that started it."""
+"""The kernel's peak for this program alone; `ru_maxrss` would start from that of its parent."""
 
 
 def measure_memory(report: Report) -> None:
-    """Peak memory of a process that embeds 400 and 40,000 texts, 4 tokens of each read."""
+    """Peak memory of a process that embeds 400 or 40,000 texts, 4 tokens of each."""
     for dtype in ("float32", "bfloat16"):
         peaks = {}
         for count in (400, 40_000):

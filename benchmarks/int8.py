@@ -1,9 +1,9 @@
-"""What `--quantize int8` costs: the same held-out stories read by the default model with its weights and in int8.
+"""What `--quantize int8` costs: the default model reads the same held-out stories with its own weights and in int8.
 
     python benchmarks/int8.py [--texts 40] [--dtype bfloat16]
 
-Perplexity of both; the mean KL divergence of a token's distribution in nats, how often the likeliest token is the same,
-and in how many (token, layer) the same set of experts is chosen.
+Prints the perplexity of both, the mean KL divergence per token in nats, how often the most likely token is the same,
+and for what share of (token, layer) the chosen experts are the same.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main() -> None:
     print(f"{len(texts)} texts, {tokens:.0f} tokens")
     print(f"perplexity {torch.tensor(own / tokens).exp():.2f}, int8 {torch.tensor(other / tokens).exp():.2f}")
     print(
-        f"KL {kl / tokens:.4f} nats; same likeliest token {same_token / tokens:.1%}; same experts {same_set / sets:.1%}"
+        f"KL {kl / tokens:.4f} nats; same most likely token {same_token / tokens:.1%}; same experts "
+        f"{same_set / sets:.1%}"
     )
 
 

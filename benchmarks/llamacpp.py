@@ -1,8 +1,8 @@
 """Speed of the llama.cpp engine with and without steering, and its agreement with transformers: `make bench-llamacpp`,
 or `python benchmarks/llamacpp.py [--only speed agreement] [--server PATH] [--json FILE]`.
 
-On the default model, batch 1. Speed is of decoding alone, the ways in turn (A B A B), medians of their rounds. The
-server is llama.cpp's own, unsteered, at the same quantisation; without --server PATH it is left out.
+On the default model, batch 1. Speeds are of decoding alone, medians over rounds in which the variants take turns (A B A
+B). The server is llama.cpp's own, unsteered, with the same quantisation; without --server PATH it is left out.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from steermoe.vectors.library import load_vector
 
 PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 SHORT, LONG = 16, 144
-"""New tokens of the two runs whose difference is decoding alone."""
+"""New tokens of two runs; their difference is decoding alone."""
 AGREEMENT_TOKENS = 2000
 
 
 def speed_of(engine, plan: SteeringPlan | None) -> float:
-    """Tokens a second of decoding."""
+    """Tokens per second of decoding."""
     seconds = []
     for tokens in (SHORT, LONG):
         sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, seed=1)
@@ -50,7 +50,7 @@ def speed_of(engine, plan: SteeringPlan | None) -> float:
 
 
 class Server:
-    """llama.cpp's own server on a port of this machine, and its own figure for decoding."""
+    """llama.cpp's own server on a local port, and its own timing of decoding."""
 
     def __init__(self, binary: Path, model: Path, threads: int) -> None:
         with socket.socket() as free:
@@ -68,7 +68,7 @@ class Server:
         raise SystemExit("the server does not answer")
 
     def speed(self) -> float:
-        """As `speed_of`, by the server's own clock."""
+        """Like `speed_of`, by the server's own clock."""
         seconds = [self._seconds(tokens) for tokens in (SHORT, LONG)]
         return (LONG - SHORT) / (seconds[1] - seconds[0])
 
@@ -83,7 +83,7 @@ class Server:
 
 
 def measure_speed(files: dict[str, Path], plan, rounds: int, server: Path | None, skip_hf: bool) -> dict:
-    """Tokens a second of every way, round by round."""
+    """Tokens per second of every variant, round by round."""
     ways: dict[str, Callable[[], float]] = {}
     servers = []
     for name, path in files.items():
@@ -161,7 +161,7 @@ def measure_agreement(loaded, files: dict[str, Path], plan) -> dict:
     return {"tokens": total, "shares": shares}
 
 
-def tell_speed(figures: dict, names: list[str], table: Table) -> None:
+def report_speed(figures: dict, names: list[str], table: Table) -> None:
     median = {way: statistics.median(values) for way, values in figures["speeds"].items()}
     for way, values in figures["speeds"].items():
         table.add_row(f"{way}, tokens/s", f"{median[way]:.1f} ({min(values):.1f}-{max(values):.1f})", "")
@@ -210,7 +210,7 @@ def main() -> None:
     if "speed" in args.only:
         timed = {name: files[name] for name in args.quantizations}
         figures["speeds"] = measure_speed(timed, plan_for(vector), args.rounds, args.server, args.skip_hf)
-        tell_speed(figures, list(timed), table)
+        report_speed(figures, list(timed), table)
     figures["load after"] = os.getloadavg()
     Console(width=130).print(table)
     print(f"load average before {figures['load before'][0]:.1f}, after {figures['load after'][0]:.1f}")

@@ -1,5 +1,4 @@
-"""What the benchmarks of the default model share: continuing openings in batches, and figures of the texts that come
-out."""
+"""What the benchmarks of the default model share: continuing openings in batches, and figures of the texts."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ def continue_openings(
     batch: int = 50,
     seed: int = 0,
 ) -> list[Completion]:
-    """One continuation an opening, each with a seed of its own that all plans share, so that plans can be paired."""
+    """One continuation per opening; each opening has its own seed, the same for all plans, so plans can be paired."""
     engine = HFEngine(loaded)
     requests = [
         Request(prompt, plan, Sampling(max_new_tokens=tokens, temperature=0.7, seed=seed * 1000 + number))
@@ -33,13 +32,13 @@ def continue_openings(
 
 
 def success_rate(texts: Sequence[str], words: Sequence[str]) -> float:
-    """Share of texts that hold at least three different words of a domain."""
+    """Share of texts that contain at least three different words of a domain."""
     pattern = word_pattern(words)
     return sum(len(distinct_words(text, pattern)) >= WORDS_FOR_SUCCESS for text in texts) / len(texts)
 
 
 def repeated_4grams(completions: Sequence[Completion]) -> float:
-    """Share of 4-grams of tokens that came before in the same text, mean over texts."""
+    """Share of 4-grams of tokens that occurred earlier in the same text, mean over texts."""
     shares = []
     for completion in completions:
         ids = completion.token_ids
@@ -50,7 +49,7 @@ def repeated_4grams(completions: Sequence[Completion]) -> float:
 
 
 def negative_log_likelihood(model: torch.nn.Module, loaded: LoadedModel, completions: Sequence[Completion]) -> float:
-    """Mean nats a token of the continuations under `model`, prompts as context; all tokens weigh the same."""
+    """Mean nats per token of the continuations under `model` given their prompts; all tokens have the same weight."""
     total, count = 0.0, 0
     for completion in completions:
         if not completion.token_ids:
@@ -65,7 +64,7 @@ def negative_log_likelihood(model: torch.nn.Module, loaded: LoadedModel, complet
 
 
 def perplexity(model: torch.nn.Module, loaded: LoadedModel, texts: Sequence[str]) -> float:
-    """Of whole texts, without an end token; all tokens but each text's first weigh the same."""
+    """Of whole texts, without an end token; all tokens but each text's first have the same weight."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])

@@ -1,9 +1,9 @@
-"""Speed of the transformers engine, each figure beside what it should reach: `make bench`, or
+"""Speed of the transformers engine, each figure with its target: `make bench`, or
 `python benchmarks/speed.py [--only decode steering bandwidth notebook start batch] [--rounds 5] [--json FILE]`.
 
-On the default model, greedy, whole calls from text to text, prompt included. The ways alternate in one process
-(A B A B ...) after a round that warms up. Shown are medians of the rounds, with the smallest and the largest; ratios
-are taken within each round. Decode steps that are not compiled yet are compiled first, which takes minutes, once.
+On the default model, greedy, whole calls from text to text, including the prompt. The variants alternate in one process
+(A B A B ...) after a warm-up round. It prints the median, smallest and largest of the rounds; ratios are taken within
+each round. Decode steps that are not compiled yet are compiled first, which takes minutes, once.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from steermoe.vectors.library import load_vector
 from steermoe.vectors.vector import SteeringVector
 
 DOMAIN, OTHER_STRENGTH = "sport", 4.0
-"""The vector, and its strength for formulas that it was not calibrated with."""
+"""The vector, and its strength for formulas that it was not calibrated for."""
 FASTER_THAN_GENERATE = {1: 1.6, 16: 1.5}
 INT8_FASTER_THAN_GENERATE = 3.0
 STEERED_TO_UNSTEERED = 0.98
@@ -50,16 +50,16 @@ COMMANDS: dict[tuple[str, ...], float] = {
     ("vectors", "list"): 0.4,
     ("generate", "--domain", DOMAIN, "--max-new-tokens", "1"): 6.0,
 }
-"""Seconds that a whole process may take."""
+"""The most seconds that a whole process may take."""
 SHAPES = ((49152, 576), (3072, 576))
-"""Of the weights that memory bandwidth is measured with: an output layer's, and a feed-forward layer's."""
+"""The weights for measuring memory bandwidth: an output layer's and a feed-forward layer's."""
 WORKING_SET, PASSES = 220 * 2**20, 5
-"""Bytes of different weights in one pass, more than caches hold; passes a round."""
+"""Bytes of different weights in one pass, more than fit in caches; passes per round."""
 STORIES, SINGLE = 64, 16
-"""Stories of the batch, and how many of them are told singly."""
+"""Stories in the batch, and how many of them to generate one by one."""
 
 Work = Callable[[], float]
-"""Does something and says how much: tokens, bytes, runs."""
+"""Does something and returns how much: tokens, bytes, runs."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Figure:
     """One line of a table.
 
     Attributes:
-        what: is measured.
+        what: what is measured.
         rounds: the value of each round.
-        unit: after its value.
-        bar: what the median should reach.
-        is_ceiling: the bar is the most it may be, not the least.
+        unit: of the values.
+        bar: the target for the median.
+        is_ceiling: the bar is a maximum, not a minimum.
     """
 
     what: str
@@ -103,7 +103,7 @@ class Bench:
 
     Attributes:
         rows: batch sizes.
-        tokens: new tokens of every row.
+        tokens: new tokens per row.
     """
 
     loaded: LoadedModel
@@ -117,7 +117,7 @@ class Bench:
         return {name: HFEngine(self.loaded, compiled=name == "compiled") for name in ("eager", "compiled")}
 
     def plan(self, formula: Formula, **fields: Any) -> SteeringPlan:
-        """With the vector's own strength, where it has one for the formula."""
+        """With the vector's own strength, if it has one for the formula."""
         strength = None if formula == self.vector.info.formula else OTHER_STRENGTH
         return plan_for(self.vector, strength, formula=formula, **fields)
 
@@ -126,15 +126,15 @@ def _short(number: float) -> str:
     return f"{number:.1f}" if number >= 10 else f"{number:.3f}"
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Work a second of every way, round by round, after a round that warms up."""
+    """Work per second of every variant, round by round, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        tell(f"  round {turn} of {rounds}")
+        report(f"  round {turn} of {rounds}")
         for name, run in ways.items():
             started = time.perf_counter()
             work = run()
@@ -148,15 +148,15 @@ def ratio(what: str, above: Sequence[float], below: Sequence[float], bar: float 
 
 
 def ready_steps(loaded: LoadedModel, rows: Sequence[int]) -> None:
-    """Compile the steps for so many rows where they are missing."""
+    """Compile the steps for these numbers of rows if they are missing."""
     kinds: list[Kind] = sorted({"one" if count == 1 else "many" for count in rows}, reverse=True)
     for kind in kinds:
         facts = facts_of(loaded.model, kind)
         if facts is None:
-            tell(f"compiling the step for {kind} of {loaded.name}: a minute or two, once")
+            report(f"compiling the step for {kind} of {loaded.name}: a minute or two, once")
             facts = compile_step(loaded.model, kind)
         if not facts.pays:
-            tell(f"the compiled step for {kind} is no faster ({facts.speedup}): eager steps run in its place")
+            report(f"the compiled step for {kind} is no faster ({facts.speedup}): eager steps run in its place")
 
 
 # ---- ways to generate ----
@@ -197,7 +197,7 @@ def plain_tokens(loaded: LoadedModel, rows: int, tokens: int) -> Tensor:
 
 @contextmanager
 def notebook_routers(model: torch.nn.Module, vector: SteeringVector, strength: float) -> Iterator[None]:
-    """Routers whose forward is replaced in Python, the way that notebooks steer."""
+    """Routers whose forward is replaced in Python, as notebooks do it."""
     with ExitStack() as undo:
         for router, experts in zip(find_routers(model), vector.experts, strict=True):
             undo.callback(delattr, router.module, "forward")
@@ -215,17 +215,17 @@ def notebook_forward(router: Router, experts: Tensor, strength: float, hidden: T
 
 
 def notebook_tokens(loaded: LoadedModel, plan: SteeringPlan, tokens: int) -> Tensor:
-    """What `generate` adds to one prompt with such routers, [1, tokens]."""
+    """What `generate` adds to one prompt with those routers, [1, tokens]."""
     assert plan.vector is not None
     with notebook_routers(loaded.model, plan.vector, plan.strength):
         return plain_tokens(loaded, 1, tokens)
 
 
 def check_notebook(plan: SteeringPlan, tokens: int) -> None:
-    """That such routers steer as we do, eager and compiled.
+    """Check that those routers steer as we do, eager and compiled.
 
     Raises:
-        SystemExit: in float32, other tokens come out.
+        SystemExit: in float32 the tokens differ.
     """
     loaded = load(dtype="float32")
     (wanted,) = notebook_tokens(loaded, plan, tokens).tolist()
@@ -242,7 +242,7 @@ def check_notebook(plan: SteeringPlan, tokens: int) -> None:
 
 
 def decode(bench: Bench) -> list[Figure]:
-    """Against plain `generate`, unsteered."""
+    """Compared with plain `generate`, unsteered."""
     figures = []
     int8 = int8_engine(bench.dtype) if 1 in bench.rows else None
     for rows in bench.rows:
@@ -259,7 +259,7 @@ def decode(bench: Bench) -> list[Figure]:
 
 
 def int8_engine(dtype: str) -> HFEngine | None:
-    """None where models can't be loaded in int8."""
+    """None if models can't be loaded in int8."""
     if "quantize" not in inspect.signature(load).parameters:
         return None
     options: dict[str, Any] = {"dtype": dtype, "quantize": "int8"}
@@ -269,7 +269,7 @@ def int8_engine(dtype: str) -> HFEngine | None:
 
 
 def steering(bench: Bench) -> list[Figure]:
-    """Against the same without steering."""
+    """Compared with the same without steering."""
     figures = []
     for rows in bench.rows:
         for how, engine in bench.engines().items():
@@ -285,7 +285,7 @@ def steering(bench: Bench) -> list[Figure]:
 
 
 def bandwidth(bench: Bench) -> list[Figure]:
-    """Against the memory's speed: every active weight is read once a token."""
+    """Compared with memory bandwidth: every active weight is read once per token."""
     weights = active_bytes(bench.loaded)
     ways = {name: partial(run, PASSES) for name, run in matrix_vector_ways(bench.loaded.model.dtype).items()}
     rates = alternate({**ways, "decode": partial(ours, bench.engines()["compiled"], 1, bench.tokens)}, bench.rounds)
@@ -301,7 +301,7 @@ def bandwidth(bench: Bench) -> list[Figure]:
 
 
 def active_bytes(loaded: LoadedModel) -> float:
-    """Of the matrices that a token passes: top-k of the experts, and the output layer; embeddings are looked up."""
+    """Bytes of the matrices that a token uses: top-k of the experts, and the output layer; embeddings are looked up."""
     model: Any = loaded.model
     routers = find_routers(model)
     share = routers[0].top_k / routers[0].num_experts
@@ -316,7 +316,7 @@ def active_bytes(loaded: LoadedModel) -> float:
 
 
 def matrix_vector_ways(dtype: torch.dtype) -> dict[str, Callable[[int], float]]:
-    """Matrix-vector products as torch has them; each reads so many times a working set, and says how many bytes."""
+    """torch's matrix-vector products; each reads a working set a given number of times and returns the bytes read."""
     products: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "mv": torch.mv,
         "linear": lambda matrix, vector: F.linear(vector[None], matrix),
@@ -344,7 +344,7 @@ def read_weights(product: Callable[[Tensor, Tensor], Tensor], matrices: Tensor, 
 
 
 def notebook(bench: Bench) -> list[Figure]:
-    """Against routers replaced in Python under plain `generate`, as the authors of the formulas steer."""
+    """Compared with routers replaced in Python under plain `generate`, as the authors of the formulas steer."""
     plan = bench.plan("max_scaled", scale="paper", positions="all")
     check_notebook(plan, bench.tokens)
     ways: dict[str, Work] = {
@@ -376,11 +376,11 @@ def run_command(words: Sequence[str]) -> float:
 
 
 def batch(bench: Bench) -> list[Figure]:
-    """Mixed stories together against single calls."""
+    """Mixed stories in one batch compared with single calls."""
     try:
         from batch import mixed_requests, rolled
     except ImportError as error:
-        tell(f"benchmarks/batch.py can't be imported ({error}); run it on its own: python benchmarks/batch.py")
+        report(f"benchmarks/batch.py can't be imported ({error}); run it separately: python benchmarks/batch.py")
         return []
     engine = bench.engines()["compiled"]
     requests = mixed_requests(bench.loaded, STORIES, 120)
@@ -410,13 +410,13 @@ SECTIONS: dict[str, Callable[[Bench], list[Figure]]] = {
 
 
 def forget_peak() -> None:
-    """Count the peak of memory from here on, where the system can."""
+    """Reset the peak of memory, if the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> Figure:
-    """Of this process since `forget_peak`; NaN where there is no /proc."""
+    """Of this process since `forget_peak`; NaN without /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -437,7 +437,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS), metavar="SECTION")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 16), help="batch sizes of `decode` and `steering`")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of every row")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the values of all rounds to this file")
@@ -458,18 +458,18 @@ def main() -> None:
     print(settings)
     before, found = os.getloadavg(), {}
     for name in args.only:
-        tell(name)
+        report(name)
         forget_peak()
         found[name] = [*SECTIONS[name](bench), peak_memory()]
         title, _, _ = (SECTIONS[name].__doc__ or "").partition("\n")
         show(f"{name}: {title}", found[name])
     print(f"load average before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}")
     if args.json:
-        told = {
+        sections = {
             name: [asdict(f) | {"median": f.median, "met": f.is_met} for f in figures]
             for name, figures in found.items()
         }
-        figures = {"settings": settings, "load": [before, os.getloadavg()], **told}
+        figures = {"settings": settings, "load": [before, os.getloadavg()], **sections}
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,13 +2,13 @@
 
     python benchmarks/vllm.py [--rounds 16] [--quiet] [--compile] [--json FILE]
 
-The engine without the plugin is a process of its own (VLLM_PLUGINS=""), as is the one with it; they take turns, so that
-whatever else the machine does falls on both. Each turn tells 64 stories of the default model, greedy, of equal length.
-Ratios are of tokens per second, by the clock and by processor time. With --quiet threads that wait sleep: other work on
-the machine changes processor time least then, but vLLM takes nearly twice as long.
+The engine without the plugin (VLLM_PLUGINS="") and the engine with it run in separate processes; they take turns, so
+that other load on the machine affects both. Each turn generates 64 stories with the default model, greedy, of equal
+length. Ratios are of tokens per second, by wall time and by CPU time. With --quiet, waiting threads sleep: then other
+load changes CPU time least, but vLLM takes nearly twice as long.
 
-Steered texts visit more experts than unsteered ones, which costs vLLM's kernel more whoever chooses them. How much is
-measured apart: the kernel is run again on the choices of each case.
+Steered texts use more experts than unsteered ones, which costs vLLM's kernel more, however they are chosen. That cost
+is measured separately: the kernel is run again on the choices of each case.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]  # of its own name
+# without this file's folder, where `import vllm` would find this file
+sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
 QUIET = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 TEXTS = 64
@@ -34,8 +35,8 @@ CASES = {
     "half steered at strength 0.000001": (0.5, 1e-6),
     "all steered at strength 0.000001": (1.0, 1e-6),
 }
-"""What share of the texts is steered, and how strongly if not by the vector's own strength. The last cases tell the
-same texts as none: all the work of steering is in them, but no other experts are chosen."""
+"""The share of steered texts, and their strength if not the vector's own. The last two cases generate the same texts as
+without steering: they include all its work, but choose no other experts."""
 DOMAINS = ("sport", "food", "space", "music", "law", "medicine", "software", "biology")
 
 
@@ -46,11 +47,11 @@ def prompts(count: int) -> list[str]:
     return [openings[i % len(openings)] for i in range(count)]
 
 
-# ---- a process with vLLM in it, which tells stories when it is told to ----
+# ---- a process with vLLM that generates stories on request ----
 
 
 def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
-    """Answers each line of stdin: the share to steer, the strength, and whether to tell what takes how long."""
+    """Answers each line of stdin: the share to steer, the strength, and whether to measure what takes how long."""
     started = time.perf_counter()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -82,11 +83,11 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     def run(share: float, strength: float | None = None) -> dict[str, float]:
         steered = round(TEXTS * share)
         asked = [params(DOMAINS[i % len(DOMAINS)] if i < steered else None, strength) for i in range(TEXTS)]
-        clock, processor = time.perf_counter(), time.process_time()
+        clock, cpu = time.perf_counter(), time.process_time()
         made = model.generate(texts, asked, use_tqdm=False)
-        clock, processor = time.perf_counter() - clock, time.process_time() - processor
+        clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
         new = sum(len(one.outputs[0].token_ids) for one in made)
-        return {"clock": new / clock, "processor": new / processor}
+        return {"clock": new / clock, "cpu": new / cpu}
 
     if with_plugin:
         run(1.0)  # vectors are read once
@@ -94,12 +95,14 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
     say({"start": time.perf_counter() - started})
     for line in sys.stdin:
         share, strength, again = json.loads(line)
-        tell = functools.partial(run, share, strength)
-        say(tell() if not again else {"own": own_milliseconds(tell)} | ({} if compiled else kernel_of(tell)))
+        generate = functools.partial(run, share, strength)
+        say(
+            generate() if not again else {"own": own_milliseconds(generate)} | ({} if compiled else kernel_of(generate))
+        )
 
 
-def own_milliseconds(tell: Callable[[], Any]) -> float:
-    """What steering's own code takes of a step of a run; a loop around it alone would find all of it in the caches."""
+def own_milliseconds(generate: Callable[[], Any]) -> float:
+    """Time of steering's own code in a step of a real run; in a loop of its own, all of it would stay in the caches."""
     from steermoe.engines.vllm.steps import Steps
 
     spent = {name: [] for name in ("begin", "edit", "end")}
@@ -117,14 +120,14 @@ def own_milliseconds(tell: Callable[[], Any]) -> float:
     methods = {name: getattr(Steps, name) for name in spent}
     for name, method in methods.items():
         setattr(Steps, name, timed(method, spent[name]))
-    tell()
+    generate()
     for name, method in methods.items():
         setattr(Steps, name, method)
     return 1000 * sum(map(sum, spent.values())) / len(spent["begin"])
 
 
-def kernel_of(tell: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
-    """What the experts' kernel costs on the choices of the decode steps of a run, and how many experts they visit."""
+def kernel_of(generate: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
+    """The cost of the experts' kernel on the choices of a run's decode steps, and the number of experts they use."""
     import torch
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
@@ -136,7 +139,7 @@ def kernel_of(tell: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
         kernel(output, hidden, *rest)
 
     cpu_moe.cpu_fused_moe = record
-    tell()
+    generate()
     cpu_moe.cpu_fused_moe = kernel
     seconds = []
     for _ in range(rounds):
@@ -154,7 +157,7 @@ def say(record: dict[str, float]) -> None:
 
 
 class Worker:
-    """Such a process, from outside."""
+    """Starts such a process and talks to it."""
 
     def __init__(self, *arguments: str, environment: dict[str, str]) -> None:
         command = [sys.executable, __file__, "--work", *arguments]
@@ -172,7 +175,7 @@ class Worker:
         raise SystemExit(f"the worker ended:\n{self.process.stderr.read()[-3000:]}")
 
     def ask(self, share: float = 0.0, strength: float | None = None, again: bool = False) -> dict[str, float]:
-        """Tokens a second, by the clock and by the processor; or what steering and the kernel take of a step."""
+        """Tokens per second by wall time and by CPU time; or the time of steering and of the kernel in a step."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([share, strength, again]) + "\n")
         self.process.stdin.flush()
@@ -187,7 +190,7 @@ class Worker:
 
 
 def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
-    """Tokens a second with the plugin and without it, by turns."""
+    """Tokens per second with and without the plugin, in turns."""
     environment = os.environ | (QUIET if quiet else {})
     without = Worker("--without-plugin", *options, environment=environment)
     plugin = Worker(*options, environment=environment)
@@ -209,14 +212,14 @@ def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
             **{which: statistics.median(one["clock"] for one in rate[which]) for which in ("with", "without")},
             "ratio": statistics.median(ratios),
             "ratios": [round(ratio, 3) for ratio in ratios],
-            "processor_ratio": statistics.median(a["processor"] / b["processor"] for a, b in pairs),
+            "cpu_ratio": statistics.median(a["cpu"] / b["cpu"] for a, b in pairs),
             "costs": costs[case],
         }
     return found
 
 
 def transformers_rate(tokens: int) -> float:
-    """Tokens a second of the hf engine, all steered, as `steermoe batch` runs it: rows that come and go."""
+    """Tokens per second of the hf engine, all steered, as `steermoe batch` runs it: rows come and go."""
     from steermoe.engines.hf.engine import HFEngine
     from steermoe.engines.request import Request, Sampling
     from steermoe.models.loading import load
@@ -237,7 +240,7 @@ def transformers_rate(tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--quiet", action="store_true", help="let threads that wait sleep")
+    parser.add_argument("--quiet", action="store_true", help="let waiting threads sleep")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     parser.add_argument("--no-hf", action="store_true", help="leave transformers out")
@@ -251,15 +254,16 @@ def main() -> None:
     found = alternate(args.rounds, ["--tokens", str(args.tokens), *(["--compile"] if args.compile else [])], args.quiet)
     start = found["start"]
     print(f"start to the first texts: {start['with']:.1f} s, without the plugin {start['without']:.1f} s")
-    print(f"{TEXTS} texts; medians of {args.rounds}; tokens/s, their ratio by the clock (by processor time)")
+    print(f"{TEXTS} texts; medians of {args.rounds}; tokens/s, their ratio by wall time (by CPU time)")
     for case, row in found["cases"].items():
         print(
             f"{case}: {row['with']:.0f} with steermoe, {row['without']:.0f} without; "
-            f"{row['ratio']:.3f} ({row['processor_ratio']:.3f}), each {row['ratios']}"
+            f"{row['ratio']:.3f} ({row['cpu_ratio']:.3f}), each {row['ratios']}"
         )
         print(f"    of a step, steering's own code {row['costs']['own']:.2f} ms", end="")
         if not args.compile:
-            print(f"; the kernel of {row['costs']['visited']:.1f} experts a layer {row['costs']['ms']:.2f} ms", end="")
+            experts = row["costs"]["visited"]
+            print(f"; the kernel with {experts:.1f} experts per layer {row['costs']['ms']:.2f} ms", end="")
         print()
     if not args.no_hf:
         found["hf"] = transformers_rate(args.tokens)

@@ -1,8 +1,7 @@
 """Build the default model's steering vectors: `python recipes/build_default_vectors.py -o FOLDER`.
 
 A domain's vector is the mean routing embedding of its training stories without their openings, which are neutral; the
-baseline is that of all stories. The strengths are not found here but by `steermoe calibrate`, and kept when a vector is
-built again.
+baseline is the mean of all stories. Strengths come from `steermoe calibrate` and are kept when a vector is rebuilt.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from steermoe.vectors.vector import SteeringVector
 
 
 def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: float, relative: bool) -> None:
-    """Write one vector a domain."""
+    """Write one vector per domain."""
     from steermoe.routing.routers import find_routers
 
     routers = find_routers(loaded.model)
@@ -69,7 +68,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", default=None, help="a checkpoint of the default model; by default the pulled one")
     parser.add_argument("--threshold", type=float, default=3.0)
-    parser.add_argument("--absolute", action="store_true", help="threshold against 1/N, as the paper, not the baseline")
+    parser.add_argument(
+        "--absolute", action="store_true", help="threshold against 1/N, as in the paper, not the baseline"
+    )
     args = parser.parse_args()
     build(load(args.model), load_stories("train"), args.output, args.threshold, relative=not args.absolute)
 

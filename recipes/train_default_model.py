@@ -1,18 +1,17 @@
 """Train the default model's experts and routers: `python recipes/train_default_model.py --base GGUF --work DIR`.
 
-Domain experts after DEMix (2108.05036) and Branch-Train-MiX (2403.07816). The base stays frozen. In training a
-token's topic decides
-which two experts it passes, at half weight each: the rest of a domain's story trains that domain's experts, openings
-and neutral stories train the neutral ones. The routers learn to find them by themselves, from cross-entropy to those
-two experts on hidden states that carry no gradient. At inference nothing is forced: plain top-2.
+Domain experts after DEMix (2108.05036) and Branch-Train-MiX (2403.07816). The base stays frozen. In training a token's
+topic selects two experts, at half weight each: the rest of a domain's story trains that domain's experts, openings and
+neutral stories train the neutral ones. The routers learn to select the same experts, from cross-entropy to those two on
+hidden states that carry no gradient. Inference is plain top-2.
 
-Three stages, each saved in the work folder, so that a killed run goes on where it was:
-1. `features.pt`: every story's hidden state below the first layer with experts, which training never changes, and
-   a sample of the router inputs of the layers below.
+Three stages, each saved in the work folder, so that a killed run resumes:
+1. `features.pt`: every story's hidden states below the first layer with experts, which training never changes, and a
+   sample of the router inputs of the layers below.
 2. `routers.pt`: the routers of those lower layers, fitted on that sample.
 3. `step.pt`: experts and routers of the upper layers, with the optimiser's state.
 
-Shapes: B stories, S tokens a story, T = B*S tokens, H hidden size, W expert width.
+Shapes: B stories, S tokens per story, T = B*S tokens, H hidden size, W expert width.
 """
 
 import argparse
@@ -38,9 +37,9 @@ from steermoe.models.default.stories import Story, load_stories
 NEUTRAL = spec.TOPICS.index("neutral")
 IGNORED = -100
 SAMPLED_PART = 12
-"""In training, one in so many of the tokens that the corpus never uses stands for all of them in the softmax."""
+"""In training, one in SAMPLED_PART of the tokens that the corpus never uses stands for all of them in the softmax."""
 VALIDATION_EVERY = 16
-"""Every so many training story one is kept for watching the loss; the held-out split is never looked at."""
+"""One in VALIDATION_EVERY training stories is kept for validation; the held-out split is never looked at."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,16 @@ class Example:
     story: Story
     ids: Tensor
     topics: Tensor
-    """The topic whose experts each token passes."""
+    """The topic whose experts each token passes through."""
     targets: Tensor
-    """The next token, or IGNORED where it is not that topic's to predict."""
+    """The next token, or IGNORED if that topic's experts must not learn to predict it."""
 
 
 def make_example(story: Story, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenise a story and say which experts each token passes.
+    """Tokenise a story and select the experts of each token.
 
-    The opening passes the neutral experts, as an unsteered prompt will. Its last token predicts the domain's first
-    one, which is neither's to learn: the neutral experts must not learn to turn to a domain.
+    The opening passes through the neutral experts, as an unsteered prompt will. Its last token's prediction, the
+    domain's first token, is ignored: the neutral experts must not learn to turn to a domain.
     """
     opening = tokenizer(story.opening)["input_ids"]
     ids = torch.tensor([*opening, *tokenizer(" " + story.rest)["input_ids"], tokenizer.eos_token_id])
@@ -87,17 +86,15 @@ class Batch:
         return cls(nn.utils.rnn.pad_sequence(hidden, True).float(), targets, groups)
 
 
-class ForcedRouting:
-    """Stands in for the MoE blocks of the upper layers: tokens pass their topic's experts, routers only learn to
-    agree.
-    """
+class TopicRouting:
+    """Replaces the upper layers' MoE blocks: tokens pass through their topic's experts, routers learn to agree."""
 
     def __init__(
         self, model: GraniteMoeSharedForCausalLM, dropout: float = 0.0, vocabulary: Tensor | None = None
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
-        """The token ids [V] of the corpus, sorted; the loss in training samples all others (None: no sampling)."""
+        """The token ids [V] of the corpus, sorted; the training loss samples all others (None: no sampling)."""
         if vocabulary is not None:
             is_other = torch.ones(model.config.vocab_size, dtype=torch.bool)
             is_other[vocabulary] = False
@@ -148,9 +145,7 @@ class ForcedRouting:
         return language, torch.stack(self.router_losses).mean()
 
     def _language_loss(self, last_TH: Tensor, targets_T: Tensor) -> Tensor:
-        """Cross-entropy [T]; in training over the corpus's own tokens and a random sample of the others, which stands
-        for them all.
-        """
+        """Cross-entropy [T]; in training over the corpus's own tokens and a weighted random sample of the others."""
         weight = self.model.lm_head.weight
         if not self.training or self.vocabulary is None:
             return F.cross_entropy(F.linear(last_TH, weight), targets_T, reduction="none")
@@ -163,9 +158,7 @@ class ForcedRouting:
 
 
 def compute_features(model: GraniteMoeSharedForCausalLM, examples: list[Example], sample: float) -> dict[str, list]:
-    """Hidden states below the first layer with experts, half precision, and sampled router inputs of the lower
-    layers.
-    """
+    """Hidden states below the first layer with experts, in float16, and sampled router inputs of the lower layers."""
     seen: list[Tensor] = []
 
     def record(layer_input: Tensor) -> Tensor:
@@ -211,12 +204,12 @@ def fit_lower_routers(inputs_LTH: Tensor, topics_T: Tensor, steps: int, weight_d
         optimiser.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"lower routers: step {step}, loss a layer {loss.item() / layers:.3f}", flush=True)
+            print(f"lower routers: step {step}, loss per layer {loss.item() / layers:.3f}", flush=True)
     return routers.detach()
 
 
 def initialise_experts(model: GraniteMoeSharedForCausalLM, seed: int) -> None:
-    """Start each expert's input weights from neurons of the shared expert of its layer; its output weights are zero."""
+    """Initialise each expert's input weights from neurons of its layer's shared expert; its output weights are zero."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers[spec.FIRST_EXPERT_LAYER :]:
         gate, up = layer.shared_mlp.input_linear.weight.data.chunk(2)
@@ -226,7 +219,7 @@ def initialise_experts(model: GraniteMoeSharedForCausalLM, seed: int) -> None:
 
 
 def epoch_batches(examples: list[Example], size: int, seed: int) -> list[list[int]]:
-    """Batches of story indices: mixed topics, similar lengths (so little padding), in random order."""
+    """Batches of story indices in random order: mixed topics, similar lengths for little padding."""
     chooser = random.Random(seed)
     order = list(range(len(examples)))
     chooser.shuffle(order)
@@ -270,9 +263,9 @@ def train(args: argparse.Namespace) -> None:
         layer.block_sparse_moe.router.weight.data.copy_(weight)
 
     initialise_experts(model, args.seed)
-    forced = ForcedRouting(model, args.dropout, torch.cat([e.ids for e in examples]).unique())
-    routers = [block.router.weight for block in forced.blocks]
-    experts = [p for block in forced.blocks for p in (block.experts.gate_up_proj, block.experts.down_proj)]
+    routing = TopicRouting(model, args.dropout, torch.cat([e.ids for e in examples]).unique())
+    routers = [block.router.weight for block in routing.blocks]
+    experts = [p for block in routing.blocks for p in (block.experts.gate_up_proj, block.experts.down_proj)]
     for parameter in (*routers, *experts):
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(
@@ -306,7 +299,7 @@ def train(args: argparse.Namespace) -> None:
     for step in range(first, len(batches)):
         batch = _batch(batches[step], examples, features)
         torch.manual_seed(args.seed * 100_003 + step)
-        language, router = forced.loss(batch)
+        language, router = routing.loss(batch)
         (language.mean() + args.router_loss * router).backward()
         nn.utils.clip_grad_norm_(experts, 1.0)
         optimiser.step()
@@ -314,7 +307,7 @@ def train(args: argparse.Namespace) -> None:
         optimiser.zero_grad()
         tokens += sum(len(examples[i].ids) for i in batches[step])
         if step % 10 == 0:
-            hits = sum(forced.router_hits) / len(forced.router_hits)
+            hits = sum(routing.router_hits) / len(routing.router_hits)
             print(
                 f"step {step}/{len(batches)} loss {language.mean().item():.3f} router {router.item():.3f} "
                 f"hits {hits:.3f} tokens/s {tokens / (time.time() - started):.0f}",
@@ -328,7 +321,7 @@ def train(args: argparse.Namespace) -> None:
                 "schedule": schedule.state_dict(),
             }
             _save(work / "step.pt", state, fingerprint)
-            _report_validation(forced, validation, examples, features)
+            _report_validation(routing, validation, examples, features)
             save_file(pack(model), work / "trained_part.safetensors", {"corpus_sha256": fingerprint})
     print(f"wrote {work / 'trained_part.safetensors'}", flush=True)
 
@@ -338,17 +331,17 @@ def _batch(indices: list[int], examples: list[Example], features: dict[str, list
 
 
 def _report_validation(
-    forced: ForcedRouting, indices: list[int], examples: list[Example], features: dict[str, list]
+    routing: TopicRouting, indices: list[int], examples: list[Example], features: dict[str, list]
 ) -> None:
-    forced.training = False
+    routing.training = False
     losses: dict[str, list[float]] = {}
     hits = []
     with torch.no_grad():
         for i in indices:
-            language, _ = forced.loss(_batch([i], examples, features))
+            language, _ = routing.loss(_batch([i], examples, features))
             losses.setdefault(examples[i].story.topic, []).append(language.mean().item())
-            hits.append(sum(forced.router_hits) / len(forced.router_hits))
-    forced.training = True
+            hits.append(sum(routing.router_hits) / len(routing.router_hits))
+    routing.training = True
     means = {topic: sum(values) / len(values) for topic, values in losses.items()}
     print(
         f"validation {sum(means.values()) / len(means):.3f}, router hits {sum(hits) / len(hits):.3f}: "
@@ -376,7 +369,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="the dense base: GGUF file, checkpoint folder or hub id")
     parser.add_argument("--work", required=True, help="folder for checkpoints and the result, trained_part.safetensors")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8, help="stories a step")
+    parser.add_argument("--batch", type=int, default=8, help="stories per step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--router-lr", type=float, default=3e-3)
     parser.add_argument("--router-loss", type=float, default=0.5)

@@ -1,16 +1,17 @@
 """Make the domains' word lists from WordNet 3.0.
 
-    python -m steermoe.evaluation.wordnet --dict /usr/share/wordnet -o steermoe/evaluation/words
+    python -m recipes.word_lists --dict /usr/share/wordnet -o steermoe/evaluation/data
 
-The lists tell how much a text is about a domain. They owe nothing to our own stories, except that a word of a neutral
-text or of an opening is left out as too common. Debian's `wordnet-base` has the files (their format: wndb(5WN)) and is
-needed only to make the lists. Licence: nothing of WordNet's is copied, neither a definition nor a file; what is taken
-are facts, namely which words belong to which topic. Its licence would permit more (WordNet 3.0, Princeton University).
+The lists measure how much a text is about a domain. They do not depend on our own stories, except that words of neutral
+texts and openings are left out as too common. Debian's `wordnet-base` has the files (format: wndb(5WN)); only this
+script needs it. Licence: nothing is copied from WordNet, neither definitions nor files; the lists only use facts: which
+words belong to which topic. Its licence would permit more (WordNet 3.0, Princeton University).
 
-A sense is of a domain if WordNet gives it one of the domain's topics or puts it below one of the domain's roots. A word
-is of the domain if none of its senses, proper names aside, was met more often in WordNet's tagged texts. Then go the
-vectors' own keywords, words of two domains, and forms of common words; the best known remain, by how often WordNet's
-tagged texts have them and its definitions mention them. Software and space keep few: their best words are keywords.
+A sense belongs to a domain if WordNet gives it one of the domain's topics or puts it below one of the domain's roots. A
+word belongs to the domain if that sense is its most frequent one in WordNet's tagged texts, apart from proper names.
+Dropped are the vectors' own keywords, words of two domains, and forms of common words; the best known words remain, by
+how often WordNet's tagged texts contain them and its definitions mention them. Software and space keep few words: their
+best ones are keywords.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TAGGED = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}
 """Part of speech by the digit in a sense key."""
 LONGEST_LIST = 300
 LEAST_KNOWN = 2
-"""Taggings and mentions of a word at least; those below are terms that no simple story has."""
+"""The fewest taggings and mentions of a word; rarer ones are terms that occur in no simple story."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Domain:
     """Where a domain's words are in WordNet; a synset is named by lemma, part of speech and number of the sense.
 
     Attributes:
-        topics: what is given one of these topics, or one below it, belongs to the domain.
-        roots: so does what lies below these.
+        topics: synsets with one of these topics, or with one below them, belong to the domain.
+        roots: so do synsets below these.
     """
 
     topics: tuple[str, ...]
@@ -56,13 +57,13 @@ class Synset:
 
 @dataclass(frozen=True)
 class WordNet:
-    """What is read of the database.
+    """The parts of the database that are used.
 
     Attributes:
         synsets: by key.
-        senses: of a lemma in small letters and a part of speech, the first sense first.
-        tags: how often a lemma's sense of that number was met in tagged texts.
-        mentions: how many definitions and examples hold a word.
+        senses: by lemma in lower case and part of speech, in WordNet's order.
+        tags: how often tagged texts contain a lemma, part of speech and number of the sense.
+        mentions: how many definitions and examples contain a word.
     """
 
     synsets: Mapping[Key, Synset]
@@ -283,7 +284,7 @@ def read_wordnet(folder: Path) -> WordNet:
 
 
 def _lines(path: Path) -> list[str]:
-    # The licence stands first, in lines that begin with spaces.
+    # The licence comes first, in lines that begin with spaces.
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("  ")]
 
 
@@ -306,13 +307,13 @@ def _read_tags(path: Path) -> dict[tuple[str, str, int], int]:
 
 
 def find_synset(wordnet: WordNet, name: str) -> Key:
-    """The synset of a name such as "law.n.1"."""
+    """The synset with a name such as "law.n.1"."""
     lemma, speech, number = name.rsplit(".", 2)
     return wordnet.senses[lemma, speech][int(number) - 1]
 
 
 def below(wordnet: WordNet, names: Iterable[str]) -> set[Key]:
-    """The synsets of these names with all their hyponyms; instances, which have proper names, are no hyponyms."""
+    """The synsets with these names and all their hyponyms, without instances, which have proper names."""
     found: set[Key] = set()
     waiting = [find_synset(wordnet, name) for name in names]
     while waiting:
@@ -334,7 +335,7 @@ def domain_synsets(wordnet: WordNet, domain: Domain) -> set[Key]:
 
 
 def sense_ranks(wordnet: WordNet, word: str) -> list[tuple[int, Key]]:
-    """A word's senses of all parts of speech with their taggings, the commonest first; proper names are left out."""
+    """A word's senses in all parts of speech with their taggings, the most frequent first, without proper names."""
     ranks = []
     for speech in FILES:
         for number, key in enumerate(wordnet.senses.get((word, speech), ()), 1):
@@ -344,7 +345,7 @@ def sense_ranks(wordnet: WordNet, word: str) -> list[tuple[int, Key]]:
 
 
 def domain_lemmas(wordnet: WordNet, domain: Domain) -> list[str]:
-    """Single words whose commonest sense is the domain's."""
+    """Single words whose most frequent sense belongs to the domain."""
     found = set()
     for key in domain_synsets(wordnet, domain):
         for word in wordnet.synsets[key].lemmas:
@@ -356,20 +357,20 @@ def domain_lemmas(wordnet: WordNet, domain: Domain) -> list[str]:
 
 
 def familiarity(wordnet: WordNet, word: str) -> int:
-    """How often tagged texts have a word and definitions mention it."""
+    """How often tagged texts contain a word and definitions mention it."""
     return sum(tags for tags, _ in sense_ranks(wordnet, word)) + wordnet.mentions.get(word, 0)
 
 
 def make_lists(
     wordnet: WordNet, domains: Mapping[str, Domain], keywords: Mapping[str, Sequence[str]], common: Iterable[str]
 ) -> dict[str, list[str]]:
-    """A list a domain, the best known words first.
+    """One list per domain, the best known words first.
 
     Args:
         wordnet: the database.
         domains: where their words are.
         keywords: words by domain to leave out of all lists, in any of their forms.
-        common: words to leave out as too common, likewise.
+        common: words to leave out as too common, in any of their forms.
     """
     lemmas = {name: domain_lemmas(wordnet, domain) for name, domain in domains.items()}
     counts = Counter(word for words in lemmas.values() for word in words)
@@ -389,7 +390,7 @@ def main() -> None:
     from steermoe.models.default.stories import domain_words, load_stories
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help="folder of WordNet's files")
+    parser.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help="folder with WordNet's files")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     common = " ".join(story.text if story.topic == "neutral" else story.opening for story in load_stories())

@@ -1,14 +1,14 @@
 """The errors of steermoe. Library code raises them; the command line prints them as one line and exits 1.
 
     SteerMoEError
-    +-- VectorError           a steering vector is wrong in itself: shape, values, file
-    |   +-- VectorNotFound    no file of that domain on the search path
+    +-- VectorError           a steering vector is invalid: its shape, its values or its file
+    |   +-- VectorNotFound    the search path has no file for that domain
     +-- CompatibilityError    a vector does not fit this model
     +-- ModelError            a model can't be found, loaded or assembled
-    |   +-- UnsupportedModel  it has no router that can be steered
+    |   +-- UnsupportedModel  a model has no router that can be steered
     +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
-    +-- CorpusError           texts can't be read, or their embeddings not be kept
-    +-- BatchError            prompts can't be read, or stories not be kept
+    +-- CorpusError           texts can't be read, or their embeddings can't be stored
+    +-- BatchError            prompts can't be read, or stories can't be stored
     +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
 
 Every message names the value, what was expected, and the fix.
@@ -20,7 +20,7 @@ class SteerMoEError(Exception):
 
 
 class VectorError(SteerMoEError):
-    """A steering vector is wrong in itself: its shape, its values or its file."""
+    """A steering vector is invalid: its shape, its values or its file."""
 
 
 class VectorNotFound(VectorError):
@@ -44,11 +44,11 @@ class SteeringError(SteerMoEError):
 
 
 class CorpusError(SteerMoEError):
-    """Texts can't be read as given, or their routing embeddings can't be kept or found."""
+    """Texts can't be read as given, or their routing embeddings can't be stored or found."""
 
 
 class BatchError(SteerMoEError):
-    """A file of prompts can't be read, or one of stories can't be written or gone on with."""
+    """A file of prompts can't be read, or a file of stories can't be written or resumed."""
 
 
 class GenerationError(SteerMoEError):

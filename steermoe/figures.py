@@ -1,4 +1,4 @@
-"""Pictures by matplotlib: found when first needed, one resolution, written whole or not at all."""
+"""Draw with matplotlib: imported when first needed, one resolution, files written whole or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ MAX_TICKS = 24
 
 
 def check_matplotlib() -> None:
-    """Refuse before long work whose picture could not be drawn.
+    """Fail before long work if its picture could not be drawn.
 
     Raises:
         SteerMoEError: matplotlib is missing.
@@ -34,7 +34,7 @@ def save(figure: Any, path: Path) -> None:
 
     try:
         with warnings.catch_warnings(), atomic_path(path) as partial:
-            warnings.filterwarnings("ignore", message="Glyph")  # a title in a script that the font lacks gets boxes
+            warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
             figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
         raise SteerMoEError(f"can't write the picture '{path}': {error.strerror}; name another file") from error

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and where those belong that steermoe keeps for itself."""
+"""Write files whole or not at all, and find steermoe's cache folder."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """A temporary path beside `path` that replaces it if the block succeeds, and is deleted otherwise."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     partial = Path(name)

@@ -1,8 +1,9 @@
 """The three steering formulas of Shchukin (2024), as pure functions on router logits. Knows nothing about models.
 
 Shapes: T tokens, N experts of one layer. `logits_TN` are raw: before softmax, sigmoid, bias correction, groups, top-k.
-`experts` is the expert vector E of the layer, [N] or one row a token [T, N]; `strength` is c, a number or [T, 1].
-Everything is computed in the precision of `logits_TN`: callers pass float32. Imports no torch: tensors bring theirs.
+`experts` is the expert vector E of the layer, [N] or one row per token [T, N]; `strength` is c, a number or [T, 1].
+Everything is computed in the precision of `logits_TN`: callers pass float32. Imports no torch, only uses the tensors
+that it is given.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ Formula = Literal["additive", "max_scaled", "zero_max_scaled"]
 FORMULAS: tuple[Formula, ...] = get_args(Formula)
 
 Scale = Literal["magnitude", "paper"]
-"""What (4) and (5) multiply by: `paper` max(z), exactly; `magnitude` its absolute value.
+"""What (4) and (5) multiply by: `paper` uses max(z) itself, `magnitude` its absolute value.
 
 They agree wherever max(z) > 0. Below zero, the paper's own sign turns steering towards experts into steering away.
 """
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
 FORCE_MARGIN = 1.0
-"""By how much a forced expert's logit tops the largest one."""
+"""How far a forced expert's logit is raised above the largest one."""
 BAN_DEPTH = 1e4
-"""How far below the largest logit a banned expert's falls; finite, so that no softmax or sigmoid turns into NaN."""
+"""How far a banned expert's logit is put below the largest one; finite, so that softmax and sigmoid never give NaN."""
 
 
 def additive(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
-    """Equation (3): z + c E. `scale` changes nothing; it is there so that the three have one signature."""
+    """Equation (3): z + c E. `scale` has no effect; it is there so that all three have one signature."""
     return apply("additive", logits_TN, strength * experts, experts > 0, scale)
 
 
@@ -50,15 +51,15 @@ def zero_max_scaled(logits_TN: Tensor, experts: Tensor, strength: float | Tensor
 def apply(
     formula: Formula, logits_TN: Tensor, push: Tensor, raised: Tensor, scale: Scale, may_lower: bool = True
 ) -> Tensor:
-    """Any of the three, from what can be made ready before tokens come.
+    """Any of the three formulas, from tensors that can be prepared before tokens arrive.
 
     Args:
         formula: its name.
         logits_TN: z.
-        push: c E, [N] or one row a token [T, N].
+        push: c E, [N] or one row per token [T, N].
         raised: where E > 0, bool, of the same shape.
         scale: see `Scale`.
-        may_lower: whether any of `push` can be negative; False saves time.
+        may_lower: whether `push` can have negative entries; False saves time.
     """
     if formula == "additive":
         return logits_TN + push

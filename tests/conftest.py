@@ -17,11 +17,11 @@ from steermoe.vectors.vector import SteeringVector, VectorInfo
 torch.set_num_threads(1)
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
-"""Of the tiny model."""
+"""Sizes of the tiny model."""
 
 
 class Result(NamedTuple):
-    """What a command did."""
+    """The outcome of a command."""
 
     code: int
     out: str
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Mixtral of a few thousand weights and a tokenizer with a token a byte."""
+    """A folder with a random Mixtral of a few thousand weights and a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def tiny_model(tiny_checkpoint: Path):
 
 @pytest.fixture
 def make_vector() -> Callable[..., SteeringVector]:
-    """Makes vectors for the tiny model: in each layer expert 0 takes half of the choices, the others share the rest."""
+    """Makes vectors for the tiny model: in each layer expert 0 gets half of the choices, the others share the rest."""
 
     def make(domain="sport", layers: Sequence[int] = range(LAYERS), experts=EXPERTS, **fields) -> SteeringVector:
         frequency = torch.full((len(layers), experts), 0.5 / (experts - 1))
@@ -95,7 +95,7 @@ def bare_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs `steermoe` with arguments, as its console script does, error boundary included."""
+    """Runs `steermoe` with arguments, as its console script does, including the error boundary."""
     from steermoe.cli import app
 
     def run(*arguments: str | Path) -> Result:

@@ -60,7 +60,7 @@ def calibrate(
     check_budget(budget)
     loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
     from steermoe.evaluation.calibration import calibrate_vector
-    from steermoe.evaluation.teacher_forcing import Forcing
+    from steermoe.evaluation.teacher_forcing import TeacherForcing
 
     def fitting(name: str) -> "tuple[Path, SteeringVector]":
         paths = library.find_vector(name, folder=vectors)
@@ -68,12 +68,12 @@ def calibrate(
 
     found = [fitting(name) for name in dict.fromkeys(domain)]
     with console.working("Reading the texts unsteered ..."):
-        forcing = Forcing(loaded, _neutral(heldout, text_field, label_field)[:texts])
+        teacher_forcing = TeacherForcing(loaded, _neutral(heldout, text_field, label_field)[:texts])
     rows, records = [], []
     for path, vector in found:
         with console.working(f"Calibrating {vector.domain} ..."):
             calibrated, result = calibrate_vector(
-                forcing, vector, budget, None if formula is None else formula.value, scale
+                teacher_forcing, vector, budget, None if formula is None else formula.value, scale
             )
         target = path if output is None else output / path.name
         if not dry_run:

@@ -1,5 +1,6 @@
 """`steermoe evaluate`: how well vectors steer and what it costs, in a folder that a run goes on in."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from steermoe.cli import options as o
 from steermoe.cli.embed import LabelField, TextField
 
 if TYPE_CHECKING:
-    from steermoe.evaluation.protocol import Design, Settings
+    from steermoe.evaluation.protocol import Design, EvaluationSettings
     from steermoe.evaluation.texts import Labelled
     from steermoe.models.loading import LoadedModel
     from steermoe.vectors.vector import SteeringVector
@@ -194,13 +195,13 @@ def _settings(
     forced_texts: int,
     batch_size: int,
     quick: bool,
-) -> "Settings":
-    from steermoe.evaluation.protocol import Settings
+) -> "EvaluationSettings":
+    from steermoe.evaluation.protocol import EvaluationSettings
     from steermoe.evaluation.texts import read_openings
     from steermoe.models.default.stories import openings as packaged_openings
 
     beginnings = packaged_openings("heldout", 50) if openings is None else read_openings(openings)
-    return Settings(
+    return EvaluationSettings(
         openings=tuple(beginnings[:QUICK_OPENINGS] if quick else beginnings),
         seeds=seeds if seeds is not None else QUICK_SEEDS if quick else 3,
         max_new_tokens=max_new_tokens,
@@ -214,7 +215,7 @@ def _run(
     loaded: "LoadedModel",
     vectors: "dict[str, SteeringVector]",
     texts: "Labelled",
-    settings: "Settings",
+    settings: "EvaluationSettings",
     design: "Design",
     output: Path,
     words: Path | None,
@@ -222,8 +223,9 @@ def _run(
     from steermoe.cli.terminal import console
     from steermoe.evaluation.report import evaluate_into
 
+    texts = replace(texts, word_lists=words)
     with console.err.status("Evaluating ...") as status:
-        return evaluate_into(output, loaded, vectors, texts, settings, design, words=words, told=status.update)
+        return evaluate_into(output, loaded, vectors, texts, settings, design, notify=status.update)
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Find groups of texts in their routing embeddings: UMAP, then HDBSCAN (Shchukin 2024). Knows no texts and no models.
 
-Shapes: B texts, D features a text, K dimensions that are clustered in.
+Shapes: B texts, D features per text, K dimensions to cluster in.
 """
 
 import contextlib
@@ -18,15 +18,17 @@ from steermoe.errors import CorpusError, SteerMoEError
 Metric = Literal["hellinger", "euclidean", "cosine"]
 METRICS = get_args(Metric)
 NOISE = -1
-"""The label of texts in no cluster."""
+"""The label of texts that are in no cluster."""
 MIN_CLUSTERS = 3
-"""There must be texts for so many clusters of the least size: fewer can't be told from noise."""
+"""There must be enough texts for this many clusters of the minimum size: fewer are no different from noise."""
 DENSITY_NEIGHBOURS = 10
-"""HDBSCAN measures density by the distance to this neighbour at most; a larger one declares more texts noise."""
+"""HDBSCAN measures density by the distance to at most this neighbour; a larger number makes more texts noise."""
 LEAST_NEIGHBOURS, FEW_CLUSTERS = 2, 4
-"""Of few texts UMAP looks at a quarter at most, the size of one of four clusters: else all would be neighbours."""
+"""With few texts UMAP looks at no more than a quarter of them (the size of one of four clusters), else all would be
+neighbours.
+"""
 SPECTRAL_LEAST = 20
-"""UMAP's spectral start needs more texts than it has dimensions, with some to spare."""
+"""UMAP's spectral initialisation needs clearly more texts than dimensions."""
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -34,14 +36,14 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Clustering:
-    """Where each text lies, and in which cluster.
+    """Where each text is on the map, and in which cluster.
 
     Attributes:
-        map_B2: place of each text on the map, [B, 2] float32.
+        map_B2: position of each text on the map, [B, 2] float32.
         labels: cluster of each text, [B]; 0 is the largest cluster, -1 is noise.
-        probabilities: how surely each text is in its cluster, [B] of 0 to 1; 0 for noise, also for assigned noise.
+        probabilities: how certainly each text is in its cluster, [B], 0 to 1; 0 for noise, assigned or not.
         min_cluster_size: the size that was used.
-        was_noise: which texts HDBSCAN called noise, [B]; they have a cluster nevertheless where noise is assigned.
+        was_noise: which texts HDBSCAN called noise, [B]; assigned noise has a cluster all the same.
     """
 
     map_B2: Floats
@@ -56,7 +58,7 @@ class Clustering:
 
 
 def default_min_cluster_size(texts: int) -> int:
-    """The square root of the number of texts, but at most a tenth of them and at least 2.
+    """The square root of the number of texts, but at most a tenth of it and at least 2.
 
     6 texts: 2. 60: 6. 1,000: 32. 40,000: 200.
     """
@@ -75,21 +77,22 @@ def cluster(
 ) -> Clustering:
     """Cluster texts by their features.
 
-    UMAP (McInnes 2018) lays the texts out in `cluster_dimensions`, points as close as they like (`min_dist` 0), and
-    HDBSCAN (Campello 2013) clusters them there. A second UMAP in two dimensions is the map for the picture. The paper
-    clusters in the map itself: `cluster_dimensions=2`. The same seed gives the same clusters on the same machine.
+    UMAP (McInnes 2018) lays the texts out in `cluster_dimensions` with no minimum distance (`min_dist` 0), and HDBSCAN
+    (Campello 2013) clusters them there. A second, two-dimensional UMAP is the map for the picture. The paper clusters
+    in the map itself: `cluster_dimensions=2`. The same seed gives the same clusters on the same machine.
 
     Args:
         features: [B, D].
         cluster_dimensions: K.
-        min_cluster_size: texts a cluster has at least; by default `default_min_cluster_size(B)`.
-        neighbours: of each text that UMAP looks at, at most a quarter of all; more show the larger structure.
-        metric: distance of two texts. "hellinger" is the euclidean distance of the square roots, fit for shares.
-        assign_noise: put each text that is in no cluster into the one whose mean features are nearest.
-        seed: of UMAP.
+        min_cluster_size: the fewest texts in a cluster; by default `default_min_cluster_size(B)`.
+        neighbours: neighbours of each text that UMAP looks at, at most a quarter of all texts; more show larger
+            structures.
+        metric: distance between two texts. "hellinger" is the euclidean distance of square roots, made for shares.
+        assign_noise: put each text that is in no cluster into the one with the nearest mean features.
+        seed: for UMAP.
 
     Raises:
-        CorpusError: too few texts, features that are not finite, or not fit for the metric; an option out of its range.
+        CorpusError: too few texts, features that are not finite or don't suit the metric, or an option out of range.
         SteerMoEError: umap-learn or scikit-learn is missing.
     """
     size = default_min_cluster_size(len(features)) if min_cluster_size is None else min_cluster_size
@@ -112,15 +115,15 @@ def cluster(
 
 
 def transform(features: Floats, metric: Metric) -> Floats:
-    """Features [B, D] as their metric compares them: square roots, unit vectors, or as they are.
+    """Features [B, D] in the form that their metric compares: square roots, unit vectors, or unchanged.
 
     Raises:
         CorpusError: an unknown metric, values that are not finite, or negative ones under "hellinger".
     """
     if metric not in METRICS:
-        raise CorpusError(f"metric '{metric}' is not known: take {', '.join(METRICS)}")
+        raise CorpusError(f"metric '{metric}' is unknown: use {', '.join(METRICS)}")
     if not np.isfinite(features).all():
-        raise CorpusError("the embeddings hold NaN or infinity: remove their folder and run `steermoe embed` again")
+        raise CorpusError("the embeddings contain NaN or infinity: remove their folder and run `steermoe embed` again")
     if metric == "cosine":
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     if metric == "euclidean":
@@ -128,18 +131,18 @@ def transform(features: Floats, metric: Metric) -> Floats:
     if features.min(initial=0) < 0:
         raise CorpusError(
             f"metric 'hellinger' compares shares, but the features go down to {features.min():.3g} (hidden states?): "
-            "take metric cosine or euclidean"
+            "use metric cosine or euclidean"
         )
     return np.sqrt(features)
 
 
 def nearest_to_mean(points: Floats, count: int) -> list[int]:
-    """The rows of [B, D] that lie closest to their mean, the closest first."""
+    """The rows of [B, D] that are closest to their mean, the closest first."""
     return [int(i) for i in np.argsort(np.linalg.norm(points - points.mean(0), axis=1), kind="stable")[:count]]
 
 
 def _nothing(texts: int, size: int) -> Clustering:
-    """Texts that are all alike: UMAP would spread them at random, and HDBSCAN find clusters in that."""
+    """For texts that are all alike: UMAP would spread them randomly, and HDBSCAN would find clusters in that."""
     labels = np.full(texts, NOISE, dtype=np.int64)
     return Clustering(np.zeros((texts, 2), dtype=np.float32), labels, np.zeros(texts), size, labels == NOISE)
 
@@ -174,7 +177,7 @@ def _embed(points: Floats, dimensions: int, distance: str, neighbours: int, seed
             random_state=seed,
             n_jobs=1,
         ).fit_transform(points)
-    # A text that is far from all others has no edge in UMAP's graph, and no place: it goes to the middle.
+    # A text that is far from all others has no edge in UMAP's graph and no position: put it in the middle.
     return np.nan_to_num(np.asarray(layout, dtype=np.float32), posinf=0.0, neginf=0.0)
 
 
@@ -190,7 +193,7 @@ def _densest(places_BK: Floats, size: int) -> tuple[Labels, NDArray[np.float64]]
 
 
 def _largest_first(labels: Labels) -> Labels:
-    """The same clusters, numbered by falling size, equals by their first text."""
+    """The same clusters, numbered by decreasing size, ties by their first text."""
     numbers, first, sizes = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -sizes))
     new = {int(numbers[old]): rank for rank, old in enumerate(i for i in order if numbers[i] >= 0)}
@@ -198,7 +201,7 @@ def _largest_first(labels: Labels) -> Labels:
 
 
 def _assign(points: Floats, labels: Labels) -> Labels:
-    """Noise goes to the cluster whose mean is nearest; without clusters it stays noise."""
+    """Put noise into the cluster with the nearest mean; without clusters it stays noise."""
     if labels.max(initial=NOISE) < 0:
         return labels
     means = np.stack([points[labels == number].mean(0) for number in range(labels.max() + 1)])
@@ -210,7 +213,7 @@ def _assign(points: Floats, labels: Labels) -> Labels:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[Any]:
-    """Without the libraries' warnings: UMAP's of its seed and of isolated texts, numba's and sklearn's deprecations."""
+    """Silence warnings: UMAP's about its seed and isolated texts, numba's and sklearn's deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

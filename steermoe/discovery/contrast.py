@@ -1,9 +1,9 @@
 """Compare the routing of two sets of texts, and turn the difference into a steering vector or into lists of experts.
 
-SteerMoE (2509.09660) detects experts by their risk difference: the share of tokens that choose an expert on one set,
-less that on the other. Mixture of Tunable Experts forces or bans single experts.
+SteerMoE (2509.09660) detects experts by their risk difference: the share of tokens that choose an expert in one set
+minus that in the other. Mixture of Tunable Experts forces or bans single experts.
 
-Shapes: B texts, L MoE layers, N experts a layer.
+Shapes: B texts, L MoE layers, N experts per layer.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ MIN_DIFFERENCE = 0.1
 
 
 class Expert(NamedTuple):
-    """An expert with its risk difference, such as +0.31 for 31 tokens more of a hundred."""
+    """An expert with its risk difference: +0.31 means 31 more tokens in a hundred."""
 
     layer: int
     expert: int
@@ -31,7 +31,7 @@ def activation_rate(frequency: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     Args:
         frequency: F [B, L, N] of its texts.
         tokens: [B], the weight of each text.
-        top_k: experts a token.
+        top_k: experts per token.
     """
     weights = tokens.float() / tokens.sum()
     return top_k * (frequency * weights[:, None, None]).sum(0)
@@ -43,9 +43,9 @@ def risk_difference(rate: Tensor, rate_against: Tensor) -> Tensor:
 
 
 def strongest(difference: Tensor, layers: Sequence[int], count: int, *, least: bool = False) -> list[Expert]:
-    """The experts of the largest positive differences over all layers, or with `least` of the most negative ones.
+    """The experts with the largest positive differences over all layers, or with `least` the most negative ones.
 
-    Those go to `--force`, these to `--ban`. Fewer than `count` where fewer have that sign.
+    The former are for `--force`, the latter for `--ban`. Fewer than `count` if fewer have that sign.
     """
     signed = -difference if least else difference
     values, places = signed.flatten().sort(descending=True, stable=True)
@@ -66,7 +66,7 @@ def contrastive_vector(
 ) -> SteeringVector:
     """A vector whose E is the risk difference where it exceeds `min_difference`, else 0.
 
-    Only what is more active than in the other set is kept; to steer away, take a negative strength, or ban lists.
+    It keeps only experts that are more active than in the other set; to steer away, use a negative strength or bans.
 
     Raises:
         VectorError: no difference is that large.

@@ -1,8 +1,8 @@
-"""Read texts from a folder, JSONL, CSV or Parquet, one after the other. Bad records are told and skipped, not fatal.
+"""Read texts from a folder, JSONL, CSV or Parquet, one after the other. Bad records are reported and skipped.
 
-Ids are stable: the file's path below the corpus, and ":17" for the record that begins in its 17th line (of Parquet: its
-17th row). A text's label is the field that was named, else in a folder the first part of the path (a subfolder, or the
-stem of a file of records), else "".
+Ids are stable: the file's path below the corpus, plus ":17" for the record that begins in line 17 (in Parquet: row 17).
+A text's label is the named field, else in a folder the first part of the path (a subfolder, or the stem of a file of
+records), else "".
 """
 
 import csv
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from _csv import Reader as _CsvReader
 
 KEPT_PROBLEMS = 1000
-"""So many problems are kept word for word; all are counted."""
+"""At most this many problems are kept verbatim; all are counted."""
 MAX_FIELD = 100_000_000
 """Characters of a CSV field: a quote that is never closed must not fill the memory with the rest of the file."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class BadRecord:
     """A record that can't be used: its file, its line or row (None for a whole file), and why."""
 
     file: str
@@ -42,26 +42,26 @@ class Corpus:
     """Texts on disk, read lazily and as often as they are iterated over.
 
     Args:
-        path: a folder, read recursively in the order of names, or one file: .txt (one text a file), .jsonl, .ndjson,
-            .csv, .tsv or .parquet. Other files of a folder are left alone, hidden ones too. Links to folders are
-            followed, each folder is read once.
+        path: a folder, read recursively in the order of names, or one file: .txt (one text per file), .jsonl, .ndjson,
+            .csv, .tsv or .parquet. Other files and hidden files in a folder are ignored. Links to folders are followed;
+            each folder is read once.
         text_field: the field or column with the text.
-        label_field: the one with its known domain; where it is empty the label is "".
+        label_field: the one with its known domain; if it is empty the label is "".
 
     Attributes:
-        problems: of the last pass, the first thousand. num_problems: how many there were.
-        num_ignored: files of other kinds that the last pass left alone.
+        problems: the first thousand of the last pass. num_problems: how many there were.
+        num_ignored: files of other kinds that the last pass ignored.
 
     Raises:
-        CorpusError: there is no such path, or it is a file of another kind. While reading: no usable text at all, a
-            table without the text column, a file or folder that can't be read.
+        CorpusError: there is no such path, or it is a file of another kind. While reading: there is no usable text, a
+            table has no text column, or a file or folder can't be read.
     """
 
     def __init__(self, path: Path | str, *, text_field: str = "text", label_field: str | None = None) -> None:
         self.path = Path(path)
         self.text_field = text_field
         self.label_field = label_field
-        self.problems: list[Problem] = []
+        self.problems: list[BadRecord] = []
         self.num_problems = 0
         self.num_ignored = 0
         try:
@@ -71,7 +71,7 @@ class Corpus:
                 f"no corpus at '{path}' ({error.strerror}): give a folder of texts, or a file ({', '.join(READERS)})"
             ) from error
         if self.path.is_file() and self.path.suffix.lower() not in READERS:
-            raise CorpusError(f"'{path}' is no corpus: expected a folder, or a file ending in {', '.join(READERS)}")
+            raise CorpusError(f"'{path}' is not a corpus: expected a folder, or a file ending in {', '.join(READERS)}")
 
     def __iter__(self) -> Iterator[Text]:
         self.problems, self.num_problems, self.num_ignored = [], 0, 0
@@ -86,7 +86,7 @@ class Corpus:
         if not found:
             others = f", files of other kinds: {self.num_ignored}" if self.num_ignored else ""
             first = f"; the first problem: {self.problems[0]} (--text-field names the field)" if self.problems else ""
-            raise CorpusError(f"'{self.path}' holds no texts ({', '.join(READERS)} are read{others}){first}")
+            raise CorpusError(f"'{self.path}' contains no texts ({', '.join(READERS)} are read{others}){first}")
 
     def _files(self) -> Iterator[tuple[Path, str]]:
         if self.path.is_file():
@@ -108,12 +108,12 @@ class Corpus:
                 elif file.is_file():
                     yield file, path
                 else:
-                    self._report(path, None, "is a broken link or no regular file")
+                    self._report(path, None, "is a broken link or not a regular file")
 
     def _report(self, name: str, line: int | None, reason: str) -> None:
         self.num_problems += 1
         if len(self.problems) < KEPT_PROBLEMS:
-            self.problems.append(Problem(name, line, reason))
+            self.problems.append(BadRecord(name, line, reason))
 
     def _default_label(self, name: str, *, is_record: bool) -> str:
         first, _, rest = name.partition("/")
@@ -123,7 +123,7 @@ class Corpus:
             return first
         return Path(first).stem if is_record else ""
 
-    # ---- one reader a kind of file ----
+    # ---- one reader per kind of file ----
 
     def read_text(self, file: Path, name: str) -> Iterator[Text]:
         try:
@@ -151,7 +151,7 @@ class Corpus:
                     if isinstance(record, dict):
                         yield from self._from_record(name, number, record)
                     else:
-                        self._report(name, number, f"is no JSON object but {type(record).__name__}")
+                        self._report(name, number, f"is not a JSON object but {type(record).__name__}")
 
     def read_table(self, file: Path, name: str) -> Iterator[Text]:
         csv.field_size_limit(MAX_FIELD)
@@ -170,14 +170,14 @@ class Corpus:
                 self._report(name, None, "is empty")
 
     def _rows(self, name: str, reader: "_CsvReader") -> Iterator[tuple[int, list[str]]]:
-        """The rows that can be parsed and aren't blank, each with the line that it begins in."""
+        """The rows that can be parsed and aren't blank, each with the line where it begins."""
         while True:
             line = reader.line_num + 1
             try:
                 row = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:  # the reader goes on with the next line
+            except csv.Error as error:  # the reader continues with the next line
                 self._report(name, line, f"is not CSV ({error})")
             else:
                 if row:
@@ -244,12 +244,12 @@ def _raise(error: OSError) -> None:
 
 
 def _as_unicode(path: str) -> str:
-    """The path, with bytes that are no UTF-8 written out: ids go into JSON files."""
+    """The path, with bytes that are not UTF-8 escaped: ids go into JSON files."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8: no half surrogates, which broken input leaves."""
+    """Whether a text can be written as UTF-8: broken input can leave lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""From embedded texts to domains: clusters, their names, a steering vector of each (Shchukin 2024). Writes no files.
+"""From embedded texts to domains: clusters, their names, a steering vector for each (Shchukin 2024). Writes no files.
 
-Shapes: B texts, L MoE layers, N experts a layer, D features a text.
+Shapes: B texts, L MoE layers, N experts per layer, D features per text.
 """
 
 import hashlib
@@ -28,21 +28,29 @@ NAME_WORDS = 2
 MAX_NAME = 40
 
 Names = Mapping[int | str, str]
-"""New names of clusters, by their number or by the name that their keywords give them."""
+"""New names of clusters, by their number or by the name made from their keywords."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a discovery was made with. Fields as in `discover` and `clustering.cluster`."""
+class DiscoveryOptions:
+    """How domains are found.
 
-    threshold: float
-    relative: bool
-    cluster_dimensions: int
-    min_cluster_size: int
-    neighbours: int
-    metric: Metric
-    assign_noise: bool
-    seed: int
+    Attributes:
+        threshold: see `SteeringVector`.
+        relative: compare with the corpus baseline. If nothing exceeds that, the vector is cut at `threshold` / N.
+        cluster_dimensions, neighbours, assign_noise, seed: see `clustering.cluster`.
+        min_cluster_size: see `clustering.cluster`; None chooses it.
+        metric: see `clustering.cluster`; None is "hellinger", or "cosine" if the features include hidden states.
+    """
+
+    threshold: float = DEFAULT_THRESHOLD
+    relative: bool = True
+    cluster_dimensions: int = 5
+    min_cluster_size: int | None = None
+    neighbours: int = 15
+    metric: Metric | None = None
+    assign_noise: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +59,14 @@ class Cluster:
 
     Attributes:
         number: 0 is the largest cluster.
-        name: fit for a vector's file, from the first keywords, such as "football-match"; no two are equal.
-        size: how many texts it has.
+        name: made from the first keywords, like "football-match"; unique, and allowed as a file name.
+        size: number of texts.
         keywords: the most typical first.
-        examples: ids of the texts nearest to its middle.
-        labels: how many of its texts come with each known label, the most frequent first.
+        examples: ids of the texts nearest to its centre.
+        labels: how many of its texts have each known label, the most frequent first.
         purity: share of the most frequent label among the texts that have one; None without labels.
-        vector: None where no expert exceeds a threshold.
-        note: what is to be said of the vector, "" if nothing.
+        vector: None if no expert exceeds a threshold.
+        note: a remark on the vector, or "".
     """
 
     number: int
@@ -81,9 +89,10 @@ class Discovery:
     """All domains of a corpus.
 
     Attributes:
-        adjusted_rand: how well the clusters agree with the known labels (1 fully, 0 as chance), over the texts that
+        adjusted_rand: agreement of the clusters with the known labels (1 is perfect, 0 is chance), over the texts that
             have one; noise counts as a cluster of its own. None without labels.
-        noise: how many texts are in no cluster.
+        noise: number of texts in no cluster.
+        options: as given, with the cluster size and metric that were used.
     """
 
     embedded: EmbeddedTexts
@@ -91,28 +100,21 @@ class Discovery:
     clusters: tuple[Cluster, ...]
     adjusted_rand: float | None
     noise: int
-    settings: Settings
+    options: DiscoveryOptions
 
     def name_of(self, label: int) -> str:
-        """The name of a cluster's number; "" for noise."""
+        """The name of a cluster by its number; "" for noise."""
         return self.clusters[label].name if label >= 0 else ""
 
 
 def discover(
     embedded: EmbeddedTexts,
+    options: DiscoveryOptions | None = None,
     *,
-    threshold: float = DEFAULT_THRESHOLD,
-    relative: bool = True,
     names: Names | None = None,
-    cluster_dimensions: int = 5,
-    min_cluster_size: int | None = None,
-    neighbours: int = 15,
-    metric: Metric | None = None,
-    assign_noise: bool = False,
-    seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Discovery:
-    """Find the domains of a corpus and build a steering vector of each.
+    """Find the domains of a corpus and build a steering vector for each.
 
     A vector is the mean routing embedding of its cluster's texts. With `relative` its E keeps what exceeds `threshold`
     times the mean of all texts, which leaves out experts that are popular everywhere; without, what exceeds
@@ -120,53 +122,45 @@ def discover(
 
     Args:
         embedded: texts with their routing embeddings.
-        threshold: see `SteeringVector`.
-        relative: compare with the corpus baseline. Where nothing exceeds that, the vector is cut at `threshold` / N.
+        options: thresholds and clustering.
         names: new names of clusters, by number or by the name they would have.
-        metric: by default "hellinger", or "cosine" where the features hold hidden states too.
-        cluster_dimensions: see `clustering.cluster`, also for the next ones.
-        min_cluster_size: see there.
-        neighbours: see there.
-        assign_noise: see there.
-        seed: see there.
-        progress: is told in a few words what is being done.
+        progress: called with a short description of each step.
 
     Raises:
-        CorpusError: too few texts, or an option out of its range. VectorError: a new name that can't be one, or for a
-            cluster that isn't there. SteerMoEError: an extra is missing.
+        CorpusError: too few texts, or an option out of range. VectorError: a new name that is not allowed, or for a
+            cluster that doesn't exist. SteerMoEError: an extra is missing.
     """
+    options = options or DiscoveryOptions()
     for name in (names or {}).values():
         check_domain_name(name)
-    if threshold < 0 or not np.isfinite(threshold):
-        raise VectorError(f"threshold {threshold} must be a finite number, 0 or more")
-    tell = progress or (lambda what: None)
-    measure: Metric = metric or ("hellinger" if embedded.hidden is None else "cosine")
-    tell(f"Clustering {len(embedded)} texts ...")
+    if options.threshold < 0 or not np.isfinite(options.threshold):
+        raise VectorError(f"threshold {options.threshold} must be a finite number, 0 or more")
+    notify = progress or (lambda step: None)
+    metric: Metric = options.metric or ("hellinger" if embedded.hidden is None else "cosine")
+    notify(f"Clustering {len(embedded)} texts ...")
     features = embedded.features()
     found = clustering.cluster(
         features,
-        cluster_dimensions=cluster_dimensions,
-        min_cluster_size=min_cluster_size,
-        neighbours=neighbours,
-        metric=measure,
-        assign_noise=assign_noise,
-        seed=seed,
+        cluster_dimensions=options.cluster_dimensions,
+        min_cluster_size=options.min_cluster_size,
+        neighbours=options.neighbours,
+        metric=metric,
+        assign_noise=options.assign_noise,
+        seed=options.seed,
     )
-    tell("Finding keywords ...")
+    notify("Finding keywords ...")
     keywords = cluster_keywords([text.text for text in embedded.texts], found.labels, NUM_KEYWORDS)
-    tell("Building vectors ...")
-    settings = Settings(
-        threshold, relative, cluster_dimensions, found.min_cluster_size, neighbours, measure, assign_noise, seed
-    )
-    points, baseline = clustering.transform(features, measure), _mean(embedded.frequency)
+    notify("Building vectors ...")
+    options = replace(options, min_cluster_size=found.min_cluster_size, metric=metric)
+    points, baseline = clustering.transform(features, metric), _mean(embedded.frequency)
     clusters = []
     for number, name in enumerate(_name_clusters(keywords, names or {})):
         members = np.flatnonzero(found.labels == number)
         cluster = _describe(embedded, number, name, keywords[number], members, points)
-        vector, note = _build_vector(embedded, cluster, members, baseline, settings)
+        vector, note = _build_vector(embedded, cluster, members, baseline, options)
         clusters.append(replace(cluster, vector=vector, note=note))
     rand = _adjusted_rand(embedded.labels, found)
-    return Discovery(embedded, found, tuple(clusters), rand, int((found.labels < 0).sum()), settings)
+    return Discovery(embedded, found, tuple(clusters), rand, int((found.labels < 0).sum()), options)
 
 
 def _describe(
@@ -177,7 +171,7 @@ def _describe(
     members: NDArray[np.int64],
     points: Floats,
 ) -> Cluster:
-    """A cluster without its vector; its texts are `members`, and `points` [B, D] are as their metric compares them."""
+    """A cluster without its vector; its texts are `members`, and `points` [B, D] come from `clustering.transform`."""
     labels = most_common([label for label in (embedded.texts[i].label for i in members) if label])
     central = members[clustering.nearest_to_mean(points[members], NUM_EXAMPLES)]
     return Cluster(
@@ -193,9 +187,9 @@ def _describe(
 
 
 def _build_vector(
-    embedded: EmbeddedTexts, cluster: Cluster, members: NDArray[np.int64], baseline: Floats, settings: Settings
+    embedded: EmbeddedTexts, cluster: Cluster, members: NDArray[np.int64], baseline: Floats, options: DiscoveryOptions
 ) -> tuple[SteeringVector | None, str]:
-    """The vector of a cluster, or None; and what is to be said of it."""
+    """The vector of a cluster, or None; and a remark on it, or ""."""
     import torch
 
     meta = embedded.meta
@@ -215,9 +209,9 @@ def _build_vector(
         cluster.name,
         torch.from_numpy(_mean(embedded.frequency[members])),
         meta.layers,
-        threshold=settings.threshold,
+        threshold=options.threshold,
         baseline=torch.from_numpy(baseline),
-        relative=settings.relative,
+        relative=options.relative,
         info=info,
     )
     return _cut(vector, len(members) / len(embedded))
@@ -226,7 +220,7 @@ def _build_vector(
 def _cut(vector: SteeringVector, share: float) -> tuple[SteeringVector | None, str]:
     """The vector, cut at 1/N if nothing exceeds the baseline, None if nothing exceeds either; and the reason.
 
-    `share` of all texts are the vector's own. They are in the baseline too, so F exceeds it 1 / share times at most.
+    `share` of all texts are the vector's own. They are part of the baseline, so F is at most 1 / share times as large.
     """
     if vector.experts.any():
         return vector, ""
@@ -258,15 +252,15 @@ def _adjusted_rand(labels: Sequence[str], found: Clustering) -> float | None:
 
 
 def most_common(labels: Sequence[str]) -> dict[str, int]:
-    """How often each label occurs, the most frequent first, equals by name."""
+    """How often each label occurs, the most frequent first, ties by name."""
     return dict(sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _name_clusters(keywords: Mapping[int, Sequence[Keyword]], names: Names) -> list[str]:
-    """A name for each cluster, in the order of their numbers: the given one, or one of its keywords.
+    """A name for each cluster, in the order of their numbers: the given one, or one made from its keywords.
 
     Raises:
-        VectorError: names for clusters that aren't there, or one name for two.
+        VectorError: a name for a cluster that doesn't exist, or the same name for two.
     """
     own: list[str] = []
     for number in sorted(keywords):
@@ -286,7 +280,7 @@ def _name_clusters(keywords: Mapping[int, Sequence[Keyword]], names: Names) -> l
 
 
 def _name_from(words: Sequence[str]) -> str:
-    """The first words as a domain's name may be: Latin letters without accents; "" if no word can be written so."""
+    """The first words as a domain name: Latin letters without accents; "" if no word can be written that way."""
     parts: list[str] = []
     for word in words:
         latin = unicodedata.normalize("NFKD", word.casefold()).encode("ascii", "ignore").decode()

@@ -1,4 +1,4 @@
-"""Embed a corpus into a folder, shard by shard; a run that was interrupted resumes."""
+"""Embed a corpus into a folder, shard by shard; an interrupted run resumes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from steermoe.discovery.embedder import EmbeddingOptions, Progress, RoutingSource, TextEmbedder
+from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource, TextEmbedder, TextProgress
 from steermoe.discovery.embedder_hf import Embedder, _stop_after_last_router, _without_head
 from steermoe.discovery.store import EmbeddingMeta, EmbeddingStore, Text
 from steermoe.errors import CorpusError
@@ -15,12 +15,12 @@ from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
 
 SHARD_TEXTS = 256
-"""Texts a shard: what a kill can lose, and what is in memory at most."""
+"""Texts per shard: the most that a kill can lose, and the most in memory at once."""
 
 
 @contextmanager
 def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> Iterator[TextEmbedder]:
-    """A `TextEmbedder`. While it is open the model can't be used otherwise; steering attached to it has no part."""
+    """A `TextEmbedder`. While it is open, use the model for nothing else; attached steering has no effect on it."""
     options = options or EmbeddingOptions()
     if not isinstance(loaded, LoadedModel):
         from steermoe.discovery.embedder_llamacpp import GGUFEmbedder
@@ -38,7 +38,7 @@ def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> 
 
 
 def meta_of(loaded: RoutingSource, options: EmbeddingOptions) -> EmbeddingMeta:
-    """What a folder of this model's embeddings says of itself."""
+    """The metadata of a folder of this model's embeddings."""
     shape = loaded.shape
     return EmbeddingMeta(
         model=loaded.name,
@@ -59,23 +59,23 @@ def embed_corpus(
     folder: Path | str,
     options: EmbeddingOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: TextProgress | None = None,
 ) -> tuple[EmbeddingStore, list[str]]:
-    """Embed a corpus into a folder, shard by shard; what an earlier run has finished is not done again.
+    """Embed a corpus into a folder, shard by shard; shards that an earlier run finished are not computed again.
 
     Args:
         loaded: the model with its tokenizer.
-        corpus: read once, in its order; only one shard of it is in memory.
+        corpus: read once, in order; only one shard of it is in memory.
         folder: see `EmbeddingStore`.
         options: how texts become embeddings.
-        progress: called with the texts and tokens done since its last call.
+        progress: called with the texts and tokens done since the last call.
 
     Returns:
-        the complete store, and the ids of texts that were left out since they have no tokens (of this run's shards).
+        the complete store, and the ids of this run's texts that were left out because they have no tokens.
 
     Raises:
-        CorpusError: an empty corpus, one that is not the one that the folder was begun with, embeddings made otherwise,
-            or a folder that can't be written to.
+        CorpusError: an empty corpus, a corpus or options other than those the folder was begun with, or a folder that
+            can't be written to.
     """
     options = options or EmbeddingOptions()
     store = EmbeddingStore.create(folder, meta_of(loaded, options))
@@ -99,19 +99,19 @@ def embed_corpus(
             total += len(kept_texts)
     if store.has_shard(number + 1):
         raise CorpusError(
-            f"'{folder}' holds more texts than the corpus: it was begun with another; name another folder"
+            f"'{folder}' contains more texts than the corpus: it was begun with another; name another folder"
         )
     store.finish(total)
     return store, skipped
 
 
 def _check_same(store: EmbeddingStore, number: int, shard: Sequence[Text]) -> int:
-    """How many texts a finished shard has, if they are those of the corpus."""
+    """The number of texts in a finished shard, if they are those of the corpus."""
     kept = store.shard_ids(number)
     given = [(text.id, len(text.text)) for text in shard]
     if not set(kept) <= set(given):
         raise CorpusError(
             f"'{store.folder}' was begun with another corpus (texts {number * SHARD_TEXTS + 1} and on differ): "
-            "name another folder, or remove it to begin anew"
+            "name another folder, or remove it to start again"
         )
     return len(kept)

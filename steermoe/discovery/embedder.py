@@ -1,9 +1,9 @@
-"""Routing embeddings of a corpus: only what the routers need is computed, in batches of texts of similar length.
+"""What embeds texts, with which options, and what the embeddings consist of.
 
-A text's embedding does not depend on the batch: padding stands on the right, is masked out of attention and is not
-counted. Nothing after the last router is run, unless hidden states are asked for.
+A text's embedding does not depend on the batch: padding is on the right, masked out of attention and not counted.
+Nothing after the last router is run, unless hidden states are requested.
 
-Shapes: B texts, S columns of a batch, L MoE layers, N experts a layer, H hidden size.
+Shapes: B texts, L MoE layers, N experts per layer, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from steermoe.engines.llamacpp.engine import LlamaCppEngine
 
 RoutingSource: TypeAlias = "LoadedModel | LlamaCppEngine"
-"""What routing can be recorded of: a model of transformers, or a GGUF file in llama.cpp."""
+"""What routing can be recorded from: a transformers model, or a GGUF file in llama.cpp."""
 
 Features = Literal["counts", "probabilities"]
 Tokens = Literal["all", "last"]
 
 
-Progress = Callable[[int, int], None]
-"""Called with the texts and tokens done since the last call; 0 tokens where an earlier run did them."""
+TextProgress = Callable[[int, int], None]
+"""Called with the texts and tokens done since the last call; 0 tokens if an earlier run did them."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class EmbeddingOptions:
 
     Attributes:
         features: "counts", how often each expert was chosen (Shchukin 2024), or mean router "probabilities".
-        tokens: "all" of a text, or only its "last", as for a prompt that has been read.
+        tokens: "all" of a text, or only its "last" one, which has seen all others.
         hidden: also keep the mean of the last layer's hidden states over the same tokens (2410.10814).
         max_tokens: tokens read of each text.
-        batch_tokens: tokens a forward pass, padding included; a single longer text goes alone.
-        both: with counts, give the probabilities too (in `Embedded.probability`; they are not kept on disk).
+        batch_tokens: tokens per forward pass, including padding; a longer text gets a pass of its own.
+        both: with counts, also return the probabilities (in `Embedded.probability`; they are not stored on disk).
     """
 
     features: Features = "counts"
@@ -63,7 +63,7 @@ class Embedded:
         frequency: F or P [B, L, N] float32, rows summing to 1.
         tokens: [B] int64, tokens read.
         hidden: mean hidden states [B, H] float32, or None.
-        probability: P [B, L, N] beside F, where both were asked for, or None.
+        probability: P [B, L, N] in addition to F, if both were requested, or None.
     """
 
     frequency: Tensor
@@ -79,5 +79,5 @@ class TextEmbedder(Protocol):
     def shape(self) -> tuple[int, int]:
         """L, N."""
 
-    def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Embedded:
+    def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
         """Embed texts, in their order."""

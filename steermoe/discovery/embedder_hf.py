@@ -1,4 +1,7 @@
-"""Embed texts with a model of transformers: padded batches, forward passes that stop after the last router."""
+"""Embed texts with a transformers model: padded batches, forward passes that stop after the last router.
+
+Shapes: B texts, S columns of a batch, H hidden size.
+"""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steermoe.discovery.embedder import Embedded, EmbeddingOptions, Progress
+from steermoe.discovery.embedder import Embedded, EmbeddingOptions, TextProgress
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import RoutingRecord
 from steermoe.routing.routers import find_routers, language_model, module_that_routes
@@ -25,7 +28,7 @@ class Embedder:
             embedded = embed.texts(["A goal!", "The pan is hot."])
 
     Args:
-        loaded: the model with its tokenizer. options: see there.
+        loaded: the model with its tokenizer. options: how texts become embeddings.
     """
 
     def __init__(self, loaded: LoadedModel, options: EmbeddingOptions, record: RoutingRecord) -> None:
@@ -40,8 +43,8 @@ class Embedder:
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         self._is_encoder_decoder = bool(getattr(self._inner.config, "is_encoder_decoder", False))
 
-    def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Embedded:
-        """Embed texts, those of similar length together; the order of the result is theirs."""
+    def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
+        """Embed texts in batches of similar length; the result is in their order."""
         token_ids = self._tokenize(texts)
         lengths = [len(ids) for ids in token_ids]
         order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
@@ -69,7 +72,7 @@ class Embedder:
         return encoded["input_ids"]
 
     def _forward(self, token_ids: list[list[int]]) -> Tensor | None:
-        """Record one batch; its mean hidden states [B, H], if they are wanted."""
+        """Record one batch; returns its mean hidden states [B, H], if requested."""
         lengths = torch.tensor([len(ids) for ids in token_ids])
         width = int(lengths.max())
         pad = self._tokenizer.pad_token_id or 0
@@ -94,7 +97,7 @@ class Embedder:
 
 
 def _without_head(model: nn.Module) -> nn.Module:
-    """The model without what turns hidden states into words."""
+    """The model without its language-model head."""
     whole = language_model(model)
     inner: nn.Module = getattr(whole, "base_model", whole)
     return getattr(whole, "model", whole) if inner is whole else inner
@@ -103,7 +106,7 @@ def _without_head(model: nn.Module) -> nn.Module:
 def _stop_after_last_router(model: nn.Module, undo: ExitStack) -> None:
     """End each forward pass as soon as the last layer's router has chosen.
 
-    Not where accelerate moves weights in and out around modules: a forward pass that it can't end leaves them there.
+    Not if accelerate moves weights in and out around modules: a pass that ends early would leave them on the device.
     """
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return

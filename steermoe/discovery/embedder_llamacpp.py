@@ -1,6 +1,6 @@
-"""Routing embeddings of texts by llama.cpp: nothing after the last router is computed, one text after the other.
+"""Embed texts with llama.cpp, one after the other: nothing after the last router is computed.
 
-Shapes: B texts, L MoE layers, N experts a layer.
+Shapes: B texts, L MoE layers, N experts per layer.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from steermoe.discovery.embedder import Embedded, EmbeddingOptions, Progress
+from steermoe.discovery.embedder import Embedded, EmbeddingOptions, TextProgress
 from steermoe.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class GGUFEmbedder:
-    """As `embedding.Embedder`, for a GGUF file.
+    """Like `embedder_hf.Embedder`, for a GGUF file.
 
     Raises:
-        CorpusError: hidden states or probabilities are asked for, which only transformers gives.
+        CorpusError: hidden states or probabilities are requested, which only transformers provides.
     """
 
     def __init__(self, engine: "LlamaCppEngine", options: EmbeddingOptions) -> None:
@@ -32,7 +32,7 @@ class GGUFEmbedder:
         self._options = options
         self.shape = len(engine.shape.layers), engine.shape.num_experts
 
-    def texts(self, texts: Sequence[str], progress: Progress | None = None) -> Embedded:
+    def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
         """Embed texts, in their order."""
         frequency = torch.zeros(len(texts), *self.shape)
         lengths = torch.zeros(len(texts), dtype=torch.int64)

@@ -1,6 +1,6 @@
 """How a model's routers share their load on some texts: are experts balanced, unused, or always used?
 
-Shapes: B texts, L MoE layers, N experts a layer.
+Shapes: B texts, L MoE layers, N experts per layer.
 """
 
 import math
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from steermoe.discovery.embed_corpus import SHARD_TEXTS, embedder
-from steermoe.discovery.embedder import EmbeddingOptions, Progress
+from steermoe.discovery.embedder import EmbeddingOptions, TextProgress
 from steermoe.errors import CorpusError, ModelError
 from steermoe.figures import MAX_TICKS, figure_class, save
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.routers import find_routers
 
 ALWAYS = 0.999
-"""An expert that this share of the tokens chooses counts as always used."""
+"""An expert chosen by at least this share of the tokens counts as always used."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class LayerHealth:
 
     Attributes:
         layer: its decoder layer.
-        load: f [N], share of the layer's choices that fell on each expert; sums to 1.
+        load: f [N], share of the layer's choices that each expert got; sums to 1.
         probability: P [N], mean router probability of each expert, before top-k; sums to 1. A sigmoid router's scores
-            are divided by their sum over the experts of a token.
+            are divided by their sum over the experts.
         balance_loss: N * sum(f P), the load-balancing loss of Switch Transformers (2101.03961, eq. 4) without its
             factor alpha. 1 is perfect balance, N is everything on one expert.
         entropy: of f, in nats; log N is perfect balance.
-        evenness: entropy over log N, 0 to 1; 1 where there is only one expert.
-        never: experts that no token chose. always: experts that 99.9% of the tokens or more chose.
+        evenness: entropy over log N, 0 to 1; 1 if there is only one expert.
+        never: experts that no token chose. always: experts that at least 99.9% of the tokens chose.
     """
 
     layer: int
@@ -68,8 +68,8 @@ class RoutingHealth:
     """All routers of a model on some texts.
 
     Attributes:
-        model: its name. texts: how many were run, those without tokens not counted. tokens: how many of them were read.
-        layers: one a router, in the order of the model's layers.
+        model: its name. texts: number of texts with tokens. tokens: number of tokens read.
+        layers: one per router, in layer order.
     """
 
     model: str
@@ -93,15 +93,15 @@ class RoutingHealth:
 
 
 def routing_health(
-    loaded: LoadedModel, texts: Iterable[str], *, max_tokens: int = 512, progress: Progress | None = None
+    loaded: LoadedModel, texts: Iterable[str], *, max_tokens: int = 512, progress: TextProgress | None = None
 ) -> RoutingHealth:
-    """Measure the load of a model's routers, every token counting the same.
+    """Measure the load of a model's routers; every token counts the same.
 
-    It is the unsteered model's: only what the routers need is run, not the model that steering is attached to.
+    It is the load of the unsteered model: attached steering has no effect here.
 
     Args:
         loaded: the model with its tokenizer.
-        texts: what to run, read once and in parts; balance is a matter of the texts as much as of the model.
+        texts: what to run, read once and in parts; balance depends on the texts as much as on the model.
         max_tokens: tokens read of each text.
         progress: called with texts and tokens done.
 
@@ -154,13 +154,13 @@ def layer_health(layer: int, load: Tensor, probability: Tensor, top_k: int) -> L
 
 
 LEAST_LOAD = 1e-9
-"""Below every load but 0, so that only experts that are never used get the colour of what lies under the scale."""
+"""Below every load but 0, so that only experts that are never used get the colour for values below the scale."""
 
 
 def draw_health(health: "RoutingHealth", path: Path) -> None:
-    """Draw each layer's load as a heat map, N f with balance in the middle, and beside it loss and evenness.
+    """Draw each layer's load as a heat map, N f with balance in the middle, with loss and evenness beside it.
 
-    Experts that are never used are black; grey is where a layer has fewer experts than others.
+    Experts that are never used are black; grey fills layers that have fewer experts than others.
 
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.

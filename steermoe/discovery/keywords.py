@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MIN_TEXTS = 2
 MIN_SHARE = 0.05
-"""A keyword is in so many of its cluster's texts, and in this share of them; else one text's names would win."""
+"""A keyword must be in this many of its cluster's texts, and in this share of them, else one text's names would win."""
 
 # What is left of English contractions once they are cut at the apostrophe; sklearn's list lacks them.
 STUMPS = frozenset(
@@ -36,7 +36,7 @@ _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]{
 
 @dataclass(frozen=True)
 class Keyword:
-    """A word in small letters, and how typical it is for its cluster (only comparable within one corpus)."""
+    """A word in lower case, and how typical it is for its cluster (only comparable within one corpus)."""
 
     word: str
     score: float
@@ -45,24 +45,24 @@ class Keyword:
 def cluster_keywords(
     texts: Sequence[str], labels: Sequence[int] | NDArray[Any], count: int = 10
 ) -> dict[int, list[Keyword]]:
-    """The words that tell each cluster's texts from all others, the most typical first.
+    """The words that distinguish each cluster's texts from all others, the most typical first.
 
     Class-based tf-idf (Grootendorst 2022, 2203.05794): tf(w, c) * log(1 + A / f(w)), where A is the mean number of
-    words a cluster. Two changes keep out names and words that are common everywhere. In tf and f a text counts a word
-    1 + log(n) times, not n times. And the product is multiplied by the contrast (p - q) / (p + q), where p is the share
-    of the cluster's texts that hold the word, and q that of all other texts.
+    words per cluster. Two changes keep out names and words that are common everywhere. In tf and f a text that contains
+    a word n times counts 1 + log(n), not n. And the product is multiplied by the contrast (p - q) / (p + q), where p is
+    the share of the cluster's texts that contain the word, and q that of all other texts.
 
     Args:
-        texts: B texts of any language. Chinese and Japanese runs are read as pairs of characters.
-        labels: the cluster of each, [B]; -1 is noise: no cluster, but text to contrast with.
-        count: keywords a cluster at most; fewer where no more words are typical.
+        texts: B texts in any language. Chinese and Japanese runs are read as pairs of characters.
+        labels: the cluster of each, [B]; -1 is noise, which is no cluster but counts as other texts.
+        count: the most keywords per cluster; there are fewer if no more words are typical.
 
     Raises:
-        CorpusError: not one label a text. SteerMoEError: scikit-learn is missing.
+        CorpusError: the numbers of labels and texts differ. SteerMoEError: scikit-learn is missing.
     """
     groups = np.asarray(labels, dtype=np.int64)
     if len(groups) != len(texts):
-        raise CorpusError(f"{len(texts)} texts have {len(groups)} cluster labels: give one a text")
+        raise CorpusError(f"{len(texts)} texts have {len(groups)} cluster labels: give one per text")
     clusters = [int(label) for label in np.unique(groups) if label != NOISE]
     if not clusters:
         return {}
@@ -74,7 +74,7 @@ def cluster_keywords(
 
 
 def _scores(counts_BW: "csr_matrix", groups: NDArray[np.int64], clusters: Sequence[int]) -> list[NDArray[np.float64]]:
-    """[W] for each cluster: 0 where a word is no candidate."""
+    """[W] for each cluster: 0 if a word is not a candidate."""
     held_BW = counts_BW.copy()
     held_BW.data = np.ones_like(held_BW.data)
     damped_BW = counts_BW.copy()
@@ -100,7 +100,7 @@ def _sums(matrix_BW: "csr_matrix") -> NDArray[np.float64]:
 
 
 def _best(vocabulary: NDArray[Any], score_W: NDArray[np.float64], count: int) -> list[Keyword]:
-    """The best words; of a word and its plural in -s only the better one."""
+    """The best words; only the better one of a word and its plural in -s."""
     chosen: dict[str, Keyword] = {}
     for index in np.lexsort((vocabulary, -score_W)):
         word, score = str(vocabulary[index]), float(score_W[index])
@@ -112,7 +112,7 @@ def _best(vocabulary: NDArray[Any], score_W: NDArray[np.float64], count: int) ->
 
 
 def _count_words(texts: Sequence[str]) -> tuple[NDArray[Any], "csr_matrix"]:
-    """The vocabulary [W], and how often each text holds each word, sparse [B, W]."""
+    """The vocabulary [W], and how often each text contains each word, sparse [B, W]."""
     try:
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
     except ImportError as error:
@@ -122,13 +122,13 @@ def _count_words(texts: Sequence[str]) -> tuple[NDArray[Any], "csr_matrix"]:
     vectorizer = CountVectorizer(analyzer=analyse, dtype=np.float64)
     try:
         counts_BW = vectorizer.fit_transform(texts)
-    except ValueError:  # sklearn's way to say that no text holds a word
+    except ValueError:  # sklearn's way to say that no text contains a word
         return np.array([]), None
     return vectorizer.get_feature_names_out(), counts_BW
 
 
 def word_analyser(stop_words: frozenset[str]) -> Callable[[str], list[str]]:
-    """A function that gives a text's words: two or more letters of any script, no digits, in small letters."""
+    """A function that returns a text's words in lower case: two or more letters of any script, no digits."""
     pattern = _word_pattern()
 
     def words(text: str) -> list[str]:
@@ -145,6 +145,6 @@ def word_analyser(stop_words: frozenset[str]) -> Callable[[str], list[str]]:
 
 @cache
 def _word_pattern() -> re.Pattern[str]:
-    """Two or more letters in a row. Vowel signs of Hindi, Thai and others count, which Python holds for no letters."""
+    """Two or more letters in a row, including vowel signs of Hindi, Thai and others, which aren't letters to Python."""
     marks = "".join(chr(code) for code in range(0x300, 0x1E950) if unicodedata.category(chr(code)).startswith("M"))
     return re.compile(rf"(?<!\w)(?:[^\W\d_]|[{marks}]){{2,}}(?!\w)")

@@ -1,4 +1,4 @@
-"""Build vectors from texts whose domains are known: one vector a domain, or a contrast against other texts."""
+"""Build vectors from texts whose domains are known: one vector per domain, or a contrast with other texts."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from steermoe.discovery.contrast import (
     strongest,
 )
 from steermoe.discovery.embed_corpus import embedder
-from steermoe.discovery.embedder import EmbeddingOptions, Progress, RoutingSource
+from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource, TextProgress
 from steermoe.errors import VectorError
 from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
@@ -39,16 +39,17 @@ def vectors_from_labelled(
     threshold: float = DEFAULT_THRESHOLD,
     relative: bool | None = None,
     max_tokens: int = 512,
-    progress: Progress | None = None,
+    progress: TextProgress | None = None,
 ) -> list[SteeringVector]:
-    """One vector a domain: the mean routing embedding of its texts (Shchukin 2024), with the mean of all as baseline.
+    """One vector per domain: the mean routing embedding of its texts (Shchukin 2024), with the mean of all as baseline.
 
     Args:
         loaded: the model that the vectors are for.
         corpora: domain -> its texts.
-        threshold: E keeps what exceeds so many times 1/N, or the baseline.
-        relative: whether the baseline is meant; by default if there are more domains than `threshold`: of C domains no
-            frequency can exceed C times the baseline. Every domain counts the same in it, however many texts it has.
+        threshold: E keeps what exceeds `threshold` times 1/N, or times the baseline.
+        relative: whether to use the baseline; by default if there are more domains than `threshold`, since with C
+            domains no frequency can exceed C times the baseline. In it every domain counts the same, however many
+            texts it has.
         max_tokens: tokens read of each text.
         progress: called with texts and tokens done.
 
@@ -87,16 +88,16 @@ def contrasts(
     min_difference: float = MIN_DIFFERENCE,
     count: int = 10,
     max_tokens: int = 512,
-    progress: Progress | None = None,
+    progress: TextProgress | None = None,
 ) -> list[Contrast]:
-    """For each domain its risk difference against other texts (2509.09660), as a vector and as lists of experts.
+    """The risk difference of each domain against other texts (2509.09660), as a vector and as lists of experts.
 
     Args:
         loaded: the model that the vectors are for.
         corpora: domain -> its texts.
         against: the other texts.
         min_difference: see `contrastive_vector`.
-        count: experts a list, at most.
+        count: the most experts in a list.
         max_tokens: tokens read of each text.
         progress: called with texts and tokens done.
 
@@ -142,15 +143,15 @@ def routing_embeddings(
     *,
     max_tokens: int = 512,
     batch_tokens: int = 2048,
-    progress: Progress | None = None,
+    progress: TextProgress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How often each expert is chosen on each text (Shchukin 2024).
 
     Args:
         loaded: the model with its tokenizer.
         texts: texts of any length.
-        max_tokens: only so many tokens of each are read.
-        batch_tokens: tokens a forward pass; similar lengths go together, padding is not counted.
+        max_tokens: tokens read of each text.
+        batch_tokens: tokens per forward pass; similar lengths go together, padding is not counted.
         progress: called with the texts and tokens done since the last call.
 
     Returns:
@@ -182,8 +183,8 @@ def vector_from_texts(
     Args:
         loaded: the model that the vector is for.
         domain: its name, such as "sport".
-        texts: texts of the domain, some dozens at least.
-        threshold: the paper takes 3.
+        texts: texts of the domain, at least a few dozen.
+        threshold: 3 in the paper.
         keywords: words of the domain, to highlight in comparisons.
         max_tokens: tokens read of each text.
 

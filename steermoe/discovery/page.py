@@ -17,7 +17,7 @@ EXCERPT = 320
 
 
 MAX_SOURCES, LEAST_SOURCE = 4, 0.01
-"""So many known labels of a cluster are named, those of this share at least."""
+"""At most this many known labels of a cluster are named, each with at least this share."""
 
 
 STYLE = """
@@ -150,7 +150,7 @@ def _keywords(cluster: Mapping[str, Any]) -> str:
 
 
 def sources(cluster: Mapping[str, Any], most: int = MAX_SOURCES) -> str:
-    """The labels of a cluster's record with their shares of all its texts, such as "sport 95%, food 3%"."""
+    """The labels in a cluster's record with their shares of all its texts, such as "sport 95%, food 3%"."""
     shares = {label: count / cluster["size"] for label, count in list(cluster["labels"].items())[:most]}
     shown = [f"{label} {share:.0%}" for label, share in shares.items() if share >= LEAST_SOURCE]
     return ", ".join(shown + (["..."] if most > 1 and len(shown) < len(cluster["labels"]) else []))

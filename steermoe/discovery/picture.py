@@ -1,4 +1,4 @@
-"""Maps of a discovery: PNGs by matplotlib, and a page with hover by plotly. Both come with the extra `discover`.
+"""Maps of a discovery: PNGs with matplotlib, and a page with hover texts with plotly. Needs the extra `discover`.
 
 Shapes: B texts.
 """
@@ -20,28 +20,28 @@ from steermoe.errors import SteerMoEError
 from steermoe.files import atomic_path
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D00", "#332288", "#882255")
-"""Told apart by colour-blind eyes (Okabe and Ito 2008, with three darker ones); then the next shape begins."""
+"""Distinct to colour-blind readers (Okabe and Ito 2008, and three darker ones). After the last, the shape changes."""
 GREY = "#9a9a9a"
 SHAPES = (("o", "circle"), ("^", "triangle-up"), ("s", "square"), ("D", "diamond"), ("P", "cross"), ("X", "x"))
-"""For matplotlib, for plotly."""
+"""Names in matplotlib and in plotly."""
 DOTS_PER_INCH = 150
 WEBGL_FROM = 2000
-"""So many points are drawn by the graphics card; as single SVG shapes they would stall the browser."""
+"""From this many points on the GPU draws them; as single SVG shapes they would stall the browser."""
 EXCERPT, EXCERPT_WIDTH = 240, 60
-"""Characters of a text in the hover (half as many where there are many points), and of a line of it."""
+"""Characters of a text in the hover (half as many if there are many points), and of one line of it."""
 NO_CLUSTER, NO_SOURCE = "in no cluster", "source unknown"
 SMALL_GROUP = 4
-"""In lines of text: the name of a group that is no higher stands above it."""
+"""In lines of text: a group that is no higher has its name above it."""
 FEW_POINTS, MANY_POINTS = 300, 20_000
 
 PLOTLY = {
     "displaylogo": False,
     "scrollZoom": True,
-    # plotly's button "Share chart ..." would send the texts to its makers
+    # plotly's button "Share chart ..." would send the texts to its vendor
     "plotlyServerURL": "",
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d"],
 }
-"""Of the page's buttons."""
+"""The page's buttons."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -65,7 +65,7 @@ class Group:
     """Points of one colour and shape.
 
     Attributes:
-        rows: which texts, ascending.
+        rows: its texts, ascending.
         style: number of its colour and shape; None for the rest, which is grey and small.
     """
 
@@ -78,21 +78,21 @@ class Group:
         return GREY if self.style is None else COLOURS[self.style % len(COLOURS)]
 
     def shape(self, library: int) -> str:
-        """0: matplotlib's name of it, 1: plotly's."""
+        """The name of its shape in matplotlib (0) or plotly (1)."""
         return SHAPES[0 if self.style is None else self.style // len(COLOURS) % len(SHAPES)][library]
 
 
 def cluster_groups(discovery: Discovery) -> list[Group]:
-    """The noise first, so that it lies under the rest; then the clusters."""
+    """Noise first, so that it is drawn under the rest; then the clusters."""
     labels = discovery.clustering.labels
     found = [Group(c.name, np.flatnonzero(labels == c.number), c.number) for c in discovery.clusters]
     return [*_rest(NO_CLUSTER, np.flatnonzero(labels < 0)), *found]
 
 
 def source_groups(discovery: Discovery) -> list[Group]:
-    """Texts without a known label first; then the labels, the most frequent first. Empty where none is known.
+    """Texts without a known label first; then the labels, the most frequent first. Empty if no label is known.
 
-    A label looks like the cluster that it is the most frequent one of, so that the two maps can be compared.
+    A label looks like the cluster in which it is the most frequent, so that the two maps can be compared.
     """
     labels = np.array(discovery.embedded.labels, dtype=object)
     names = [name for name in most_common(discovery.embedded.labels) if name]
@@ -116,7 +116,7 @@ def _rest(name: str, rows: NDArray[np.int64]) -> list[Group]:
 
 
 def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Path) -> None:
-    """Draw the map into a PNG, each group's name at the median of its points. It appears complete or not at all.
+    """Draw the map as a PNG, each group's name at the median of its points. The file is written whole or not at all.
 
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.
@@ -157,18 +157,18 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
     for text in legend.get_texts():
         text.set_parse_math(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks gets boxes
+        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
         _name_places(axes, [group for group in groups if group.style is not None], places_B2)
         _save(figure, path)
 
 
 def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float32]) -> None:
-    """Write each group's name where its points are; a name that would hide its points or another name goes up."""
+    """Write each group's name where its points are; a name that would hide its points or another name moves up."""
     from matplotlib.patheffects import withStroke
 
     taken: list[tuple[float, float, float]] = []
     figure = axes.figure
-    figure.draw_without_rendering()  # the layout fixes what a data unit is in pixels
+    figure.draw_without_rendering()  # the layout fixes the scale of data units to pixels
     line = 15 * figure.dpi / 72
     spots = [(group, *_spot(axes.transData.transform(places_B2[group.rows]), line)) for group in groups]
     for group, x, y in sorted(spots, key=lambda spot: spot[2]):
@@ -191,7 +191,7 @@ def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float
 
 
 def _spot(points: NDArray[np.float64], line: float) -> tuple[float, float]:
-    """Where a group's name goes, in pixels: amid its points, or above them where they are too few lines high."""
+    """Where a group's name goes, in pixels: among its points, or above them if they are only a few lines high."""
     x, y = np.median(points, axis=0)
     top = float(points[:, 1].max())
     return float(x), float(y) if top - points[:, 1].min() > SMALL_GROUP * line else top + line
@@ -214,7 +214,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def write_map(discovery: Discovery, title: str, path: Path) -> None:
-    """Write the map as a page that works without a network: hover over a point shows its text.
+    """Write the map as a page that works offline: hovering over a point shows its text.
 
     Raises:
         SteerMoEError: plotly is missing. OSError: the file can't be written.
@@ -246,7 +246,7 @@ def _trace(group: Group, places_B2: NDArray[np.float32], hovers: Sequence[str]) 
     x, y = places_B2[group.rows].astype(float).round(3).T
     size = float(np.interp(len(places_B2), [FEW_POINTS, MANY_POINTS], [9, 4]))
     return kind(
-        x=x.tolist(),  # as lists: plotly would write arrays in base64, which no one can read or search
+        x=x.tolist(),  # as lists: plotly would write arrays in base64, which nobody can read or search
         y=y.tolist(),
         mode="markers",
         name=f"{_marked(group.name)} ({len(group.rows):,})",
@@ -262,9 +262,9 @@ def _trace(group: Group, places_B2: NDArray[np.float32], hovers: Sequence[str]) 
 
 
 def _hovers(discovery: Discovery) -> list[str]:
-    """What is shown of each text: id, cluster, source and its beginning, in plotly's kind of HTML."""
+    """What the hover shows of each text: id, cluster, source and its beginning, in plotly's subset of HTML."""
     hovers = []
-    length = EXCERPT if len(discovery.embedded) < WEBGL_FROM else EXCERPT // 2  # 40,000 texts are 30 MB even so
+    length = EXCERPT if len(discovery.embedded) < WEBGL_FROM else EXCERPT // 2  # 40,000 texts are 30 MB even then
     for text, label in zip(discovery.embedded.texts, discovery.clustering.labels, strict=True):
         lines = [
             f"<b>{_marked(text.id)}</b>",
@@ -286,7 +286,7 @@ def excerpt(text: str, length: int) -> str:
 
 
 def _marked(text: str) -> str:
-    """Text for plotly: its marks as entities, so that none is taken for HTML. It knows no entity for quotes."""
+    """Text for plotly, escaped so that none of it is taken as HTML. Plotly knows no entity for quotes."""
     return html.escape(_plain(text), quote=False)
 
 

@@ -5,7 +5,7 @@ DIR/map.html                   the map, with the texts on hover
 DIR/map_clusters.png           the map, coloured by cluster; map_sources.png by known label
 DIR/heat_NAME.png              a cluster's frequencies, before and after the threshold
 DIR/vectors/NAME.safetensors   its steering vector
-DIR/clusters.csv               one line a text: id, label, cluster, name, x, y
+DIR/clusters.csv               one line per text: id, label, cluster, name, x, y
 DIR/report.json                all numbers and settings; written last, so a folder that has it is complete
 """
 
@@ -36,10 +36,10 @@ NUMPY_AND_US = ("steermoe", "numpy", "torch")
 
 
 def check_ready(folder: Path, force: bool = False) -> None:
-    """Tell before the long work that a report can't be written: an extra is missing, or the folder has one already.
+    """Fail before the long work if a report can't be written: an extra is missing, or the folder has a report already.
 
     Raises:
-        SteerMoEError: a library is missing. CorpusError: a report is there and `force` is false, or `folder` is a file.
+        SteerMoEError: a library is missing. CorpusError: there is a report and `force` is false, or `folder` is a file.
     """
     if missing := [package for module, package in LIBRARIES.items() if importlib.util.find_spec(module) is None]:
         raise SteerMoEError(f"discovery needs {' and '.join(missing)}: pip install 'steermoe[discover]'")
@@ -49,22 +49,22 @@ def check_ready(folder: Path, force: bool = False) -> None:
 def write_report(
     discovery: Discovery, folder: Path, *, force: bool = False, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Write all files of a report; each appears complete or not at all.
+    """Write all files of a report, each whole or not at all.
 
     Args:
         discovery: what was found.
-        folder: made if it isn't there; other files in it are left alone.
-        force: replace an earlier report, of which no file is left.
-        progress: is told in a few words what is being done.
+        folder: created if necessary; other files in it are left alone.
+        force: replace an earlier report and remove all its files.
+        progress: called with a short description of each step.
 
     Returns:
-        The content of report.json.
+        the content of report.json.
 
     Raises:
-        CorpusError: an earlier report is there and `force` is false, or the folder can't be written to.
-        SteerMoEError: a library or the disk's space is missing.
+        CorpusError: there is an earlier report and `force` is false, or the folder can't be written to.
+        SteerMoEError: a library is missing, or a picture can't be written.
     """
-    tell = progress or (lambda what: None)
+    notify = progress or (lambda step: None)
     record = describe(discovery)
     _check_free(folder, record["files"], force)
     try:
@@ -73,9 +73,9 @@ def write_report(
         (folder / REPORT).unlink(missing_ok=True)
         for cluster in discovery.clusters:
             if cluster.vector is not None:
-                tell(f"Drawing {cluster.name} ...")
+                notify(f"Drawing {cluster.name} ...")
                 _write_vector(cluster, folder)
-        tell("Drawing the map ...")
+        notify("Drawing the map ...")
         _draw_maps(discovery, folder)
         _write_table(discovery, folder / TABLE)
         _write_text(folder / INDEX, _page(discovery, record))
@@ -92,12 +92,12 @@ def _check_free(folder: Path, names: Iterable[str], force: bool) -> None:
         raise CorpusError(f"'{folder}' is a file, the report needs a folder: name another one")
     if not force and (there := [name for name in names if (folder / name).exists()]):
         raise CorpusError(
-            f"'{folder}' holds a report already ({there[0]}): pass --force to replace it, or name another folder"
+            f"'{folder}' already has a report ({there[0]}): pass --force to replace it, or name another folder"
         )
 
 
 def _earlier_files(folder: Path) -> set[str]:
-    """The files of a report that is there, by its own word; whatever it says, only names that a report can have."""
+    """The files that an earlier report lists, but only names that a report can have."""
     try:
         names = json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"]
         return {name for name in names if name in FIXED or NAMED.fullmatch(name)}
@@ -109,13 +109,13 @@ def _earlier_files(folder: Path) -> set[str]:
 
 
 def describe(discovery: Discovery) -> dict[str, Any]:
-    """All of a discovery but its matrices and texts, for JSON."""
+    """Everything in a discovery but its matrices and texts, for JSON."""
     maps = [CLUSTERS_PNG, *([SOURCES_PNG] if any(discovery.embedded.labels) else [])]
     clusters = [_describe_cluster(cluster) for cluster in discovery.clusters]
     named = [record[key] for key in ("picture", "vector") for record in clusters if record[key]]
     return {
         "embeddings": asdict(discovery.embedded.meta),
-        "settings": asdict(discovery.settings),
+        "settings": asdict(discovery.options),
         "texts": len(discovery.embedded),
         "noise": discovery.noise,
         "adjusted_rand": discovery.adjusted_rand,
@@ -180,6 +180,3 @@ def _write_table(discovery: Discovery, path: Path) -> None:
 def _write_text(path: Path, content: str) -> None:
     with atomic_path(path) as partial:
         partial.write_text(content, encoding="utf-8")
-
-
-# ---- page ----

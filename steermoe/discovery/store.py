@@ -1,13 +1,13 @@
-"""Routing embeddings on disk: a folder of shards that numpy and pandas read without us. Knows no models.
+"""Routing embeddings on disk: a folder of shards that numpy and pandas can read without steermoe. Knows no models.
 
-    EMB/meta.json               model, shape and settings
+    EMB/meta.json               model, shape and options
     EMB/embeddings-00000.npy    F [B, L, N] float32 of the shard's B texts
-    EMB/hidden-00000.npy        mean hidden states [B, H] float32, where they were asked for
-    EMB/texts-00000.jsonl       one line a text: id, label, tokens, text
+    EMB/hidden-00000.npy        mean hidden states [B, H] float32, if they were requested
+    EMB/texts-00000.jsonl       one line per text: id, label, tokens, text
 
 A shard's `texts` file is renamed into place last: a shard that has it is complete, one that lacks it is made again.
 
-Shapes: B texts, L MoE layers, N experts a layer, H hidden size.
+Shapes: B texts, L MoE layers, N experts per layer, H hidden size.
 """
 
 import json
@@ -44,17 +44,17 @@ class Text:
 
 @dataclass(frozen=True)
 class EmbeddingMeta:
-    """What a folder of embeddings says of itself.
+    """The metadata of a folder of embeddings.
 
     Attributes:
         model: the model's name. architecture: its `model_type`.
         layers: the decoder layer of each of the L rows.
         features: "counts" of choices (the paper), or mean router "probabilities".
         tokens: "all" tokens of a text, or its "last" only.
-        hidden: whether mean hidden states are kept too.
+        hidden: whether mean hidden states are stored too.
         max_tokens: tokens read of each text.
         complete: whether the whole corpus was read.
-        texts: how many, once complete.
+        texts: number of texts, once complete.
     """
 
     model: str
@@ -96,8 +96,8 @@ class EmbeddedTexts:
     def features(self) -> Floats:
         """[B, L*N], or [B, L*N + H] with hidden states.
 
-        The two parts are scaled to the same mean norm, so that neither drowns the other ("Your Mixture-of-Experts LLM
-        Is Secretly an Embedding Model", 2410.10814, concatenates them too).
+        Both parts are scaled to the same mean norm, so that neither dominates ("Your Mixture-of-Experts LLM Is Secretly
+        an Embedding Model", 2410.10814, concatenates them too).
         """
         routing = self.frequency.reshape(len(self.frequency), -1)
         if self.hidden is None:
@@ -111,10 +111,10 @@ def _unit_mean_norm(matrix: Floats) -> Floats:
 
 
 class EmbeddingStore:
-    """A folder of embeddings, being written or complete.
+    """A folder of embeddings, complete or still being written.
 
     Args:
-        folder: made by `create`, found by `open`.
+        folder: created by `create`, opened by `open`.
     """
 
     def __init__(self, folder: Path, meta: EmbeddingMeta) -> None:
@@ -126,7 +126,7 @@ class EmbeddingStore:
         """An existing folder.
 
         Raises:
-            CorpusError: it holds no embeddings, those of another version, or a damaged description.
+            CorpusError: it has no embeddings, embeddings of another version, or damaged metadata.
         """
         path = Path(folder) / META
         try:
@@ -138,7 +138,7 @@ class EmbeddingStore:
             return cls(Path(folder), EmbeddingMeta(**data))
         except OSError as error:
             raise CorpusError(
-                f"'{folder}' holds no embeddings ({META}: {error.strerror}): make them with `steermoe embed`"
+                f"'{folder}' contains no embeddings ({META}: {error.strerror}): make them with `steermoe embed`"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(
@@ -147,10 +147,10 @@ class EmbeddingStore:
 
     @classmethod
     def create(cls, folder: Path | str, meta: EmbeddingMeta) -> "EmbeddingStore":
-        """A folder for new embeddings; one that was begun with the same model and settings is gone on with.
+        """A folder for new embeddings; one that was begun with the same model and options is resumed.
 
         Raises:
-            CorpusError: the folder holds embeddings made otherwise, or can't be written.
+            CorpusError: the folder has embeddings made with other options, or can't be written.
         """
         store = cls(Path(folder), meta)
         if is_store(folder):
@@ -159,7 +159,7 @@ class EmbeddingStore:
                 was, now = getattr(begun, field.name), getattr(meta, field.name)
                 if field.name not in ("complete", "texts") and was != now:
                     raise CorpusError(
-                        f"'{folder}' holds embeddings made with {field.name} {was}, not {now}: name another folder"
+                        f"'{folder}' contains embeddings made with {field.name} {was}, not {now}: name another folder"
                     )
             store.meta = begun
             return store
@@ -177,7 +177,7 @@ class EmbeddingStore:
         self.meta = meta
 
     def finish(self, texts: int) -> None:
-        """Say that the whole corpus is in."""
+        """Record that the whole corpus was read."""
         data = {**asdict(self.meta), "complete": True, "texts": texts}
         self._write_meta(EmbeddingMeta(**data))
 
@@ -187,13 +187,13 @@ class EmbeddingStore:
         return self._path("texts", number, "jsonl").is_file()
 
     def shard_ids(self, number: int) -> list[tuple[str, int]]:
-        """Id and length of each text of a complete shard, to tell whether the corpus is still the same."""
+        """Id and length of each text of a complete shard, to check that the corpus is still the same."""
         return [(text.id, len(text.text)) for text, _ in self._records(number)]
 
     def write_shard(
         self, number: int, texts: Sequence[Text], tokens: Sequence[int], frequency: Floats, hidden: Floats | None
     ) -> None:
-        """Write a shard at once or not at all.
+        """Write a shard whole or not at all.
 
         Raises:
             CorpusError: the disk is full or the folder can't be written to.
@@ -213,11 +213,11 @@ class EmbeddingStore:
                 partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         except OSError as error:
             raise CorpusError(
-                f"can't write to '{self.folder}': {error.strerror}; what is there stays, run again to go on"
+                f"can't write to '{self.folder}': {error.strerror}; finished shards stay, run again to resume"
             ) from error
 
     def shards(self) -> int:
-        """How many complete shards there are, from the first on."""
+        """The number of complete shards before the first gap."""
         number = 0
         while self.has_shard(number):
             number += 1
@@ -231,7 +231,7 @@ class EmbeddingStore:
         """
         numbers = range(self.shards())
         if not numbers:
-            raise CorpusError(f"'{self.folder}' holds no embeddings yet: run `steermoe embed` again to go on")
+            raise CorpusError(f"'{self.folder}' contains no embeddings yet: run `steermoe embed` again to resume")
         records = [record for number in numbers for record in self._records(number)]
         frequency = np.concatenate([self._matrix("embeddings", number) for number in numbers])
         hidden = np.concatenate([self._matrix("hidden", number) for number in numbers]) if self.meta.hidden else None
@@ -269,5 +269,5 @@ class EmbeddingStore:
 
 
 def is_store(folder: Path | str) -> bool:
-    """Whether a folder holds embeddings."""
+    """Whether a folder contains embeddings."""
     return (Path(folder) / META).is_file() and not (Path(folder) / "config.json").is_file()

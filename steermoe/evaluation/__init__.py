@@ -1,4 +1,5 @@
 """How well a model is steered and at what cost: success, damage, mechanism, controls, calibration. No judge model.
 
-`protocol` says what is run, `stories` and `forcing` run it, `store` keeps it, `summary` makes figures of it.
+`protocol` says what is run, `evaluate` and `teacher_forcing` run it, `results` stores it, `summary` computes its
+figures, `report`, `markdown` and `pictures` show them.
 """

@@ -1,4 +1,4 @@
-"""Bootstrap intervals. Openings are resampled, not single texts: the continuations of one opening are not independent.
+"""Bootstrap intervals. Openings are resampled, not texts: the continuations of one opening are not independent.
 
 Shapes: O openings.
 """
@@ -27,9 +27,9 @@ class Interval:
 
 
 def bootstrap(values: NDArray[np.float64], seed: int = 0) -> Interval | None:
-    """The mean of one value an opening [O], with a percentile interval; NaN is left out; None if nothing is left.
+    """The mean of one value per opening [O] with a percentile interval; NaN is left out; None if nothing is left.
 
-    For a paired comparison pass the differences: the same openings, and the same seeds, stand on both sides.
+    For a paired comparison pass the differences, with the same openings and seeds on both sides.
     """
     known = np.asarray(values, dtype=float)
     known = known[~np.isnan(known)]
@@ -41,7 +41,7 @@ def bootstrap(values: NDArray[np.float64], seed: int = 0) -> Interval | None:
 
 
 def share_worse(differences: NDArray[np.float64]) -> float | None:
-    """Share of openings [O] whose difference is negative: those that moved the wrong way. None if there are none."""
+    """Share of openings [O] with a negative difference: those that moved the wrong way. None if there are none."""
     known = np.asarray(differences, dtype=float)
     known = known[~np.isnan(known)]
     return float((known < 0).mean()) if len(known) else None

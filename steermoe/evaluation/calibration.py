@@ -1,6 +1,6 @@
 """Find the largest strength whose damage stays within a budget.
 
-Damage is the 95th percentile of KL(steered || unsteered) a token, in nats, on neutral texts.
+Damage is the 95th percentile of KL(steered || unsteered) per token, in nats, on neutral texts.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from steermoe.errors import SteeringError
 
 if TYPE_CHECKING:
-    from steermoe.evaluation.teacher_forcing import Forcing
+    from steermoe.evaluation.teacher_forcing import TeacherForcing
     from steermoe.formulas import Formula, Scale
     from steermoe.vectors.vector import SteeringVector
 
@@ -19,20 +19,20 @@ LARGEST = 64.0
 FIRST = 0.5
 TOLERANCE = 0.02
 SATURATED = 0.98
-"""From this share of the damage at the largest strength on, more strength is taken to change nothing."""
+"""Above this share of the damage at the largest strength, more strength is taken to change nothing."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found.
+    """The result of a calibration.
 
     Attributes:
         strength: the one to steer with.
-        safe_range: 0 and the largest strength up to which no measured one exceeds the budget.
+        safe_range: from 0 to the largest strength up to which no measured one exceeds the budget.
         damage: nats, at the upper end of the safe range.
         budget: nats.
-        saturates: the budget is never exceeded; `strength` is then the smallest that does all that can be done.
-        measured: every strength that was tried with its damage, in order.
+        saturates: the budget is never exceeded; then `strength` is the smallest with the full effect.
+        measured: every strength that was tried, with its damage, in order.
     """
 
     strength: float
@@ -46,16 +46,16 @@ class Calibration:
 def calibrate(
     damage_at: Callable[[float], float], budget: float = DEFAULT_BUDGET, tolerance: float = TOLERANCE
 ) -> Calibration:
-    """Double the strength until the budget is exceeded, then halve the step between.
+    """Double the strength until it exceeds the budget, then bisect.
 
     Args:
-        damage_at: the damage at a strength; it need not rise steadily, but what is between two measured strengths that
-            are within the budget is taken to be so too.
+        damage_at: the damage at a strength. It need not increase monotonically, but strengths between two measured ones
+            within the budget are assumed to be within it too.
         budget: nats, above 0.
-        tolerance: relative; how finely strengths are told apart.
+        tolerance: relative precision of the strength.
 
     Raises:
-        SteeringError: a budget that is no positive number, or one that the smallest strength exceeds already.
+        SteeringError: a budget that is not a positive number, or that even the smallest strength exceeds.
     """
     check_budget(budget)
     measured: dict[float, float] = {}
@@ -85,35 +85,35 @@ def calibrate(
 
 
 def check_budget(budget: float) -> None:
-    """Refuse what is no budget, before long work.
+    """Reject an invalid budget before long work.
 
     Raises:
-        SteeringError: it is no positive number.
+        SteeringError: it is not a positive number.
     """
     if not 0 < budget < float("inf"):
         raise SteeringError(f"budget {budget} must be a number above 0, in nats, such as {DEFAULT_BUDGET:g}")
 
 
 def calibrate_vector(
-    forcing: "Forcing",
+    teacher_forcing: "TeacherForcing",
     vector: "SteeringVector",
     budget: float = DEFAULT_BUDGET,
     formula: "Formula | None" = None,
     scale: "Scale | None" = None,
 ) -> "tuple[SteeringVector, Calibration]":
-    """The vector with the strength, formula, scale, safe range and damage that were found, and the finding.
+    """The vector with its calibrated strength, formula, scale, safe range and damage, and the calibration.
 
     Args:
-        forcing: neutral texts, on the model that the vector is for.
+        teacher_forcing: neutral texts, on the model that the vector is for.
         vector: what to calibrate.
         budget: nats.
         formula: by default the vector's own.
-        scale: likewise.
+        scale: by default the vector's own.
     """
     from steermoe.steering.plans import plan_for
 
     plan = plan_for(vector, 1.0, formula=formula, scale=scale)
-    found = calibrate(lambda strength: forcing.compare(replace(plan, strength=strength)).kl_p95, budget)
+    found = calibrate(lambda strength: teacher_forcing.compare(replace(plan, strength=strength)).kl_p95, budget)
     info = replace(
         vector.info,
         strength=found.strength,
@@ -126,7 +126,7 @@ def calibrate_vector(
 
 
 def _around(measured: dict[float, float], enough: float) -> tuple[float, float]:
-    """The strengths on both sides of where the damage first reaches `enough`."""
+    """The measured strengths just below and above where the damage first reaches `enough`."""
     low = 0.0
     for strength, damage in sorted(measured.items()):
         if damage >= enough:
@@ -136,7 +136,7 @@ def _around(measured: dict[float, float], enough: float) -> tuple[float, float]:
 
 
 def _between(ends: tuple[float, float], is_beyond: Callable[[float], bool], tolerance: float) -> tuple[float, float]:
-    """Narrow an interval whose upper end is beyond and whose lower end is not, to two decimals."""
+    """Narrow an interval whose upper end is beyond the limit and whose lower end is not, to two decimals."""
     low, high = ends
     while high - low > max(0.01, tolerance * low):
         middle = round((low + high) / 2, 2)

@@ -1,6 +1,6 @@
 """The classifier that judges what a text is about: tf-idf and logistic regression on texts of known domains.
 
-Stories that are judged are short, so it learns from whole texts and from pieces of them, and is tested on pieces.
+The stories to judge are short, so it learns from whole texts and from pieces of them, and is tested on pieces.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,24 @@ from steermoe.evaluation.texts import Labelled
 Floats = NDArray[np.float64]
 
 LEARNT_WORDS, TESTED_WORDS = 25, 30
-"""Words of a piece; 40 tokens are about 30 words."""
+"""Words per piece; 40 tokens are about 30 words."""
 
 
 class DomainClassifier:
-    """Probability of each domain, "neutral" among them, for any text.
+    """Probability of each domain, including "neutral", for any text.
 
-    Its quality is measured on texts that it did not learn from, and that are of another make where the package's own
-    are used: it learns from short texts of many kinds and is tested on stories.
+    Its quality is measured on texts that it did not learn from. With the package's texts they are even of another kind:
+    it learns from short texts of many kinds and is tested on stories.
 
     Args:
         texts: what to learn from, and what to be tested on.
-        seed: of the optimiser.
+        seed: for the optimiser.
 
     Attributes:
         labels: the domains, in the order of the probabilities' columns.
-        auc: area under the ROC curve of each domain against all others, on the first 30 words of the texts held out.
-        recall: share of those of each domain whose own domain is the likeliest: as much as steering could reach.
+        auc: area under the ROC curve of each domain against all others, on the first 30 words of the held-out texts.
+        recall: share of each domain's held-out texts for which that domain is the most likely: the most that steering
+            could reach.
 
     Raises:
         SteerMoEError: scikit-learn is missing.
@@ -59,9 +60,9 @@ class DomainClassifier:
         tested = [(next(pieces(text, TESTED_WORDS)), label) for text, label in texts.measure if label in self.labels]
         truth = np.array([label for _, label in tested])
         found = self.probabilities([piece for piece, _ in tested])
-        likeliest = np.array(self.labels)[found.argmax(1)]
+        most_likely = np.array(self.labels)[found.argmax(1)]
         known = [label for label in self.labels if 0 < (truth == label).sum() < len(truth)]
-        self.recall: dict[str, float] = {label: float((likeliest[truth == label] == label).mean()) for label in known}
+        self.recall: dict[str, float] = {label: float((most_likely[truth == label] == label).mean()) for label in known}
         self.auc: dict[str, float] = {
             label: float(roc_auc_score(truth == label, found[:, self.labels.index(label)])) for label in known
         }
@@ -75,7 +76,7 @@ class DomainClassifier:
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
-    """The text in runs of `size` words; a last one of less than half of it is left out, unless it is the only one."""
+    """The text in runs of `size` words; a last run of less than half of that is left out, unless it is the only one."""
     words = text.split()
     for start in range(0, max(1, len(words) - size // 2), size):
         yield " ".join(words[start : start + size])

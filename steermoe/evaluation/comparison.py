@@ -1,4 +1,4 @@
-"""Compare completions of one prompt: what steering did to the routing, and which words of the domain came up."""
+"""Compare completions of one prompt: how steering changed the routing, and which of the domain's words appear."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Column:
         label: such as "unsteered" or "sport".
         detail: formula and strength.
         shares: for each vector of the comparison, the share of the text's top-k slots that its experts got, 0 to 1.
-        words: where the text holds a keyword of any of the vectors: (start, end) characters.
-        word_count: how many different ones, by domain.
+        words: where the text contains a keyword of any of the vectors: (start, end) characters.
+        word_count: the number of different keywords, by domain.
     """
 
     completion: Completion
@@ -37,7 +37,7 @@ class Column:
 
 
 def compare_completions(completions: Sequence[Completion]) -> list[Column]:
-    """Columns for completions of the same prompt, recorded (`Engine.generate(..., record=True)`), in their order."""
+    """Columns for recorded completions of the same prompt (`Engine.generate(..., record=True)`), in their order."""
     vectors = {
         plan.vector.domain: plan.vector
         for plan in (completion.request.plan for completion in completions)
@@ -70,6 +70,6 @@ def vector_share(frequency: Tensor, vector: SteeringVector) -> float:
 
     Args:
         frequency: routing embedding F [L, N] of a text.
-        vector: whose experts, those with E > 0.
+        vector: its experts are those with E > 0.
     """
     return float((frequency[:, : vector.num_experts] * (vector.experts > 0)).sum(-1).mean())

@@ -1,4 +1,4 @@
-"""Run an evaluation: tell each condition's stories, read texts with and without steering, keep it all in a folder."""
+"""Run an evaluation: generate each condition's stories, read texts with and without steering, store all in a folder."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,32 +14,32 @@ from steermoe.errors import CorpusError
 from steermoe.evaluation.calibration import Calibration, calibrate
 from steermoe.evaluation.comparison import vector_share
 from steermoe.evaluation.judge import Judge
-from steermoe.evaluation.protocol import Condition, Design, Settings, controls_for
+from steermoe.evaluation.protocol import Condition, Design, EvaluationSettings, controls_for
 from steermoe.evaluation.results import ResultFolder, StoryRecord
-from steermoe.evaluation.summary import Summary
-from steermoe.evaluation.teacher_forcing import Forcing, continuation_nats
+from steermoe.evaluation.summary import EvaluationSummary
+from steermoe.evaluation.teacher_forcing import TeacherForcing, continuation_nats
 from steermoe.evaluation.texts import NEUTRAL, Labelled
 from steermoe.models.loading import LoadedModel
 from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.vector import SteeringVector
 
 COARSE = 0.05
-"""Relative: so finely strengths are found that follow a budget."""
+"""Relative precision of strengths that follow a budget."""
 
-Progress = Callable[[int, int], None]
-"""Called with the stories and tokens that are new."""
+StoryProgress = Callable[[int, int], None]
+"""Called with the stories and tokens generated since the last call."""
 
 
 class Evaluation:
-    """Runs conditions on a model; what its folder holds already is not run again.
+    """Runs conditions on a model; what its folder already contains is not run again.
 
     Args:
-        loaded: the model, nothing attached.
+        loaded: the model, with no steering attached.
         vectors: by domain.
-        texts: labelled, for what is read with and without steering.
+        texts: labelled texts to read with and without steering.
         settings: what all conditions share.
-        folder: where results are kept.
-        progress: told of stories as they are written.
+        folder: where results are stored.
+        progress: called as stories are generated.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Evaluation:
         loaded: LoadedModel,
         vectors: Mapping[str, SteeringVector],
         texts: Labelled,
-        settings: Settings,
+        settings: EvaluationSettings,
         folder: ResultFolder,
-        progress: Progress = lambda stories, tokens: None,
+        progress: StoryProgress = lambda stories, tokens: None,
     ) -> None:
         self.vectors = dict(vectors)
         self.settings = settings
@@ -58,21 +58,21 @@ class Evaluation:
         self._texts = texts
         self._progress = progress
         self._engine = HFEngine(loaded, compiled=False)
-        self._of_domain: tuple[str, Forcing] | None = None
+        self._of_domain: tuple[str, TeacherForcing] | None = None
 
     def stories(self, condition: Condition) -> list[StoryRecord]:
-        """The condition's stories, openings in their order for each seed in turn."""
-        return self.folder.stories(condition.name, lambda: self._tell(condition))
+        """The condition's stories: for each seed, the openings in order."""
+        return self.folder.stories(condition.name, lambda: self._generate(condition))
 
     def damage(self, condition: Condition) -> dict[str, float]:
-        """`ForcedFigures` of the condition on neutral texts."""
+        """`TextFigures` of the condition on neutral texts."""
         name = f"{condition.name}.{NEUTRAL}"
-        return self.folder.forced(name, lambda: self._read(self._neutral, condition))
+        return self.folder.on_texts(name, lambda: self._read(self._neutral, condition))
 
     def lift(self, condition: Condition) -> float:
-        """Nats a token by which the domain's own texts became likelier, more than neutral ones did (DESIGN's (c))."""
-        own = self.folder.forced(
-            f"{condition.name}.domain", lambda: self._read(self._forcing_of(condition.domain), condition)
+        """Nats per token by which steering makes the domain's own texts more likely than it makes neutral ones."""
+        own = self.folder.on_texts(
+            f"{condition.name}.domain", lambda: self._read(self._texts_of(condition.domain), condition)
         )
         neutral = self.damage(condition)
         return (own["nats_unsteered"] - own["nats"]) - (neutral["nats_unsteered"] - neutral["nats"])
@@ -92,28 +92,28 @@ class Evaluation:
         return self._neutral.largest_difference(SteeringPlan(vector, 0.0))
 
     @cached_property
-    def _neutral(self) -> Forcing:
-        return self._force(NEUTRAL)
+    def _neutral(self) -> TeacherForcing:
+        return self._teacher_forcing(NEUTRAL)
 
-    def _forcing_of(self, domain: str) -> Forcing:
-        """Kept for one domain at a time: its logits take memory."""
+    def _texts_of(self, domain: str) -> TeacherForcing:
+        """Kept for one domain at a time, because its logits take memory."""
         if self._of_domain is None or self._of_domain[0] != domain:
             self._of_domain = None
-            self._of_domain = domain, self._force(domain)
+            self._of_domain = domain, self._teacher_forcing(domain)
         return self._of_domain[1]
 
-    def _force(self, label: str) -> Forcing:
+    def _teacher_forcing(self, label: str) -> TeacherForcing:
         texts = self._texts.of(label)[: self.settings.forced_texts]
         if not texts:
             raise CorpusError(f"there are no texts labelled '{label}' to measure on: give some with --heldout")
-        return Forcing(self._loaded, texts)
+        return TeacherForcing(self._loaded, texts)
 
-    def _read(self, forcing: Forcing, condition: Condition) -> dict[str, float]:
+    def _read(self, texts: TeacherForcing, condition: Condition) -> dict[str, float]:
         plan = condition.plan(self.vectors[condition.domain])
         assert plan is not None
-        return forcing.compare(plan).as_dict()
+        return texts.compare(plan).as_dict()
 
-    def _tell(self, condition: Condition) -> list[StoryRecord]:
+    def _generate(self, condition: Condition) -> list[StoryRecord]:
         settings = self.settings
         plan = condition.plan(self.vectors.get(condition.domain))
         numbers = [(opening, seed) for seed in range(settings.seeds) for opening in range(len(settings.openings))]
@@ -134,7 +134,7 @@ class Evaluation:
             part = self._engine.generate(requests[first : first + settings.batch_size], record=True)
             self._progress(len(part), sum(one.new_tokens for one in part))
             done += part
-        plain = [  # judged as if nobody had asked for the domain
+        plain = [  # judged as if the prompt had not asked for the domain
             replace(one, request=Request(settings.openings[opening]))
             for one, (opening, _) in zip(done, numbers, strict=True)
         ]
@@ -160,52 +160,55 @@ class Evaluation:
 
 
 def evenness(frequency: Tensor) -> float:
-    """Entropy of a routing embedding F [L, N], a share of log N, mean over layers: 1 is even use, 0 a single expert."""
+    """Entropy of a routing embedding F [L, N] over log N, mean over layers: 1 is even use, 0 a single expert."""
     entropy = -(frequency * frequency.clamp(min=1e-12).log()).sum(-1).mean()
     return float(entropy) / math.log(frequency.shape[1])
 
 
-Told = Callable[[str], None]
-"""Called with what is being done."""
+Notify = Callable[[str], None]
+"""Called with a short description of each step."""
 
 
 def evaluate(
-    evaluation: Evaluation, design: Design, judge: Callable[[list[StoryRecord]], Judge], told: Told = lambda what: None
+    evaluation: Evaluation,
+    design: Design,
+    judge: Callable[[list[StoryRecord]], Judge],
+    notify: Notify = lambda step: None,
 ) -> dict[str, Any]:
-    """Run all conditions of a design, the most telling first, and sum them up.
+    """Run all conditions of a design, the most important first, and summarise them.
 
     Args:
-        evaluation: where and with what.
+        evaluation: the model, the vectors and the folder.
         design: what to compare.
-        judge: makes the judge, from the unsteered stories.
-        told: hears what is being done.
+        judge: makes the judge from the unsteered stories.
+        notify: called with a short description of each step.
 
     Returns:
-        what `Summary.as_dict` makes, with the largest difference that strength 0 makes: `strength_0`.
+        what `EvaluationSummary.as_dict` returns, plus `strength_0`, the largest difference that strength 0 makes.
     """
-    told("unsteered stories")
+    notify("unsteered stories")
     unsteered = evaluation.stories(Condition("unsteered"))
     domains = list(evaluation.vectors)
-    summary = Summary(judge(unsteered), unsteered, domains)
+    summary = EvaluationSummary(judge(unsteered), unsteered, domains)
     plans = {domain: design.steered(vector) for domain, vector in evaluation.vectors.items()}
     done: list[Condition] = []
     for number in range(max(map(len, plans.values()))):
         for domain in domains:
             for wanted in plans[domain][number : number + 1]:
-                told(f"{domain}: {wanted.formula}, {wanted.cut} threshold")
+                notify(f"{domain}: {wanted.formula}, {wanted.cut} threshold")
                 found = wanted if wanted.budget is None else evaluation.within(wanted, wanted.budget)[0]
                 for condition in (found, *(controls_for(found) if design.controls and number == 0 else ())):
-                    told(f"{domain}: {condition.kind}, {condition.formula} {condition.strength:g}")
+                    notify(f"{domain}: {condition.kind}, {condition.formula} {condition.strength:g}")
                     evaluation.stories(condition)
                     done.append(condition)
-    told("reading texts of each domain")
+    notify("reading texts of each domain")
     for condition in sorted(done, key=lambda one: domains.index(one.domain)):  # a domain's texts are kept in memory
-        forced = condition.kind in ("steered", "shuffled")
+        is_read = condition.kind in ("steered", "shuffled")
         summary.add(
             condition,
             evaluation.stories(condition),
-            evaluation.damage(condition) if forced else None,
-            evaluation.lift(condition) if forced else None,
+            evaluation.damage(condition) if is_read else None,
+            evaluation.lift(condition) if is_read else None,
         )
     return {
         "model": evaluation.model,

@@ -1,4 +1,4 @@
-"""Turn stories into figures: what each is about, how much of the domain's words it holds, and whether it is sound."""
+"""Turn stories into figures: what each is about, how many of the domain's words it has, and whether it is sound."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,23 +9,23 @@ from numpy.typing import NDArray
 from steermoe.evaluation import measures
 from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.results import StoryRecord
-from steermoe.evaluation.soundness import Usual, damage_of
+from steermoe.evaluation.soundness import Usual, defect_of
 from steermoe.evaluation.words import word_pattern
 
 FIGURES = {
     "sound_success": "share of texts that are about the domain and sound",
-    "success": "share of texts whose likeliest domain, of all and neutral, is the wanted one",
+    "success": "share of texts whose most likely domain, of all and neutral, is the wanted one",
     "probability": "probability of the domain by the classifier",
-    "words_per_1000": "words of the domain's list per 1,000 words",
+    "words_per_1000": "words from the domain's list per 1,000 words",
     "distinct_words": "different words of the list in a text",
-    "sentences_hit": "share of sentences with a word of the list",
+    "sentences_hit": "share of sentences with a word from the list",
     "damaged": "share of texts that are gibberish, a loop or a list of words",
-    "nats": "negative log-likelihood a token under the unsteered model",
-    "distinct_1": "different tokens over all, in the first 40 tokens",
-    "distinct_2": "different pairs of tokens over all, likewise",
-    "distinct_3": "different triples of tokens over all, likewise",
-    "repeated_4": "share of 4-grams that came before",
-    "loop": "tokens of the longest stretch that is one piece said again at once",
+    "nats": "negative log-likelihood per token under the unsteered model",
+    "distinct_1": "share of different tokens among the first 40 tokens",
+    "distinct_2": "share of different pairs of tokens among the first 40 tokens",
+    "distinct_3": "share of different triples of tokens among the first 40 tokens",
+    "repeated_4": "share of 4-grams that occurred before",
+    "loop": "tokens of the longest stretch in which one piece repeats immediately",
     "length": "tokens of a text",
     "vector_share": "share of top-k slots that went to the domain's experts",
     "evenness": "entropy of the experts' use over log N",
@@ -36,14 +36,14 @@ Floats = NDArray[np.float64]
 
 
 class Judge:
-    """Judges stories by the classifier, the lists of words, and what the unsteered stories are like.
+    """Judges stories by the classifier, the word lists, and comparison with the unsteered stories.
 
     Args:
         classifier: knows the domains.
-        words: a list of words by domain; a domain without one gets no figures of words.
-        keywords: further words by domain, such as the vectors' own; only bare lists are told by them, no success.
-        unsteered: the stories that say what is usual.
-        openings, seeds: how many there are.
+        words: a word list by domain; a domain without one gets no word figures.
+        keywords: further words by domain, such as the vectors' own; they only help to detect bare lists of words.
+        unsteered: the stories that define what is usual.
+        openings, seeds: their numbers.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Judge:
     def usual(self) -> Usual:
         return Usual.of([story.nats for story in self._unsteered if story.nats is not None])
 
-    def likeliest(self, stories: Sequence[StoryRecord]) -> dict[str, float]:
-        """Share of stories by the domain that the classifier finds likeliest."""
+    def most_likely(self, stories: Sequence[StoryRecord]) -> dict[str, float]:
+        """Share of stories by the domain that the classifier finds most likely."""
         found = self._classified(stories).argmax(1)
         return {label: float((found == column).mean()) for column, label in enumerate(self.classifier.labels)}
 
     def success(self, stories: Sequence[StoryRecord], domain: str) -> Floats:
-        """The figure of that name alone, [O], for a domain that the stories need not be meant for."""
+        """The success figure alone, [O], for any domain, also one that the stories were not steered toward."""
         hits = self._classified(stories).argmax(1) == self.classifier.labels.index(domain)
         values = np.full((self.openings, self.seeds), np.nan)
         for story, hit in zip(stories, hits, strict=True):
@@ -84,7 +84,7 @@ class Judge:
         return _mean_over_seeds(values)
 
     def figures(self, stories: Sequence[StoryRecord], domain: str) -> dict[str, Floats]:
-        """Each figure of `FIGURES` as its mean over seeds for each opening [O]; NaN where there is none."""
+        """Each figure in `FIGURES` as its mean over seeds for each opening [O]; NaN if there is none."""
         column = self.classifier.labels.index(domain)
         values = {name: np.full((self.openings, self.seeds), np.nan) for name in FIGURES}
         for story, row in zip(stories, self._classified(stories), strict=True):
@@ -94,7 +94,7 @@ class Judge:
         return {name: _mean_over_seeds(of_stories) for name, of_stories in values.items()}
 
     def _classified(self, stories: Sequence[StoryRecord]) -> Floats:
-        """Probabilities [stories, domains]; each text is classified once, though many domains ask for it."""
+        """Probabilities [stories, domains]; each text is classified only once for all domains."""
         new = list({story.text for story in stories} - self._probabilities.keys())
         self._probabilities.update(zip(new, self.classifier.probabilities(new), strict=True))
         found = [self._probabilities[story.text] for story in stories]
@@ -106,7 +106,7 @@ class Judge:
         known = self._known.get(domain)
         density = measures.word_figures(story.text, known).per_thousand if known else 0.0
         success = float(probabilities.argmax() == column)
-        damaged = bool(damage_of(self.usual, story.nats, repeated, loop, density)) or not tokens
+        damaged = bool(defect_of(self.usual, story.nats, repeated, loop, density)) or not tokens
         figures: dict[str, float | None] = {
             "sound_success": success * (not damaged),
             "success": success,
@@ -131,7 +131,7 @@ class Judge:
 
 
 def _mean_over_seeds(values: Floats) -> Floats:
-    """[O] of [O, seeds], NaN left out; NaN where nothing is left."""
+    """[O] from [O, seeds], without NaN; NaN if nothing is left."""
     known = ~np.isnan(values)
     counts = known.sum(1)
     return np.where(counts > 0, np.where(known, values, 0.0).sum(1) / np.maximum(counts, 1), np.nan)

@@ -1,15 +1,15 @@
-"""The tables of an evaluation in Markdown, for a report or a README: what is written comes from the summary alone."""
+"""The tables of an evaluation in Markdown, for a report or a README, made from the summary alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from steermoe.evaluation.summary import MAIN, control_groups
 
-Summary = Mapping[str, Any]
+SummaryDict = Mapping[str, Any]
 NAMES = {"additive": "(3) additive", "max_scaled": "(4) max-scaled", "zero_max_scaled": "(5) zero-max-scaled"}
 
 
-def markdown(summary: Summary) -> str:
+def markdown(summary: SummaryDict) -> str:
     """All tables under headings."""
     parts = [
         ("Domains and controls", _domains(summary)),
@@ -33,7 +33,7 @@ def markdown(summary: Summary) -> str:
     return "\n".join([head, "", *complaints, *(f"\n### {title}\n\n{table}" for title, table in parts)]) + "\n"
 
 
-def _domains(summary: Summary) -> str:
+def _domains(summary: SummaryDict) -> str:
     main = summary["main_group"]
     groups = control_groups(main)
     columns = {"steered": main, "shuffled": groups["shuffled"], "asked in words": "prompted", "both": groups["both"]}
@@ -41,7 +41,7 @@ def _domains(summary: Summary) -> str:
     table = []
     for domain, usual in summary["unsteered"].items():
         if (domain, main) not in rows:
-            continue  # its vector steers by another formula than the first one's
+            continue  # its vector uses another formula than the first one
         cells = [rate(usual[MAIN])]
         cells += [
             rate(rows[domain, group]["figures"][MAIN]) if (domain, group) in rows else "" for group in columns.values()
@@ -59,7 +59,7 @@ def _domains(summary: Summary) -> str:
     return _table(titles, table)
 
 
-def _groups(summary: Summary) -> str:
+def _groups(summary: SummaryDict) -> str:
     rows = []
     for group in summary["groups"]:
         figures, texts = group["figures"], group["on_texts"]
@@ -92,7 +92,7 @@ def _what(group: Mapping[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _confusion(summary: Summary) -> str:
+def _confusion(summary: SummaryDict) -> str:
     confusion = summary["confusion"]
     rows = [
         [vector, *(f"{share:.0%}" for share in shares)]
@@ -101,7 +101,7 @@ def _confusion(summary: Summary) -> str:
     return _table(["steered with", *confusion["classified"]], rows)
 
 
-def _classifier(summary: Summary) -> str:
+def _classifier(summary: SummaryDict) -> str:
     found = summary["classifier"]
     return _table(
         ["", *found["auc"]],
@@ -112,7 +112,7 @@ def _classifier(summary: Summary) -> str:
     )
 
 
-def _equal_damage(summary: Summary) -> str:
+def _equal_damage(summary: SummaryDict) -> str:
     rows = [
         [
             _setting(pair),
@@ -126,7 +126,7 @@ def _equal_damage(summary: Summary) -> str:
     return _table(["threshold, scale", "budget", "pair", "difference in sound success", "difference in nats"], rows)
 
 
-def _equal_success(summary: Summary) -> str:
+def _equal_success(summary: SummaryDict) -> str:
     rows = []
     for at in summary["formulas"]["equal_success"]:
         for one in at["damage"]:
@@ -141,7 +141,7 @@ def _setting(row: Mapping[str, Any]) -> str:
 
 
 def rate(interval: Mapping[str, float] | None, form: str = ".0%") -> str:
-    """A share with its interval, such as 72% [68%, 76%]; "" where there is none."""
+    """A share with its interval, such as 72% [68%, 76%]; "" if there is none."""
     if interval is None:
         return ""
     return f"{interval['mean']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"

@@ -1,6 +1,6 @@
 """Figures of one text, from its tokens or words alone: loops, repetition, variety, a domain's words. Knows no model.
 
-Lengths and positions are in tokens of the model, rates of words are per 1,000 words of the text.
+Lengths and positions are in tokens of the model, word rates are per 1,000 words of the text.
 """
 
 import re
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LONGEST_PERIOD = 40
-"""A loop's repeated piece is looked for up to this length, in tokens."""
+"""The longest repeated piece of a loop that is looked for, in tokens."""
 VARIETY_LENGTH = 40
-"""Tokens of a text that distinct n-grams are counted in: the share falls with length, so all must have the same."""
+"""Tokens of a text in which distinct n-grams are counted: the share falls with length, so all need the same length."""
 
 
 def distinct_ngrams(tokens: Sequence[int], size: int, length: int = VARIETY_LENGTH) -> float | None:
-    """Different n-grams over all n-grams of the first `length` tokens, 0 to 1; None where the text is shorter."""
+    """Share of different n-grams among the first `length` tokens, 0 to 1; None if the text is shorter."""
     if len(tokens) < length:
         return None
     grams = _ngrams(tokens[:length], size)
@@ -22,13 +22,13 @@ def distinct_ngrams(tokens: Sequence[int], size: int, length: int = VARIETY_LENG
 
 
 def repeated_ngrams(tokens: Sequence[int], size: int = 4) -> float:
-    """Share of n-grams that stood in the text before, 0 to 1."""
+    """Share of n-grams that occurred earlier in the text, 0 to 1."""
     grams = _ngrams(tokens, size)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def longest_loop(tokens: Sequence[int]) -> int:
-    """Tokens of the longest stretch that is one piece said at least twice in a row; 0 if there is none."""
+    """Tokens of the longest stretch in which one piece occurs at least twice in a row; 0 if there is none."""
     longest = 0
     for period in range(1, min(LONGEST_PERIOD, len(tokens) // 2) + 1):
         run = 0
@@ -44,9 +44,9 @@ class WordFigures:
     """A domain's words in a text.
 
     Attributes:
-        per_thousand: of its words, how many of 1,000 are the domain's.
-        distinct: how many different ones.
-        sentences: share of sentences that hold one, 0 to 1.
+        per_thousand: the domain's words per 1,000 words.
+        distinct: the number of different ones.
+        sentences: share of sentences with at least one, 0 to 1.
     """
 
     per_thousand: float

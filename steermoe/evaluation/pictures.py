@@ -1,6 +1,4 @@
-"""Pictures of an evaluation's summary: success against damage, sweep of strengths, domains, confusion. Needs the extra
-`plot`.
-"""
+"""Pictures of an evaluation: success against damage, sweep of strengths, domains, confusion. Needs the extra `plot`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,17 +18,17 @@ KINDS = {
     "both": ("asked and steered", "#117733"),
 }
 
-Summary = Mapping[str, Any]
+SummaryDict = Mapping[str, Any]
 
 
-def draw_all(summary: Summary, folder: Path) -> list[Path]:
-    """Draw what the summary has figures for, as PNG files; their paths.
+def draw_all(summary: SummaryDict, folder: Path) -> list[Path]:
+    """Draw everything that the summary has figures for as PNG files; returns their paths.
 
     Raises:
         SteerMoEError: matplotlib is missing, or a file can't be written.
     """
     drawn = []
-    pictures: dict[str, Callable[[Any, Summary], bool]] = {
+    pictures: dict[str, Callable[[Any, SummaryDict], bool]] = {
         "pareto": _pareto,
         "sweep": _sweep,
         "domains": _domains,
@@ -44,7 +42,7 @@ def draw_all(summary: Summary, folder: Path) -> list[Path]:
     return drawn
 
 
-def _steered_groups(summary: Summary) -> list[dict[str, Any]]:
+def _steered_groups(summary: SummaryDict) -> list[dict[str, Any]]:
     return [group for group in summary["groups"] if group["kind"] == "steered" and "kl_p95" in group["on_texts"]]
 
 
@@ -56,12 +54,12 @@ def _curves(groups: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list
     return found
 
 
-def _unsteered_success(summary: Summary) -> float:
+def _unsteered_success(summary: SummaryDict) -> float:
     rates = [figures[MAIN]["mean"] for figures in summary["unsteered"].values()]
     return float(sum(rates) / len(rates))
 
 
-def _pareto(figure: Any, summary: Summary) -> bool:
+def _pareto(figure: Any, summary: SummaryDict) -> bool:
     """Success over damage; every formula's curve begins at the unsteered model."""
     groups = _steered_groups(summary)
     if not groups:
@@ -71,8 +69,8 @@ def _pareto(figure: Any, summary: Summary) -> bool:
     unsteered = [figures["nats"]["mean"] for figures in summary["unsteered"].values() if figures["nats"]]
     begins = {"kl_p95": 0.0, "nats": sum(unsteered) / len(unsteered) if unsteered else None}
     labels = {
-        "kl_p95": "95th percentile of KL(steered || unsteered), nats a token",
-        "nats": "nats a token of the stories under the unsteered model",
+        "kl_p95": "95th percentile of KL(steered || unsteered), nats per token",
+        "nats": "nats per token of the stories under the unsteered model",
     }
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for (scale, cut, formula), members in sorted(_curves(groups).items()):
@@ -116,8 +114,8 @@ def _damage(group: Mapping[str, Any], name: str) -> float | None:
     return float(group["figures"][name]["mean"]) if group["figures"][name] else None
 
 
-def _sweep(figure: Any, summary: Summary) -> bool:
-    """What each strength does, a line a formula; mean over domains, at the mean of their strengths."""
+def _sweep(figure: Any, summary: SummaryDict) -> bool:
+    """Success and damage by strength, one line per formula; mean over domains, at the mean of their strengths."""
     curves = {key: groups for key, groups in _curves(_steered_groups(summary)).items() if len(groups) > 1}
     if not curves:
         return False
@@ -130,7 +128,7 @@ def _sweep(figure: Any, summary: Summary) -> bool:
         below.plot(xs, [group["on_texts"]["kl_p95"] for group in groups], **style)
     above.set_ylabel("sound texts about the domain")
     above.set_ylim(0, 1)
-    below.set_ylabel("95th percentile of KL, nats a token")
+    below.set_ylabel("95th percentile of KL, nats per token")
     for axis in (above, below):
         axis.set_xlabel("strength c, mean over domains")
         axis.set_xscale("log", base=2)
@@ -140,7 +138,7 @@ def _sweep(figure: Any, summary: Summary) -> bool:
     return True
 
 
-def _domains(figure: Any, summary: Summary) -> bool:
+def _domains(figure: Any, summary: SummaryDict) -> bool:
     """Success of each domain, steered and under each control, with intervals."""
     main = summary["main_group"]
     rows = {
@@ -179,7 +177,7 @@ def _domains(figure: Any, summary: Summary) -> bool:
     return True
 
 
-def _confusion(figure: Any, summary: Summary) -> bool:
+def _confusion(figure: Any, summary: SummaryDict) -> bool:
     """Which domain the texts of each vector are about."""
     confusion = summary["confusion"]
     figure.set_size_inches(8, 6.5)
@@ -193,12 +191,12 @@ def _confusion(figure: Any, summary: Summary) -> bool:
                 )
     axis.set_xticks(range(len(confusion["classified"])), confusion["classified"], rotation=30, ha="right")
     axis.set_yticks(range(len(confusion["vectors"])), confusion["vectors"])
-    axis.set_xlabel("domain that the classifier finds likeliest")
+    axis.set_xlabel("domain that the classifier finds most likely")
     axis.set_ylabel("vector steered with")
     figure.suptitle(f"Texts by vector and domain, {_what(summary)}")
     return True
 
 
-def _what(summary: Summary) -> str:
+def _what(summary: SummaryDict) -> str:
     settings = summary["settings"]
     return f"{summary['model']}, {len(settings['openings'])} openings x {settings['seeds']} seeds"

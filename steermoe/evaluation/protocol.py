@@ -1,4 +1,4 @@
-"""What an evaluation runs: its settings, and the conditions under which stories are told and texts are read."""
+"""What an evaluation runs: its settings, and the conditions under which stories are generated and texts are read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,15 +24,15 @@ ASKING = "The following story is about {domain}.\n\n{opening}"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all conditions share. Two evaluations can be compared where these are equal.
+class EvaluationSettings:
+    """What all conditions share. Two evaluations are comparable if these are equal.
 
     Attributes:
         openings: the beginnings to continue.
-        seeds: so many continuations of each opening; the same seeds under every condition.
+        seeds: continuations of each opening; every condition uses the same seeds.
         max_new_tokens, temperature: of the sampling.
-        forced_texts: so many texts of each domain, and neutral ones, are read with and without steering.
-        batch_size: stories in one batch; part of the settings because floating point makes it count.
+        forced_texts: the number of texts of each domain, and of neutral ones, to read with and without steering.
+        batch_size: stories in one batch; a setting because it affects floating-point results.
     """
 
     openings: tuple[str, ...]
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of telling stories.
+    """One way of generating stories.
 
     Attributes:
         cut: how the vector is thresholded.
@@ -71,7 +71,7 @@ class Condition:
 
     @property
     def group(self) -> str:
-        """What conditions of different domains have in common: all but the domain, and but a strength of its own."""
+        """What conditions of different domains have in common: everything but the domain and the vector's strength."""
         if not self.steers:
             return self.kind
         level = f"strength-{self.strength:g}" if self.budget is None else f"budget-{self.budget:g}"
@@ -80,7 +80,7 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """Names its file. The budget is no part of it: the same strength is the same story."""
+        """The name of its file. It leaves out the budget: the same strength gives the same stories."""
         if self.kind == "unsteered":
             return self.kind
         how = f"-{self.formula}-{self.scale}-{self.cut}-{self.strength:g}" if self.steers else ""
@@ -102,18 +102,18 @@ class Condition:
 
 
 def cut_vector(vector: SteeringVector, cut: Cut) -> SteeringVector:
-    """The vector thresholded another way, if it keeps frequencies.
+    """The vector with another threshold, if it has frequencies.
 
     Raises:
-        VectorError: it does not, or has no baseline for a relative threshold.
+        VectorError: it has none, or no baseline for a relative threshold.
     """
     return vector if cut == "own" else vector.with_threshold(vector.threshold, relative=cut == "relative")
 
 
 def shuffled(vector: SteeringVector, seed: int = 0) -> SteeringVector:
-    """A control: the same weights on other experts, shuffled within each layer so that none keeps its place if it can.
+    """A control: the same weights on other experts, shuffled within each layer so that, if possible, all of them move.
 
-    What steers because logits are moved at all, and not because of which experts they belong to, this does too.
+    It reproduces any effect of moving logits as such, regardless of which experts they belong to.
     """
     generator = torch.Generator().manual_seed(seed)
     experts = vector.experts.clone()
@@ -122,7 +122,7 @@ def shuffled(vector: SteeringVector, seed: int = 0) -> SteeringVector:
         others = [expert for expert in range(len(row)) if expert not in used]
         places = torch.randperm(len(others), generator=generator).tolist()
         target = [others[place] for place in places[: len(used)]]
-        target += used[: len(used) - len(target)]  # more than half are used: some must stay among themselves
+        target += used[: len(used) - len(target)]  # more than half are used, so some must swap among themselves
         values = row[used].clone()
         row[used] = 0.0
         row[target] = values
@@ -143,10 +143,11 @@ class Design:
     Attributes:
         formulas, scales: None takes each vector's own.
         cuts: thresholds.
-        strengths: given ones.
-        budgets: also the strengths that spend so many nats. Where neither is given: each vector's own strength, or
-            where formulas or thresholds are compared, whose strengths mean different things, a budget of 1 nat.
-        controls: hold the first condition of each domain against shuffled experts, and against a prompt in words.
+        strengths: fixed strengths.
+        budgets: also the largest strengths within these budgets, in nats. Without strengths and budgets: each vector's
+            own strength, or a budget of 1 nat if formulas or thresholds are compared, since strengths then differ in
+            meaning.
+        controls: compare the first condition of each domain with shuffled experts and with a prompt in words.
     """
 
     formulas: tuple[Formula, ...] | None = None
@@ -161,7 +162,7 @@ class Design:
         return self.formulas is not None or self.scales is not None or self.cuts != ("own",)
 
     def steered(self, vector: SteeringVector) -> list[Condition]:
-        """The steered conditions of a domain, the most telling first; those with a budget still lack their strength."""
+        """The steered conditions of a domain, the most important first; those with a budget have no strength yet."""
         own = own_condition(vector)
         budgets = self.budgets or ((DEFAULT_BUDGET,) if self.compares and not self.strengths else ())
         if not budgets and not self.strengths:
@@ -181,12 +182,12 @@ class Design:
 
 
 def _first(own: Any, given: Sequence[Any] | None) -> list[Any]:
-    """What was given, a vector's own before others; only that if nothing was."""
+    """The given values, the vector's own first; only its own if none are given."""
     return sorted(given, key=lambda value: value != own) if given else [own]
 
 
 def controls_for(steered: Condition) -> Iterator[Condition]:
-    """The conditions that a steered one has to be held against."""
+    """The conditions to compare a steered one with."""
     yield replace(steered, kind="shuffled")
     yield Condition("prompted", steered.domain)
     yield replace(steered, kind="both")

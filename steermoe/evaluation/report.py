@@ -1,4 +1,4 @@
-"""Evaluate into a folder, and write what a reader wants of it: `evaluation.json`, CSV, Markdown, pictures."""
+"""Evaluate into a folder, and write the results for readers: `evaluation.json`, CSV, Markdown, pictures."""
 
 import csv
 import io
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.evaluation.classifier import DomainClassifier
-from steermoe.evaluation.evaluate import Evaluation, Told, evaluate
+from steermoe.evaluation.evaluate import Evaluation, Notify, evaluate
 from steermoe.evaluation.judge import FIGURES, Judge
 from steermoe.evaluation.markdown import markdown, rate
 from steermoe.evaluation.pictures import draw_all
-from steermoe.evaluation.protocol import Design, Settings
-from steermoe.evaluation.results import ResultFolder
+from steermoe.evaluation.protocol import Design, EvaluationSettings
+from steermoe.evaluation.results import ResultFolder, StoryRecord
 from steermoe.evaluation.summary import MAIN
 from steermoe.evaluation.texts import Labelled, domain_list
 from steermoe.models.loading import LoadedModel
@@ -39,58 +39,47 @@ def evaluate_into(
     loaded: LoadedModel,
     vectors: Mapping[str, SteeringVector],
     texts: Labelled,
-    settings: Settings,
+    settings: EvaluationSettings,
     design: Design,
     *,
-    words: Path | None = None,
-    told: Told = lambda what: None,
+    notify: Notify = lambda step: None,
 ) -> dict[str, Any]:
-    """Evaluate vectors; what the folder holds already is not run again.
+    """Evaluate vectors; what the folder already contains is not run again.
 
     Args:
         folder: for the results.
         loaded: the model.
         vectors: by domain.
-        texts: labelled, which no vector was built from.
-        settings: the protocol.
+        texts: labelled texts from which no vector was built, and the word lists.
+        settings: what all conditions share.
         design: what to compare.
-        words: a folder of lists of words, by default the package's.
-        told: hears what is being done.
+        notify: called with a short description of each step.
 
     Returns:
         the summary, as in `evaluation.json`.
 
     Raises:
-        SteerMoEError: a folder that was begun with other settings, or can't be written; scikit-learn or matplotlib is
+        SteerMoEError: the folder was begun with other settings or can't be written; scikit-learn or matplotlib is
             missing. SteeringError: a plan that does not fit.
     """
     classifier = DomainClassifier(texts)
-    about = {
-        "model": loaded.name,
-        "dtype": str(loaded.model.dtype),
-        **settings.as_dict(),
-        "vectors": {
-            domain: tensors_sha256({"experts": vector.experts.contiguous()})[:16] for domain, vector in vectors.items()
-        },
-    }
-    results = ResultFolder(folder, about)
+    results = ResultFolder(folder, _comparable(loaded, vectors, settings))
     started, counted = time.monotonic(), [0, 0]
 
     def progress(stories: int, tokens: int) -> None:
         counted[0] += stories
         counted[1] += tokens
         rate = counted[1] / (time.monotonic() - started)
-        told(f"{counted[0]:,} stories so far, {rate:,.0f} tokens/s over all")
+        notify(f"{counted[0]:,} stories so far, {rate:,.0f} tokens/s over all")
+
+    keywords = {domain: vector.info.keywords for domain, vector in vectors.items()}
+    lists = {domain: domain_list(domain, own, texts.word_lists) for domain, own in keywords.items()}
+
+    def judge(unsteered: list[StoryRecord]) -> Judge:
+        return Judge(classifier, lists, keywords, unsteered, len(settings.openings), settings.seeds)
 
     evaluation = Evaluation(loaded, vectors, texts, settings, results, progress)
-    lists = {domain: domain_list(domain, vector.info.keywords, words) for domain, vector in vectors.items()}
-    keywords = {domain: vector.info.keywords for domain, vector in vectors.items()}
-    summary = evaluate(
-        evaluation,
-        design,
-        lambda unsteered: Judge(classifier, lists, keywords, unsteered, len(settings.openings), settings.seeds),
-        told,
-    )
+    summary = evaluate(evaluation, design, judge, notify)
     summary["words"] = {domain: len(listed) for domain, listed in lists.items()}
     summary["seconds"] = round(time.monotonic() - started, 1)
     results.write_json(SUMMARY, summary)
@@ -100,8 +89,22 @@ def evaluate_into(
     return summary
 
 
+def _comparable(
+    loaded: LoadedModel, vectors: Mapping[str, SteeringVector], settings: EvaluationSettings
+) -> dict[str, Any]:
+    """Everything that must be the same for results to be comparable."""
+    return {
+        "model": loaded.name,
+        "dtype": str(loaded.model.dtype),
+        **settings.as_dict(),
+        "vectors": {
+            domain: tensors_sha256({"experts": vector.experts.contiguous()})[:16] for domain, vector in vectors.items()
+        },
+    }
+
+
 def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Rows for `TITLES`: each condition, and where there are several domains the mean of each group."""
+    """Rows for `TITLES`: each condition, and the mean of each group if there are several domains."""
     rows = [_row(row, row["domain"], summary["unsteered"][row["domain"]]) for row in summary["conditions"]]
     if len(summary["unsteered"]) > 1:
         rows += [_row(group, "all", None) for group in summary["groups"]]
@@ -132,7 +135,7 @@ def _row(row: Mapping[str, Any], domain: str, unsteered: Mapping[str, Any] | Non
 
 
 def _csv(summary: Mapping[str, Any]) -> str:
-    """One line a condition: what it is, each figure with its interval, what was measured on texts."""
+    """One line per condition: what it is, each figure with its interval, what was measured on texts."""
     on_texts = sorted({name for row in summary["conditions"] for name in row["on_texts"]})
     what = ("domain", "kind", "formula", "scale", "cut", "budget", "strength", "worse")
     parts = ("mean", "low", "high")

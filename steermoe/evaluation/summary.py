@@ -1,5 +1,5 @@
-"""Figures of a whole evaluation, ready for JSON: each condition with intervals, groups over domains, controls, and the
-comparison of the formulas at equal damage and at equal success.
+"""Figures of a whole evaluation, ready for JSON: conditions with intervals, groups over domains, controls, and formulas
+compared at equal damage and at equal success.
 
 Shapes: D domains, O openings.
 """
@@ -17,15 +17,15 @@ from steermoe.evaluation.results import StoryRecord
 from steermoe.formulas import FORMULAS
 
 MAIN = "sound_success"
-"""The figure that success means where only one is told."""
+"""The figure that stands for success if only one is shown."""
 EQUAL_SUCCESS = (0.3, 0.5)
 """Rates of success at which the formulas' damage is compared."""
 
 FigureTable = dict[str, Floats]
 
 
-class Summary:
-    """Collects conditions as they are done, and makes the figures of them.
+class EvaluationSummary:
+    """Collects conditions as they are finished and computes their figures.
 
     Args:
         judge: turns stories into figures.
@@ -39,7 +39,7 @@ class Summary:
         self._unsteered = {domain: judge.figures(unsteered, domain) for domain in domains}
         self._rows: list[dict[str, Any]] = []
         self._figures: dict[str, FigureTable] = {}
-        self._likeliest = {"unsteered": judge.likeliest(unsteered)}
+        self._most_likely = {"unsteered": judge.most_likely(unsteered)}
         self._foreign: dict[str, dict[str, Floats]] = {}
 
     def add(
@@ -49,7 +49,7 @@ class Summary:
         damage: Mapping[str, float] | None = None,
         lift: float | None = None,
     ) -> None:
-        """Take in a condition of one domain, with what was measured on texts (`ForcedFigures`) if it was."""
+        """Add a condition of one domain, with what was measured on texts (`TextFigures`), if anything was."""
         figures = self.judge.figures(stories, condition.domain)
         key = f"{condition.name}|{condition.group}"
         self._figures[key] = figures
@@ -70,12 +70,12 @@ class Summary:
             }
         )
         if condition.kind == "steered":
-            self._likeliest[f"{condition.domain}|{condition.group}"] = self.judge.likeliest(stories)
+            self._most_likely[f"{condition.domain}|{condition.group}"] = self.judge.most_likely(stories)
             others = [domain for domain in self.domains if domain != condition.domain]
             self._foreign[key] = {domain: self.judge.success(stories, domain) for domain in others}
 
     def as_dict(self, main_group: str) -> dict[str, Any]:
-        """All of it; `main_group` is the steered group that controls and the confusion matrix are about."""
+        """The whole summary; `main_group` is the steered group for controls and the confusion matrix."""
         controls = self._controls(main_group)
         return {
             "classifier": {"auc": self.judge.classifier.auc, "recall": self.judge.classifier.recall},
@@ -124,15 +124,15 @@ class Summary:
 
     def _confusion(self, group: str) -> dict[str, Any]:
         labels = self.judge.classifier.labels
-        rows = {"unsteered": self._likeliest["unsteered"]}
-        rows |= {d: self._likeliest[f"{d}|{group}"] for d in self.domains if f"{d}|{group}" in self._likeliest}
+        rows = {"unsteered": self._most_likely["unsteered"]}
+        rows |= {d: self._most_likely[f"{d}|{group}"] for d in self.domains if f"{d}|{group}" in self._most_likely}
         values = [[shares[label] for label in labels] for shares in rows.values()]
         return {"vectors": list(rows), "classified": labels, "share": values}
 
     # ---- controls ----
 
     def _controls(self, group: str) -> list[dict[str, Any]]:
-        """For each domain: does the true vector do more than a shuffled one, and do foreign ones do nothing?"""
+        """For each domain: does its vector do more than the shuffled one, and do other domains' vectors do nothing?"""
         true = self._members(group)
         shuffled = self._members(control_groups(group)["shuffled"])
         found = []
@@ -164,7 +164,7 @@ class Summary:
     # ---- the formulas against each other ----
 
     def _budget_groups(self) -> dict[tuple[str, str, float], dict[str, str]]:
-        """(scale, cut, budget) -> formula -> group, where strengths follow a budget."""
+        """(scale, cut, budget) -> formula -> group, for strengths that follow a budget."""
         found: dict[tuple[str, str, float], dict[str, str]] = {}
         for row in self._rows:
             if row["kind"] == "steered" and row["budget"] is not None:
@@ -214,13 +214,13 @@ class Summary:
 
 
 def control_groups(main: str) -> dict[str, str]:
-    """The groups that a steered group is to be seen beside, itself among them, by kind."""
+    """The groups to show beside a steered group, including itself, by kind."""
     level = main.removeprefix("steered-")
     return {"shuffled": f"shuffled-{level}", "prompted": "prompted", "steered": main, "both": f"both-{level}"}
 
 
 def _damage_at(points: Sequence[tuple[float, Floats]], target: float) -> dict[str, float] | None:
-    """Where a curve of success over damage first reaches a rate, with its interval; None if it does not."""
+    """The damage at which success first reaches a rate, with its interval; None if it does not."""
     damage = np.array([at for at, _ in points])
     success = np.stack([values for _, values in points])  # [points, O]
     found = _first_reach(damage, success.mean(1), target)
@@ -247,7 +247,7 @@ def _first_reach(damage: Floats, success: Floats, target: float) -> float | None
 
 
 def _mean(tables: Sequence[Floats]) -> Floats:
-    """[O], mean over domains, NaN left out; NaN where there is nothing."""
+    """[O], mean over domains, without NaN; NaN if nothing is left."""
     stacked = np.stack(tables)
     known = ~np.isnan(stacked)
     return np.where(known.any(0), np.where(known, stacked, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)

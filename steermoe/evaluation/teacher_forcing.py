@@ -1,9 +1,9 @@
-"""What steering does to a model's own predictions on given texts: divergence, perplexity, routing. Nothing is sampled.
+"""How steering changes a model's predictions on given texts: divergence, perplexity, routing. Nothing is sampled.
 
-The model reads each text (teacher forcing). The first tokens are its prompt and are not steered, the rest is treated as
-if it were being generated; predictions from there on are compared with the unsteered model's.
+The model reads each text (teacher forcing). The first tokens are its prompt and are not steered; the rest is treated as
+if it were being generated, and its predictions are compared with the unsteered model's.
 
-Shapes: B texts and S columns of a batch, T scored tokens of it, V vocabulary, C router calls, k experts a token.
+Shapes: B texts and S columns of a batch, T scored tokens of it, V vocabulary, C router calls, k experts per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,20 +27,20 @@ from steermoe.steering.plans import SteeringPlan
 PROMPT_TOKENS = 16
 MAX_TOKENS = 112
 BATCH_TOKENS = 1024
-"""Tokens a forward pass: their logits over the whole vocabulary have to fit into memory twice."""
+"""Tokens per forward pass: their logits over the whole vocabulary must fit in memory twice."""
 
 
 @dataclass(frozen=True)
-class ForcedFigures:
-    """What a plan does on some texts, over all scored tokens.
+class TextFigures:
+    """The effect of a plan on some texts, over all scored tokens.
 
     Attributes:
-        kl_mean, kl_p95: of KL(steered || unsteered) a token, in nats: its mean and 95th percentile.
+        kl_mean, kl_p95: mean and 95th percentile of KL(steered || unsteered) per token, in nats.
         nats, nats_unsteered: mean negative log-likelihood of the texts' own tokens; perplexity is its exponential.
         vector_share: share of the steered tokens' top-k slots that went to the vector's experts.
-        jaccard: of the experts chosen steered and unsteered, intersection over union, mean over tokens and layers.
-        steered: share of all tokens, prompt included, that were steered.
-        tokens: scored ones.
+        jaccard: intersection over union of the experts chosen with and without steering, mean over tokens and layers.
+        steered: share of all tokens, including the prompt, that were steered.
+        tokens: scored tokens.
     """
 
     kl_mean: float
@@ -58,12 +58,12 @@ class ForcedFigures:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Texts of similar length with what the unsteered model makes of them.
+    """Texts of similar length with the unsteered model's predictions for them.
 
     Attributes:
         ids, mask: [B, S]. scored: [B, S-1], true where the column's prediction counts. targets: [T].
         logits: [T, V] in the model's own dtype, so that a caller with many plans computes them once.
-        chosen: [C, T, k], the experts that each router chose.
+        chosen: [C, T, k], the experts that each router chose; None if they can't be separated by token.
     """
 
     ids: Tensor
@@ -74,16 +74,16 @@ class _Batch:
     chosen: Tensor | None
 
 
-class Forcing:
+class TeacherForcing:
     """Texts on which plans are compared with the unsteered model, whose predictions are computed once and kept.
 
-    They take 2 bytes x vocabulary a scored token in bfloat16: 100 KB for 49,152 entries, 250 MB for 2,500 tokens.
+    These take 2 bytes x vocabulary per scored token in bfloat16: 100 KB for 49,152 entries, 250 MB for 2,500 tokens.
 
     Args:
-        loaded: the model; nothing may be attached to it.
-        texts: what to read; too short ones are left out.
+        loaded: the model; no steering may be attached to it.
+        texts: what to read; texts that are too short are left out.
         prompt_tokens: tokens at the beginning of each that are not steered.
-        max_tokens: tokens read of each at most.
+        max_tokens: tokens read of each, at most.
 
     Raises:
         GenerationError: no text is long enough.
@@ -111,8 +111,8 @@ class Forcing:
         nats = [F.cross_entropy(batch.logits.float(), batch.targets, reduction="sum") for batch in self._batches]
         self.nats = float(torch.stack(nats).sum()) / self.tokens
 
-    def compare(self, plan: SteeringPlan) -> ForcedFigures:
-        """Read the texts steered.
+    def compare(self, plan: SteeringPlan) -> TextFigures:
+        """Read the texts with steering.
 
         Raises:
             SteeringError: the plan does not fit the model, or steers none of the tokens.
@@ -129,7 +129,7 @@ class Forcing:
                     overlaps.append(_jaccard(chosen, batch.chosen).flatten())
             report = handle.report()
         kl_T = torch.cat(kl)
-        return ForcedFigures(
+        return TextFigures(
             kl_mean=float(kl_T.mean()),
             kl_p95=float(kl_T.quantile(0.95)),
             nats=float(torch.stack(losses).sum()) / self.tokens,
@@ -158,7 +158,7 @@ class Forcing:
         return _Batch(ids, mask, scored, ids[:, 1:][scored], logits, chosen)
 
     def _read(self, ids: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [T, V] of the scored columns, and the experts chosen for them [C, T, k] where that can be told."""
+        """Logits [T, V] of the scored columns, and the experts chosen for them [C, T, k], if known by token."""
         with torch.inference_mode(), watch_choices(self._model) as chosen:
             logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][scored]
         rows, columns = ids.shape
@@ -170,7 +170,7 @@ class Forcing:
 
 @contextmanager
 def watch_choices(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the experts that each router call chooses, [T, k] each, in the order of the calls."""
+    """Collect the experts that each router call chooses, [T, k] each, in call order."""
     chosen: list[Tensor] = []
 
     def keep(router: Any, module: Any, args: Any, output: Any) -> None:
@@ -184,10 +184,9 @@ def watch_choices(model: Any) -> Iterator[list[Tensor]]:
 
 
 def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) -> list[float | None]:
-    """Mean negative log-likelihood a token, in nats, of each continuation under the model as it is, its prompt as
-    context.
+    """Mean negative log-likelihood per token, in nats, of each continuation given its prompt, without steering.
 
-    Gibberish is far above what the model writes itself, a loop below. None for an empty continuation.
+    Gibberish is far above what the model itself generates, a loop far below. None for an empty continuation.
     """
     model: Any = loaded.model
     prompts = [loaded.tokenizer(done.request.prompt, split_special_tokens=True)["input_ids"] for done in completions]
@@ -207,7 +206,7 @@ def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) ->
 
 
 def _padded(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Tokens and mask [B, S], filled up on the right."""
+    """Tokens and mask [B, S], padded on the right."""
     width = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
@@ -215,6 +214,6 @@ def _padded(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor
 
 
 def _jaccard(chosen: Tensor, before: Tensor) -> Tensor:
-    """[C, T], intersection over union of two choices [C, T, k] of different experts each."""
+    """[C, T], intersection over union of two choices [C, T, k], each of distinct experts."""
     common = (chosen[..., :, None] == before[..., None, :]).any(-1).sum(-1)
     return common / (2 * chosen.shape[-1] - common)

@@ -1,7 +1,7 @@
 """The texts that an evaluation needs: openings to continue, texts of known domains, and lists of a domain's words.
 
-Those that come with the package were written for the purpose: neither the default model's experts nor its vectors have
-seen any of them. They are English; for another language or another domain give your own.
+Those in the package were written for this purpose: neither the default model's experts nor its vectors have seen any of
+them. They are English; for another language or domain bring your own.
 """
 
 import json
@@ -14,19 +14,26 @@ from steermoe.errors import CorpusError
 from steermoe.evaluation.words import without_forms_of
 
 DATA = Path(__file__).parent / "data"
-"""Texts (`DOMAIN.jsonl`) and lists of words (`DOMAIN.txt`)."""
+"""Texts (`DOMAIN.jsonl`) and word lists (`DOMAIN.txt`)."""
 NEUTRAL = "neutral"
 """The label of texts that belong to no domain; damage is measured on them."""
 LEAST_TEXTS = 8
-"""So many texts of a domain are needed at least, half to learn from and half to measure on."""
+"""The fewest texts that a domain needs, half to learn from and half to measure on."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts of known domains: `learn` is for the classifier, `measure` for everything that is measured on texts."""
+    """Texts of known domains, with their domains.
+
+    Attributes:
+        learn: for the classifier.
+        measure: for everything that is measured on texts.
+        word_lists: folder of the domains' word lists (see `domain_list`); None for the package's.
+    """
 
     learn: tuple[tuple[str, str], ...]
     measure: tuple[tuple[str, str], ...]
+    word_lists: Path | None = None
 
     def of(self, label: str) -> list[str]:
         """The texts of one domain to measure on."""
@@ -38,7 +45,7 @@ class Labelled:
 
 
 def packaged_texts() -> Labelled:
-    """The package's own: texts written for this to learn from, the held-out stories to measure on."""
+    """The package's own: texts written for the classifier to learn from, held-out stories to measure on."""
     from steermoe.models.default.stories import load_stories
 
     learn = [
@@ -50,7 +57,7 @@ def packaged_texts() -> Labelled:
 
 
 def read_texts(corpus: Corpus, domains: Iterable[str]) -> Labelled:
-    """A user's labelled corpus; of each domain every second text is for learning.
+    """A user's labelled corpus; every second text of each domain is for learning.
 
     Raises:
         CorpusError: a domain, or "neutral", has too few texts.
@@ -73,10 +80,10 @@ def read_texts(corpus: Corpus, domains: Iterable[str]) -> Labelled:
 
 
 def read_openings(path: Path) -> list[str]:
-    """Openings from a file: a line each, or JSONL with a `prompt`.
+    """Openings from a file: one per line, or JSONL with a `prompt`.
 
     Raises:
-        CorpusError: it can't be read, or holds none.
+        CorpusError: it can't be read, or has none.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -92,22 +99,22 @@ def read_openings(path: Path) -> list[str]:
         try:
             opening = json.loads(line)["prompt"]
         except (ValueError, TypeError, KeyError) as error:
-            raise CorpusError(f"'{path}' line {number} is no JSON object with a prompt ({error!r})") from error
+            raise CorpusError(f"'{path}' line {number} is not a JSON object with a prompt ({error!r})") from error
         if not isinstance(opening, str) or not opening.strip():
             raise CorpusError(f"'{path}' line {number}: its prompt is {opening!r}, expected text")
         openings.append(opening)
     if not openings:
-        raise CorpusError(f"'{path}' holds no openings: write one a line, or JSONL with a prompt")
+        raise CorpusError(f"'{path}' contains no openings: write one per line, or JSONL with a prompt")
     return list(dict.fromkeys(openings))
 
 
 def domain_list(domain: str, without: Sequence[str] = (), folder: Path | None = None) -> list[str]:
-    """The words that tell a domain, less those that the vector itself is described with; [] if there is no list.
+    """The words typical of a domain, without the keywords of the vector itself; [] if there is no list.
 
     Args:
         domain: its name.
         without: words to leave out in any of their forms.
-        folder: of `<domain>.txt` files, a word a line; by default the package's, which come from WordNet's topics.
+        folder: of `<domain>.txt` files, one word per line; by default the package's, from WordNet's topics.
     """
     path = (folder or DATA) / f"{domain}.txt"
     words = path.read_text(encoding="utf-8").split() if path.is_file() else []

@@ -1,22 +1,22 @@
-"""Find a domain's words in a text, whatever their common endings. Knows no domain and no model."""
+"""Find a domain's words in a text, with common endings. Knows no domain and no model."""
 
 import re
 from collections.abc import Iterable
 
 
 def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the words in any case, also with -s, -es, -d, -ed or -ing; group 1 is the word as listed."""
+    """Matches any of the words in any case, also with -s, -es, -d, -ed or -ing; group 1 is the listed word."""
     alternatives = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     return re.compile(rf"\b({alternatives})(?:s|es|d|ed|ing)?\b", re.IGNORECASE)
 
 
 def distinct_words(text: str, pattern: re.Pattern[str]) -> set[str]:
-    """The words as listed, in small letters, that a text holds."""
+    """The listed words, in lower case, that a text contains."""
     return {match[1].lower() for match in pattern.finditer(text)}
 
 
 def without_forms_of(words: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The words that are not one of `others` in any of the forms that `word_pattern` knows."""
+    """The words that are not one of `others` in any form that `word_pattern` knows."""
     listed = list(others)
     if not listed:
         return list(words)

@@ -1,1 +1,1 @@
-"""Models: found, described, loaded, quantised; GGUF files; the default model."""
+"""Find, describe, load and quantise models; GGUF files; the default model."""

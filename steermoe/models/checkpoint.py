@@ -1,4 +1,4 @@
-"""Load a model with its tokenizer, assemble the default one, and describe any checkpoint without its weights."""
+"""Find a checkpoint, its tokenizer, its end tokens and the dtype to run it in. Loads no weights."""
 
 import json
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 SAMPLED_BYTES = 32
-"""Of each tensor of a checkpoint, what its fingerprint looks at."""
+"""Bytes of each tensor of a checkpoint that go into its fingerprint."""
 SMALL_CHECKPOINT_BYTES = 4 * 2**30
-"""Up to this size a bfloat16 checkpoint is run in float32 on processors that compute bfloat16 slowly."""
+"""Up to this size a bfloat16 checkpoint is run in float32 on CPUs that compute bfloat16 slowly."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that another library than transformers loads.
+    """A checkpoint that a library other than transformers loads.
 
     Attributes:
-        name: as of `LoadedModel`.
-        folder: where it is, or its hub id.
-        dtype: torch dtype by name, or "auto".
+        name: as in `LoadedModel`.
+        folder: its folder or hub id.
+        dtype: name of a torch dtype, or "auto".
     """
 
     name: str
@@ -46,7 +46,7 @@ class Source:
             raise ModelError(_why_not_loaded(self.name, error)) from error
 
     def eos_token_id(self) -> int | list[int] | None:
-        """What its generation configuration has as end tokens; None if that names none."""
+        """The end tokens of its generation configuration; None if that names none."""
         from transformers import GenerationConfig
 
         try:
@@ -56,12 +56,12 @@ class Source:
         return end
 
     def fingerprint(self) -> str:
-        """Tells the checkpoint from others of its name: its configuration, and a few bytes of every tensor."""
+        """A hash of its name, its configuration, and a few bytes of every tensor."""
         import hashlib
 
         digest = hashlib.sha256(self.name.encode())
         if not Path(self.folder).is_dir():
-            return digest.hexdigest()  # of the hub, where names do not change hands
+            return digest.hexdigest()  # on the hub, where a name keeps its owner
         digest.update((Path(self.folder) / "config.json").read_bytes())
         for path in sorted(Path(self.folder).glob("*.safetensors")):
             with path.open("rb") as file:
@@ -79,7 +79,7 @@ def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:
     """Find a checkpoint without loading it; arguments as for `load`.
 
     Raises:
-        ModelError: there is none, or it is a GGUF file, which only transformers and llama.cpp read.
+        ModelError: there is none, or it is a GGUF file, which only transformers and llama.cpp can read.
     """
     import torch
 
@@ -92,7 +92,7 @@ def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:
 
 
 def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
-    """Name, what transformers should load, and its extra arguments."""
+    """Name, what transformers should load, and extra arguments for it."""
     if model is None or str(model) == DEFAULT_MODEL:
         if not is_pulled():
             raise ModelError("the default model is not here yet: run `steermoe models pull` (once, about 100 MB)")
@@ -104,7 +104,7 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
         return path.stem, str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"folder '{path}' holds no model: it has no config.json")
+            raise ModelError(f"folder '{path}' contains no model: it has no config.json")
         return path.resolve().name, str(path), {}
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ModelError(f"no model at '{model}': give a checkpoint folder, a .gguf file, or a hub id")
@@ -121,7 +121,7 @@ def _parse_dtype(name: str) -> Any:
 
 
 def _natural_dtype(where: str, device_map: str | None) -> Any:
-    """The checkpoint's own dtype, but float32 for a small one where bfloat16 products are emulated."""
+    """The checkpoint's own dtype, but float32 for a small one if bfloat16 products are emulated."""
     import torch
 
     if device_map is not None or torch.cpu._is_avx512_bf16_supported():
@@ -130,9 +130,9 @@ def _natural_dtype(where: str, device_map: str | None) -> Any:
 
 
 def repeatable_dtype(model: str | Path | None) -> str:
-    """The dtype under which a text is the same in any batch: float32 for a small model on a CPU, else "auto".
+    """The dtype in which a text is the same in any batch: float32 for a small model on a CPU, else "auto".
 
-    In bfloat16 logits change in their third digit with the number of rows, and a sampled text soon goes another way.
+    In bfloat16 the third digit of a logit changes with the number of rows, and sampled texts soon diverge.
 
     Raises:
         ModelError: there is no such model.
@@ -145,7 +145,7 @@ def repeatable_dtype(model: str | Path | None) -> str:
 
 
 def _weight_bytes(where: str) -> int:
-    """Of the weight files in a folder; 0 if it is none."""
+    """Size of the weight files in a folder; 0 if it is not a folder."""
     return sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
 
 

@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: family, routers, how they score. Builds it on the meta device."""
+"""Describe a model without its weights: family, routers, scoring. Builds it on the meta device."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from steermoe.routing.shape import RoutingShape
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What steermoe sees of a checkpoint: counts of the whole model, and of what would be steered.
+    """What steermoe knows about a checkpoint: sizes of the whole model, and of the part that would be steered.
 
     Attributes:
-        shape: its name, its architecture, and its routers, which are none where it can't be steered.
+        shape: its name, its architecture, and its routers: none if it can't be steered.
         scoring: how the router turns logits into weights, "softmax" or "sigmoid".
-        shared_experts: whether every token also passes a shared expert.
-        parameters: of the whole model, all experts counted.
+        shared_experts: whether every token also passes through a shared expert.
+        parameters: of the whole model, including all experts.
     """
 
     shape: RoutingShape
@@ -47,12 +47,12 @@ class ModelDescription:
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Of each router; several values where layers differ."""
+        """Of each router; several values if layers differ."""
         return tuple(sorted({router.num_experts for router in self.shape.routers}))
 
     @property
     def top_k(self) -> tuple[int, ...]:
-        """Of each router; several values where layers differ."""
+        """Of each router; several values if layers differ."""
         return tuple(sorted({router.top_k for router in self.shape.routers}))
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class ModelDescription:
 
 
 def describe(model: str | Path | None = None, *, trust_remote_code: bool = False) -> ModelDescription:
-    """Describe a checkpoint from its configuration alone, whatever its size: no weights are loaded.
+    """Describe a checkpoint of any size from its configuration alone: no weights are loaded.
 
     Raises:
-        ModelError: there is no such checkpoint, or its configuration can't be built.
+        ModelError: there is no such checkpoint, or no model can be built from its configuration.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
 
 
 def shape_of_config(model_config: Any) -> RoutingShape:
-    """The shape of a model that vLLM runs, read off the model that transformers builds of its configuration.
+    """The shape of a model that vLLM runs, read from the model that transformers builds from its configuration.
 
     Raises:
         UnsupportedModel: transformers can't build it, or it has no routers.

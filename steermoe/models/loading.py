@@ -1,4 +1,4 @@
-"""Load a checkpoint as a model of transformers with its tokenizer."""
+"""Load a checkpoint as a transformers model with its tokenizer."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,8 +52,8 @@ def load(
 
     Args:
         model: the default model if None; else a checkpoint folder, a GGUF file, or a hub id.
-        dtype: torch dtype by name; "auto" takes the checkpoint's, or float32 for small models where bfloat16 is slow.
-        device_map: as in transformers; by default "auto" where there is an accelerator.
+        dtype: name of a torch dtype; "auto" takes the checkpoint's, or float32 for small models if bfloat16 is slow.
+        device_map: as in transformers; by default "auto" if there is a GPU.
         trust_remote_code: run model code that comes with the checkpoint.
         quantize: "int8" for weights of that type, on a CPU.
 

@@ -1,7 +1,7 @@
-"""Int8 weights, on request: a quarter of float32's memory, and what memory has to hand over for a token shrinks alike.
+"""Int8 weights, on request: a quarter of float32's memory, and a quarter of the memory traffic per token.
 
-Every row of a weight gets its own scale, by its largest number; activations keep their type. Routers and embeddings
-stay as they are, since a router that is off by a little chooses other experts (docs/speed.md has what it costs).
+Every row of a weight gets its own scale from its largest number; activations keep their type. Routers and embeddings
+are not quantised, since a router that is slightly off chooses other experts (docs/speed.md says what int8 costs).
 
 Shapes: N rows and K columns of a weight, E experts, S chosen ones.
 """
@@ -19,7 +19,7 @@ LARGEST = 127
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights [N, K] in int8 and a scale [N] in the type of the activations."""
+    """A linear layer with weights [N, K] in int8 and scales [N] in the type of the activations."""
 
     weight: Tensor
     scale: Tensor
@@ -39,7 +39,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """The weights of all experts of a layer, [E, *, *], in int8; whoever indexes them gets numbers of the old type."""
+    """The weights of all experts of a layer, [E, *, *], in int8; indexing them returns numbers of the original type."""
 
     weight: Tensor
     scale: Tensor
@@ -55,7 +55,7 @@ class Int8Experts(nn.Module):
 
 
 def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers [..., K] as int8 and a scale [...], so that their product is nearest to them."""
+    """Numbers [..., K] as int8 and a scale [...] whose product is as close to them as possible."""
     exact = weights.float()
     scale = (exact.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     return (exact / scale[..., None]).round().to(torch.int8), scale.to(weights.dtype)
@@ -72,7 +72,7 @@ def quantize_model(model: Any) -> None:
     if model.device.type != "cpu":
         raise ModelError(f"--quantize int8 is for CPUs: {name} is on '{model.device.type}'")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelError(f"{name} is quantised already: leave --quantize away")
+        raise ModelError(f"{name} is quantised already: leave --quantize out")
     routing = {id(module) for router in find_routers(model) for module in router.module.modules()}
     for module in list(model.modules()):
         if id(module) in routing:
@@ -85,7 +85,7 @@ def quantize_model(model: Any) -> None:
     try:
         model.set_experts_implementation("eager")
         model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    except Exception as error:  # whatever a model's own code makes of weights that are no tensors
+    except Exception as error:  # a model's own code may raise anything for weights that are not tensors
         raise ModelError(f"{name} does not run in int8: {type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Names that tell routers apart, and what is known of families without one. Free of torch, to be read quickly.
+"""Name patterns that identify routers, and why some families have none. Imports no torch, so it loads fast.
 
 `routers.py` applies these to the modules of a model, `families.py` to the source files of transformers.
 """

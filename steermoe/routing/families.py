@@ -1,7 +1,7 @@
 """The Mixture-of-Experts families of the installed transformers, and how steermoe handles each.
 
-Read from their source files, not from a list of supported names: a family that a newer transformers adds shows up by
-itself, as steerable or with the reason why not. Nothing of transformers and no torch is imported, no model is built.
+Read from their source files, not from a list of supported names: a family that a newer transformers adds appears
+automatically, as steerable or with the reason why not. Imports neither transformers nor torch, and builds no model.
 """
 
 import functools
@@ -30,11 +30,11 @@ EXPERTS_IN_CODE = re.compile(
     r"|\bconfig\.(?:num_experts|num_local_experts|n_routed_experts|moe_num_experts"
     r"|num_experts_per_tok|top_k_experts|moe_topk|moe_top_k|moe_k)\b"
 )
-"""What the code of a mixture of experts says whatever it calls its router. A mere `num_experts` is not enough: dense
-models inherit it from the mixture that they were copied from.
+"""What the code of a mixture of experts contains, whatever its router is called. `num_experts` alone is not enough:
+dense models inherit it from the mixture that they were copied from.
 """
 RECORDED_ROUTER = re.compile(r"[\"']router_logits[\"']: *(\[[^\]]*\]|[^\n]*)")
-"""An entry of `_can_record_outputs`, by which a model says what makes its router logits."""
+"""An entry of `_can_record_outputs`, in which a model declares what computes its router logits."""
 LINEAR_LAYER = re.compile(r"self\.(\w+) = nn\.Linear\(([^\n]*(?:\n[^\n]*){0,3}?)\)\n")
 
 
@@ -43,10 +43,10 @@ class Family:
     """One family of models.
 
     Attributes:
-        family: its folder in `transformers.models`, mostly its `model_type` too.
+        family: its folder in `transformers.models`, usually its `model_type` too.
         steerable: whether steermoe finds its routers and steers them.
-        reason: why not; for a steerable family, what of it is left alone, or "".
-        routers: the classes that are steered; "Linear" is a plain layer under the name of a gate.
+        reason: why not; for a steerable family, which of its routers are left alone, or "".
+        routers: the classes that are steered; "Linear" is a plain layer with the name of a gate.
     """
 
     family: str
@@ -56,13 +56,13 @@ class Family:
 
 
 def list_families(models: Path | None = None) -> list[Family]:
-    """Every family that routes text tokens to experts, by name.
+    """Every family that routes text tokens to experts, sorted by name.
 
-    A model that only wraps another family's text model, as many that see images do, is not listed: it is steered as
-    that family.
+    A model that only wraps another family's text model, as many vision models do, is not listed: it is steered as that
+    family.
 
     Args:
-        models: folder with one subfolder a family; by default that of the installed transformers.
+        models: folder with one subfolder per family; by default that of the installed transformers.
 
     Raises:
         ModelError: transformers is not installed.
@@ -89,7 +89,7 @@ def _transformers_models() -> Path:
 
 
 def _read_family(family: str, source: str) -> Family | None:
-    """What the source says, or None if it is no mixture of experts that writes text."""
+    """What the source says, or None if it is not a mixture of experts that generates text."""
     code_of = dict(_classes(source))
     recorded = _recorded(source)
     candidates = [name for name in code_of if ROUTER_CLASS.search(name) or name in recorded]
@@ -110,7 +110,7 @@ def _has_experts(code_of: Mapping[str, str]) -> bool:
 
 
 def _classes(source: str) -> Iterator[tuple[str, str]]:
-    """The name and the code of each class, with the decorators that stand above it."""
+    """The name and the code of each class, with its decorators."""
     names = list(CLASS.finditer(source))
     ends = [match.start() for match in names[1:]] + [len(source)]
     for match, end in zip(names, ends, strict=True):
@@ -120,7 +120,7 @@ def _classes(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _recorded(source: str) -> set[str]:
-    """The classes that the model itself names as the makers of its router logits."""
+    """The classes that the model declares as the source of its router logits."""
     return {name for entry in RECORDED_ROUTER.findall(source) for name in re.findall(r"\w+", entry)} - {"Linear"}
 
 
@@ -129,7 +129,7 @@ def _has_linear_gate(code: str) -> bool:
 
 
 def _left_alone(candidates: list[str]) -> str:
-    """What of a steerable family is not steered."""
+    """Which routers of a steerable family are not steered."""
     parts = {
         "Hash": "its hash routers, which have no logits",
         "Attention": "the routers of its attention",

@@ -1,4 +1,4 @@
-"""Change a router's logits where it makes them: in its forward, before softmax or sigmoid, bias, groups and top-k."""
+"""Edit a router's logits where they are computed: in its forward, before softmax or sigmoid, bias, groups and top-k."""
 
 import functools
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from steermoe.routing.wrapping import wrap_method
 
 
 class LogitsEditor(Protocol):
-    """What `intercept` asks at every call of a router."""
+    """What `intercept` calls each time a router runs."""
 
     def active(self) -> bool:
-        """Whether this call is to be edited; if not, the router runs exactly as without us."""
+        """Whether to edit this call; if not, the router runs exactly as it would without us."""
 
     def edit(self, logits: Tensor) -> Tensor:
-        """New logits for these, [..., W], same shape and any float type."""
+        """New logits [..., W] for these, of the same shape and any float type."""
 
     def observe(self, output: Any) -> None:
-        """What the router returned after an edited call."""
+        """Receive what the router returned from an edited call."""
 
 
 WEIGHT_POSITION: dict[Any, int] = {
@@ -66,7 +66,7 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
     """Let an editor change a router's logits from now on.
 
     Returns:
-        what undoes it; it may be called at any time, and twice.
+        a function that undoes it; it may be called at any time and more than once.
 
     Raises (while the model runs):
         SteeringError: the router ran, but its logits did not come from exactly one linear map with its weight.
@@ -82,7 +82,7 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not editor.active():
                 return original(*args, **kwargs)
-            if returns_logits:  # a gate that is a linear layer itself, quantised or wrapped perhaps
+            if returns_logits:  # a gate that is itself a linear layer, perhaps quantised or wrapped
                 output = editor.edit(original(*args, **kwargs))
             else:
                 hits: list[int] = []
@@ -118,7 +118,7 @@ def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> 
         editor.observe(output)
 
     def before_router(module: nn.Module, args: Any) -> None:
-        edited.clear()  # of a call that an error ended early, too
+        edited.clear()  # also after a call that failed halfway
 
     stack = ExitStack()
     stack.callback(router.module.register_forward_pre_hook(before_router).remove)

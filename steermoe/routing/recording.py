@@ -1,6 +1,6 @@
-"""Record which experts a model chooses: counts a text, a layer and an expert, padding left out.
+"""Record which experts a model chooses: one count per text, layer and expert, without padding.
 
-Shapes: B texts, L MoE layers, N experts a layer, S columns of a forward call, k experts chosen a token.
+Shapes: B texts, L MoE layers, N experts per layer, S columns of a forward call, k experts chosen per token.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from steermoe.routing.tracker import POSITIONS, Positions, Stack, Tracker, Windo
 
 
 class RoutingRecord:
-    """What was chosen so far. Rows are the rows of the batch; calls with the same rows, such as a generation's, add up.
+    """What was chosen so far. Rows are the rows of the batch; calls with the same rows, such as decoding steps, add up.
 
     Attributes:
         counts: [B, L, N] int64, how often each expert was chosen; None before the first call.
         tokens: [B] int64, tokens counted.
-        probability_sums: [B, L, N] float64, the router's probabilities of each expert summed over tokens, where they
-            were asked for; a sigmoid router's scores are divided by their sum over the experts of a token.
+        probability_sums: [B, L, N] float64, the router's probability of each expert summed over tokens, if requested;
+            a sigmoid router's scores are first divided by their sum over the experts.
         layers: the decoder layer of each of the L rows.
     """
 
@@ -39,7 +39,7 @@ class RoutingRecord:
         self._wanted: dict[Stack, Tensor] = {}
 
     def frequency(self) -> Tensor:
-        """Routing embeddings F [B, L, N], float32: each row of a text divided by its sum (Shchukin 2024).
+        """Routing embeddings F [B, L, N], float32: each layer's counts divided by their sum (Shchukin 2024).
 
         Raises:
             SteeringError: nothing was recorded, or a text has no tokens.
@@ -59,22 +59,22 @@ class RoutingRecord:
         return (self.counts[text] / self.counts[text].sum(-1, keepdim=True)).float()
 
     def has_all_layers(self, text: int) -> bool:
-        """Whether every layer chose something for a text."""
+        """Whether every layer chose an expert for a text."""
         return self.counts is not None and bool((self.counts[text].sum(-1) > 0).all())
 
     def mean_probability(self) -> Tensor:
         """Mean router probabilities P [B, L, N], float32, each row summing to 1.
 
         Raises:
-            SteeringError: they were not asked for, or nothing was recorded.
+            SteeringError: they were not requested, or nothing was recorded.
         """
         if self.probability_sums is None:
             raise SteeringError("no probabilities were recorded: run inside record_routing(..., probabilities=True)")
-        self.frequency()  # the same complaints about texts without tokens
+        self.frequency()  # raises the same errors for texts without tokens
         return (self.probability_sums / self.probability_sums.sum(-1, keepdim=True)).float()
 
     def restrict(self, wanted: Tensor | None) -> None:
-        """Count only some tokens of the calls that follow: a bool mask [B, S] of rows and columns; None ends it."""
+        """Count only some tokens of the following calls: a bool mask [B, S]; None counts all again."""
         self._only = wanted
 
     def reset(self) -> None:
@@ -111,7 +111,7 @@ class RoutingRecord:
         if len(chosen_Tk) != rows * columns:
             raise SteeringError(
                 f"router '{router.name}' saw {len(chosen_Tk)} tokens where the batch has {rows * columns}: "
-                "texts can't be told apart in this model; record them one by one"
+                "the texts of a batch can't be separated in this model; record them one by one"
             )
         assert self.counts is not None
         inside_Tk = wanted_BS.reshape(-1, 1) & (chosen_Tk < router.num_experts)  # some routers may choose no expert
@@ -124,7 +124,7 @@ class RoutingRecord:
         if len(logits_TN) != wanted_BS.numel():
             raise SteeringError(
                 f"router '{router.name}' saw {len(logits_TN)} tokens where the batch has {wanted_BS.numel()}: "
-                "texts can't be told apart in this model; record them one by one"
+                "the texts of a batch can't be separated in this model; record them one by one"
             )
         scores_TN = _scores(logits_TN, kind)
         scores_TN = (scores_TN / scores_TN.sum(-1, keepdim=True)).cpu().double()
@@ -136,7 +136,7 @@ class RoutingRecord:
 
 
 def _scores(logits: Tensor, kind: str) -> Tensor:
-    """The scores of logits [T, N], as `scoring` calls them; softmax where it can't tell."""
+    """The scores of logits [T, N] for a kind that `scoring` returned; softmax if it is unknown."""
     if kind == "sigmoid":
         return logits.sigmoid()
     if kind == "sqrtsoftplus":
@@ -166,13 +166,13 @@ class _LogitsWatcher:
 def record_routing(
     model: nn.Module, positions: Positions = "all", *, probabilities: bool = False
 ) -> Iterator[RoutingRecord]:
-    """Record a model's routing inside a `with` block; works together with steering, whose effect it then shows.
+    """Record a model's routing inside a `with` block. If the model is steered, the record shows the effect.
 
     Args:
         model: any model with routers.
         positions: which tokens to count: `all`, the `prompt`, or what is `generated`.
-        probabilities: also sum up the routers' probabilities over all experts, before top-k and any bias. Steering that
-            is attached inside the block is in them; steering attached before is only in the counts.
+        probabilities: also sum the routers' probabilities of all experts, before top-k and any bias. They include
+            steering that is attached inside the block; steering attached before it shows only in the counts.
 
     Raises:
         UnsupportedModel: the model has no routers. SteeringError: unknown positions.

@@ -2,11 +2,11 @@
 
 With `architectures.py`, the only file that knows architectures.
 
-In transformers a router is a module that turns hidden states into (logits, weights, indices); the block goes on from
-the weights and indices and ignores the logits. So the logits must be changed inside the router's forward, after its one
+In transformers a router is a module that turns hidden states into (logits, weights, indices); the block uses the
+weights and indices and ignores the logits. So the logits must be changed inside the router's forward, after its one
 linear map and before whatever the architecture does next: softmax or sigmoid, bias correction, groups, top-k.
 
-Shapes: T tokens, W columns of a router's logits, k experts chosen a token.
+Shapes: T tokens, W columns of a router's logits, k experts chosen per token.
 """
 
 import inspect
@@ -37,11 +37,11 @@ class Router:
 
     Attributes:
         name: module path within the model.
-        layer: decoder layer index; in an encoder-decoder the decoder's layers are counted on after the encoder's.
+        layer: decoder layer index; in an encoder-decoder the decoder's layers are numbered after the encoder's.
         module: the module itself.
         num_experts: experts it can choose from (what expert vectors have columns for).
-        width: columns of its logits; some routers have columns more, for shared experts.
-        top_k: experts chosen a token.
+        width: columns of its logits; some routers have extra columns for shared experts.
+        top_k: experts chosen per token.
         stack: which of the model's stacks it belongs to.
     """
 
@@ -62,7 +62,7 @@ def find_routers(model: nn.Module) -> list[Router]:
     """The text routers of a model in the order of its layers.
 
     Raises:
-        UnsupportedModel: there are none; the message says why as far as known.
+        UnsupportedModel: there are none; the message says why, if known.
     """
     modules = dict(model.named_modules())
     recorded = _recorded_router_classes(model)
@@ -104,7 +104,7 @@ def _is_router(name: str, module: nn.Module, recorded: tuple[type, ...]) -> bool
 
 
 def _recorded_router_classes(model: nn.Module) -> tuple[type, ...]:
-    """The router classes that the model itself declares, by which it records router logits."""
+    """The router classes that the model declares for recording router logits."""
     declared = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits", ())
     classes = []
     for entry in declared if isinstance(declared, list | tuple) else (declared,):
@@ -130,7 +130,7 @@ def _is_linear_gate(name: str, module: Any, model: nn.Module) -> bool:
 
 
 def _inside_attention(name: str) -> bool:
-    """JetMoe routes its attention heads too; those experts are no feed-forward experts and stay as they are."""
+    """JetMoe routes its attention heads too; those experts are not feed-forward experts and are left alone."""
     return re.search(r"attention|attn", name) is not None
 
 
@@ -146,7 +146,7 @@ def _layer_number(name: str) -> int:
 
 
 def _inner_linears(module: nn.Module) -> list[Any]:
-    """Linear layers below the module, quantised ones too; not what is inside of one, such as the parts of a LoRA."""
+    """Linear layers below the module, including quantised ones; not the parts inside one, such as a LoRA's."""
     found: list[Any] = []
     for child in module.children():
         found += [child] if hasattr(child, "out_features") else _inner_linears(child)
@@ -154,7 +154,7 @@ def _inner_linears(module: nn.Module) -> list[Any]:
 
 
 def _logits_weight(module: Any) -> tuple[nn.Module, tuple[int, int]]:
-    """The module whose weight makes the logits, and that weight's shape (columns of the logits, hidden size)."""
+    """The module whose weight computes the logits, and that weight's shape (columns of the logits, hidden size)."""
     if hasattr(module, "out_features"):
         return module, (module.out_features, module.in_features)
     linears = _inner_linears(module)
@@ -199,13 +199,13 @@ def _why_not(model: nn.Module) -> str:
 
 
 def module_that_routes(model: nn.Module, router: Router) -> nn.Module:
-    """The module whose forward makes the router's logits: the router, but MXFP4 blocks read its weight themselves."""
+    """The module whose forward computes the router's logits: the router, or an MXFP4 block, which reads its weight."""
     parent = model.get_submodule(router.name.rpartition(".")[0])
     return parent if type(parent).__name__.startswith("Mxfp4") else router.module
 
 
 def chosen_experts(router: Router, output: Any) -> Tensor:
-    """The experts that a router chose, [T, k], read off what its forward returned."""
+    """The experts that a router chose, [T, k], read from what its forward returned."""
     parts = output if isinstance(output, tuple | list) else (output,)
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if router.top_k < router.width:
@@ -220,16 +220,16 @@ def chosen_experts(router: Router, output: Any) -> Tensor:
 
 
 def _unmask_skipped(router: Router, indices: Tensor, weights: Tensor | None) -> Tensor:
-    """Zaya writes expert 0 with weight 0 where it chose its last column, the skip; give that its own number again."""
+    """Zaya returns expert 0 with weight 0 where it chose its last column, the skip; restore that column's index."""
     if not hasattr(router.module, "num_router_classes") or weights is None:
         return indices
     return torch.where(weights.flatten(0, -2) == 0, router.width - 1, indices)
 
 
 def scoring(router: Any, config: Any) -> str:
-    """How scores come from the logits: as the configuration says, else as the router's source does it.
+    """How a router turns logits into scores: as the configuration says, else as its source code does.
 
-    One of "softmax", "sigmoid" and "sqrtsoftplus"; "unknown" where neither tells.
+    One of "softmax", "sigmoid" and "sqrtsoftplus"; "unknown" if neither says.
     """
     for key in ("scoring_func", "expert_selection_fn"):
         if getattr(config, key, None) in ("softmax", "sigmoid", "sqrtsoftplus"):
@@ -243,18 +243,18 @@ def scoring(router: Any, config: Any) -> str:
     return found[0] if len(found) == 1 else "unknown" if not found else "/".join(found)
 
 
-# ---- changing logits ----
+# ---- shape ----
 
 
 def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None = None) -> RoutingShape:
-    """The shape of a model of transformers; a shape is returned as it is.
+    """The shape of a transformers model; a shape is returned as it is.
 
     Args:
         model: the model, or a shape.
-        routers: the model's, where they have been found already.
+        routers: the model's routers, if they have been found already.
 
     Raises:
-        UnsupportedModel: the model has no routers, or none that is known.
+        UnsupportedModel: the model has no routers, or none that steermoe knows.
     """
     if isinstance(model, RoutingShape):
         return model
@@ -269,7 +269,7 @@ def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None =
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The model of transformers in what may be wrapped around it: torch.compile, PEFT, data parallel and the like."""
+    """The transformers model inside any wrappers around it: torch.compile, PEFT, data parallel and the like."""
     from transformers import PreTrainedModel
 
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)

@@ -1,7 +1,7 @@
-"""What steering must fit: where a model has routers, and how many experts each one chooses from. Imports no torch.
+"""What a vector must fit: where a model has routers, and how many experts each one chooses from. Imports no torch.
 
-Every kind of model gives one: `routers.shape_of` a model of transformers, `description.describe` a checkpoint whose
-weights are not loaded, `gguf.header.read_gguf` a GGUF file, `Engine.shape` whatever an engine runs.
+Every kind of model has one: `routers.shape_of` gives it for a transformers model, `description.describe` for a
+checkpoint without its weights, `gguf.header.read_gguf` for a GGUF file, `Engine.shape` for what an engine runs.
 """
 
 import re
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RouterShape:
-    """One router in numbers.
+    """The sizes of one router.
 
     Attributes:
         layer: the decoder layer it belongs to, counted from 0.
         num_experts: experts it can choose from (what expert vectors have columns for), N.
-        width: columns of its logits, W; some routers have more than experts, such as for shared ones.
+        width: columns of its logits, W; some routers have extra columns for shared experts.
         top_k: experts chosen for each token, k.
     """
 
@@ -27,12 +27,11 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """All routers of a model, in the order of their layers, and what the model is called.
+    """All routers of a model in layer order, and what the model is called.
 
     Attributes:
         name: for messages, and for the folder of the model's vectors.
-        architectures: its `model_type`, and what else it is called elsewhere; the first one is for messages, none where
-            it is not known.
+        architectures: its `model_type`, then other names for it; messages show the first one. Empty if unknown.
     """
 
     name: str
@@ -50,7 +49,7 @@ class RoutingShape:
 
     @property
     def num_experts(self) -> int:
-        """The most experts that a router has, N."""
+        """The largest number of experts that a router has, N."""
         return max(router.num_experts for router in self.routers)
 
     @property
@@ -59,7 +58,7 @@ class RoutingShape:
         return self.routers[0].top_k
 
     def is_a(self, architecture: str) -> bool:
-        """Whether a `model_type` is this model's, however it is spelled; true where either is not known."""
+        """Whether a `model_type` is this model's, apart from - and _; true if either is unknown."""
         return not architecture or not self.architectures or _plain(architecture) in map(_plain, self.architectures)
 
 

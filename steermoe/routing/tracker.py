@@ -1,6 +1,6 @@
-"""Which token is where: rows and columns of every forward call of a model, prompt or generated, real or only padding.
+"""Track which token is where: rows and columns of every forward call, prompt or generated, real or padding.
 
-Steering and recording both need it; it knows nothing of either. A column is a position in the padded batch, counted
+Steering and recording both need it; it knows nothing about either. A column is a position in the padded batch, counted
 from the first prompt token, so it is the same for cached and uncached decoding.
 
 Shapes: B rows and S columns of a forward call, P columns of a prompt.
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from steermoe.routing.wrapping import wrap_method
 
 Positions = Literal["generated", "prompt", "all"]
-"""Which tokens are steered. The authors of the method steered what is generated and left the prompt alone."""
+"""Which tokens are steered. The authors of the method steered generated tokens and left the prompt alone."""
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 Stack = Literal["encoder", "decoder"]
 
 
 def select(positions: Positions, index: Tensor) -> Tensor:
-    """Which tokens `positions` means, bool; `index` is 0 for the first generated token and negative in the prompt."""
+    """Which tokens `positions` selects, bool; `index` is 0 for the first generated token and negative in the prompt."""
     if positions == "all":
         return torch.ones_like(index, dtype=torch.bool)
     return index >= 0 if positions == "generated" else index < 0
@@ -37,9 +37,9 @@ class Window:
 
     Attributes:
         prompt_length: columns of the prompt; what comes after is generated.
-        index: [B, S], as `generated_index`, where rows began at different times; then it is used instead of `first`.
-        counted: [B, S], true for tokens to count: not padding, not the filling of rows that are finished, not computed
-            again for want of a cache; None if all are.
+        index: [B, S], what `generated_index` returns, if rows began at different times; then `first` is not used.
+        counted: [B, S], true for tokens that count: not padding, not filler for finished rows, not recomputed for lack
+            of a cache; None if all count.
     """
 
     rows: int
@@ -58,19 +58,19 @@ class Window:
 
     @property
     def tokens(self) -> int | Tensor:
-        """How many tokens count; a tensor where only the device knows."""
+        """The number of tokens that count; a tensor if it has to be computed on the device."""
         return self.rows * self.columns if self.counted is None else self.counted.sum()
 
 
 @dataclass
 class _Generation:
-    """A call of `generate` that is going on.
+    """A running call of `generate`.
 
     Attributes:
         prompt_length: None until the first forward call shows it, in an encoder-decoder.
         mask: [B', P], which columns of the prompt are real; `generate` may repeat its rows.
-        filling: tokens that `generate` feeds for rows that are finished.
-        seen: columns that were computed so far.
+        filling: tokens that `generate` feeds to finished rows.
+        seen: columns computed so far.
     """
 
     prompt_length: int | None
@@ -80,21 +80,21 @@ class _Generation:
 
 
 class Tracker:
-    """Watches a model's forward and generate, and tells a listener the window of each forward call before it runs.
+    """Watches a model's forward and generate, and passes the window of each forward call to a listener.
 
     Args:
-        model: the model; what only wraps it, such as torch.compile, has to be taken off (`language_model`).
-        before: called with the window before each forward call, for an encoder-decoder's two stacks separately.
-        after: called with it when the forward call has ended well.
+        model: the model, without wrappers such as torch.compile (see `language_model`).
+        before: called with the window before each forward call, separately for the two stacks of an encoder-decoder.
+        after: called with the window after each forward call that succeeded.
     """
 
     def __init__(
         self, model: nn.Module, before: Callable[[Window], None], after: Callable[[Window], None] | None = None
     ) -> None:
         self.prompt_length: int | None = None
-        """Set by hand for direct calls; else a call with an empty cache is taken for the prompt."""
-        self.told: Window | None = None
-        """The window of the calls that follow, from who drives the model and knows better; None to find out."""
+        """For direct calls; if None, a call with an empty cache is taken to be the prompt."""
+        self.known_window: Window | None = None
+        """The window of the following calls, if whoever drives the model knows it; None to infer it."""
         self._model = model
         self._before, self._after = before, after
         self._prompt_seen = 0
@@ -103,7 +103,7 @@ class Tracker:
         self._is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         with ExitStack() as undo:
             self._watch(model, "decoder", self._window, undo)
-            if self._is_encoder_decoder and hasattr(model, "get_encoder"):  # `generate` calls it by itself
+            if self._is_encoder_decoder and hasattr(model, "get_encoder"):  # `generate` calls it directly
                 encoder: Any = model.get_encoder
                 self._watch(encoder(), "encoder", self._encoder_window, undo)
             if hasattr(model, "generate"):
@@ -137,9 +137,8 @@ class Tracker:
         signature = inspect.signature(generate)
 
         def tracked(*args: Any, **kwargs: Any) -> Any:
-            if (
-                self._generation is not None
-            ):  # a method of decoding that calls generate itself: its prompt is not the user's
+            if self._generation is not None:
+                # a decoding method that calls generate itself: its prompt is not the user's
                 return generate(*args, **kwargs)
             self._generation = self._begin(_arguments(signature, args, kwargs))
             try:
@@ -156,22 +155,22 @@ class Tracker:
             return given[name] if given.get(name) is not None else next((f for f in found if f is not None), None)
 
         ends, pad = _token_list(setting("eos_token_id")), _token_list(setting("pad_token_id"))
-        filling = torch.tensor(sorted({*ends, *pad})) if ends else None  # without an end no row is finished early
+        filling = torch.tensor(sorted({*ends, *pad})) if ends else None  # without an end token no row finishes early
         if self._is_encoder_decoder:
             return _Generation(None, None, filling)
         prompts = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
         prompt = next((tensor for tensor in prompts if tensor is not None), None)
         mask = given.get("attention_mask")
         if mask is None and prompt is not None and prompt.dim() == 2 and pad and pad[0] not in ends:
-            mask = prompt != pad[0]  # as `generate` itself concludes
-        lengths = [tensor.shape[1] for tensor in (prompt, mask) if tensor is not None]  # a mask covers a used cache too
+            mask = prompt != pad[0]  # as `generate` does
+        lengths = [tensor.shape[1] for tensor in (prompt, mask) if tensor is not None]  # a mask also covers the cache
         return _Generation(max(lengths, default=1), mask, filling)
 
     # ---- forward ----
 
     def _window(self, given: dict[str, Any]) -> Window:
-        if self.told is not None:
-            return self.told
+        if self.known_window is not None:
+            return self.known_window
         prefix = "decoder_" if self._is_encoder_decoder else ""
         ids = given.get(f"{prefix}input_ids")
         tokens = next(
@@ -198,7 +197,7 @@ class Tracker:
     def _counted(
         self, generation: _Generation, real: Tensor | None, rows: int, columns: int, first: int, ids: Tensor | None
     ) -> Tensor | None:
-        """[B, S], which tokens to count, from what is known of the generation; None for all."""
+        """[B, S], which tokens count, given the running generation; None for all."""
         prompt_length = generation.prompt_length or 0
         mask = generation.mask
         if real is None and mask is not None and first < mask.shape[1] and rows % len(mask) == 0:
@@ -206,7 +205,7 @@ class Tracker:
             real = nn.functional.pad(part, (0, columns - part.shape[1]), value=True)
         again = generation.seen if first == 0 and 0 < generation.seen < columns else 0
         generation.seen = max(generation.seen, first + columns)
-        generated = max(0, prompt_length - first)  # the column where they begin
+        generated = max(0, prompt_length - first)  # the first generated column
         may_be_filling = rows > 1 and generated < columns and ids is not None and generation.filling is not None
         if not again and not may_be_filling:
             return real
@@ -253,7 +252,7 @@ def _cached_length(cache: Any) -> int:
 
 
 def _real_tokens(mask: Any, rows: int, columns: int) -> Tensor | None:
-    """The last columns of a 2-D attention mask, as far as it is one."""
+    """The last columns of a 2-D attention mask; None if it isn't one or doesn't match."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
         return None
     real = mask[:, -columns:].bool()

@@ -1,4 +1,4 @@
-"""Wrap a method of one instance so that other libraries' wrappers survive, in whatever order they come and go."""
+"""Wrap a method of one instance so that other libraries' wrappers survive, in any order of wrapping and undoing."""
 
 import functools
 import weakref
@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 _REMOVED: "weakref.WeakKeyDictionary[Any, tuple[bool, Any]]" = weakref.WeakKeyDictionary()
-"""Wrappers of ours that were undone, each with what it was set upon: whether the instance's own, and the method."""
+"""Our wrappers that were undone, each with what it wrapped: whether the instance had its own method, and the method."""
 
 
 def wrap_method(
     owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Callable[[], None]:
-    """Replace a method on one instance; returns the undo.
+    """Replace a method on one instance; returns a function that undoes it.
 
     Other libraries do the same. Accelerate keeps the forward that it found as `_old_forward`, calls it from its own,
-    and puts it back when it leaves; so ours goes beneath it, and is looked for in both places when it is removed. Under
-    any other wrapper ours stays in place and only passes calls on.
+    and restores it when it is removed; so ours goes beneath it, and undoing looks in both places. Under any other
+    wrapper ours stays in place and only passes calls through.
     """
     slot = f"_old_{name}" if f"_old_{name}" in vars(owner) else name
     had_own = slot in vars(owner)
@@ -35,7 +35,7 @@ def wrap_method(
         removed = True
         _REMOVED[method] = had_own, original
         is_own, below = had_own, original
-        while below in _REMOVED:  # one of ours that was removed while this one lay over it
+        while below in _REMOVED:  # one of ours, undone while this one was on top of it
             is_own, below = _REMOVED[below]
         for place in (name, f"_old_{name}"):
             if vars(owner).get(place) is method:

@@ -132,7 +132,7 @@ class SteeringHandle:
         Args:
             window: as `tracking.Window`, with an `index` a row; None finds out by itself again, as at first.
         """
-        self._tracker.told = window
+        self._tracker.known_window = window
 
     def remove(self) -> None:
         """Take the steering off; the model is as it was. Does nothing the second time."""

@@ -1,1 +1,1 @@
-"""Steering vectors: what they are, their files, where they are found."""
+"""Steering vectors: what they are, how they are stored, where they are found."""

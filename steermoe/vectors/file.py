@@ -1,4 +1,6 @@
-"""Vector files: one safetensors file a vector, its matrices and a JSON header, hashed; no pickle. Knows no folders."""
+"""Vector files: one safetensors file per vector with up to three matrices [L layers, N experts] (`frequency`,
+`baseline`, `weights`) and a JSON header with their hash. No pickle, so loading runs no code. Knows no folders.
+"""
 
 import contextlib
 import hashlib
@@ -45,10 +47,10 @@ DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 @dataclass(frozen=True)
 class VectorHeader:
-    """What a vector file says of itself: everything but its numbers. Fields as in `SteeringVector`.
+    """Everything in a vector file but its matrices. Fields as in `SteeringVector`.
 
     Attributes:
-        matrices: which of `frequency`, `baseline` and `weights` it holds.
+        matrices: which of `frequency`, `baseline` and `weights` it contains.
     """
 
     domain: str
@@ -67,24 +69,24 @@ class VectorHeader:
 
 
 def check_domain_name(name: str) -> str:
-    """The name, if it can be a file's.
+    """The name, if it is allowed as a file name.
 
     Raises:
         VectorError: it could leave the folder or isn't portable.
     """
     if not DOMAIN_NAME.fullmatch(name):
         raise VectorError(
-            f"domain name '{name}' is not allowed: use small letters, digits, - and _, not - or _ first "
+            f"domain name '{name}' is not allowed: use lowercase letters, digits, - and _, not - or _ first "
             f"(the path of a vector file ends in {SUFFIX})"
         )
     return name
 
 
 def read_header(path: Path | str) -> VectorHeader:
-    """Read what a file says of itself, without its numbers and without torch.
+    """Read a file's header, without its matrices and without torch.
 
     Raises:
-        VectorNotFound: no such file. VectorError: no vector file, an unknown version, or a damaged header.
+        VectorNotFound: no such file. VectorError: not a vector file, an unknown version, or a damaged header.
     """
     with _open(Path(path), "np") as file:
         return _parse_header(file)
@@ -94,14 +96,14 @@ def read_vector(path: Path | str) -> SteeringVector:
     """Read one file and check all of it.
 
     Raises:
-        VectorNotFound: no such file. VectorError: no vector file, an unknown version, other content than its hash says,
-            or numbers that can't be (see `SteeringVector`).
+        VectorNotFound: no such file. VectorError: not a vector file, an unknown version, content that doesn't match its
+            hash, or invalid numbers (see `SteeringVector`).
     """
     with _open(Path(path), "pt") as file:
         header = _parse_header(file)
         kinds = {name: file.get_slice(name).get_dtype() for name in header.matrices}
         if wrong := {name: kind for name, kind in kinds.items() if name not in MATRICES or kind != "F32"}:
-            raise VectorError(f"it holds {wrong}, expected F32 matrices named {', '.join(MATRICES)}")
+            raise VectorError(f"it contains {wrong}, expected F32 matrices named {', '.join(MATRICES)}")
         tensors = {name: file.get_tensor(name) for name in kinds}
         if header.tensors_sha256 != tensors_sha256(tensors):
             raise VectorError(
@@ -116,13 +118,13 @@ def read_vector(path: Path | str) -> SteeringVector:
             **{name: tensors.get(name) for name in MATRICES},
         )
         if vector.num_experts != header.num_experts:
-            raise VectorError(f"its header says {header.num_experts} experts a layer, it has {vector.num_experts}")
+            raise VectorError(f"its header says {header.num_experts} experts per layer, it has {vector.num_experts}")
         return vector
 
 
 @contextlib.contextmanager
 def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
-    """An open safetensors file; whatever goes wrong with it becomes a VectorError that names it."""
+    """An open safetensors file; any failure becomes a VectorError that names it."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -135,16 +137,16 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     except VectorError as error:
         raise VectorError(f"'{path}': {error}") from error
     except SafetensorError as error:
-        raise VectorError(f"'{path}' is no safetensors file or is cut off ({error}); get it again") from error
+        raise VectorError(f"'{path}' is not a safetensors file or is cut off ({error}); get it again") from error
     except OSError as error:
         raise VectorError(f"can't read '{path}': {error.strerror or error}") from error
 
 
 def _parse_header(file: Any) -> VectorHeader:
-    """The header of an open file as it should be, or a VectorError."""
+    """The header of an open file, checked."""
     header = (file.metadata() or {}).get(METADATA_KEY)
     if header is None:
-        raise VectorError(f"it is no steering vector: its header has no '{METADATA_KEY}' entry")
+        raise VectorError(f"it is not a steering vector: its header has no '{METADATA_KEY}' entry")
     try:
         data = json.loads(header)
         version = data["format_version"]
@@ -176,10 +178,10 @@ def _parse_header(file: Any) -> VectorHeader:
 
 
 def write_vector(vector: SteeringVector, path: Path) -> None:
-    """Write a vector file at once or not at all: a temporary file that is renamed when it is complete.
+    """Write a vector file whole or not at all: a temporary file is renamed when it is complete.
 
     Raises:
-        VectorError: the folder can't be written to, or the domain can't be a file's name.
+        VectorError: the folder can't be written to, or the domain is not allowed as a file name.
     """
     from safetensors.torch import save
 
@@ -207,7 +209,7 @@ def write_vector(vector: SteeringVector, path: Path) -> None:
 
 
 def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
-    """The hash that a file's header keeps of its matrices: names, kinds, shapes and numbers."""
+    """The hash of a file's matrices that its header keeps: names, dtypes, shapes and numbers."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

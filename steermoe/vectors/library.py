@@ -1,9 +1,4 @@
-"""Vector files: where they are searched, how they are read, checked, written and imported.
-
-A file is safetensors with up to three matrices of [L layers, N experts] (`frequency`, `baseline`, `weights`) and one
-JSON string of metadata under the key `steermoe`. No pickle, so loading runs no code. torch is imported only where
-numbers are read.
-"""
+"""Find vectors on the search path and load the one that fits a model. torch is imported only to read matrices."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +20,7 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class VectorFile:
-    """A vector file that was found: its path, its domain, and the folder (named after a model) that it is in."""
+    """A vector file that was found: its path, its domain, and its folder, which is named after a model."""
 
     path: Path
     domain: str
@@ -35,7 +30,7 @@ class VectorFile:
 def search_path(folder: Path | str | None = None) -> list[Path]:
     """Folders that are searched for vectors, first to last, whether they exist or not.
 
-    `folder` if given, $STEERMOE_VECTORS, ./steering_vectors, the user's data folder, what is shipped with the package.
+    `folder` if given, $STEERMOE_VECTORS, ./steering_vectors, the user's data folder, the package's own vectors.
     """
     from platformdirs import user_data_path
 
@@ -47,15 +42,15 @@ def search_path(folder: Path | str | None = None) -> list[Path]:
 
 
 def packaged_vectors() -> Path:
-    """The vectors that came with the package: inside it when installed, beside it in a checkout."""
+    """The vectors shipped with the package: inside it when installed, beside it in a checkout."""
     inside = PACKAGE / "steering_vectors"
     return inside if inside.is_dir() else PACKAGE.parent / "steering_vectors"
 
 
 def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
-    """All vector files on the search path, a domain's earlier file before a later one of the same name.
+    """All vector files, in the order of the search path.
 
-    Files whose names can't be a domain's, such as hidden ones, are left out.
+    Files whose names are not allowed as a domain, such as hidden ones, are left out.
     """
     found = []
     for place in search_path(folder):
@@ -67,7 +62,7 @@ def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
 
 
 def find_vector(name: str | Path, *, folder: Path | str | None = None, group: str | None = None) -> list[Path]:
-    """The files that a name can mean, first to last: a vector file's own path, or a domain's files on the search path.
+    """The files that a name can mean, first to last: a vector file's path itself, or a domain's files.
 
     Raises:
         VectorNotFound: no such file.
@@ -90,7 +85,7 @@ def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, St
     """The first of several files whose vector fits a model.
 
     Raises:
-        CompatibilityError: none fits; the first one's error.
+        CompatibilityError: none fits; the error of the first one.
     """
     misfits = []
     for path in paths:
@@ -115,7 +110,7 @@ def load_vector(
 
     Args:
         name: a domain, or the path of a vector file.
-        model: the model to steer, or its shape; of several files of the domain the first that fits it is taken.
+        model: the model to steer, or its shape; of several files of the domain, the first that fits it is taken.
         folder: searched before all others.
         group: only look in this model's folder, such as "smollm2-moe".
 

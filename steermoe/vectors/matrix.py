@@ -1,4 +1,4 @@
-"""Import expert vectors that others keep as a JSON matrix of layers x experts, as the paper's authors do."""
+"""Import expert vectors from a JSON matrix of layers x experts, the format of the paper's authors."""
 
 import json
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 def import_matrix(
     path: Path, domain: str, *, layers: Sequence[int] | None = None, info: VectorInfo | None = None
 ) -> SteeringVector:
-    """Read an expert vector as the paper's authors keep it: JSON, a list of L lists of N numbers.
+    """Read an expert vector in the format of the paper's authors: JSON, a list of L lists of N numbers.
 
-    Rows that each sum to 1 are taken for frequencies F, anything else for E itself.
+    Rows that each sum to 1 are taken to be frequencies F, anything else to be E itself.
 
     Args:
         path: the JSON file.
         domain: name of the vector.
         layers: the decoder layer of each row; by default 0 to L-1.
-        info: what else is known.
+        info: what else is known about it.
 
     Raises:
-        VectorError: not JSON, not such a list, or numbers that can't be.
+        VectorError: not JSON, not such a list, or invalid numbers.
     """
     matrix = _read(path)
     numbers = tuple(layers) if layers is not None else tuple(range(len(matrix)))
@@ -37,7 +37,7 @@ def import_matrix(
             f"'{path}' has {len(matrix)} rows, expected one for each of {len(numbers)} layers: it is for another model"
         )
     if not matrix.any():
-        raise VectorError(f"'{path}' holds nothing but zeros: it would steer nothing")
+        raise VectorError(f"'{path}' contains only zeros: it would steer nothing")
     info = info or VectorInfo()
     is_frequency = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
     return SteeringVector(
@@ -61,7 +61,7 @@ def _read(path: Path) -> "Tensor":
         raise VectorError(f"'{path}' is not JSON: {error}") from error
     is_matrix = isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)
     if not is_matrix or not all(type(x) in (int, float) for row in rows for x in row):
-        raise VectorError(f"'{path}' is no matrix: expected a list of L lists of N numbers")
+        raise VectorError(f"'{path}' is not a matrix: expected a list of L lists of N numbers")
     if len({len(row) for row in rows}) != 1:
         raise VectorError(
             f"'{path}': its rows have different lengths {sorted({len(row) for row in rows})}, expected one"
@@ -69,4 +69,4 @@ def _read(path: Path) -> "Tensor":
     try:
         return torch.tensor(rows, dtype=torch.float32)
     except (OverflowError, RuntimeError, ValueError) as error:
-        raise VectorError(f"'{path}' holds a number that is too large for float32") from error
+        raise VectorError(f"'{path}' contains a number that is too large for float32") from error

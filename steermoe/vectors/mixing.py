@@ -14,12 +14,12 @@ Parts = Sequence[tuple[SteeringVector, float]]
 def mix(parts: Parts, domain: str | None = None) -> SteeringVector:
     """Steer toward several domains at once: the weighted sum of their expert vectors.
 
-    Its strength, if all parts have one, is their weighted mean over the largest weight, so that the strongest part
-    steers as it would alone. A single part of weight 0.5 is steered half as strongly.
+    If all parts have a strength, the mixture's is their weighted mean divided by the largest weight, so that the
+    strongest part steers as it would alone. A single part of weight 0.5 is steered half as strongly.
 
     Args:
         parts: vectors of one model with their weights; weights are used as they are, not normalised.
-        domain: name of the mixture; by default such as "sport+food".
+        domain: name of the mixture; by default the parts' names, like "sport+food".
 
     Raises:
         VectorError: no parts, or weights that are all 0 or not finite.
@@ -52,13 +52,13 @@ def _check_one_model(parts: Parts) -> None:
         vector.check_fits(shape)
         if vector.num_experts != first.num_experts:
             raise CompatibilityError(
-                f"vector '{vector.domain}' has {vector.num_experts} experts a layer, '{first.domain}' has "
+                f"vector '{vector.domain}' has {vector.num_experts} experts per layer, '{first.domain}' has "
                 f"{first.num_experts}: only vectors of one model can be mixed"
             )
 
 
 def _info_of(parts: Parts) -> VectorInfo:
-    """What is known of the mixture: what all parts share, and what follows from each."""
+    """What is known about the mixture: what all parts share, and what follows from each."""
     first, licences = parts[0][0].info, {vector.info.licence for vector, _ in parts}
     return VectorInfo(
         title=" + ".join(f"{weight:g} {vector.domain}" for vector, weight in parts),
@@ -77,7 +77,7 @@ def _info_of(parts: Parts) -> VectorInfo:
 
 
 def _strength_of(parts: Parts) -> float | None:
-    """None where a part has none."""
+    """None if any part has none."""
     known = [vector.info.strength for vector, _ in parts if vector.info.strength is not None]
     if len(known) < len(parts):
         return None
@@ -87,7 +87,7 @@ def _strength_of(parts: Parts) -> float | None:
 
 
 def _shape_of(vector: SteeringVector) -> RoutingShape:
-    """As much of the model that a vector is of as the vector itself tells."""
+    """The shape of the model that a vector was built for, as far as the vector knows it."""
     experts, top_k = vector.num_experts, vector.info.top_k or 1
     return RoutingShape(
         f"the model of '{vector.domain}'",

@@ -1,4 +1,4 @@
-"""Pictures of steering vectors and of routing load. matplotlib comes with the extra `plot`."""
+"""Pictures of steering vectors. Needs the extra `plot`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def draw_vector(vector: "SteeringVector", path: Path) -> None:
-    """Draw frequencies before the threshold and the expert vector E after it, as Fig. 5 of Shchukin (2024), into a PNG.
+    """Draw the frequencies before the threshold and the expert vector E after it, as Fig. 5 of Shchukin (2024), as PNG.
 
-    A vector without frequencies, such as a mixture, makes one panel. The file appears complete or not at all.
+    A vector without frequencies, such as a mixture, gets one panel. The file is written whole or not at all.
 
     Raises:
         SteerMoEError: matplotlib is missing, or the file can't be written.

@@ -1,7 +1,7 @@
 """Steering vectors: what a domain's routing looks like, and the expert vector E that steers toward it. Knows no files.
 
-Shapes: L MoE layers of the model (dense layers don't count), N experts a layer. Imports no torch, only uses the tensors
-that it is given; so `steermoe vectors list` answers at once.
+Shapes: L MoE layers of the model (dense layers don't count), N experts per layer. Imports no torch, only uses the
+tensors that it is given, so `steermoe vectors list` starts fast.
 """
 
 import math
@@ -56,10 +56,10 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class VectorInfo:
-    """What is known about a vector besides its numbers. All of it optional, all of it kept in the file.
+    """What is known about a vector besides its numbers. All of it is optional and stored in the file.
 
     Raises:
-        VectorError: a value of the wrong kind, such as a strength that is no finite number.
+        VectorError: a value of the wrong kind, such as a strength that is not a finite number.
     """
 
     title: str = ""
@@ -82,11 +82,11 @@ class VectorInfo:
     created_by: str = ""
     licence: str = ""
     parts: tuple[str, ...] = ()
-    """Of a mixture: each part as "name=weight", with the start of its hash where it came from a file."""
+    """Of a mixture: each part as "name=weight", with the start of its hash if it came from a file."""
 
     @classmethod
     def of(cls, shape: RoutingShape) -> "VectorInfo":
-        """What a vector for a model says of that model."""
+        """What a vector for a model says about that model."""
         top_k = {router.top_k for router in shape.routers}
         return cls(model=shape.name, architecture=shape.architecture, top_k=top_k.pop() if len(top_k) == 1 else None)
 
@@ -102,12 +102,12 @@ class SteeringVector:
 
     Attributes:
         domain: its name.
-        frequency: mean routing embedding F [L, N] of the domain's texts, rows summing to 1; None where only E is known.
+        frequency: mean routing embedding F [L, N] of the domain's texts, rows summing to 1; None if only E is known.
         layers: the decoder layer that each of the L rows belongs to.
         threshold: E keeps what exceeds `threshold` times the uniform frequency 1/N (the paper: 3).
-        baseline: mean F [L, N] of a whole corpus, to tell popular experts from the domain's own.
+        baseline: mean F [L, N] of a whole corpus, to distinguish generally popular experts from the domain's own.
         relative: if true, E keeps what exceeds `threshold` times the baseline instead.
-        weights: E itself [L, N], where it does not follow from the frequency: a mixture or an imported matrix.
+        weights: E itself [L, N], if it does not follow from the frequency: a mixture or an imported matrix.
         info: provenance and calibration.
 
     Raises:
@@ -167,14 +167,14 @@ class SteeringVector:
         return self._matrix.shape[1]
 
     def chosen(self) -> dict[int, dict[int, float]]:
-        """The experts that E holds: decoder layer -> expert -> weight, zeros left out."""
+        """The experts in E: decoder layer -> expert -> weight, without zeros."""
         return {
             layer: {expert: weight for expert, weight in enumerate(row) if weight}
             for layer, row in zip(self.layers, self.experts.tolist(), strict=True)
         }
 
     def with_threshold(self, threshold: float, relative: bool = False) -> "SteeringVector":
-        """The same frequencies cut at another threshold."""
+        """The same frequencies with another threshold."""
         if self.frequency is None:
             raise VectorError(f"vector '{self.domain}' has no frequencies to threshold: it is a mixture or an import")
         return replace(self, threshold=threshold, relative=relative, weights=None)
@@ -183,7 +183,7 @@ class SteeringVector:
         """Check that the vector fits a model's routers.
 
         Raises:
-            CompatibilityError: another architecture, number of layers or of experts, or other layers.
+            CompatibilityError: a different architecture, different layers, or another number of layers or experts.
         """
         model, widths = shape.name, [router.num_experts for router in shape.routers]
         built_for = f"it was built for {self.info.model}" if self.info.model else "it was built for another model"
@@ -193,7 +193,7 @@ class SteeringVector:
             raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")
         if min(widths) - self.num_experts > max(2, min(widths) // 4):
             raise CompatibilityError(
-                f"vector '{self.domain}' has {self.num_experts} experts a layer, {model} has {min(widths)}: {fix}"
+                f"vector '{self.domain}' has {self.num_experts} experts per layer, {model} has {min(widths)}: {fix}"
             )
         if shape.layers != self.layers:
             raise CompatibilityError(
@@ -212,11 +212,11 @@ def _check_matrix(domain: str, name: str, matrix: "Tensor", rows: int) -> None:
             f"vector '{domain}': {name} has shape {list(matrix.shape)}, expected {rows} layers x 2 or more experts"
         )
     if not matrix.isfinite().all():
-        raise VectorError(f"vector '{domain}': {name} holds NaN or infinity; build the vector again")
+        raise VectorError(f"vector '{domain}': {name} contains NaN or infinity; build the vector again")
     if name == "weights":
         return
     if (matrix < 0).any():
-        raise VectorError(f"vector '{domain}': {name} holds {matrix.min():.3g}, but frequencies are never negative")
+        raise VectorError(f"vector '{domain}': {name} contains {matrix.min():.3g}, but frequencies are never negative")
     sums = matrix.float().sum(-1)
     if ((sums - 1).abs() > ROW_SUM_TOLERANCE).any():
         worst = int((sums - 1).abs().argmax())
@@ -227,7 +227,7 @@ def _check_matrix(domain: str, name: str, matrix: "Tensor", rows: int) -> None:
 
 
 def format_layers(layers: Sequence[int]) -> str:
-    """Layers as one line can hold them: 3-27, or 0, 2, 4 and so on."""
+    """Layers on one line: 3-27, or 0, 2, 4 and so on."""
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
     return ", ".join(map(str, layers))

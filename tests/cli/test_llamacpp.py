@@ -98,7 +98,7 @@ def test_export_refuses(run, bare_search_path):
     loaded.tokenizer.save_pretrained(folder)
     result = run("models", "export", folder, "--gguf", "q4_1")
     assert (result.code, result.out) == (1, "")
-    assert "is phimoe: GGUF files are written of" in result.err
+    assert "is phimoe: steermoe exports" in result.err
     assert result.err.count("\n") == 1
 
 
@@ -164,6 +164,6 @@ def test_bad_and_dense_files_are_one_clear_line(run, gguf, vectors):
     assert "llama.cpp can't load" in result.err
     bad.write_bytes(b"text")
     result = run("generate", "x", "-m", bad, "--engine", "llamacpp")
-    assert "is no GGUF file or is cut off" in result.err
+    assert "is not a GGUF file or is cut off" in result.err
     result = run("generate", "x", "-m", "no.gguf", "--engine", "llamacpp")
     assert "can't read 'no.gguf'" in result.err

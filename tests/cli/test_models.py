@@ -192,7 +192,7 @@ def test_without_matplotlib_nothing_is_run(run, tiny_checkpoint, texts, tmp_path
     [
         (["--png", "x.png"], "pass --texts CORPUS too"),
         (["--texts", "none"], "no corpus at 'none'"),
-        (["--texts", "."], "'.' holds no texts"),
+        (["--texts", "."], "'.' contains no texts"),
     ],
 )
 def test_inspect_refuses_texts(run, bare_search_path, tiny_checkpoint, arguments, message):
@@ -220,7 +220,7 @@ def test_long_lists_of_experts_are_cut(experts, shown):
     [
         ("./none", "no model at './none': give a checkpoint folder"),
         ("none.gguf", "no GGUF file 'none.gguf'"),
-        (".", "holds no model: it has no config.json"),
+        (".", "contains no model: it has no config.json"),
         ("no-such-org/no-such-model", "can't find 'no-such-org/no-such-model', neither as a folder nor on the hub"),
     ],
 )

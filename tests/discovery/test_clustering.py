@@ -13,7 +13,7 @@ LAYERS, EXPERTS, TOKENS = 4, 8, 200
 
 
 def routing(sizes, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Shares [B, L*N] of groups that prefer other experts each, and the group of each text, in a random order."""
+    """Shares [B, L*N] of groups that each prefer different experts, and the group of each text, in random order."""
     random = np.random.default_rng(seed)
     preferred = random.dirichlet(np.full(EXPERTS, 0.3), size=(len(sizes), LAYERS))
     groups = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
@@ -100,7 +100,7 @@ def test_too_few_texts(options, expected):
         ({"cluster_dimensions": 0}, "cluster_dimensions is 0"),
         ({"min_cluster_size": 1}, "min_cluster_size is 1"),
         ({"seed": -1}, "seed is -1"),
-        ({"metric": "manhattan"}, "metric 'manhattan' is not known: take hellinger, euclidean, cosine"),
+        ({"metric": "manhattan"}, "metric 'manhattan' is unknown: use hellinger, euclidean, cosine"),
     ],
 )
 def test_options_out_of_range(options, expected):
@@ -124,7 +124,7 @@ def test_copies_of_texts_do_no_harm():
     assert all(len(set(found.labels[start : start + 12])) == 1 for start in range(0, 48, 12))
 
 
-def test_noise_is_assigned_to_the_nearest_mean_on_demand(monkeypatch):
+def test_noise_is_assigned_to_the_nearest_mean_on_request(monkeypatch):
     features = np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 2, 2, 0]] + 0.01
     features[6, 1] += 0.2
     labels = np.array([0, 0, 1, 1, 2, 2, -1])
@@ -136,7 +136,7 @@ def test_noise_is_assigned_to_the_nearest_mean_on_demand(monkeypatch):
     assert assigned.was_noise.tolist() == left.was_noise.tolist() == [False] * 6 + [True]
 
 
-def test_noise_stays_noise_where_there_is_no_cluster(monkeypatch):
+def test_noise_stays_noise_without_clusters(monkeypatch):
     nothing = np.full(20, -1)
     monkeypatch.setattr(clustering, "_densest", lambda at, size: (nothing, np.zeros(20)))
     assert (cluster(routing([10, 10])[0], assign_noise=True).labels == -1).all()
@@ -152,7 +152,7 @@ def test_transforms():
 
 
 def test_hellinger_is_for_shares():
-    with pytest.raises(CorpusError, match=r"go down to -0.5 .*take metric cosine or euclidean"):
+    with pytest.raises(CorpusError, match=r"go down to -0.5 .*use metric cosine or euclidean"):
         transform(np.array([[0.5, -0.5]], dtype=np.float32), "hellinger")
 
 

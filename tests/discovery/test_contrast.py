@@ -1,4 +1,4 @@
-"""Contrasts of two sets of texts: activation rates, risk differences, lists of experts, and vectors of them."""
+"""Contrasts of two sets of texts: activation rates, risk differences, lists of experts, and vectors from them."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_labelled_vectors_share_a_baseline_in_which_domains_count_the_same(tiny_
     assert torch.equal(alone.frequency, vectors[0].frequency)
 
 
-def test_a_vector_that_would_steer_nothing_is_refused(tiny_model):
+def test_a_vector_that_would_steer_nothing_is_rejected(tiny_model):
     with pytest.raises(VectorError, match=r"no expert exceeds 7\.5 times the mean frequency 1/N, the largest is"):
         vectors_from_labelled(tiny_model, {"sport": SPORT, "food": FOOD}, threshold=7.5)
 

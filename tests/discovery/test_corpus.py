@@ -1,4 +1,4 @@
-"""Corpora of every kind: what is read, what it is called, and what is told of bad records."""
+"""Corpora of every kind: what is read, ids and labels, and how bad records are reported."""
 
 import json
 import os
@@ -43,14 +43,14 @@ def test_a_folder_is_read_in_order_with_labels_from_its_paths(tmp_path):
     assert (corpus.num_ignored, corpus.num_problems) == (1, 0)
 
 
-def test_links_are_followed_once_and_broken_ones_told(tmp_path):
+def test_links_are_followed_once_and_broken_ones_reported(tmp_path):
     write(tmp_path / "elsewhere" / "a.txt", "goal")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for name in ("sport", "twice"):
         (corpus / name).symlink_to(tmp_path / "elsewhere")
     (corpus / "gone.txt").symlink_to(tmp_path / "none.txt")
-    os.mkfifo(corpus / "pipe.txt")  # opening it would wait for ever
+    os.mkfifo(corpus / "pipe.txt")  # opening it would block forever
     read = Corpus(corpus)
     assert rows(read) == [("sport/a.txt", "goal", "sport")]
     assert [problem.file for problem in read.problems] == ["gone.txt", "pipe.txt"]
@@ -61,7 +61,7 @@ def test_ids_can_always_be_written(tmp_path):
     assert rows(Corpus(tmp_path)) == [("caf\\xe9.txt", "coffee", "")]
 
 
-def test_tables_of_all_kinds_hold_the_same(tmp_path):
+def test_tables_of_all_kinds_give_the_same_texts(tmp_path):
     import pandas as pd
 
     table = pd.DataFrame({"body": ["a goal,\nscored", "a pan"], "kind": ["sport", "food"]})
@@ -87,7 +87,7 @@ def test_byte_order_mark_and_numbers_as_labels(tmp_path):
         ('{"text": "x", "kind": "\\udc00"}', "'kind' is not UTF-8"),
     ],
 )
-def test_bad_labels_are_told_and_skipped(tmp_path, line, reason):
+def test_bad_labels_are_reported_and_skipped(tmp_path, line, reason):
     corpus = Corpus(write(tmp_path / "t.jsonl", f'{line}\n{{"text": "y", "kind": "a"}}\n'), label_field="kind")
     assert rows(corpus) == [("t.jsonl:2", "y", "a")]
     assert corpus.num_problems == 1
@@ -95,20 +95,20 @@ def test_bad_labels_are_told_and_skipped(tmp_path, line, reason):
         raise AssertionError(str(corpus.problems[0]))
 
 
-def test_lines_of_a_table_are_those_where_rows_begin(tmp_path):
+def test_line_numbers_in_a_table_are_where_rows_begin(tmp_path):
     content = '\ntext,n\n"two\nlines",1\n\n"quo"te,2\nlast,3\n'
     corpus = Corpus(write(tmp_path / "t.csv", content))
     assert [(text.id, text.text) for text in corpus] == [("t.csv:3", "two\nlines"), ("t.csv:7", "last")]
     assert [problem.line for problem in corpus.problems] == [6]
 
 
-def test_a_quote_that_is_never_closed_is_told(tmp_path):
+def test_a_quote_that_is_never_closed_is_reported(tmp_path):
     corpus = Corpus(write(tmp_path / "t.csv", 'text\ngood\n"open\nswallowed\n'))
     assert [text.text for text in corpus] == ["good"]
     assert [str(problem) for problem in corpus.problems] == ["t.csv:3: is not CSV (unexpected end of data)"]
 
 
-def test_bad_cells_of_parquet_are_told_and_skipped(tmp_path):
+def test_bad_cells_in_parquet_are_reported_and_skipped(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -123,7 +123,7 @@ def test_bad_cells_of_parquet_are_told_and_skipped(tmp_path):
     ]
 
 
-def test_damaged_parquet_is_told(tmp_path):
+def test_damaged_parquet_is_reported(tmp_path):
     import pandas as pd
 
     pd.DataFrame({"text": ["a goal"] * 1000}).to_parquet(tmp_path / "a.parquet")
@@ -153,7 +153,7 @@ def test_an_unlistable_folder_is_an_error(tmp_path, monkeypatch):
     ("line", "reason"),
     [
         ("{", "is not JSON"),
-        ("[1]", "is no JSON object but list"),
+        ("[1]", "is not a JSON object but list"),
         ('{"body": "x", "kind": 1}', r"no field 'text' \(it has body, kind\)"),
         ('{"text": 3}', "field 'text' is int, expected text"),
         ('{"text": null}', "field 'text' is NoneType"),
@@ -164,7 +164,7 @@ def test_an_unlistable_folder_is_an_error(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_bad_lines_are_told_and_skipped(tmp_path, line, reason):
+def test_bad_lines_are_reported_and_skipped(tmp_path, line, reason):
     content = b'{"text": "good"}\n' + (line if isinstance(line, bytes) else line.encode()) + b'\n{"text": "too"}\n'
     corpus = Corpus(write(tmp_path / "t.jsonl", content))
     assert [text.text for text in corpus] == ["good", "too"]
@@ -173,7 +173,7 @@ def test_bad_lines_are_told_and_skipped(tmp_path, line, reason):
         raise AssertionError(str(corpus.problems[0]))
 
 
-def test_bad_rows_and_files_are_told(tmp_path):
+def test_bad_rows_and_files_are_reported(tmp_path):
     write(tmp_path / "a.csv", b'text,kind\ngood,1\nonly\n"open quote\nlasts, until the end\n')
     write(tmp_path / "b.csv", b"text,kind\n\xff,2\n" + b"x" * 200_000 + b",3\n")
     write(tmp_path / "c.txt", b"\xff\xfe")
@@ -181,13 +181,20 @@ def test_bad_rows_and_files_are_told(tmp_path):
     write(tmp_path / "e.parquet", b"PAR1 no")
     corpus = Corpus(tmp_path)
     assert [text.id for text in corpus] == ["a.csv:2", "b.csv:3"]
-    told = [str(problem) for problem in corpus.problems]
-    assert [line.split(": ")[0] for line in told] == ["a.csv:3", "a.csv:4", "b.csv:2", "c.txt", "d.txt", "e.parquet"]
+    reported = [str(problem) for problem in corpus.problems]
+    assert [line.split(": ")[0] for line in reported] == [
+        "a.csv:3",
+        "a.csv:4",
+        "b.csv:2",
+        "c.txt",
+        "d.txt",
+        "e.parquet",
+    ]
     assert list(corpus)  # once more, without counting problems twice
     assert corpus.num_problems == 6
 
 
-def test_missing_columns_name_those_there_are(tmp_path):
+def test_a_missing_column_lists_the_existing_ones(tmp_path):
     path = write(tmp_path / "t.csv", "body,kind\na,b\n")
     with pytest.raises(CorpusError, match=r"no column 'text', it has 'body', 'kind': pass --text-field"):
         list(Corpus(path))
@@ -198,7 +205,7 @@ def test_missing_columns_name_those_there_are(tmp_path):
 
 
 def test_empty_corpora_are_errors(tmp_path):
-    with pytest.raises(CorpusError, match="holds no texts"):
+    with pytest.raises(CorpusError, match="contains no texts"):
         list(Corpus(tmp_path))
     write(tmp_path / "t.jsonl", '{"body": 1}\n')
     with pytest.raises(CorpusError, match=r"the first problem: t\.jsonl:1: no field 'text' .*--text-field"):

@@ -1,4 +1,4 @@
-"""From embedded texts to domains: vectors are the clusters' mean routing, names fit for files, labels counted."""
+"""From embedded texts to domains: vectors are the clusters' mean routing, names suit files, labels are counted."""
 
 import hashlib
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from steermoe.discovery.discover import discover, most_common
+from steermoe.discovery.discover import DiscoveryOptions, discover, most_common
 from steermoe.discovery.store import EmbeddedTexts, EmbeddingMeta, Text
 from steermoe.errors import SteerMoEError, VectorError
 from steermoe.vectors.file import check_domain_name, read_vector, write_vector
@@ -18,7 +18,7 @@ WORDS = {"sport": "referee goal", "food": "butter bread", "law": "judge witness"
 
 
 def embedded(sizes, share=0.8, seed=0, labels=True) -> EmbeddedTexts:
-    """Texts of domains, each of which prefers one expert a layer with `share` of the choices."""
+    """Texts of domains; each domain gives one expert per layer `share` of its choices."""
     random = np.random.default_rng(seed)
     texts, rows = [], []
     for expert, (domain, size) in enumerate(sizes.items()):
@@ -39,7 +39,7 @@ def _extra():
 
 @pytest.fixture(scope="module")
 def found():
-    return discover(embedded({"sport": 16, "food": 24, "law": 20}), threshold=1.5)
+    return discover(embedded({"sport": 16, "food": 24, "law": 20}), DiscoveryOptions(threshold=1.5))
 
 
 def test_clusters_are_the_domains_the_largest_first(found):
@@ -77,13 +77,13 @@ def test_a_vector_is_the_mean_of_its_texts(found):
         assert cluster.note == ""
 
 
-def test_a_vector_can_be_kept_in_a_file(found, tmp_path):
+def test_a_vector_can_be_stored_in_a_file(found, tmp_path):
     vector = found.clusters[0].vector
     write_vector(vector, tmp_path / "x.safetensors")
     assert torch.equal(read_vector(tmp_path / "x.safetensors").experts, vector.experts)
 
 
-def test_examples_are_the_texts_nearest_to_the_middle():
+def test_examples_are_the_texts_nearest_to_the_centre():
     source = embedded({"sport": 20, "food": 20})
     typical = source.frequency[:20].mean(0)
     source.frequency[7] = typical
@@ -135,8 +135,8 @@ def test_noise_counts_as_a_group_in_the_agreement(monkeypatch):
         (0.3, {"threshold": 3.0, "relative": False}, None, "no vector: no expert's share exceeds 3 / 8; a lower"),
     ],
 )
-def test_what_exceeds_no_baseline_is_cut_as_in_the_paper_or_gives_no_vector(share, options, relative, note):
-    found = discover(embedded({"sport": 20, "food": 20}, share=share), **options)
+def test_if_nothing_exceeds_the_baseline_the_cut_is_the_papers_or_there_is_no_vector(share, options, relative, note):
+    found = discover(embedded({"sport": 20, "food": 20}, share=share), DiscoveryOptions(**options))
     assert len(found.clusters) == 2
     for cluster in found.clusters:
         assert (cluster.vector.relative if cluster.vector else None) == relative
@@ -149,7 +149,7 @@ def test_what_exceeds_no_baseline_is_cut_as_in_the_paper_or_gives_no_vector(shar
 @pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf")])
 def test_impossible_thresholds(threshold):
     with pytest.raises(VectorError, match="must be a finite number, 0 or more"):
-        discover(embedded({"sport": 10, "food": 10}), threshold=threshold)
+        discover(embedded({"sport": 10, "food": 10}), DiscoveryOptions(threshold=threshold))
 
 
 # ---- names ----
@@ -157,7 +157,7 @@ def test_impossible_thresholds(threshold):
 
 def test_clusters_are_renamed_by_number_or_name():
     source = embedded({"sport": 20, "food": 24})
-    found = discover(source, threshold=1.5, names={0: "kitchen", "goal-referee": "football"})
+    found = discover(source, DiscoveryOptions(threshold=1.5), names={0: "kitchen", "goal-referee": "football"})
     assert [cluster.name for cluster in found.clusters] == ["kitchen", "football"]
     assert [cluster.vector.domain for cluster in found.clusters] == ["kitchen", "football"]
 
@@ -173,7 +173,7 @@ def test_clusters_are_renamed_by_number_or_name():
         ({0: "../x"}, "domain name '../x' is not allowed"),
     ],
 )
-def test_names_that_can_not_be_given(names, expected):
+def test_names_that_are_not_allowed(names, expected):
     with pytest.raises(VectorError, match=expected):
         discover(embedded({"sport": 20, "food": 24}), names=names)
 
@@ -188,7 +188,7 @@ def test_names_that_can_not_be_given(names, expected):
         ("a" * 50 + " kite", "kite"),
     ],
 )
-def test_names_are_fit_for_files(words, name):
+def test_names_suit_files(words, name):
     source = embedded({"sport": 20, "food": 18})
     texts = [replace(text, text=words) if text.label == "sport" else text for text in source.texts]
     found = discover(EmbeddedTexts(source.meta, texts, source.tokens, source.frequency))
@@ -219,19 +219,19 @@ def test_hidden_states_are_compared_by_cosine():
     hidden = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     hidden[:20] += 5
     found = discover(replace(source, hidden=hidden))
-    assert found.settings.metric == "cosine"
+    assert found.options.metric == "cosine"
     assert found.adjusted_rand == 1.0
-    assert discover(source).settings.metric == "hellinger"
+    assert discover(source).options.metric == "hellinger"
 
 
-def test_settings_and_progress_are_told():
-    told = []
+def test_options_and_progress_are_reported():
+    steps = []
     source = embedded({"sport": 20, "food": 20})
-    found = discover(source, seed=3, neighbours=9, cluster_dimensions=2, progress=told.append)
-    assert told == ["Clustering 40 texts ...", "Finding keywords ...", "Building vectors ..."]
-    settings = found.settings
-    assert (settings.seed, settings.neighbours, settings.cluster_dimensions) == (3, 9, 2)
-    assert settings.min_cluster_size == 4
+    options = DiscoveryOptions(seed=3, neighbours=9, cluster_dimensions=2)
+    found = discover(source, options, progress=steps.append)
+    assert steps == ["Clustering 40 texts ...", "Finding keywords ...", "Building vectors ..."]
+    assert (found.options.seed, found.options.neighbours, found.options.cluster_dimensions) == (3, 9, 2)
+    assert found.options.min_cluster_size == 4
 
 
 def test_texts_without_a_cluster():

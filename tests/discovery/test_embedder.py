@@ -1,4 +1,4 @@
-"""Routing embeddings in batches and on disk: exact under padding, resumable, stopped after the last router."""
+"""Routing embeddings in batches and on disk: exact with padding, resumable, stopped after the last router."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_nothing_after_the_last_router_runs(tiny_model):
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 10**6])
-def test_batches_keep_to_their_size_and_lose_nothing(tokens):
+def test_batches_stay_within_their_size_and_lose_nothing(tokens):
     lengths = [5, 3, 9, 1, 4, 4]
     order = sorted(range(6), key=lengths.__getitem__)
     cut = list(batches(order, lengths, tokens))
@@ -117,7 +117,7 @@ def test_a_corpus_on_disk_loads_with_numpy_and_pandas(tiny_model, tmp_path, monk
     assert loaded.features().shape == (5, 3 * 8 + 16)
 
 
-def test_finished_shards_are_not_done_again(tiny_model, tmp_path, monkeypatch):
+def test_finished_shards_are_not_computed_again(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 2)
     embed_corpus(tiny_model, corpus(5), tmp_path / "whole")
     embed_corpus(tiny_model, corpus(5), tmp_path / "emb")
@@ -137,7 +137,7 @@ def test_finished_shards_are_not_done_again(tiny_model, tmp_path, monkeypatch):
         (corpus(5), {"max_tokens": 7}, "made with max_tokens 512, not 7"),
     ],
 )
-def test_embeddings_of_something_else_are_not_gone_on_with(tiny_model, tmp_path, monkeypatch, texts, options, message):
+def test_embeddings_of_something_else_are_not_resumed(tiny_model, tmp_path, monkeypatch, texts, options, message):
     monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 2)
     embed_corpus(tiny_model, corpus(5), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -149,16 +149,16 @@ def test_embeddings_of_something_else_are_not_gone_on_with(tiny_model, tmp_path,
 KILLED = """
 import sys, torch
 torch.set_num_threads(1)
-from steermoe import models
-from steermoe.discovery import embedding
+from steermoe.discovery import embed_corpus
 from steermoe.discovery.store import Text
-embedding.SHARD_TEXTS = 8
+from steermoe.models import loading
+embed_corpus.SHARD_TEXTS = 8
 texts = [Text(f"t{n}", f"text number {n} " * (1 + n % 7)) for n in range(400)]
-embedding.embed_corpus(models.load(sys.argv[1], dtype="float32"), texts, sys.argv[2])
+embed_corpus.embed_corpus(loading.load(sys.argv[1], dtype="float32"), texts, sys.argv[2])
 """
 
 
-def test_kill_loses_nothing_and_doubles_nothing(tiny_checkpoint, tmp_path):
+def test_kill_loses_nothing_and_repeats_nothing(tiny_checkpoint, tmp_path):
     command = [sys.executable, "-c", KILLED, str(tiny_checkpoint)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "emb"
@@ -180,14 +180,14 @@ def test_kill_loses_nothing_and_doubles_nothing(tiny_checkpoint, tmp_path):
     ("content", "message"),
     [(None, "make them with"), ("{", "damaged"), ('{"format_version": 9}', "version 9"), ("[]", "damaged")],
 )
-def test_what_is_no_store_is_told(tmp_path, content, message):
+def test_a_folder_that_is_not_a_store(tmp_path, content, message):
     if content is not None:
         (tmp_path / "meta.json").write_text(content)
     with pytest.raises(CorpusError, match=message):
         EmbeddingStore.open(tmp_path)
 
 
-def test_cut_off_texts_are_told(tiny_model, tmp_path):
+def test_cut_off_texts_are_reported(tiny_model, tmp_path):
     embed_corpus(tiny_model, corpus(3), tmp_path)
     path = tmp_path / "texts-00000.jsonl"
     lines = path.read_text().splitlines()
@@ -198,7 +198,7 @@ def test_cut_off_texts_are_told(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "batch_tokens"])
-def test_options_below_one_are_refused(field):
+def test_options_below_one_are_rejected(field):
     with pytest.raises(CorpusError, match=f"{field} is 0"):
         EmbeddingOptions(**{field: 0})
 

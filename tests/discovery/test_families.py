@@ -15,7 +15,7 @@ ALPHABETS = {"low": "abcdefgh", "high": "STUVWXYZ", "digits": "0123456789"}
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Texts of three kinds that share no letter: their bytes are different tokens, so any router tells them apart."""
+    """Texts of three kinds that share no letters: their bytes are different tokens, so any router separates them."""
     path = tmp_path / "texts.jsonl"
     with path.open("w") as file:
         for kind, letters in ALPHABETS.items():

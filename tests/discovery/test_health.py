@@ -44,7 +44,7 @@ def test_a_single_expert_is_even():
 
 
 def test_always_used_means_every_token_not_the_whole_load():
-    load = torch.tensor([0.5, 0.3, 0.2])  # of two choices a token, the first fell on expert 0 each time
+    load = torch.tensor([0.5, 0.3, 0.2])  # with two choices per token, one was always expert 0
     assert layer_health(0, load, load, top_k=2).always == (0,)
     assert layer_health(0, load, load, top_k=1).always == ()
 
@@ -75,10 +75,10 @@ def test_every_token_counts_the_same(family):
 def test_texts_are_read_once_and_in_parts(tiny_model, monkeypatch):
     whole = routing_health(tiny_model, TEXTS)
     monkeypatch.setattr(health_module, "SHARD_TEXTS", 2)
-    told = []
-    parts = routing_health(tiny_model, iter([*TEXTS, ""]), progress=lambda texts, tokens: told.append((texts, tokens)))
+    seen = []
+    parts = routing_health(tiny_model, iter([*TEXTS, ""]), progress=lambda texts, tokens: seen.append((texts, tokens)))
     assert (parts.texts, parts.tokens) == (whole.texts, whole.tokens) == (3, sum(map(len, TEXTS)))
-    assert [sum(column) for column in zip(*told, strict=True)] == [3, whole.tokens]
+    assert [sum(column) for column in zip(*seen, strict=True)] == [3, whole.tokens]
     for one, other in zip(parts.layers, whole.layers, strict=True):
         assert one.load == pytest.approx(other.load, abs=1e-6)
         assert one.probability == pytest.approx(other.probability, abs=1e-6)
@@ -139,7 +139,7 @@ def test_picture_shows_loads_losses_and_evenness(tiny_model, tmp_path, drawn):
     assert f"{health.tokens:,} tokens of 3 texts" in drawn[0].get_suptitle()
 
 
-def test_picture_tells_never_used_from_rarely_used(tmp_path, tiny_model, drawn):
+def test_picture_separates_never_used_from_rarely_used(tmp_path, tiny_model, drawn):
     layer = layer_health(0, torch.tensor([0.0, 1e-6, 0.3, 0.7]), torch.full((4,), 0.25), top_k=1)
     fewer = layer_health(1, torch.tensor([0.5, 0.5]), torch.full((2,), 0.5), top_k=1)
     health = replace(routing_health(tiny_model, TEXTS), layers=(layer, fewer))

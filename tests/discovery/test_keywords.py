@@ -1,4 +1,4 @@
-"""Keywords: the ones a reader would name a domain by, without names, numbers and common words, in any language."""
+"""Keywords: those by which a reader would name a domain, without names, numbers and common words, in any language."""
 
 import sys
 
@@ -66,18 +66,18 @@ SPORT = ["the goal came late", "a goal and a referee", "the referee saw the goal
 FOOD = ["the butter came late", "butter and bread", "bread with butter", "no butter today"]
 
 
-def test_what_tells_clusters_apart():
+def test_keywords_distinguish_clusters():
     found = cluster_keywords(SPORT + FOOD, [0] * 4 + [1] * 4)
     assert words(found[0]) == ["goal", "referee"]
     assert words(found[1]) == ["butter", "bread"]
 
 
-def test_one_text_cannot_give_a_keyword_however_often_it_says_it():
+def test_one_text_cannot_make_a_keyword_however_often_it_repeats_it():
     texts = [*SPORT, "Halloran " * 50 + "goal", *FOOD]
     assert words(cluster_keywords(texts, [0] * 5 + [1] * 4)[0]) == ["goal", "referee"]
 
 
-def test_noise_is_no_cluster_but_a_contrast():
+def test_noise_is_not_a_cluster_but_a_contrast():
     texts = [*SPORT, *FOOD, *["the referee"] * 6]
     found = cluster_keywords(texts, [0] * 4 + [1] * 4 + [-1] * 6)
     assert sorted(found) == [0, 1]
@@ -88,7 +88,7 @@ def test_a_cluster_of_two_texts_has_keywords():
     assert words(cluster_keywords(["a red kite", "the red kite", *FOOD], [0, 0, 1, 1, 1, 1])[0]) == ["kite", "red"]
 
 
-def test_a_plural_is_not_told_beside_its_singular():
+def test_a_plural_is_not_listed_with_its_singular():
     texts = ["goal goals", "goals goal", "goals win", "goals", *FOOD]
     assert words(cluster_keywords(texts, [0] * 4 + [1] * 4)[0]) == ["goals"]
 
@@ -122,7 +122,7 @@ def test_texts_without_words(texts, labels):
     assert cluster_keywords(texts, labels) == {label: [] for label in labels}
 
 
-def test_nothing_but_noise():
+def test_only_noise():
     assert cluster_keywords(SPORT, [-1] * 4) == {}
 
 

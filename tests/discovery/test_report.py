@@ -1,4 +1,4 @@
-"""A report's folder: what is in each file, that pages load nothing from elsewhere and run no text, what is replaced."""
+"""A report's folder: the content of each file, pages that load nothing remote and execute no text, replacement."""
 
 import csv
 import html
@@ -14,7 +14,7 @@ import torch
 
 from steermoe.discovery import page, picture, report
 from steermoe.discovery.clustering import Clustering
-from steermoe.discovery.discover import Cluster, Discovery, Settings
+from steermoe.discovery.discover import Cluster, Discovery, DiscoveryOptions
 from steermoe.discovery.keywords import Keyword
 from steermoe.discovery.store import EmbeddedTexts, EmbeddingMeta, Text
 from steermoe.errors import CorpusError, SteerMoEError
@@ -63,9 +63,9 @@ def make_discovery(sizes=(6, 4), noise=2, labels=True, evil=EVIL, names=("goal-t
                 note="" if number != 1 else "no vector: nothing exceeds it",
             )
         )
-    settings = Settings(3.0, True, 5, 2, 15, "hellinger", False, 0)
+    options = DiscoveryOptions(3.0, True, 5, 2, 15, "hellinger", False, 0)
     embedded = EmbeddedTexts(meta, texts, np.full(total, 7), frequency)
-    return Discovery(embedded, found, tuple(clusters), 0.5 if labels else None, noise, settings)
+    return Discovery(embedded, found, tuple(clusters), 0.5 if labels else None, noise, options)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_index(written):
     assert {"map.html", "map_clusters.png", "map_sources.png", "heat_goal-team.png"} <= set(page.links())
     text = " ".join(page.text.split())
     assert "as tiny<b> routes them" in text
-    assert f"Text 0 {EVIL}" in text  # as it is written, not as a tag
+    assert f"Text 0 {EVIL}" in text  # as text, not as a tag
     assert "adjusted Rand index 0.50" in text
     assert "2 texts (17%) are in none" in text
     assert "sport 100%" in text
@@ -172,7 +172,7 @@ def test_index(written):
     assert {link[1:] for link in page.links() if link.startswith("#")} == {"goal-team", "bread-pan"} <= targets
 
 
-def test_the_map_page_loads_nothing_from_elsewhere(written):
+def test_the_map_page_loads_nothing_remote(written):
     content = (written[0] / "map.html").read_text()
     page = Page(content)
     assert page.links() == []
@@ -193,7 +193,7 @@ def map_figure(folder) -> tuple[list[dict], dict]:
     return traces, layout
 
 
-def test_the_map_page_shows_texts_that_run_nothing(written):
+def test_the_map_page_executes_no_text(written):
     content = (written[0] / "map.html").read_text()
     assert EVIL not in content
     assert "<script>alert" not in content
@@ -222,7 +222,7 @@ def test_the_map_page_switches_between_clusters_and_sources(written):
 
 
 @pytest.mark.parametrize(("texts", "kind"), [(100, "scatter"), (picture.WEBGL_FROM, "scattergl")])
-def test_many_points_are_drawn_by_the_graphics_card(tmp_path, texts, kind):
+def test_many_points_are_drawn_by_the_gpu(tmp_path, texts, kind):
     discovery = make_discovery((texts // 2, texts // 2), noise=0, labels=False)
     picture.write_map(discovery, "many", tmp_path / "map.html")
     traces, layout = map_figure(tmp_path)
@@ -283,7 +283,7 @@ def test_without_sources_and_clusters(tmp_path):
     assert record["adjusted_rand"] is None
 
 
-def test_a_part_of_a_corpus_is_said_to_be_one(tmp_path):
+def test_a_part_of_a_corpus_is_labelled_as_one(tmp_path):
     discovery = make_discovery()
     embedded = replace(discovery.embedded, meta=replace(discovery.embedded.meta, complete=False))
     report.write_report(replace(discovery, embedded=embedded), tmp_path)
@@ -308,13 +308,13 @@ def test_sources(labels, most, expected):
 # ---- earlier reports ----
 
 
-def test_an_earlier_report_is_replaced_on_demand_only_and_other_files_stay(tmp_path):
+def test_an_earlier_report_is_only_replaced_on_request_and_other_files_stay(tmp_path):
     report.write_report(make_discovery(), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "vectors" / "mine.safetensors").write_text("mine")
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     renamed = make_discovery(names=("football", "kitchen"), labels=False)
-    with pytest.raises(CorpusError, match=r"holds a report already \(.*\): pass --force"):
+    with pytest.raises(CorpusError, match=r"already has a report \(.*\): pass --force"):
         report.write_report(renamed, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
     record = report.write_report(renamed, tmp_path, force=True)
@@ -364,7 +364,7 @@ def test_check_ready(tmp_path, monkeypatch):
         report.check_ready(tmp_path / "new")
 
 
-def test_a_folder_that_can_not_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CorpusError, match=r"can't write the report to .*Not a directory; name another"):
         report.write_report(make_discovery(), tmp_path / "file" / "below")

@@ -1,4 +1,4 @@
-"""Calibration: the largest strength within the budget, saturation, ranges, and what `generate` says beyond them."""
+"""Calibration: the largest strength within the budget, saturation, ranges, and `generate`'s warning beyond them."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import LARGEST, calibrate, calibrate_vector
-from steermoe.evaluation.teacher_forcing import Forcing
+from steermoe.evaluation.teacher_forcing import TeacherForcing
 from steermoe.steering.plans import beyond_safe_range, plan_for
 from steermoe.vectors.file import read_vector, write_vector
 
@@ -20,7 +20,7 @@ def test_the_largest_strength_within_the_budget():
     assert all(damage <= 1 for strength, damage in found.measured if strength <= found.strength)
 
 
-def test_where_more_changes_nothing_the_smallest_that_does_it_all():
+def test_if_more_changes_nothing_the_smallest_strength_with_the_full_effect():
     found = calibrate(lambda strength: min(strength, 5.0) / 10, 1.0)
     assert found.saturates
     assert found.safe_range == (0.0, LARGEST)
@@ -56,16 +56,16 @@ TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and runs into 
 
 
 @pytest.fixture(scope="module")
-def forcing(tiny_model):
-    return Forcing(tiny_model, TEXTS)
+def teacher_forcing(tiny_model):
+    return TeacherForcing(tiny_model, TEXTS)
 
 
-def test_a_vector_is_calibrated(forcing, make_vector):
-    most = forcing.compare(plan_for(make_vector(), 64.0)).kl_p95
-    vector, found = calibrate_vector(forcing, make_vector(), most / 2)
+def test_a_vector_is_calibrated(teacher_forcing, make_vector):
+    most = teacher_forcing.compare(plan_for(make_vector(), 64.0)).kl_p95
+    vector, found = calibrate_vector(teacher_forcing, make_vector(), most / 2)
     assert 0 < vector.info.strength == found.strength <= vector.info.safe_range[1]
     assert vector.info.damage == found.damage <= most / 2
-    assert forcing.compare(plan_for(vector)).kl_p95 <= most / 2
+    assert teacher_forcing.compare(plan_for(vector)).kl_p95 <= most / 2
 
 
 def test_beyond_the_safe_range_there_is_a_warning(make_vector):
@@ -99,8 +99,10 @@ def neutral(tmp_path):
     return folder
 
 
-def test_calibrate_writes_the_file_and_generate_warns(run, vector_file, neutral, tiny_checkpoint, forcing, make_vector):
-    budget = forcing.compare(plan_for(make_vector(), 64.0)).kl_p95 / 2
+def test_calibrate_writes_the_file_and_generate_warns(
+    run, vector_file, neutral, tiny_checkpoint, teacher_forcing, make_vector
+):
+    budget = teacher_forcing.compare(plan_for(make_vector(), 64.0)).kl_p95 / 2
     shared = ("--model", tiny_checkpoint, "--dtype", "float32")
     code, out, err = run("calibrate", "-d", "sport", "--budget", budget, "--heldout", neutral, *shared)
     assert code == 0, err
@@ -126,6 +128,6 @@ def test_calibrate_dry_run_writes_nothing(run, vector_file, neutral, tiny_checkp
     assert vector_file.read_bytes() == before
 
 
-def test_calibrate_tells_wrong_budgets_before_it_loads(run, vector_file):
+def test_calibrate_reports_wrong_budgets_before_it_loads(run, vector_file):
     code, _, err = run("calibrate", "-d", "sport", "--budget", "0", "--model", "/nowhere/at/all")
     assert (code, err) == (1, "steermoe: budget 0.0 must be a number above 0, in nats, such as 1\n")

@@ -17,7 +17,7 @@ def completion(text, plan, frequency):
     return Completion(Request("Once.", plan), text, tuple(range(5)), 2, "length", 0.1, frequency=frequency)
 
 
-def test_share_is_the_mean_over_layers_of_what_the_vectors_experts_got():
+def test_share_of_the_vectors_experts_is_a_mean_over_layers():
     frequency = torch.tensor([[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
     assert vector_share(frequency, vector("sport", 1)) == pytest.approx((0.5 + 0.25) / 2)
 
@@ -46,7 +46,7 @@ def test_every_text_is_measured_against_every_vector():
     assert [text[start:end] for start, end in columns[1].words] == ["teams", "goals", "goals"]
 
 
-def test_json_carries_the_figures():
+def test_json_includes_the_figures():
     sport = vector("sport", 1, ("goal",))
     (column,) = compare_completions([completion("Goal!", SteeringPlan(sport), torch.full((2, 4), 0.25))])
     record = column.as_dict("tiny")

@@ -1,4 +1,4 @@
-"""A whole evaluation of a tiny model: conditions, the folder that it goes on in, the summary, pictures, the command."""
+"""A whole evaluation of a tiny model: conditions, the folder that it resumes, the summary, pictures, the command."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import torch
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.errors import CorpusError, SteeringError, SteerMoEError
 from steermoe.evaluation import protocol
-from steermoe.evaluation.protocol import Condition, Design, Settings, cut_vector, shuffled
+from steermoe.evaluation.protocol import Condition, Design, EvaluationSettings, cut_vector, shuffled
 from steermoe.evaluation.report import evaluate_into
 from steermoe.evaluation.results import ResultFolder
 from steermoe.evaluation.texts import domain_list, packaged_texts, read_openings, read_texts
@@ -25,7 +25,7 @@ SENTENCES = {
     "neutral": "the old man walked down the {} road with his dog and came home in the evening today",
 }
 COLOURS = ["red", "green", "blue", "white", "black", "brown", "grey", "pink"]
-SETTINGS = Settings(("hello there", "once upon"), seeds=2, max_new_tokens=8, forced_texts=4, batch_size=4)
+SETTINGS = EvaluationSettings(("hello there", "once upon"), seeds=2, max_new_tokens=8, forced_texts=4, batch_size=4)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def vectors(make_vector):
 # ---- what is run ----
 
 
-def test_shuffled_keeps_the_weights_and_none_of_their_places(make_vector):
+def test_shuffled_keeps_the_weights_but_none_of_their_places(make_vector):
     vector = make_vector(threshold=1.0)
     control = shuffled(vector)
     assert not ((control.experts > 0) & (vector.experts > 0)).any()
@@ -63,7 +63,7 @@ def test_shuffled_keeps_the_weights_and_none_of_their_places(make_vector):
     assert torch.equal(shuffled(vector).experts, control.experts)  # seeded
 
 
-def test_shuffled_where_most_experts_are_used(make_vector):
+def test_shuffled_if_most_experts_are_used(make_vector):
     vector = make_vector(threshold=0.0)  # all of them
     assert torch.equal(shuffled(vector).experts.sort(-1).values, vector.experts.sort(-1).values)
 
@@ -89,7 +89,7 @@ def test_formulas_are_compared_at_equal_damage(make_vector):
     assert len(found) == 5  # the additive one has no scale
 
 
-def test_names_tell_conditions_apart(make_vector):
+def test_names_of_conditions_are_unique(make_vector):
     vector = make_vector()
     design = Design(protocol.parse_formulas("all"), ("magnitude", "paper"), protocol.CUTS, (1.0, 2.5))
     conditions = design.steered(vector)
@@ -138,7 +138,7 @@ def test_a_users_texts_are_split(texts):
     assert not set(texts.learn) & set(texts.measure)
 
 
-def test_too_few_texts_are_told(heldout):
+def test_too_few_texts_are_reported(heldout):
     from steermoe.discovery.corpus import Corpus
 
     with pytest.raises(CorpusError, match="has 0 texts labelled 'law', 8 are needed; labels are: food, neutral, sport"):
@@ -149,12 +149,12 @@ def test_openings(tmp_path):
     (tmp_path / "lines.txt").write_text("One.\n\nTwo.\nOne.\n")
     assert read_openings(tmp_path / "lines.txt") == ["One.", "Two."]
     (tmp_path / "lines.jsonl").write_text('{"prompt": "One."}\n{"text": 1}\n')
-    with pytest.raises(CorpusError, match="line 2 is no JSON object with a prompt"):
+    with pytest.raises(CorpusError, match="line 2 is not a JSON object with a prompt"):
         read_openings(tmp_path / "lines.jsonl")
     with pytest.raises(CorpusError, match="can't read openings"):
         read_openings(tmp_path / "missing.txt")
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(CorpusError, match="holds no openings"):
+    with pytest.raises(CorpusError, match="contains no openings"):
         read_openings(tmp_path / "empty.txt")
 
 
@@ -167,7 +167,7 @@ def test_lists_leave_out_the_vectors_own_words(tmp_path):
 # ---- the run ----
 
 
-def test_everything_is_there_and_a_second_run_tells_nothing_anew(tiny_model, vectors, texts, tmp_path, monkeypatch):
+def test_everything_is_there_and_a_second_run_generates_nothing(tiny_model, vectors, texts, tmp_path, monkeypatch):
     design = Design(strengths=(2.0, 8.0))
     folder = tmp_path / "out"
     first = evaluate_into(folder, tiny_model, vectors, texts, SETTINGS, design)
@@ -187,10 +187,10 @@ def test_everything_is_there_and_a_second_run_tells_nothing_anew(tiny_model, vec
     assert "lift" in main["on_texts"]
     assert 0 <= main["figures"]["success"]["low"] <= main["figures"]["success"]["high"] <= 1
 
-    def tell_again(*args, **kwargs):
-        raise AssertionError("told a story again")
+    def generate_again(*args, **kwargs):
+        raise AssertionError("generated a story again")
 
-    monkeypatch.setattr(HFEngine, "generate", tell_again)
+    monkeypatch.setattr(HFEngine, "generate", generate_again)
     second = evaluate_into(folder, tiny_model, vectors, texts, SETTINGS, design)
     assert {k: v for k, v in second.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
 
@@ -208,7 +208,7 @@ def test_vectors_that_steer_by_different_formulas(tiny_model, vectors, texts, tm
     assert "| food |" not in table
 
 
-def test_a_run_that_was_killed_goes_on(tiny_model, vectors, texts, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_resumes(tiny_model, vectors, texts, tmp_path, monkeypatch):
     calls, generate = [], HFEngine.generate
 
     def dies(self, requests, **kwargs):
@@ -242,9 +242,9 @@ def test_strengths_that_follow_a_budget_stay_within_it(tiny_model, vectors, text
     }
 
 
-def test_a_folder_of_other_settings_is_refused(tiny_model, vectors, texts, tmp_path):
+def test_a_folder_with_other_settings_is_rejected(tiny_model, vectors, texts, tmp_path):
     evaluate_into(tmp_path / "out", tiny_model, vectors, texts, SETTINGS, Design(controls=False))
-    other = Settings(("hello there",), seeds=2, max_new_tokens=8, forced_texts=4, batch_size=4)
+    other = EvaluationSettings(("hello there",), seeds=2, max_new_tokens=8, forced_texts=4, batch_size=4)
     with pytest.raises(SteerMoEError, match=r"begun with other settings \(openings: "):
         evaluate_into(tmp_path / "out", tiny_model, vectors, texts, other, Design())
 
@@ -256,7 +256,7 @@ def test_a_damaged_file_is_named(tmp_path):
         folder.stories("x", list)
 
 
-def test_a_control_that_fails_is_told_loudly(
+def test_a_control_that_fails_is_reported(
     tiny_model, vectors, texts, tmp_path, run, heldout, bare_search_path, tiny_checkpoint
 ):
     for domain, vector in vectors.items():  # a random model: no vector does anything, so neither does the true one
@@ -273,7 +273,7 @@ def test_a_control_that_fails_is_told_loudly(
     assert [row.split()[0] for row in rows] == ["food"] * 4 + ["sport"] * 4 + ["all"] * 4
 
 
-def test_a_domain_without_texts_is_told(run, bare_search_path, make_vector, tiny_checkpoint, tmp_path):
+def test_a_domain_without_texts_is_reported(run, bare_search_path, make_vector, tiny_checkpoint, tmp_path):
     write_vector(make_vector("chess"), bare_search_path / "steering_vectors" / "tiny-mixtral" / "chess.safetensors")
     code, _, err = run("evaluate", "-d", "chess", "--model", tiny_checkpoint, "-o", tmp_path / "out")
     assert code == 1

@@ -8,7 +8,7 @@ pytest.importorskip("sklearn")
 from steermoe.evaluation.classifier import DomainClassifier, pieces
 from steermoe.evaluation.judge import FIGURES, Judge
 from steermoe.evaluation.results import StoryRecord
-from steermoe.evaluation.summary import Summary, _damage_at
+from steermoe.evaluation.summary import EvaluationSummary, _damage_at
 from steermoe.evaluation.texts import packaged_texts
 from steermoe.models.default import spec
 
@@ -32,7 +32,7 @@ def judge(classifier):
     return Judge(classifier, {"sport": ["stadium", "goal"]}, {"sport": ("striker",)}, unsteered, 3, 2)
 
 
-def test_classifier_tells_held_out_stories_apart(classifier):
+def test_classifier_recognises_held_out_stories(classifier):
     assert set(classifier.auc) == set(spec.TOPICS)
     assert min(classifier.auc.values()) > 0.9
     assert np.mean(list(classifier.recall.values())) > 0.8
@@ -70,28 +70,28 @@ def test_figures_are_means_over_seeds(judge):
         {"tokens": []},
     ],
 )
-def test_what_is_not_sound_is_no_success(judge, damaged):
+def test_a_text_that_is_not_sound_is_not_a_success(judge, damaged):
     figures = judge.figures([story(damaged.pop("text", SPORT), **damaged)], "sport")
     assert figures["sound_success"][0] == 0
     assert figures["damaged"][0] == 1
 
 
-def test_a_domain_without_a_list_has_no_figures_of_words(judge):
+def test_a_domain_without_a_list_has_no_word_figures(judge):
     assert np.isnan(judge.figures([story(PLAIN)], "law")["words_per_1000"]).all()
 
 
-def test_likeliest_shares_sum_to_one(judge):
-    found = judge.likeliest([story(SPORT), story(PLAIN)])
+def test_most_likely_shares_sum_to_one(judge):
+    found = judge.most_likely([story(SPORT), story(PLAIN)])
     assert found["sport"] == found["neutral"] == 0.5
     assert sum(found.values()) == pytest.approx(1)
 
 
-def test_summary_holds_steered_against_unsteered(judge):
+def test_summary_compares_steered_with_unsteered(judge):
     from steermoe.evaluation.protocol import Condition
 
     unsteered = [story(PLAIN, opening, seed) for opening in range(3) for seed in range(2)]
     steered = [story(SPORT, opening, seed) for opening in range(3) for seed in range(2)]
-    summary = Summary(judge, unsteered, ["sport"])
+    summary = EvaluationSummary(judge, unsteered, ["sport"])
     condition = Condition("steered", "sport", strength=4.0)
     damage = {"kl_p95": 0.5, "nats": 3.2, "nats_unsteered": 3.0}
     summary.add(condition, steered, damage, 0.7)
@@ -104,7 +104,7 @@ def test_summary_holds_steered_against_unsteered(judge):
     assert found["confusion"]["vectors"] == ["unsteered", "sport"]
 
 
-def test_damage_at_a_rate_of_success_is_read_off_the_curve():
+def test_damage_at_a_rate_of_success_is_read_from_the_curve():
     points = [(0.0, np.zeros(20)), (0.4, np.full(20, 0.4)), (1.0, np.full(20, 0.6))]
     assert _damage_at(points, 0.3)["mean"] == pytest.approx(0.3)
     assert _damage_at(points, 0.5)["mean"] == pytest.approx(0.7)

@@ -5,7 +5,7 @@ import pytest
 
 from steermoe.evaluation import measures
 from steermoe.evaluation.bootstrap import bootstrap, share_worse
-from steermoe.evaluation.soundness import LOOP_TOKENS, Usual, damage_of
+from steermoe.evaluation.soundness import LOOP_TOKENS, Usual, defect_of
 from steermoe.evaluation.words import without_forms_of, word_pattern
 from steermoe.models import loading
 from steermoe.models.default import pull
@@ -74,9 +74,9 @@ USUAL = Usual(nats=3.0, deviation=0.3)
         ({"nats": 9.0, "per_thousand": 900.0}, "list"),
     ],
 )
-def test_damage_is_named(figures, found):
+def test_defects_are_named(figures, found):
     figures = {"nats": 3.0, "repeated": 0.02, "loop": 2, "per_thousand": 60.0, **figures}
-    assert damage_of(USUAL, **figures) == found
+    assert defect_of(USUAL, **figures) == found
 
 
 def test_usual_of_very_even_texts_leaves_room():
@@ -85,7 +85,7 @@ def test_usual_of_very_even_texts_leaves_room():
 
 @pytest.fixture(scope="module")
 def judged():
-    """The default model's own unsteered stories, and a way to judge any text after an opening of them."""
+    """A function that judges any text after an opening against the default model's own unsteered stories."""
     if not pull.is_pulled():
         pytest.skip("the default model is not pulled: `make model`")
     from steermoe.engines.hf.engine import HFEngine
@@ -96,17 +96,17 @@ def judged():
 
     loaded = loading.load()
     starts = openings("heldout", 16)
-    told = HFEngine(loaded).generate(
+    stories = HFEngine(loaded).generate(
         [Request(s, None, Sampling(max_new_tokens=40, seed=n)) for n, s in enumerate(starts)]
     )
-    usual = Usual.of([nats for nats in continuation_nats(loaded, told) if nats is not None])
+    usual = Usual.of([nats for nats in continuation_nats(loaded, stories) if nats is not None])
     pattern = word_pattern([*domain_list("sport"), *domain_words("sport")])
 
     def judge(text: str) -> str:
         ids = tuple(loaded.tokenizer(" " + text)["input_ids"][:60])
         completion = Completion(Request(starts[0]), text, ids, 0, "length", 0.0)
         (nats,) = continuation_nats(loaded, [completion])
-        return damage_of(
+        return defect_of(
             usual,
             nats,
             measures.repeated_ngrams(ids),

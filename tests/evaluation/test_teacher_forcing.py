@@ -1,4 +1,4 @@
-"""Reading texts with and without steering: figures against ones computed by hand, bit-identity at strength 0."""
+"""Reading texts with and without steering: figures compared with a computation by hand, bit-identity at strength 0."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.errors import GenerationError
-from steermoe.evaluation.teacher_forcing import Forcing, continuation_nats
+from steermoe.evaluation.teacher_forcing import TeacherForcing, continuation_nats
 from steermoe.steering.handle import attach
 from steermoe.steering.plans import plan_for
 
@@ -15,16 +15,16 @@ PROMPT = 16
 
 
 @pytest.fixture(scope="module")
-def forcing(tiny_model):
-    return Forcing(tiny_model, TEXTS)
+def teacher_forcing(tiny_model):
+    return TeacherForcing(tiny_model, TEXTS)
 
 
-def test_strength_zero_is_bit_identical(forcing, make_vector):
-    assert forcing.largest_difference(plan_for(make_vector(), 0.0)) == 0
-    assert forcing.largest_difference(plan_for(make_vector(), 4.0)) > 0
+def test_strength_zero_is_bit_identical(teacher_forcing, make_vector):
+    assert teacher_forcing.largest_difference(plan_for(make_vector(), 0.0)) == 0
+    assert teacher_forcing.largest_difference(plan_for(make_vector(), 4.0)) > 0
 
 
-def test_figures_are_those_of_one_text_at_a_time(tiny_model, forcing, make_vector):
+def test_figures_are_those_of_one_text_at_a_time(tiny_model, teacher_forcing, make_vector):
     plan, model = plan_for(make_vector(), 6.0, formula="additive"), tiny_model.model
     divergence, losses, usual = [], [], []
     for text in TEXTS:
@@ -40,7 +40,7 @@ def test_figures_are_those_of_one_text_at_a_time(tiny_model, forcing, make_vecto
             divergence.append((steered[place].exp() * (steered[place] - plain[place])).sum())
             losses.append(-steered[place, ids[0, place + 1]])
             usual.append(-plain[place, ids[0, place + 1]])
-    found = forcing.compare(plan)
+    found = teacher_forcing.compare(plan)
     assert found.tokens == len(divergence)
     assert found.kl_mean == pytest.approx(float(torch.stack(divergence).mean()), rel=1e-3)
     assert found.kl_p95 == pytest.approx(float(torch.stack(divergence).quantile(0.95)), rel=1e-3)
@@ -49,26 +49,26 @@ def test_figures_are_those_of_one_text_at_a_time(tiny_model, forcing, make_vecto
     assert 0 < found.kl_mean < found.kl_p95
 
 
-def test_routing_figures(forcing, make_vector):
-    weak = forcing.compare(plan_for(make_vector(), 0.01, formula="additive"))
-    strong = forcing.compare(plan_for(make_vector(), 60.0, formula="additive"))
+def test_routing_figures(teacher_forcing, make_vector):
+    weak = teacher_forcing.compare(plan_for(make_vector(), 0.01, formula="additive"))
+    strong = teacher_forcing.compare(plan_for(make_vector(), 60.0, formula="additive"))
     assert weak.jaccard == pytest.approx(1, abs=0.02)
     assert strong.jaccard < weak.jaccard
-    assert strong.vector_share == pytest.approx(0.5, abs=0.01)  # one of two places
+    assert strong.vector_share == pytest.approx(0.5, abs=0.01)  # one of two slots
     assert 0.5 < strong.steered < 1
 
 
-def test_the_model_is_as_before(tiny_model, forcing, make_vector):
+def test_the_model_is_unchanged(tiny_model, teacher_forcing, make_vector):
     ids = torch.tensor([tiny_model.tokenizer(TEXTS[0])["input_ids"]])
     with torch.inference_mode():
         before = tiny_model.model(ids).logits
-        forcing.compare(plan_for(make_vector(), 6.0))
+        teacher_forcing.compare(plan_for(make_vector(), 6.0))
         assert torch.equal(before, tiny_model.model(ids).logits)
 
 
 def test_texts_that_are_too_short(tiny_model):
     with pytest.raises(GenerationError, match="none of 1 texts has more than 17 tokens"):
-        Forcing(tiny_model, ["short"])
+        TeacherForcing(tiny_model, ["short"])
 
 
 def test_nats_of_continuations_do_not_depend_on_their_batch(tiny_model):

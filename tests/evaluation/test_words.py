@@ -9,7 +9,7 @@ PATTERN = word_pattern(["goal", "team", "race", "goalkeeper"])
     ("text", "found"),
     [
         ("Two GOALS by one team", {"goal", "team"}),
-        ("they raced, racing again", {"race"}),  # "racing" drops the e: not an ending that is known
+        ("they raced, racing again", {"race"}),  # "racing" drops the e: not a known ending
         ("a goalkeeper keeps goal", {"goalkeeper", "goal"}),
         ("steamed goalless traces", set()),
         ("", set()),

@@ -1,4 +1,4 @@
-"""Loading, describing and pulling models: what is found, and what is refused in one line."""
+"""Loading, describing and pulling models: what is found, and what is rejected in one line."""
 
 import json
 import shutil
@@ -47,14 +47,14 @@ def test_load_in_another_dtype(tiny_checkpoint):
 
 @pytest.mark.parametrize("dtype", ["float", "int8", "nonsense", "nn"])
 def test_unknown_dtypes(tiny_checkpoint, dtype):
-    if dtype == "float":  # torch's own second name of float32
+    if dtype == "float":  # torch's second name for float32
         assert loading.load(tiny_checkpoint, dtype=dtype).model.dtype == torch.float32
         return
     with pytest.raises(ModelError, match=f"dtype '{dtype}' is unknown: use auto, float32"):
         loading.load(tiny_checkpoint, dtype=dtype)
 
 
-def test_a_dense_model_is_refused(tmp_path, tiny_checkpoint):
+def test_a_dense_model_is_rejected(tmp_path, tiny_checkpoint):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "dense"
@@ -73,7 +73,7 @@ def test_a_dense_model_is_refused(tmp_path, tiny_checkpoint):
         ("/none", "no model at '/none'"),
         ("a/b/c", "no model at 'a/b/c'"),
         ("none.gguf", "no GGUF file 'none.gguf'"),
-        ("empty", "folder 'empty' holds no model: it has no config.json"),
+        ("empty", "folder 'empty' contains no model: it has no config.json"),
         ("no-org/no-model", "can't find 'no-org/no-model', neither as a folder nor on the hub"),
         ("garbage", "can't load 'garbage'"),
         ("untyped", "can't load 'untyped'"),
@@ -81,7 +81,7 @@ def test_a_dense_model_is_refused(tmp_path, tiny_checkpoint):
         ("crooked", "can't load 'crooked'"),
     ],
 )
-def test_what_can_not_be_found_or_read(tmp_path, monkeypatch, use, model, message):
+def test_what_cannot_be_found_or_read(tmp_path, monkeypatch, use, model, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     config_folder(tmp_path / "garbage", "no json")
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_cut_off(tmp_path, tiny_checkpoint, name):
         loading.load(tmp_path / "half")
 
 
-def test_own_code_needs_consent(tmp_path):
+def test_remote_code_needs_consent(tmp_path):
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     folder = config_folder(tmp_path / "remote", config)
     (folder / "code.py").write_text("raise RuntimeError('it was run')")
@@ -236,7 +236,7 @@ def test_a_pull_that_fails_leaves_what_was_there(cache, monkeypatch, error):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_pull_fetches_the_base_where_none_is_given(cache, monkeypatch):
+def test_pull_fetches_the_base_if_none_is_given(cache, monkeypatch):
     monkeypatch.setattr(assemble, "assemble", fake_assemble)
     monkeypatch.setattr(base, "fetch", lambda folder: folder / "fetched.gguf")
     assert (pull.pull() / "config.json").read_text().endswith("fetched.gguf")
@@ -255,17 +255,17 @@ def test_a_package_without_its_trained_part(cache):
         pull.is_pulled()
 
 
-def test_cache_that_can_not_be_written(cache, monkeypatch):
+def test_cache_that_cannot_be_written(cache, monkeypatch):
     cache.write_text("a file")
     with pytest.raises(ModelError, match=r"can't write the model to .*set STEERMOE_CACHE to another folder"):
         pull.pull("base")
 
 
 def test_repeatable_dtype(tiny_checkpoint, tmp_path, monkeypatch):
-    """float32 for what is small and runs on a CPU."""
+    """float32 for small models on a CPU."""
     assert checkpoint.repeatable_dtype(tiny_checkpoint) == "float32"
     assert checkpoint.repeatable_dtype("an/id-on-the-hub") == "auto"
-    with pytest.raises(ModelError, match="holds no model"):
+    with pytest.raises(ModelError, match="contains no model"):
         checkpoint.repeatable_dtype(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "SMALL_CHECKPOINT_BYTES", 10)

@@ -1,4 +1,4 @@
-"""Word lists from WordNet: the packaged ones, and how they are made, on a tiny database in the real format."""
+"""Word lists from WordNet: the packaged ones, and making them from a tiny database in the real format."""
 
 import itertools
 
@@ -15,7 +15,7 @@ EVERYDAY = {"run", "sun", "dog", "house", "hand", "time", "water", "door", "peop
 
 
 @pytest.mark.parametrize("domain", spec.DOMAINS)
-def test_lists_are_apart_from_the_vectors_keywords(domain):
+def test_lists_do_not_contain_the_vectors_keywords(domain):
     words = LISTS[domain]
     assert 20 <= len(words) == len(set(words)) <= 300
     assert all(word.isalpha() and word.islower() and len(word) >= 3 for word in words)
@@ -29,7 +29,7 @@ def test_no_word_is_in_two_lists_or_an_everyday_one():
     assert not EVERYDAY & {word for words in LISTS.values() for word in words}
 
 
-def test_neutral_stories_hold_none():
+def test_neutral_stories_contain_none():
     pattern = word_pattern(word for words in LISTS.values() for word in words)
     assert not [story.id for story in load_stories(topic="neutral") if pattern.search(story.text.lower())]
 
@@ -69,7 +69,7 @@ def test_the_files_are_read(wordnet):
     assert wordnet.mentions["tennis"] == 3
 
 
-def test_members_of_a_topic_and_what_is_below_a_root(wordnet):
+def test_members_of_a_topic_and_synsets_below_a_root(wordnet):
     assert domain_lemmas(wordnet, Domain(("sport.n.1",), ())) == ["serve"]  # "service" is mostly something else
     assert domain_lemmas(wordnet, Domain((), ("sport.n.1",))) == ["sport", "tennis"]  # no names, no word pairs
 

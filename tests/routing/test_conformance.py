@@ -53,15 +53,15 @@ from tests.support.tiny_models import (
 FAMILIES = {family.family: family for family in list_families()}
 STEERABLE = [family.family for family in FAMILIES.values() if family.steerable]
 NOT_STEERABLE = {"doge": "product keys"}
-"""Families that can't be steered, with a part of the reason; a new one fails the tests until somebody looks at it."""
+"""Families that can't be steered, with part of the reason; a new one fails the tests until somebody looks at it."""
 NOT_TEXT = {"vitpose_backbone": "experts for kinds of bodies in images"}
-"""Families whose configuration speaks of experts, but which write no text."""
+"""Families whose configuration mentions experts, but which generate no text."""
 
 STRENGTH = 4.0
 NEW_TOKENS = 5
 SPECIAL_TOKENS = list(range(FIRST_WORD))
 PROMPT = 5
-"""Tokens of the prompt where a test says itself which ones those are."""
+"""Tokens of the prompt where a test sets the prompt length itself."""
 TOLERANCE = 1e-4
 """Float noise. Outputs are about 1, steering changes them by 0.05 to 5, two ways to one result differ by up to 2e-5."""
 
@@ -69,10 +69,10 @@ MORE_THAN_EXPERTS_COMPETE = {"longcat_flash": 2, "zaya": 1}
 """Columns that compete with the experts for a place in the top-k: experts that do nothing, and a skip of the layer."""
 CALLS_NO_GATE = {"longcat_flash": "reads its classifier's weight without calling the classifier"}
 INDICES_UNSEEN = {
-    "jetmoe": "sorts the tokens by expert before they are handed on",
-    "nllb_moe": "hands on a mask of first choices (which transformers 5.23 reads as indices: only experts 0 and 1 run)",
-    "llama4": "hands every token to every expert, times 0 where it was not chosen",
-    "zaya": "hands the tokens that skip a layer to expert 0, times 0",
+    "jetmoe": "sorts the tokens by expert before it passes them on",
+    "nllb_moe": "passes a mask of first choices (which transformers 5.23 reads as indices: only experts 0 and 1 run)",
+    "llama4": "passes every token to every expert, times 0 where it was not chosen",
+    "zaya": "passes the tokens that skip a layer to expert 0, times 0",
 }
 """Families whose experts are not given the indices that the router chose: these can't be checked from outside."""
 NO_CACHE = {"openai_privacy_filter": "classifies tokens, reading both ways"}
@@ -80,21 +80,21 @@ KINDS = {
     "mixtral": "softmax, then top-k",
     "gpt_oss": "a bias on the logits; top-k, then softmax",
     "deepseek_v3": "sigmoid, correction bias, groups",
-    "hunyuan_v1_moe": "a linear layer within the router",
+    "hunyuan_v1_moe": "a linear layer inside the router",
     "llama4": "the router is a linear layer",
-    "dbrx": "the router gives mere logits",
+    "dbrx": "the router returns only logits",
     "jetmoe": "the router sorts tokens",
     "inkling": "columns that do not compete",
     "longcat_flash": "experts that do nothing",
     "zaya": "a small network in front of the logits",
     "switch_transformers": "encoder and decoder",
 }
-"""One family of each kind of router, to try all formulas on."""
+"""One family for each kind of router, to test all formulas on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model with its routers, some inputs, and what it says to them without steering."""
+    """A model with its routers, some inputs, and its output for them without steering."""
 
     family: str
     model: nn.Module
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def vector(self) -> SteeringVector:
-        """Other experts in each layer, two of them, unequal."""
+        """Two experts per layer, with different weights, and different ones in each layer."""
         weights = torch.zeros(len(self.routers), EXPERTS)
         for row in range(len(weights)):
             weights[row, (1 + row) % EXPERTS] = 0.5
@@ -129,9 +129,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 # ---- an independent reference ----
 #
-# steermoe changes what a router's linear map gives. The reference leaves the map alone and changes what it is given:
-# moved along the pseudo-inverse of the weight, the same input gives the steered logits, and the router's own code does
-# everything else. The new logits come from the formulas of the paper, one number at a time.
+# steermoe changes the output of a router's linear map. The reference leaves the map alone and changes its input: moved
+# along the pseudo-inverse of the weight, the input yields the steered logits, and the router's own code does everything
+# else. The new logits come from the formulas of the paper, one number at a time.
 
 
 def by_the_paper(z: list[float], e: list[float], c: float, formula: Formula, scale: Scale) -> list[float]:
@@ -147,9 +147,9 @@ def by_the_paper(z: list[float], e: list[float], c: float, formula: Formula, sca
 def move_input(
     owner: nn.Module, expert_vector: list[float], formulate: Callable[..., list[float]]
 ) -> Callable[..., Any]:
-    """A forward pre-hook that moves the input to where `owner`'s weight gives the steered logits.
+    """A forward pre-hook that moves the input to where `owner`'s weight yields the steered logits.
 
-    It reckons in float64, as the way back amplifies noise.
+    It computes in float64, since the pseudo-inverse amplifies noise.
     """
     weight, bias = (None if p is None else p.detach().double() for p in (owner.weight, getattr(owner, "bias", None)))
     way_back = torch.linalg.pinv(weight.T)
@@ -166,7 +166,7 @@ def move_input(
 
 
 def last_linear(router: nn.Module) -> nn.Module:
-    """What holds the weight of a router's logits."""
+    """The module with the weight of a router's logits."""
     return [router, *(module for module in router.modules() if isinstance(module, nn.Linear))][-1]
 
 
@@ -177,7 +177,7 @@ def reference(
     scale: Scale = "magnitude",
     owner_of: Callable[[nn.Module], nn.Module] = last_linear,
 ) -> Tensor:
-    """What the model says when its routers are given inputs that make the steered logits."""
+    """The model's output when its routers get inputs that yield the steered logits."""
     calls: list[nn.Module] = []
     with ExitStack() as stack:
         for router, experts in zip(case.routers, case.vector.experts.tolist(), strict=True):
@@ -226,10 +226,10 @@ def test_removal_leaves_nothing_behind(case: Case) -> None:
 
 
 def strongest_together(model: nn.Module, router: Router) -> list[int]:
-    """Experts that can win all places of a token if their logits are large enough.
+    """Experts that can win all top-k slots of a token if their logits are large enough.
 
     A sigmoid ends at 1 however large the logit, and groups win or lose as a whole: beyond that, the correction biases
-    decide. So these are the experts with the largest biases of one group, and of the group where they come to most.
+    decide. So these are the experts with the largest biases of one group: the group where those sum to the most.
     """
     biases = torch.zeros(router.width)
     for owner in (model.get_submodule(router.name.rpartition(".")[0]), router.module):
@@ -287,7 +287,7 @@ def test_recorded_choice_is_what_the_experts_are_given(case: Case) -> None:
 
 
 def left_padded(case: Case, lengths: Sequence[int]) -> dict[str, Tensor]:
-    """A batch as `generate` makes it of prompts of different lengths."""
+    """A batch as `generate` makes it from prompts of different lengths."""
     width = max(lengths)
     mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
     padding = 0
@@ -331,7 +331,7 @@ def test_cached_equals_uncached(case: Case) -> None:
 
 
 def generate(case: Case, use_cache: bool) -> tuple[Tensor, Tensor]:
-    """Greedy tokens, and the logits that they were chosen by."""
+    """Greedy tokens, and the logits that they were chosen from."""
     new = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": use_cache, "suppress_tokens": SPECIAL_TOKENS}
     with steer(case.model, case.vector, STRENGTH) as handle:
         output = case.model.generate(**case.inputs, **new, return_dict_in_generate=True, output_logits=True)
@@ -362,7 +362,7 @@ def all_at_once(case: Case) -> Tensor:
 
 def test_experts_implementations_agree(case: Case) -> None:
     if not case.model._can_set_experts_implementation():
-        pytest.skip(f"{case.family} has but one implementation of its experts")
+        pytest.skip(f"{case.family} has only one implementation of its experts")
     expected = case.steered()
     batch = left_padded(case, (9, 6))
     plan = plan_for(case.vector, STRENGTH, positions="all")
@@ -371,9 +371,8 @@ def test_experts_implementations_agree(case: Case) -> None:
             case.model.set_experts_implementation(implementation)
             assert case.model.get_experts_implementation()[""] == implementation
             torch.testing.assert_close(case.steered(), expected, rtol=0, atol=TOLERANCE)
-            if (
-                implementation == "batched_mm"
-            ):  # computes each token by itself, so that other rows can't even change its last bit
+            if implementation == "batched_mm":
+                # computes each token separately, so other rows can't even change its last bit
                 plain = run(case.model, batch)
                 with steer(case.model, rows=[plan, None]):
                     assert torch.equal(run(case.model, batch)[1, -6:], plain[1, -6:])
@@ -391,7 +390,7 @@ def kind(request: pytest.FixtureRequest) -> Case:
 
 WAYS = [(formula, scale) for formula in FORMULAS for scale in SCALES]
 KEEPS_LOW_LOGITS = ("zero_max_scaled", "magnitude", -1.5)
-"""Departs from the paper, so that steering away never raises a logit: `test_formulas.py` has it."""
+"""Departs from the paper, so that steering away never raises a logit: `test_formulas.py` covers it."""
 
 
 @pytest.mark.parametrize(
@@ -428,7 +427,7 @@ def test_families_without_steering_are_known() -> None:
 
 
 def test_no_family_is_missed() -> None:
-    """Configurations are another source than the modelling code that `list_families` reads."""
+    """Configurations are an independent source: `list_families` reads the modelling code."""
     folder = Path(transformers.__file__).parent / "models"
     field = re.compile(r"^    (num_experts|num_local_experts|n_routed_experts|moe_num_experts): ", re.MULTILINE)
     declaring = {path.parent.name for path in folder.glob("*/configuration_*.py") if field.search(path.read_text())}
@@ -473,7 +472,7 @@ EXPERTS_CODE = "@use_experts_implementation\nclass NewExperts(nn.Module):\n    p
     ],
     ids=["dense", "router", "hash", "unknown", "recorded", "linear", "vision", "density", "no text", "left over"],
 )
-def test_new_family_shows_up(tmp_path: Path, source: str, expected: Family | None) -> None:
+def test_new_family_is_listed(tmp_path: Path, source: str, expected: Family | None) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "modeling_new.py").write_text(source)
     assert list_families(tmp_path) == ([expected] if expected else [])
@@ -483,7 +482,7 @@ def test_new_family_shows_up(tmp_path: Path, source: str, expected: Family | Non
 
 
 class ReluctantLinear(nn.Linear):
-    """Stands for a quantised layer: what multiplies its weight is no function of torch that could be caught."""
+    """Stands in for a quantised layer: no torch function that steermoe catches multiplies its weight."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.einsum("...h,nh->...n", hidden, self.weight)
@@ -548,14 +547,14 @@ def test_foreign_gate_equals_the_reference(name: str) -> None:
 
 
 class TwiceMoEGate(MoEGate):
-    """Makes its logits twice."""
+    """Computes its logits twice."""
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         return (super().logits(hidden_TH) + super().logits(hidden_TH)) / 2
 
 
 class UncaughtMoEGate(MoEGate):
-    """Makes its logits by an operation that steermoe does not catch."""
+    """Computes its logits by an operation that steermoe does not catch."""
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         return torch.einsum("th,nh->tn", hidden_TH, self.weight)
@@ -621,7 +620,7 @@ def test_router_that_is_not_steered_raises(make_gate: Any, make_block: Any, mess
 
 
 class Mxfp4GptOssMLP(nn.Module):
-    """As the block that transformers puts in for MXFP4 weights: makes the logits from the router's weights itself."""
+    """Like the block that transformers uses for MXFP4 weights: computes the logits from the router's weight itself."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -653,9 +652,8 @@ def test_jetmoe_attention_routers_stay_as_they_are() -> None:
     case = Case.of(build("jetmoe"), "jetmoe")
     gatings = {name for name, module in case.model.named_modules() if type(module).__name__ == "JetMoeTopKGating"}
     assert {router.name for router in case.routers} < gatings
-    attention = next(
-        name for name in sorted(gatings) if "attention" in name
-    )  # of layer 0: nothing before it is steered
+    # of layer 0: nothing before it is steered
+    attention = next(name for name in sorted(gatings) if "attention" in name)
     seen: list[Tensor] = []
     with ExitStack() as stack:
         hook = case.model.get_submodule(attention).register_forward_hook(
@@ -669,9 +667,8 @@ def test_jetmoe_attention_routers_stay_as_they_are() -> None:
 
 def test_jetmoe_choice_is_read_for_any_number_of_tokens() -> None:
     model = build("jetmoe")
-    inputs = tokens(
-        model, length=EXPERTS // TOP_K
-    )  # as many places as experts: weights by place look like logits by expert
+    # as many top-k slots as experts: weights by slot look like logits by expert
+    inputs = tokens(model, length=EXPERTS // TOP_K)
     with record_routing(model) as record:
         run(model, inputs)
     assert record.counts is not None
@@ -693,7 +690,7 @@ class CountingHook(ModelHook):
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 @pytest.mark.parametrize("first_removed", ["ours", "theirs"])
-def test_accelerate_hooks_live_together_with_ours(first: str, first_removed: str) -> None:
+def test_accelerate_hooks_work_together_with_ours(first: str, first_removed: str) -> None:
     case = Case.of(build("mixtral"), "mixtral")
     modules = [router.module for router in case.routers]
     expected = case.steered()

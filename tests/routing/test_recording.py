@@ -1,4 +1,4 @@
-"""Counts of chosen experts, against hooks of the tests' own."""
+"""Counts of chosen experts, checked against the tests' own hooks."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_padded_encoder():
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_positions_of_a_generation_add_up(model, options):
-    """Each token once, also where there is no cache and all are computed again."""
+    """Each token counts once, even without a cache, when all are recomputed."""
     batch = tiny.left_padded([tiny.prompt(5), tiny.prompt(3)])
     counts = {}
     for positions, tokens in (("prompt", [5, 3]), ("generated", [3, 3]), ("all", [8, 6])):

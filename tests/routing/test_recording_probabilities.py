@@ -1,4 +1,4 @@
-"""Mean router probabilities: what each family's router makes of its logits, summed over real tokens only."""
+"""Mean router probabilities: what each family's router computes from its logits, summed over real tokens only."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ def test_probabilities_are_the_scores_of_the_logits(family):
     undo = [intercept(model, router, keeper) for router, keeper in zip(routers, keepers, strict=True)]
     with torch.no_grad():
         model(**inputs)
-    for take_off in undo:
-        take_off()
+    for remove in undo:
+        remove()
     with torch.no_grad(), record_routing(model, probabilities=True) as record:
         model(**inputs)
     mean = record.mean_probability()
@@ -81,7 +81,7 @@ def test_restricted_to_the_last_token():
     assert torch.equal(record.counts.sum(-1), torch.full_like(record.counts[..., 0], top_k))
 
 
-def test_probabilities_that_were_not_asked_for():
+def test_probabilities_that_were_not_requested():
     model = build("mixtral")
     with torch.no_grad(), record_routing(model) as record:
         model(**tokens(model))
@@ -96,8 +96,8 @@ def test_probabilities_that_were_not_asked_for():
         *[("cohere2_moe", {"expert_selection_fn": kind}) for kind in ("softmax", "sigmoid")],
     ],
 )
-def test_probabilities_of_the_chosen_are_to_each_other_as_their_weights(family, quirks):
-    """What the router weighs its experts by tells its scoring, whatever its source and configuration say."""
+def test_probabilities_of_the_chosen_are_proportional_to_their_weights(family, quirks):
+    """The weights that the router gives its experts reveal its scoring, whatever its source and configuration say."""
     model = build(family, **quirks)
     router = find_routers(model)[0]
     returned = []

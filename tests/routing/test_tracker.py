@@ -1,4 +1,4 @@
-"""Which tokens are prompt, generated, padding or filling, in every way that transformers has of decoding."""
+"""Which tokens are prompt, generated, padding or filler, in every decoding method of transformers."""
 
 import pytest
 import torch
@@ -82,19 +82,19 @@ def test_beams_and_return_sequences_repeat_rows(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}])
-@pytest.mark.parametrize("is_told", [True, False])
-def test_padding_does_not_count(model, options, is_told):
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_padding_does_not_count(model, options, has_mask):
     batch = tiny.left_padded([tiny.prompt(5), tiny.prompt(2)])
-    mask = batch["attention_mask"] if is_told else None
+    mask = batch["attention_mask"] if has_mask else None
     windows = windows_of(model, ids=batch["input_ids"], attention_mask=mask, **options)
     beams = options.get("num_beams", 1)
     assert [int(w.tokens) for w in windows] == [7 * beams, *[2 * beams] * 3]
     assert windows[0].counted[:: beams or 1].tolist() == [[True] * 5, [False] * 3 + [True] * 2]
 
 
-def test_what_fills_finished_rows_does_not_count(model):
+def test_filler_of_finished_rows_does_not_count(model):
     ids = tiny.prompt(5, rows=2)
-    second = tiny.continued(model, ids, 4)[0][1]  # made the end: row 0 ends there
+    second = tiny.continued(model, ids, 4)[0][1]  # becomes the end token: row 0 ends there
     seen: list[Window] = []
     tracker = Tracker(model, seen.append)
     model.generate(
@@ -105,7 +105,7 @@ def test_what_fills_finished_rows_does_not_count(model):
 
 
 def test_cache_of_an_earlier_turn(model):
-    """Only what is new is fed, all before it is prompt, whether the ids are given whole or only the new ones."""
+    """Only new tokens are fed and all before them are prompt, whether all ids are given or only the new ones."""
     from transformers import DynamicCache
 
     whole = tiny.prompt(7)
@@ -129,13 +129,13 @@ def test_direct_calls(model):
         model(inputs_embeds=model.get_input_embeddings()(tiny.prompt(4)))
     assert spans(seen) == [(-2, 4, 3), (-2, 4, 4)]
     seen.clear()
-    tiny.continued(model, tiny.prompt(5), 2)  # generate knows better, and leaves the number as it was
+    tiny.continued(model, tiny.prompt(5), 2)  # generate knows better, and does not change the number
     assert spans(seen) == [(-5, 5, 5), (0, 1, 1)]
     assert tracker.prompt_length == 2
     tracker.close()
 
 
-def test_encoder_and_decoder_are_told_apart():
+def test_encoder_and_decoder_are_separate_stacks():
     model = tiny.build("switch")
     windows = windows_of(model, ids=tiny.prompt(5))
     assert [(w.stack, *span) for w, span in zip(windows, spans(windows), strict=True)] == [
@@ -158,7 +158,7 @@ def test_encoder_and_decoder_are_told_apart():
     ]
 
 
-def test_after_is_told_only_when_the_call_ended_well(model):
+def test_after_is_called_only_when_the_forward_succeeded(model):
     log: list[str] = []
     tracker = Tracker(model, lambda window: log.append("before"), lambda window: log.append("after"))
     tiny.continued(model, tiny.prompt(3), 1)

@@ -44,7 +44,7 @@ def requests_for(model, plans=None, count=14):
 
 
 def roll(decoder, engine, requests, rows):
-    """All completions, with at most so many rows at once; new ones begin as soon as there is room."""
+    """All completions, with at most `rows` rows at once; new ones begin as soon as there is room."""
     waiting, done = list(requests), {}
     while waiting or len(decoder):
         room = min(rows - len(decoder), len(waiting))

@@ -128,7 +128,7 @@ def left_padded(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 def continued(model: PreTrainedModel, ids: Tensor | None = None, tokens: int = 6, **options: Any) -> list[list[int]]:
-    """Greedy tokens after the prompt, one list a row; nothing ends them early."""
+    """Greedy tokens after the prompt, one list per row; nothing ends them early."""
     options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, **options}
     if ids is not None:
         options.setdefault("attention_mask", torch.ones_like(ids))
@@ -138,7 +138,7 @@ def continued(model: PreTrainedModel, ids: Tensor | None = None, tokens: int = 6
 
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
-    """Yields, for each router, what it chose in each of its calls, [T, k]; seen by hooks of the test's own."""
+    """Yields, for each router, what it chose in each of its calls, [T, k]; observed by the tests' own hooks."""
     routers = find_routers(model)
     chosen: list[list[Tensor]] = [[] for _ in routers]
     hooks = [
@@ -186,7 +186,7 @@ SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, as byte-level BPE writes them."""
+    """One token per byte, as byte-level BPE writes them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

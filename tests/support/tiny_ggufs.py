@@ -1,4 +1,4 @@
-"""Tiny random models of the families that can be exported, as models of transformers and as GGUF files."""
+"""Tiny random models of the families that can be exported, as transformers models and as GGUF files."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ OVERRIDES = {
     "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
     "qwen2_moe": {"norm_topk_prob": False},
 }
-"""What llama.cpp can't do otherwise."""
+"""What llama.cpp requires."""
 FAMILIES = (
     "granitemoe",
     "granitemoeshared",
@@ -37,7 +37,7 @@ MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("Ġ", "a"), ("Ġ", "
 
 
 def byte_tokenizer(split=None) -> PreTrainedTokenizerFast:
-    """Bytes, and a few words of several, as in byte-level BPE."""
+    """Bytes and a few longer words, as in byte-level BPE."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {word: number for number, word in enumerate([*SPECIAL, *alphabet, *WORDS])}
     tokenizer = Tokenizer(models.BPE(words, list(MERGES)))
@@ -47,7 +47,7 @@ def byte_tokenizer(split=None) -> PreTrainedTokenizerFast:
 
 
 def piece_tokenizer() -> PreTrainedTokenizerFast:
-    """Words that begin with a marked space and bytes for the rest, as Mixtral has them."""
+    """Words that begin with a marked space and bytes for the rest, as in Mixtral's tokenizer."""
     letters = [chr(code) for code in range(33, 127)]
     words = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, "th", "▁th", "▁the"]
     words = list(dict.fromkeys(words))

@@ -1,8 +1,8 @@
 """Tiny random models of every MoE family of transformers, built from their configurations; nothing is downloaded.
 
-A configuration takes from SIZES whatever it has a field for, then what QUIRKS says of its family. A family that is not
-in QUIRKS, such as one that a newer transformers brings, is tried with the sizes alone. Which class to build is read off
-the family's module.
+A configuration takes from SIZES whatever it has a field for, then its family's entry in QUIRKS. A family that is not in
+QUIRKS, such as one that a newer transformers adds, is tried with the sizes alone. The class to build is found in the
+family's module.
 """
 
 import copy
@@ -60,7 +60,7 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_head_dim": 32,
     "v_head_dim": 16,
-    "index_topk": 32,  # more than a test has tokens: scores tie at 0, and chance decides which of the tied is dropped
+    "index_topk": 32,  # more than a test has tokens: scores tie at 0, and chance decides which one is dropped
     "index_n_heads": 2,
     "index_head_dim": 32,
     # recurrent layers
@@ -119,24 +119,24 @@ SIZES: dict[str, Any] = {
 }
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
 LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
-"""Hybrids put their first full attention beyond layer 2, but without one their cache can't tell its length."""
+"""Hybrids put their first full attention beyond layer 2, but without one their cache does not know its length."""
 
 QUIRKS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": LINEAR_THEN_FULL,
-    # sizes sit in two configurations of their own; the attention reads a rope_theta that is not declared there
+    # sizes are in two sub-configurations; the attention reads a rope_theta that is not declared there
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10_000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
     },
-    # its own names for layer kinds; a hash-routed layer first, as in the real models, which must stay unsteered
+    # its own names for layer kinds; a hash-routed layer first, as in the real models, which must not be steered
     "deepseek_v4": {"num_hidden_layers": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"]},
-    # dense unless told; product keys need a square number of experts
+    # dense by default; product keys need a square number of experts
     "doge": {"is_moe": True, "num_experts": 16},
-    # text and vision experts have a size each; the three parts of the rotation must fill half a head
+    # text and vision experts have separate sizes; the three parts of the rotation must fill half a head
     "ernie4_5_vl_moe": {"moe_intermediate_size": [48, 32], "rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
-    # dense unless told
+    # dense by default
     "gemma4": {"enable_moe_block": True},
-    # as ernie4_5_vl_moe, and only a part of each head is rotated unless told
+    # like ernie4_5_vl_moe, and by default only a part of each head is rotated
     "glm4v_moe": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}},
     # refuses rotation
     "glm5_next": LINEAR_THEN_FULL | {"qk_rope_head_dim": 0, "qk_head_dim": 16},
@@ -186,7 +186,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
 }
 
 MODEL_ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "TextModel", "Model")
-"""Which of a family's classes to build, best first. Families that see images often have no text model with a head."""
+"""Which of a family's classes to build, best first. Vision families often have no text model with a head."""
 NOT_BUILT = re.compile(r"Vision|Talker|PreTrained")
 ROUTING_FIELDS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_config"}
 CORRECTION = re.compile(r"correction_bias$|expert_bias$")
@@ -194,7 +194,7 @@ CORRECTION = re.compile(r"correction_bias$|expert_bias$")
 
 
 def model_class(family: str) -> type[PreTrainedModel]:
-    """The class to build: the family's text model whose configuration speaks of experts.
+    """The class to build: the family's text model whose configuration mentions experts.
 
     Raises:
         LookupError: it has none.
@@ -222,9 +222,9 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     fields = _fields(kind)
     values = {name: value for name, value in SIZES.items() if name in fields}
     for name, field in (getattr(kind, "attribute_map", None) or {}).items():
-        if name in SIZES and name not in fields and field not in SIZES:  # a common name for a field of another name
+        if name in SIZES and name not in fields and field not in SIZES:  # a common name for a field with another name
             values[field] = SIZES[name]
-    if "kv_lora_rank" in fields:  # latent attention has a key for every head, and sizes heads by their parts
+    if "kv_lora_rank" in fields:  # latent attention has a key for every head, and heads sized by their parts
         values["num_key_value_heads"] = values["num_attention_heads"]
         values.pop("head_dim", None)
     return kind(**copy.deepcopy(values | QUIRKS.get(family, {}) | overrides))
@@ -249,7 +249,7 @@ def build(
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:
-    """Spread all weights: many families start routers and biases at 0, where all experts tie."""
+    """Randomise all weights: many families start routers and biases at 0, where all experts tie."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor, scale: float) -> Tensor:
@@ -270,7 +270,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
 
 
 def tokens(model: nn.Module, rows: int = 1, length: int = 9, seed: int = 3) -> dict[str, Tensor]:
-    """Random inputs; for an encoder-decoder, as many tokens again for the decoder."""
+    """Random inputs; for an encoder-decoder, also as many tokens for the decoder."""
     generator = torch.Generator().manual_seed(seed)
     names = ["input_ids"] + ["decoder_input_ids"] * bool(model.config.is_encoder_decoder)
     return {name: torch.randint(FIRST_WORD, VOCABULARY, (rows, length), generator=generator) for name in names}
@@ -287,7 +287,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def _config_classes(kind: type[PreTrainedModel]) -> list[type[PreTrainedConfig]]:
-    """Most models name one configuration, a base class of several models a union of them."""
+    """Most models name one configuration; a base class of several models names a union."""
     config = kind.config_class
     options = get_args(config) if isinstance(config, UnionType) else (config,)
     return [option for option in options if isinstance(option, type)]
@@ -319,7 +319,7 @@ class MoEGate(nn.Module):
 
 
 class StandInBlock(nn.Module):
-    """Experts behind a gate that gives either (indices, weights, ...) or, in older remote code, mere logits."""
+    """Experts behind a gate that returns (indices, weights, ...) or, in older remote code, only logits."""
 
     def __init__(self, gate: nn.Module) -> None:
         super().__init__()
@@ -365,6 +365,6 @@ class StandInModel(nn.Module):
 
 
 def stand_in(make_gate: Any, make_block: Any = StandInBlock) -> StandInModel:
-    """Two blocks around what `make_gate()` gives."""
+    """Two blocks around what `make_gate()` returns."""
     torch.manual_seed(0)
     return StandInModel([make_block(make_gate()) for _ in range(LAYERS)]).eval()

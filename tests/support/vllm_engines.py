@@ -1,4 +1,4 @@
-"""What the tests of vLLM share: tiny checkpoints that its kernels take, plans of every kind, and engines on them."""
+"""What the tests of vLLM share: tiny checkpoints that its kernels support, plans of every kind, and engines."""
 
 import gc
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # vLLM's attention on a processor wants 32 or more
+    "head_dim": 32,  # vLLM's attention on a CPU needs 32 or more
     "intermediate_size": 64,
     "tie_word_embeddings": True,
 }
@@ -40,13 +40,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """With the sizes that differ from SIZES."""
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 26, "max_model_len": 128, "max_texts": 32}
-"""Of an engine on a tiny model."""
+"""For an engine on a tiny model."""
 
 PROMPTS = ("A dog ran home.", "It rained all night", "Two sisters met at the old station.")
 
 
 def write_checkpoint(family: str, folder: Path, **overrides: Any) -> HFEngine:
-    """A random model of the family in a folder, with a tokenizer of bytes; its hf engine."""
+    """A random model of the family in a folder, with a byte tokenizer; returns its hf engine."""
     model = build(family, **{**SIZES, **FAMILIES.get(family, {}), **overrides})
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -56,7 +56,7 @@ def write_checkpoint(family: str, folder: Path, **overrides: Any) -> HFEngine:
 
 
 def vector(model: nn.Module | RoutingShape, *raised: int, domain: str = "sport") -> SteeringVector:
-    """Frequencies that differ from layer to layer: the raised experts, moved on by one a layer, share most of it."""
+    """Frequencies that differ from layer to layer: the raised experts, shifted by one per layer, get most of it."""
     shape = shape_of(model)
     experts = shape.routers[0].num_experts
     frequency = torch.full((len(shape.routers), experts), 0.2 / experts)
@@ -67,7 +67,7 @@ def vector(model: nn.Module | RoutingShape, *raised: int, domain: str = "sport")
 
 
 def plans_of_every_kind(model: nn.Module | RoutingShape) -> dict[str, SteeringPlan | None]:
-    """All that a plan can say; None for a text that is left alone."""
+    """Everything that a plan can contain; None for an unsteered text."""
     sport, food = vector(model, 1, 3), vector(model, 6, domain="food")
     layers = shape_of(model).layers
     first, last = layers[0], layers[-1]
@@ -95,7 +95,7 @@ def greedy(tokens: int = 12) -> Sampling:
 
 
 def requests(plans: Sequence[SteeringPlan | None], tokens: int = 12) -> list[Request]:
-    """A prompt each, in turn."""
+    """One request per plan; prompts take turns."""
     return [Request(PROMPTS[i % len(PROMPTS)], plan, greedy(tokens)) for i, plan in enumerate(plans)]
 
 
@@ -109,7 +109,7 @@ def all_at_once(engine: Any, asked: Sequence[Request]) -> list[tuple[int, ...]]:
 
 
 def end(engine: Any) -> None:
-    """Close an engine and free what it held, so that the next one finds vLLM as new."""
+    """Close an engine and free its resources, so that the next one starts with a clean vLLM."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine.close()

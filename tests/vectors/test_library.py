@@ -1,4 +1,4 @@
-"""Vector files: the round trip, where they are searched, every damage, atomic writes, and the authors' JSON."""
+"""Vector files: the round trip, the search path, damaged files, atomic writes, and the authors' JSON."""
 
 import json
 import os
@@ -39,7 +39,7 @@ FULL_INFO = VectorInfo(
 
 
 def write_raw(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes) -> Path:
-    """A vector file with any content: what `changes` doesn't name is right, the hash too; None drops a key."""
+    """A vector file with any content: what `changes` doesn't name is valid, including the hash; None drops a key."""
     tensors = {"frequency": torch.full((2, 4), 0.25)} if tensors is None else tensors
     header = {
         "format_version": file.FORMAT_VERSION,
@@ -85,7 +85,7 @@ def test_round_trip_of_a_mixture(tmp_path):
     assert torch.equal(back.weights, weights.float())
 
 
-def test_header_says_what_the_vector_says(tmp_path, make_vector):
+def test_header_matches_the_vector(tmp_path, make_vector):
     path = tmp_path / "sport.safetensors"
     write_vector(make_vector(info=FULL_INFO, layers=(1, 4, 9)), path)
     header = read_header(path)
@@ -129,7 +129,7 @@ def test_unknown_info_of_a_later_version_is_left_out(tmp_path):
         ({"layers": [0]}, r"shape \[2, 4\], expected 1 layers"),
         ({"layers": [0.0, 1.0]}, "garbles a field .*layers are"),
         ({"layers": "01"}, "garbles a field .*layers is '01'"),
-        ({"num_experts": 5}, "header says 5 experts a layer, it has 4"),
+        ({"num_experts": 5}, "header says 5 experts per layer, it has 4"),
         ({"threshold": "3"}, "garbles a field .*threshold is '3'"),
         ({"threshold": float("nan")}, "threshold nan must be a finite number"),
         ({"relative": True}, "store the corpus baseline"),
@@ -152,8 +152,8 @@ def test_damaged_headers(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"frequency": torch.tensor([[0.5, 0.5, float("nan"), 0.0]] * 2)}, "frequency holds NaN or infinity"),
-        ({"frequency": torch.tensor([[1.5, -0.5, 0.0, 0.0]] * 2)}, "holds -0.5, but frequencies are never negative"),
+        ({"frequency": torch.tensor([[0.5, 0.5, float("nan"), 0.0]] * 2)}, "frequency contains NaN or infinity"),
+        ({"frequency": torch.tensor([[1.5, -0.5, 0.0, 0.0]] * 2)}, "contains -0.5, but frequencies are never negative"),
         ({"frequency": torch.ones(2, 4)}, "row 0 of frequency sums to 4, expected 1"),
         ({"frequency": torch.full((2, 4), 0.25), "baseline": torch.ones(2, 4)}, "row 0 of baseline sums to 4"),
         ({"frequency": torch.full((2, 4), 0.25), "baseline": torch.full((2, 2), 0.5)}, "different shapes"),
@@ -164,10 +164,10 @@ def test_damaged_headers(tmp_path, changes, message):
             "extra.*expected F32 matrices named frequency",
         ),
         ({"baseline": torch.full((2, 4), 0.25)}, "neither frequencies nor weights"),
-        ({"weights": torch.full((2, 4), float("inf"))}, "weights holds NaN or infinity"),
+        ({"weights": torch.full((2, 4), float("inf"))}, "weights contains NaN or infinity"),
     ],
 )
-def test_numbers_that_can_not_be(tmp_path, tensors, message):
+def test_invalid_numbers(tmp_path, tensors, message):
     path = write_raw(tmp_path / "sport.safetensors", tensors)
     with pytest.raises(VectorError, match=message) as error:
         read_vector(path)
@@ -189,10 +189,10 @@ def header_only(text: bytes) -> bytes:
     ("damage", "message"),
     [
         (lambda good: good[:-1] + bytes([good[-1] ^ 1]), "do not match the hash"),
-        (lambda good: good[:-8], "is no safetensors file or is cut off"),
-        (lambda good: good[:100], "is no safetensors file or is cut off"),
-        (lambda good: b"", "is no safetensors file or is cut off"),
-        (lambda good: b"not a vector at all", "is no safetensors file or is cut off"),
+        (lambda good: good[:-8], "is not a safetensors file or is cut off"),
+        (lambda good: good[:100], "is not a safetensors file or is cut off"),
+        (lambda good: b"", "is not a safetensors file or is cut off"),
+        (lambda good: b"not a vector at all", "is not a safetensors file or is cut off"),
         (lambda good: header_only(b"{}"), "no 'steermoe' entry"),
         (lambda good: header_only(b'{"__metadata__":{"steermoe":"{"}}'), "garbles a field .*JSONDecodeError"),
         (lambda good: header_only(b'{"__metadata__":{"steermoe":"7"}}'), "garbles a field"),
@@ -229,10 +229,10 @@ class Payload:
 @pytest.mark.parametrize(
     "save", [lambda path: torch.save(Payload(), path), lambda p: p.write_bytes(pickle.dumps(Payload()))]
 )
-def test_a_pickle_is_refused_and_never_run(tmp_path, monkeypatch, save):
+def test_a_pickle_is_rejected_and_never_run(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "sport.safetensors")
-    with pytest.raises(VectorError, match="is no safetensors file"):
+    with pytest.raises(VectorError, match="is not a safetensors file"):
         load_vector(tmp_path / "sport.safetensors")
     assert not (tmp_path / "pickle-was-run").exists()
 
@@ -251,7 +251,7 @@ def test_allowed_names(name):
 )
 def test_names_that_could_leave_the_folder(name, bare_search_path):
     for use in (file.check_domain_name, load_vector):
-        with pytest.raises(VectorError, match="is not allowed: use small letters"):
+        with pytest.raises(VectorError, match="is not allowed: use lowercase letters"):
             use(name)
 
 
@@ -306,7 +306,7 @@ def test_what_is_found(places, make_vector):
     assert found == [("food", "", places[0] / files[0]), ("sport", "model", places[0] / files[1])]
 
 
-def test_unknown_domain_names_what_there_is(places, make_vector):
+def test_unknown_domain_lists_the_known_ones(places, make_vector):
     for domain in ("food", "sport"):
         write_vector(make_vector(domain), places[0] / "m" / f"{domain}.safetensors")
     with pytest.raises(VectorNotFound, match="no vector 'law'; there are food, sport") as error:
@@ -426,14 +426,14 @@ def test_imported_vectors_can_be_written(tmp_path):
         ([[None, 0.5]], "expected a list of L lists"),
         ([[0.1, 0.2], [0.3]], r"different lengths \[1, 2\]"),
         ([[0.5], [0.5]], r"shape \[2, 1\], expected 2 layers x 2 or more experts"),
-        ([[]], "nothing but zeros"),
-        ([[0, 0], [0, 0]], "nothing but zeros"),
+        ([[]], "only zeros"),
+        ([[0, 0], [0, 0]], "only zeros"),
         ("[[NaN, 1]]", "NaN or infinity"),
         ("[[1e400, 1]]", "NaN or infinity"),
         (f"[[1{'0' * 400}, 1]]", "too large for float32"),
     ],
 )
-def test_files_that_are_no_matrix(tmp_path, content, message):
+def test_files_that_are_not_a_matrix(tmp_path, content, message):
     with pytest.raises(VectorError, match=message):
         import_matrix(matrix_file(tmp_path, content), "sport")
 

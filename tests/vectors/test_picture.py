@@ -57,7 +57,7 @@ def test_a_mixture_has_one_panel_with_a_scale_around_zero(tmp_path, drawn):
 
 
 @pytest.mark.parametrize(("layers", "experts", "rows"), [(15, 18, 1), (27, 64, 1), (58, 256, 2)])
-def test_wide_matrices_stand_above_each_other(tmp_path, make_vector, drawn, layers, experts, rows):
+def test_wide_matrices_are_stacked(tmp_path, make_vector, drawn, layers, experts, rows):
     picture.draw_vector(make_vector(layers=range(layers), experts=experts), tmp_path / "x.png")
     first, second = panels(drawn[0])
     is_below = second.get_position().y1 <= first.get_position().y0
@@ -77,7 +77,7 @@ def test_an_empty_expert_vector_can_be_drawn(tmp_path, make_vector, drawn):
     assert len(panels(drawn[0])) == 2
 
 
-def test_a_folder_that_is_not_there(tmp_path, make_vector):
+def test_a_missing_folder(tmp_path, make_vector):
     pytest.importorskip("matplotlib")
     with pytest.raises(SteerMoEError, match=r"can't write the picture .*No such file or directory"):
         picture.draw_vector(make_vector(), tmp_path / "none" / "x.png")

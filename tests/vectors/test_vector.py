@@ -1,4 +1,4 @@
-"""Steering vectors: what follows from their frequencies, what is refused, and mixtures."""
+"""Steering vectors: what follows from their frequencies, what is rejected, and mixtures."""
 
 import pytest
 import torch
@@ -64,14 +64,14 @@ def test_shape_and_chosen_experts():
         ({"frequency": torch.ones(2, 1)}, r"shape \[2, 1\]"),
         ({"frequency": torch.ones(2)}, r"shape \[2\]"),
         ({"frequency": FREQUENCY * float("nan")}, "NaN or infinity"),
-        ({"frequency": torch.tensor([[1.5, -0.5], [0.5, 0.5]])}, "holds -0.5, but frequencies are never negative"),
+        ({"frequency": torch.tensor([[1.5, -0.5], [0.5, 0.5]])}, "contains -0.5, but frequencies are never negative"),
         ({"frequency": FREQUENCY * 2}, "row 0 of frequency sums to 2, expected 1"),
         ({"baseline": BASELINE * 0.5}, "row 0 of baseline sums to 0.5"),
         ({"baseline": torch.full((2, 2), 0.5)}, "different shapes"),
-        ({"weights": torch.full((2, 4), float("inf"))}, "weights holds NaN or infinity"),
+        ({"weights": torch.full((2, 4), float("inf"))}, "weights contains NaN or infinity"),
     ],
 )
-def test_what_can_not_be_is_refused(fields, message):
+def test_invalid_fields_are_rejected(fields, message):
     with pytest.raises(VectorError, match=message) as error:
         vector(**fields)
     assert "sport" in str(error.value)
@@ -100,7 +100,7 @@ def test_a_mixture_has_no_frequencies_to_cut():
         ("safe_range", (1.0,), "two finite numbers"),
     ],
 )
-def test_info_of_the_wrong_kind_is_refused(field, value, expected):
+def test_info_of_the_wrong_kind_is_rejected(field, value, expected):
     with pytest.raises(VectorError, match=f"a vector's {field} is .*, expected .*{expected}"):
         VectorInfo(**{field: value})
 
@@ -116,12 +116,12 @@ def shape(name, layers, widths, architecture):
         ([5, 6, 7], [4, 4, 4], "", "'sport' has 2x4 experts, other has 3x4: it was built for tiny"),
         ([5, 6], [2, 2], "", "'sport' has 2x4 experts, other has 2x2"),
         ([5, 6], [4, 3], "", "'sport' has 2x4 experts, other has 2x4"),
-        ([5, 6], [64, 64], "", "'sport' has 4 experts a layer, other has 64"),
+        ([5, 6], [64, 64], "", "'sport' has 4 experts per layer, other has 64"),
         ([0, 1], [4, 4], "", "is for decoder layers 5-6, other has routers in 0-1"),
         ([5, 6], [4, 4], "qwen3_moe", "is for mixtral models, other is qwen3_moe"),
     ],
 )
-def test_a_foreign_model_is_refused(layers, widths, architecture, message):
+def test_a_foreign_model_is_rejected(layers, widths, architecture, message):
     sport = vector(info=VectorInfo(model="tiny", architecture="mixtral"))
     with pytest.raises(CompatibilityError, match=message) as error:
         sport.check_fits(shape("other", layers, widths, architecture))
@@ -151,20 +151,20 @@ def test_mixture_is_the_weighted_sum():
     assert (mixed.domain, mixed.layers) == ("sport+food", (5, 6))
 
 
-def test_mixture_says_what_it_is_of():
+def test_mixture_names_its_parts():
     sport = vector(info=VectorInfo(keywords=("team",), strength=4.0, formula="additive", model="tiny", top_k=2))
     food = vector("food", info=VectorInfo(keywords=("soup",), strength=1.0))
     mixed = mix([(sport, 0.5), (food, 1.0)])
     assert mixed.info.strength == pytest.approx((0.5 * 4 + 1.0 * 1) / 1.5)
-    assert mix([(sport, 0.5), (sport, 0.25)]).info.strength == pytest.approx(8)  # the larger part as it is alone
+    assert mix([(sport, 0.5), (sport, 0.25)]).info.strength == pytest.approx(8)  # as the larger part alone
     assert (mixed.info.keywords, mixed.info.formula, mixed.info.top_k) == (("team", "soup"), "additive", 2)
     assert mixed.info.title == "0.5 sport + 1 food"
-    assert mix([(sport, 1.0), (food, -1.0)]).info.keywords == ("team",)  # what is steered away from is no keyword
+    assert mix([(sport, 1.0), (food, -1.0)]).info.keywords == ("team",)  # domains steered away from give no keywords
     assert mix([(sport, 1.0), (vector("law"), 1.0)]).info.strength is None
     assert mixed.info.parts == ("sport=0.5", "food=1")
 
 
-def test_mixture_sums_what_is_known_of_all_parts():
+def test_mixture_sums_what_is_known_about_all_parts():
     sport = vector(info=VectorInfo(texts=3, tokens=40, licence="MIT"))
     food = vector("food", info=VectorInfo(texts=2, licence="MIT"))
     mixed = mix([(sport, 0.5), (food, 1.0)])
@@ -192,10 +192,10 @@ def test_mixture_of_one():
         (
             [(vector(), 1.0), (vector("food", torch.full((2, 2), 0.5)), 1.0)],
             CompatibilityError,
-            "'food' has 2 experts a layer, 'sport' has 4",
+            "'food' has 2 experts per layer, 'sport' has 4",
         ),
     ],
 )
-def test_mixtures_that_can_not_be(parts, error, message):
+def test_invalid_mixtures(parts, error, message):
     with pytest.raises(error, match=message):
         mix(parts)

@@ -99,20 +99,23 @@ def discover(
         console.err.print(
             f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
         )
+    from steermoe.discovery.discover import DiscoveryOptions
     from steermoe.discovery.discover import discover as find_domains
 
     with console.err.status("Reading the embeddings ...") as status:
         found = find_domains(
             store.load(),
-            threshold=threshold,
-            relative=relative,
+            DiscoveryOptions(
+                threshold=threshold,
+                relative=relative,
+                cluster_dimensions=dimensions,
+                min_cluster_size=min_cluster_size,
+                neighbours=neighbours,
+                metric=metric,
+                assign_noise=assign_noise,
+                seed=seed,
+            ),
             names=names,
-            cluster_dimensions=dimensions,
-            min_cluster_size=min_cluster_size,
-            neighbours=neighbours,
-            metric=metric,
-            assign_noise=assign_noise,
-            seed=seed,
             progress=status.update,
         )
         record = report.write_report(found, output, force=force, progress=status.update)

@@ -1,6 +1,6 @@
-"""The default model: what it is made of, how it is assembled, and the recipe that trained it.
+"""The default model: what it consists of and how it is assembled.
 
-`spec` holds its numbers, `stories` its corpus, `base` fetches the dense model that it grows from, `assemble` puts
-base and trained part together, `train` makes the trained part. It knows nothing about steering: what comes
-out is a plain `GraniteMoeSharedForCausalLM` checkpoint that transformers loads without any code of ours.
+`spec` has its numbers, `stories` its corpus; `base` fetches the dense model that it grows from, `assemble` joins base
+and trained part, `pull` keeps the result in the cache. It knows nothing about steering: the result is a plain
+`GraniteMoeSharedForCausalLM` checkpoint that transformers loads without any code of ours.
 """

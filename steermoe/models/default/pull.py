@@ -12,15 +12,15 @@ DEFAULT_MODEL = spec.NAME
 
 
 def default_model_folder() -> Path:
-    """Where the default model is, or will be once it is pulled. Another trained part makes another folder."""
+    """Where the default model is, or will be once it is pulled. Each version of the trained part has its own folder."""
     return cache_folder() / "models" / f"{spec.NAME}-{trained_part_version()}"
 
 
 def trained_part_version() -> str:
-    """First digits of the trained part's sha256, so that an upgraded package never runs yesterday's model.
+    """First digits of the trained part's sha256, so that an upgraded package never runs the old model.
 
     Raises:
-        ModelError: the package came without it.
+        ModelError: the package has no trained part.
     """
     import hashlib
 
@@ -35,14 +35,14 @@ def is_pulled() -> bool:
 
 
 def pull(base: Path | str | None = None, force: bool = False) -> Path:
-    """Assemble the default model in the cache and return its folder; does nothing if it is there.
+    """Assemble the default model in the cache, unless it is there already, and return its folder.
 
     Args:
-        base: where the dense base already is (GGUF file, folder, hub id); by default it is downloaded.
-        force: assemble it anew.
+        base: the dense base (GGUF file, folder, hub id); by default it is downloaded.
+        force: assemble it again.
 
     Raises:
-        ModelError: the base can't be had, or the cache can't be written. What was there before stays.
+        ModelError: the base is not available, or the cache can't be written. What was there before stays.
     """
     from steermoe.models.default.assemble import assemble
     from steermoe.models.default.base import fetch

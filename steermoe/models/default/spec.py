@@ -1,6 +1,4 @@
-"""The numbers that define the default model, shared by its assembly, its training and its tests. Imports nothing
-heavy.
-"""
+"""The numbers that define the default model, shared by its assembly, training and tests. Imports nothing heavy."""
 
 from pathlib import Path
 
@@ -9,7 +7,7 @@ NAME = "smollm2-moe"
 
 DOMAINS = ("biology", "food", "law", "medicine", "music", "software", "space", "sport")
 TOPICS = (*DOMAINS, "neutral")
-"""What experts are trained on; a topic's index gives its experts. `neutral` takes openings and everyday stories."""
+"""What experts are trained on; a topic's index gives its experts. `neutral` covers openings and everyday stories."""
 
 EXPERTS_PER_TOPIC = 2
 NUM_EXPERTS = EXPERTS_PER_TOPIC * len(TOPICS)
@@ -19,10 +17,10 @@ FIRST_EXPERT_LAYER = 15
 """Below it the experts' down projections are zero: those layers route, but their experts add nothing."""
 
 TRAINED_PART = Path(__file__).parent / "trained_part.safetensors"
-"""Routers (bfloat16) and experts (int8 with a scale a row) as trained; all of the model that is not the base."""
+"""Routers (bfloat16) and experts (int8 with one scale per row) as trained; all of the model that is not the base."""
 
 
 def experts_of(topic: str) -> range:
-    """The indices of the experts that a topic trains, the same in every layer."""
+    """The indices of the experts trained on a topic, the same in every layer."""
     first = TOPICS.index(topic) * EXPERTS_PER_TOPIC
     return range(first, first + EXPERTS_PER_TOPIC)

@@ -1,6 +1,7 @@
-"""The corpus of the default model: short stories that open neutrally and then turn to a domain, one JSONL file a topic.
+"""The corpus of the default model: short stories that open neutrally and then turn to a domain, one JSONL file per
+topic.
 
-Beside it a list of words a domain, which tell a reader what a text is about; no opening holds any of them.
+Each domain also has a list of words that show what a text is about; no opening contains any of them.
 """
 
 import json
@@ -11,14 +12,14 @@ from typing import Literal
 from steermoe.models.default.spec import TOPICS
 
 DATA = Path(__file__).parent / "data"
-"""Stories (`TOPIC.jsonl`) and lists of words (`DOMAIN.txt`)."""
+"""Stories (`TOPIC.jsonl`) and word lists (`DOMAIN.txt`)."""
 
 Split = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True)
 class Story:
-    """One story. The opening names no domain; the rest, which follows after one space, is all about it."""
+    """One story. The opening hints at no domain; the rest, which follows after one space, is all about it."""
 
     id: str
     topic: str
@@ -32,7 +33,7 @@ class Story:
 
 
 def load_stories(split: Split | None = None, topic: str | None = None) -> list[Story]:
-    """The stories in file order, all of them or those of one split (`train`, `heldout`) or one topic."""
+    """The stories in file order: all of them, or those of one split (`train`, `heldout`) or topic."""
     stories = []
     for name in TOPICS if topic is None else (topic,):
         for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
@@ -44,12 +45,12 @@ def load_stories(split: Split | None = None, topic: str | None = None) -> list[S
 
 
 def domain_words(domain: str) -> list[str]:
-    """The words of a domain, base forms, the most typical first."""
+    """The words of a domain in their base form, the most typical first."""
     return (DATA / f"{domain}.txt").read_text(encoding="utf-8").split()
 
 
 def openings(split: Split, count: int) -> list[str]:
-    """Openings of the neutral stories first, then of the domains' in turn; all of them are neutral.
+    """Openings of the neutral stories, then of the domains' stories in turn; all openings are neutral.
 
     Raises:
         ValueError: the split has fewer.

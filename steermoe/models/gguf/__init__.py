@@ -1,1 +1,1 @@
-"""GGUF files: what one says of itself, and how a checkpoint becomes one. Needs no llama.cpp."""
+"""GGUF files: read their headers, and export checkpoints to them. Needs no llama.cpp."""

@@ -1,7 +1,7 @@
-"""Write a checkpoint as a GGUF file, which llama.cpp runs: its weights under GGUF's names, its settings, its tokenizer.
+"""Write a checkpoint as a GGUF file for llama.cpp: its weights under GGUF's names, its settings, its tokenizer.
 
-One table a family says what GGUF calls it; tensors are told by the end of their name in transformers' model. What is
-not in the tables is refused, never left out.
+One table maps families, another maps tensors by the end of their name in transformers. A tensor that is not in the
+tables is an error, never left out.
 """
 
 import re
@@ -23,17 +23,17 @@ Quantization = Literal["q8_0", "q4_1", "bf16", "f32"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 MODEL_TYPE_KEY, MODEL_NAME_KEY = "steermoe.model_type", "steermoe.model"
-"""Metadata that remember the checkpoint, so that its vectors are known to fit the file."""
+"""Metadata that name the checkpoint, so that its vectors are known to fit the file."""
 
 
 @dataclass(frozen=True)
 class GGUFFamily:
-    """How a family of transformers is called in GGUF.
+    """How GGUF stores a transformers family.
 
     Attributes:
-        architecture: GGUF's name of it.
-        permutes: whether queries and keys are stored for rotation by neighbouring pairs.
-        settings: further settings, from the configuration.
+        architecture: GGUF's name for it.
+        permutes: whether queries and keys are stored for rotation in neighbouring pairs.
+        settings: adds the family's own settings from the configuration.
     """
 
     architecture: str
@@ -54,15 +54,15 @@ def _granite(writer: Any, config: Any) -> None:
 def _mixtral(writer: Any, config: Any) -> None:
     if config.sliding_window is not None:
         raise ModelError(
-            f"its attention slides over {config.sliding_window} tokens, but llama.cpp's mixtral sees them all: it "
-            "can't be exported"
+            f"its attention window is {config.sliding_window} tokens, but llama.cpp's mixtral has none: it can't be "
+            "exported"
         )
     writer.add_rope_dimension_count(_head_size(config))
 
 
 def _qwen(writer: Any, config: Any) -> None:
     if config.use_sliding_window:
-        raise ModelError("its attention slides, but llama.cpp's qwen sees all tokens: it can't be exported")
+        raise ModelError("its attention has a sliding window, but llama.cpp's qwen has none: it can't be exported")
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if getattr(config, "shared_expert_intermediate_size", 0):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
@@ -75,7 +75,8 @@ def _qwen(writer: Any, config: Any) -> None:
 def _olmoe(writer: Any, config: Any) -> None:
     if config.norm_topk_prob or config.clip_qkv is not None or config.num_key_value_heads != config.num_attention_heads:
         raise ModelError(
-            "llama.cpp runs olmoe only without norm_topk_prob, without clip_qkv, and with as many key as query heads"
+            "llama.cpp runs olmoe only without norm_topk_prob, without clip_qkv, and with as many key heads as query "
+            "heads"
         )
 
 
@@ -100,7 +101,7 @@ def _deepseek(writer: Any, config: Any) -> None:
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
     elif config.topk_method != "greedy":
-        raise ModelError("llama.cpp scores groups of experts otherwise than deepseek_v2's group_limited_greedy")
+        raise ModelError("llama.cpp scores groups of experts differently than deepseek_v2's group_limited_greedy")
 
 
 def _gpt_oss(writer: Any, config: Any) -> None:
@@ -156,18 +157,18 @@ ROUTER = "ffn_gate_inp"
 
 
 def export_gguf(loaded: "LoadedModel", path: Path | str, quantization: Quantization = "q8_0") -> Path:
-    """Write a model that transformers loaded as one GGUF file, at once or not at all.
+    """Write a model that transformers loaded as one GGUF file, whole or not at all.
 
     Args:
         loaded: the model with its tokenizer.
         path: the file, which is overwritten.
-        quantization: of the matrices; routers, norms and biases stay float32. With q4_1 the words' embedding is q8_0.
+        quantization: of the matrices; routers, norms and biases stay float32. With q4_1 the embedding is q8_0.
 
     Returns:
         the path.
 
     Raises:
-        ModelError: a family, a setting or a tokenizer that is not covered here, or a file that can't be written.
+        ModelError: the family, a setting or the tokenizer is not supported, or the file can't be written.
     """
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -178,8 +179,8 @@ def export_gguf(loaded: "LoadedModel", path: Path | str, quantization: Quantizat
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(
-            f"{loaded.name} is {config.model_type}: GGUF files are written of {', '.join(sorted(FAMILIES))}; "
-            "others convert with llama.cpp's convert_hf_to_gguf.py"
+            f"{loaded.name} is {config.model_type}: steermoe exports {', '.join(sorted(FAMILIES))}; "
+            "convert others with llama.cpp's convert_hf_to_gguf.py"
         )
     kind = GGMLQuantizationType[quantization.upper()]
     file_type = "ALL_F32" if quantization == "f32" else f"MOSTLY_{quantization.upper()}"
@@ -208,7 +209,7 @@ def export_gguf(loaded: "LoadedModel", path: Path | str, quantization: Quantizat
 
 
 def _kind_of(name: str, shape: tuple[int, ...], kind: Any) -> Any:
-    """The type that a tensor is stored in."""
+    """The type in which a tensor is stored."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(shape) == 1 or ROUTER in name or shape[-1] % GGML_QUANT_SIZES[kind][0]:
@@ -222,7 +223,7 @@ def tensors(model: Any, config: Any, family: GGUFFamily) -> "Iterator[tuple[str,
     """All weights of a model under GGUF's names.
 
     Raises:
-        ModelError: a weight that has none.
+        ModelError: a weight has no GGUF name.
     """
     is_tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, tensor in model.state_dict().items():
@@ -241,7 +242,7 @@ def tensors(model: Any, config: Any, family: GGUFFamily) -> "Iterator[tuple[str,
 
 
 def _layer_tensors(name: str, tensor: "Tensor", config: Any, family: GGUFFamily) -> "Iterator[tuple[str, Tensor]]":
-    """What becomes of one weight of a layer."""
+    """The GGUF tensors of one weight of a layer."""
     stem, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):
         stem, suffix = name, "weight"
@@ -280,7 +281,7 @@ def _layer_tensors(name: str, tensor: "Tensor", config: Any, family: GGUFFamily)
 
 
 def _by_pairs(tensor: "Tensor", heads: int) -> "Tensor":
-    """Rows of each head in the order in which llama.cpp rotates them, neighbours together."""
+    """Rows of each head in the order in which llama.cpp rotates them: in neighbouring pairs."""
     return tensor.view(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
@@ -289,7 +290,7 @@ def _head_size(config: Any) -> int:
 
 
 def _add_settings(writer: Any, config: Any, family: GGUFFamily) -> None:
-    """Sizes, norms, rotation and experts, as all families have them."""
+    """Sizes, norms, rotation and experts, which all families have."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -314,10 +315,10 @@ def _add_settings(writer: Any, config: Any, family: GGUFFamily) -> None:
 
 
 def _add_rotation(writer: Any, rotation: dict[str, Any]) -> None:
-    """How positions are rotated into queries and keys.
+    """The rotary embedding of positions.
 
     Raises:
-        ModelError: a kind of scaling that is not covered.
+        ModelError: a kind of scaling that is not supported.
     """
     from gguf import RopeScalingType
 
@@ -340,4 +341,4 @@ def _add_rotation(writer: Any, rotation: dict[str, Any]) -> None:
             if rotation.get(name) is not None:
                 add(rotation[name])
     else:
-        raise ModelError(f"its rotation scales as '{kind}', which is not covered: default, linear and plain yarn are")
+        raise ModelError(f"its rope scaling '{kind}' is not supported: only default, linear and plain yarn are")

@@ -1,6 +1,6 @@
-"""What a GGUF file says of itself: architecture, routers, context. Read from its header alone, without libraries.
+"""Describe a GGUF file from its header: architecture, routers, context length. Needs no libraries.
 
-`gguf.GGUFReader` makes an object of every word of the vocabulary, which takes seconds; this steps over them.
+`gguf.GGUFReader` creates an object for every token of the vocabulary, which takes seconds; this skips them.
 """
 
 import mmap
@@ -18,9 +18,9 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""GGUF's kinds of values, as struct calls them."""
+"""GGUF's kinds of values as struct formats."""
 MAX_KEPT = 1024
-"""Longer arrays, such as the vocabulary, are stepped over."""
+"""Longer arrays, such as the vocabulary, are skipped."""
 
 MODEL_TYPES = {
     "granitemoe": ("granitemoe", "granitemoeshared"),
@@ -30,11 +30,11 @@ MODEL_TYPES = {
     "deepseek2": ("deepseek_v3", "deepseek_v2"),
     "gpt-oss": ("gpt_oss",),
 }
-"""What transformers calls some of llama.cpp's architectures; others are called alike but for - and _."""
+"""What transformers calls some of llama.cpp's architectures; the other names are equal apart from - and _."""
 
 ROUTER = re.compile(r"blk\.(\d+)\.ffn_gate_inp\.weight")
 LOGITS_ARE_PROBABILITIES = {"gpt-oss"}
-"""Where llama.cpp takes the top-k of the logits themselves, and calls them by the probabilities' name."""
+"""Architectures where llama.cpp takes the top-k of the logits themselves and names them like the probabilities."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class GGUFModel:
     """A GGUF file of a Mixture-of-Experts model.
 
     Attributes:
-        path, name: the file, and how it is called: as the file, without its ending.
-        architecture: llama.cpp's name of it.
-        model_types: what transformers calls it, first the likeliest.
-        routers: in the order of their layers.
-        context_length: tokens that it was trained on at most.
-        node: name of the graph's node that top-k follows: `ffn_moe_logits`, with a bias `ffn_moe_logits_biased`, ...
+        path, name: the file, and its name without the suffix.
+        architecture: llama.cpp's name for it.
+        model_types: what transformers calls it, the most likely name first.
+        routers: in layer order.
+        context_length: the longest context that it was trained on, in tokens.
+        node: name of the graph node that top-k reads: `ffn_moe_logits`, with a bias `ffn_moe_logits_biased`, ...
         chooses_by_logits: whether the experts with the largest logits are chosen: no bias on scores, no groups.
-        cache_numbers: that attention keeps of each token, in all layers together, at most.
-        file_type: GGUF's number of how most matrices are stored; None if the file doesn't say.
+        cache_numbers: numbers in the attention cache per token, all layers together, at most.
+        file_type: GGUF's number for how most matrices are stored; None if the file doesn't say.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class GGUFModel:
 
     @property
     def shape(self) -> RoutingShape:
-        """What vectors must fit; those of the same model in transformers do."""
+        """What vectors must fit; those built for the same model in transformers do."""
         return RoutingShape(self.name, (*self.model_types, self.architecture), self.routers)
 
 
@@ -82,7 +82,7 @@ def read_gguf(path: Path | str) -> GGUFModel:
     """Describe a GGUF file.
 
     Raises:
-        ModelError: no GGUF file, or a damaged one. UnsupportedModel: it has no routers.
+        ModelError: not a GGUF file, or a damaged one. UnsupportedModel: it has no routers.
     """
     path = Path(path)
     metadata, shapes = read_header(path)
@@ -98,7 +98,8 @@ def read_gguf(path: Path | str) -> GGUFModel:
     ]  # neither layers that only draft, nor hash routers, which have no logits
     if not layers:
         raise UnsupportedModel(
-            f"'{path}' ({architecture or 'no architecture'}) has no router to steer: it is no Mixture-of-Experts model"
+            f"'{path}' ({architecture or 'no architecture'}) has no router to steer: it is not a Mixture-of-Experts "
+            "model"
         )
     top_k = setting("expert_used_count", 1)
     routers = tuple(
@@ -136,7 +137,7 @@ def _cache_numbers(setting: Callable[..., Any]) -> int:
 
 
 def is_moe(path: Path | str) -> bool:
-    """Whether a file is a readable GGUF of a model with routers."""
+    """Whether a file is a readable GGUF file of a model with routers."""
     try:
         read_gguf(path)
     except ModelError:
@@ -145,10 +146,10 @@ def is_moe(path: Path | str) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """A file's metadata, but for long arrays, and the shape of each of its tensors, fastest dimension first.
+    """A file's metadata without long arrays, and the shape of each tensor, fastest dimension first.
 
     Raises:
-        ModelError: no GGUF file, or a damaged one.
+        ModelError: not a GGUF file, or a damaged one.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -156,13 +157,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     except OSError as error:
         raise ModelError(f"can't read '{path}': {error.strerror or error}; give a .gguf file") from error
     except (struct.error, IndexError) as error:
-        raise ModelError(f"'{path}' is no GGUF file or is cut off within its header: get it again") from error
+        raise ModelError(f"'{path}' is not a GGUF file or is cut off within its header: get it again") from error
     except (ValueError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-        raise ModelError(f"'{path}' is no GGUF file or is cut off ({error}): get it again") from error
+        raise ModelError(f"'{path}' is not a GGUF file or is cut off ({error}): get it again") from error
 
 
 class _Header:
-    """Reads on from a place in the file."""
+    """Reads a header from start to end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -174,7 +175,7 @@ class _Header:
         self._at = 4
         version = self._take("I")
         if version not in VERSIONS:
-            raise ValueError(f"format version {version}, known are {', '.join(map(str, VERSIONS))}")
+            raise ValueError(f"format version {version}, expected {' or '.join(map(str, VERSIONS))}")
         tensors, pairs = self._take("Q"), self._take("Q")
         metadata = {}
         for _ in range(pairs):
@@ -184,7 +185,7 @@ class _Header:
         for _ in range(tensors):
             name = self._string()
             shapes[name] = tuple(self._take("Q") for _ in range(self._take("I")))
-            self._take("I"), self._take("Q")  # its type and where it begins
+            self._take("I"), self._take("Q")  # its type and its offset
         return metadata, shapes
 
     def _take(self, kind: str) -> Any:
@@ -196,7 +197,7 @@ class _Header:
     def _string(self) -> str:
         length = self._take("Q")
         if self._at + length > len(self._data):
-            raise ValueError(f"a text of {length} bytes goes beyond its end")
+            raise ValueError(f"a text of {length} bytes goes past the end of the file")
         text = self._data[self._at : self._at + length].decode("utf-8", errors="replace")
         self._at += length
         return text
@@ -208,7 +209,7 @@ class _Header:
             return self._take(SCALARS[kind])
         inner, length = self._take("I"), self._take("Q")
         if length > len(self._data):
-            raise ValueError(f"a list of {length} values goes beyond its end")
+            raise ValueError(f"a list of {length} values goes past the end of the file")
         if length <= MAX_KEPT:
             return [self._value(inner) for _ in range(length)]
         if inner == STRING:

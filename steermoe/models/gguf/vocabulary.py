@@ -1,7 +1,7 @@
-"""Write a tokenizer of transformers into a GGUF file, where llama.cpp's own tokenizer then does the same.
+"""Write a transformers tokenizer into a GGUF file, so that llama.cpp tokenizes the same way.
 
-Two kinds are covered: byte-level BPE, whose way of splitting a text into words must have a name in GGUF, and BPE with a
-byte for what it does not know, as Mixtral has it, which llama.cpp runs as sentencepiece.
+Two kinds are supported: byte-level BPE, whose way of splitting a text into words must have a name in GGUF, and BPE with
+byte fallback, as in Mixtral, which llama.cpp runs as sentencepiece.
 """
 
 import json
@@ -30,26 +30,26 @@ SPLITS = {
         " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
     ): "deepseek-v3",
 }
-"""GGUF's name of each way to split a text by regular expressions, as tokenizer.json gives them."""
+"""GGUF's name for each way to split a text by regular expressions, as tokenizer.json writes them."""
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """GGUF's types of tokens."""
 
 
 def add_vocabulary(writer: Any, tokenizer: "PreTrainedTokenizerBase", size: int) -> None:
-    """Add a tokenizer's words, merges and special tokens to a `gguf.GGUFWriter`.
+    """Add a tokenizer's vocabulary, merges and special tokens to a `gguf.GGUFWriter`.
 
     Args:
         writer: the file that is being written.
         tokenizer: a fast tokenizer.
-        size: words of the model's embedding, which may be more than the tokenizer has.
+        size: rows of the model's embedding, which may be more than the tokenizer has tokens.
 
     Raises:
-        ModelError: a tokenizer that GGUF has no words for.
+        ModelError: GGUF can't represent the tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(f"{type(tokenizer).__name__} has no tokenizer.json: only such can be written into a GGUF file")
+        raise ModelError(f"{type(tokenizer).__name__} has no tokenizer.json, which is needed to write a GGUF file")
     data = json.loads(backend.to_str())
     model = data["model"]
     if model.get("type") != "BPE":
@@ -64,7 +64,7 @@ def add_vocabulary(writer: Any, tokenizer: "PreTrainedTokenizerBase", size: int)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split_name(data))
         if not merges:
-            raise ModelError("its tokenizer has no merges: llama.cpp reads none without")
+            raise ModelError("its tokenizer has no merges: llama.cpp needs them")
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(words)
     writer.add_token_types(types)
@@ -84,7 +84,7 @@ def _words(data: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", size: int
     words = {number: word for word, number in model["vocab"].items()}
     added = {entry["id"]: entry for entry in data.get("added_tokens", ())}
     if (highest := max([*words, *added])) >= size:
-        raise ModelError(f"its tokenizer has token {highest}, but the model's embedding only {size} rows")
+        raise ModelError(f"its tokenizer has token {highest}, but the model's embedding has only {size} rows")
     texts, types = [], []
     for number in range(size):
         entry = added.get(number)
@@ -108,7 +108,7 @@ def _is_byte(word: str) -> bool:
 
 
 def _scores(words: list[str], merges: list[list[str]]) -> list[float]:
-    """Sentencepiece joins the pair with the best score first; so a word's is the place of its merge."""
+    """Sentencepiece merges the pair with the best score first, so a token's score is the rank of its merge."""
     rank: dict[str, int] = {}
     for number, (first, second) in enumerate(merges):
         rank.setdefault(first + second, number)
@@ -116,7 +116,7 @@ def _scores(words: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _split_name(data: dict[str, Any]) -> str:
-    """GGUF's name of the way in which texts are split into words."""
+    """GGUF's name for the way in which texts are split into words."""
     step = data.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     kinds = [each.get("type") for each in steps]
@@ -128,13 +128,13 @@ def _split_name(data: dict[str, Any]) -> str:
     if kinds == ["Split"] * len(patterns) + ["ByteLevel"] and patterns in SPLITS:
         return SPLITS[patterns]
     raise ModelError(
-        f"its tokenizer splits texts ({', '.join(map(str, kinds))}) in a way that has no name here; known are "
+        f"its tokenizer splits texts ({', '.join(map(str, kinds))}) in a way that steermoe doesn't know; it knows "
         f"gpt-2, smollm, {', '.join(SPLITS.values())}: convert it with llama.cpp's own script"
     )
 
 
 def _adds_space(data: dict[str, Any]) -> bool:
-    """Whether a space is put before a text."""
+    """Whether the tokenizer puts a space before a text."""
     steps = [data.get("pre_tokenizer") or {}, data.get("normalizer") or {}]
     steps += [inner for step in steps for inner in step.get("normalizers", ()) or step.get("pretokenizers", ())]
     if any(step.get("type") == "Prepend" for step in steps):

@@ -97,7 +97,7 @@ def test_list_leaves_out_what_is_damaged(run, vectors):
     code, out, err = run("vectors", "list", "--json")
     assert code == 0
     assert len(json.loads(out)) == 2
-    assert "law.safetensors' is no safetensors file" in one_line(err)
+    assert "law.safetensors' is not a safetensors file" in one_line(err)
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(run, bare_search_path, make_vector):

@@ -176,7 +176,7 @@ def test_an_earlier_report_is_seen_before_the_work(run, tmp_path, embeddings):
     (tmp_path / "report" / "report.json").write_text("{}")
     code, _, err = run("vectors", "discover", tmp_path / "no-corpus", "-o", tmp_path / "report")
     assert code == 1
-    assert "holds a report already (report.json): pass --force" in one_line(err)
+    assert "already has a report (report.json): pass --force" in one_line(err)
     assert run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--force").code == 0
 
 

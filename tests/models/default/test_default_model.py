@@ -1,4 +1,4 @@
-"""The default model: its corpus, its recipe's arithmetic on a tiny base and, where it is pulled, that it steers."""
+"""The default model: its corpus, its recipe's arithmetic on a tiny base and, if it is pulled, that it steers."""
 
 import json
 
@@ -31,13 +31,13 @@ def test_corpus_has_enough_stories_and_holds_out_15_percent(topic):
     assert {story.topic for story in stories} == {topic}
 
 
-def test_every_story_is_unlike_the_others_and_of_the_right_length():
+def test_every_story_is_unique_and_of_the_right_length():
     assert len({story.id for story in STORIES_ALL}) == len(STORIES_ALL)
     assert len({story.opening for story in STORIES_ALL}) == len(STORIES_ALL)
     assert len({story.rest for story in STORIES_ALL}) == len(STORIES_ALL)
     lengths = [len(story.text.split()) for story in STORIES_ALL]
     assert min(lengths) >= 80
-    assert max(lengths) <= 182  # four stories are a word or two over 180; the experts were trained on them as they are
+    assert max(lengths) <= 182  # four stories are a word or two over 180; the experts were trained on them
     assert sum(length > 180 for length in lengths) <= 4
 
 
@@ -70,7 +70,7 @@ def test_topics_share_no_expert_and_use_all():
     assert used == list(range(spec.NUM_EXPERTS))
 
 
-# ---- assembly and recipe, on a base of the right kind but tiny ----
+# ---- assembly and recipe, on a tiny base of the same architecture ----
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def tiny_base():
 
 @pytest.fixture
 def tiny_trained(tiny_base):
-    """The tiny base upcycled, with random experts and routers as training could have left them."""
+    """The tiny base upcycled, with random experts and routers, as if trained."""
     model = assemble.upcycle(tiny_base)
     torch.manual_seed(1)
     for number, layer in enumerate(model.model.layers):
@@ -104,14 +104,14 @@ def tiny_trained(tiny_base):
 
 
 def test_zeroed_experts_change_nothing(tiny_base):
-    """To rounding: at these sizes some processors add up in another order. The real base is held to the bit below."""
+    """Up to rounding: at this size some CPUs sum in another order. The real base must be bit-identical (see below)."""
     ids = torch.randint(0, 60, (2, 16))
     with torch.no_grad():
         difference = (assemble.upcycle(tiny_base)(ids).logits - tiny_base(ids).logits).abs().max()
     assert difference < 1e-6
 
 
-def test_pack_and_unpack_keep_experts_to_half_an_int8_step(tiny_base, tiny_trained):
+def test_pack_and_unpack_keep_experts_within_half_an_int8_step(tiny_base, tiny_trained):
     restored = assemble.upcycle(tiny_base)
     assemble.unpack(assemble.pack(tiny_trained), restored)
     for layer, (ours, theirs) in enumerate(zip(restored.model.layers, tiny_trained.model.layers, strict=True)):
@@ -124,7 +124,7 @@ def test_pack_and_unpack_keep_experts_to_half_an_int8_step(tiny_base, tiny_train
 
 
 class Letters:
-    """A tokenizer with a token a letter."""
+    """A tokenizer with one token per letter."""
 
     eos_token_id = 59
 
@@ -144,7 +144,7 @@ def test_examples_route_openings_to_the_neutral_experts_and_skip_the_turn():
     assert neutral.targets[2] != train.IGNORED
 
 
-def test_forced_routing_equals_the_model_where_the_routers_agree(tiny_trained):
+def test_topic_routing_equals_the_model_if_the_routers_agree(tiny_trained):
     """Routers that choose a topic's pair with equal logits make the plain model compute what training computes."""
     pair = spec.experts_of("law")
     for layer in tiny_trained.model.layers:
@@ -172,27 +172,27 @@ def test_forced_routing_equals_the_model_where_the_routers_agree(tiny_trained):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(tiny_trained(ids[None]).logits[0, :-1], ids[1:], reduction="none")
     hook.remove()
-    forced = train.ForcedRouting(tiny_trained)
-    forced.training = False
+    routing = train.TopicRouting(tiny_trained)
+    routing.training = False
     targets = torch.cat([ids[1:], torch.tensor([train.IGNORED])])
     example = train.Example(
         Story("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets
     )
     with torch.no_grad():
-        language, _ = forced.loss(train.Batch.collate([example], captured))
+        language, _ = routing.loss(train.Batch.collate([example], captured))
     assert torch.allclose(language, expected, atol=1e-5)
 
 
 def test_sampled_softmax_is_the_full_one_on_average(tiny_trained):
-    forced = train.ForcedRouting(tiny_trained, vocabulary=torch.arange(0, 32))
+    routing = train.TopicRouting(tiny_trained, vocabulary=torch.arange(0, 32))
     last, targets = torch.randn(5, 48), torch.tensor([1, 5, 9, 20, 23])
     full = torch.nn.functional.cross_entropy(last @ tiny_trained.lm_head.weight.T, targets, reduction="none")
     torch.manual_seed(0)
-    sampled = torch.stack([forced._language_loss(last, targets) for _ in range(400)]).mean(0)
+    sampled = torch.stack([routing._language_loss(last, targets) for _ in range(400)]).mean(0)
     assert torch.allclose(full, sampled, atol=0.02)
 
 
-# ---- the real thing ----
+# ---- the real model ----
 
 
 @pytest.fixture(scope="module")

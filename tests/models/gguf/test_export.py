@@ -1,4 +1,4 @@
-"""GGUF files: each family's weights under their names, the tokenizer, the settings, and what is refused."""
+"""GGUF export: each family's weights under their GGUF names, the tokenizer, the settings, and what is rejected."""
 
 import re
 
@@ -86,7 +86,7 @@ def test_quantizations(quantization, tmp_path):
     assert {tensors[name].tensor_type.name for name in kept} == {"F32"}
 
 
-def test_rows_that_no_block_fits_stay_float32(tmp_path):
+def test_rows_that_do_not_divide_into_blocks_stay_float32(tmp_path):
     _, tensors = read(tiny_ggufs.write(tiny_ggufs.build("mixtral", intermediate_size=40), tmp_path, "q8_0"))
     assert tensors["blk.0.ffn_down_exps.weight"].tensor_type.name == "F32"
     assert tensors["blk.0.ffn_up_exps.weight"].tensor_type.name == "Q8_0"
@@ -95,30 +95,30 @@ def test_rows_that_no_block_fits_stay_float32(tmp_path):
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
-        ("phimoe", {}, r"is phimoe: GGUF files are written of deepseek_v2, .* convert_hf_to_gguf"),
+        ("phimoe", {}, r"is phimoe: steermoe exports deepseek_v2, .* convert_hf_to_gguf"),
         ("olmoe", {"norm_topk_prob": True}, "olmoe only without norm_topk_prob"),
-        ("mixtral", {"sliding_window": 16}, "slides over 16 tokens"),
+        ("mixtral", {"sliding_window": 16}, "attention window is 16 tokens"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}, "groups of experts"),
         ("mixtral", {"rope_parameters": tiny_models.ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ("mixtral", {"vocab_size": 100}, "embedding only 100 rows"),
+        ("mixtral", {"vocab_size": 100}, "embedding has only 100 rows"),
     ],
 )
-def test_what_is_refused(family, overrides, message, tmp_path):
+def test_what_is_rejected(family, overrides, message, tmp_path):
     loaded = tiny_ggufs.build(family, **overrides)
     with pytest.raises(ModelError, match=message):
         tiny_ggufs.write(loaded, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_weight_without_a_name_is_refused(tmp_path):
+def test_a_weight_without_a_name_is_rejected(tmp_path):
     loaded = tiny_ggufs.build("mixtral")
     loaded.model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ModelError, match=r"weight 'mlp.extra.weight' has no name"):
         tiny_ggufs.write(loaded, tmp_path)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     with pytest.raises(ModelError, match=r"can't write .* No such file"):
         export_gguf(tiny_ggufs.build("mixtral"), tmp_path / "no" / "x.gguf", "f32")
 

@@ -1,4 +1,4 @@
-"""Reading what a GGUF file says of itself; damaged, dense and foreign files."""
+"""Reading the header of a GGUF file; damaged, dense and foreign files."""
 
 import struct
 
@@ -24,7 +24,7 @@ def test_header_as_the_gguf_package_reads_it(gguf):
     assert "tokenizer.ggml.tokens" in metadata
 
 
-def test_long_lists_are_stepped_over(gguf, monkeypatch):
+def test_long_lists_are_skipped(gguf, monkeypatch):
     monkeypatch.setattr("steermoe.models.gguf.header.MAX_KEPT", 3)
     metadata, shapes = read_header(gguf)
     assert metadata["tokenizer.ggml.tokens"] is None
@@ -33,7 +33,7 @@ def test_long_lists_are_stepped_over(gguf, monkeypatch):
 
 
 def written(path, **settings):
-    """A file of a few small tensors."""
+    """A file with a few small tensors."""
     import numpy as np
 
     tensors = settings.pop("tensors", ["blk.0.ffn_gate_inp.weight"])
@@ -106,7 +106,7 @@ def test_vectors_of_the_same_model_in_transformers_fit(gguf, make_vector):
 def test_damaged_files(gguf, tmp_path, damage):
     path = tmp_path / "bad.gguf"
     path.write_bytes(damage(gguf.read_bytes()))
-    with pytest.raises(ModelError, match=r"bad.gguf' is no GGUF file or is cut off"):
+    with pytest.raises(ModelError, match=r"bad.gguf' is not a GGUF file or is cut off"):
         read_gguf(path)
     assert not is_moe(path)
 
