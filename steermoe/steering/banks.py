@@ -37,14 +37,14 @@ class Bank:
         """For the `number`-th router of a model that the plans fit."""
         experts = torch.zeros(max(1, len(plans)), router.num_experts)
         forced, banned = experts.bool(), experts.bool()
-        for slot, plan in enumerate(plans):
+        for place, plan in enumerate(plans):
             if plan.layers is not None and not plan.layers[0] <= router.layer <= plan.layers[1]:
                 continue
             if plan.vector is not None and plan.strength:
-                experts[slot, : plan.vector.num_experts] = plan.vector.experts[number]
+                experts[place, : plan.vector.num_experts] = plan.vector.experts[number]
             for listed, marks in ((plan.force, forced), (plan.ban, banned)):
                 for layer, expert in listed:
-                    marks[slot, expert] |= layer == router.layer
+                    marks[place, expert] |= layer == router.layer
         push = experts * torch.tensor([float(plan.strength) for plan in plans] or [0.0])[:, None]
         raised = experts > 0
         wanted = torch.nn.functional.pad(raised | forced, (0, router.width - router.num_experts))
@@ -85,8 +85,8 @@ def banks_for(shape: RoutingShape, plans: Sequence[SteeringPlan]) -> list[Bank]:
     for plan in plans:
         _check_fits(shape, plan)
     banks = [Bank.of(router, number, plans) for number, router in enumerate(shape.routers)]
-    for slot, plan in enumerate(plans):
-        does = any(bool(b.push[slot].any() or b.forced[slot].any() or b.banned[slot].any()) for b in banks)
+    for place, plan in enumerate(plans):
+        does = any(bool(b.push[place].any() or b.forced[place].any() or b.banned[place].any()) for b in banks)
         if plan.does_something and not does:
             raise SteeringError(_nothing_to_do(plan))
     return banks

@@ -29,34 +29,34 @@ class RowLayout:
     """Which plan each token follows, where they differ.
 
     Attributes:
-        slot_T: the plan's number; 0 where there is none.
+        plan_T: the plan's number; 0 where there is none.
         factor_T1: what to multiply its strength with.
         ways: each formula and scale in use, with [T, 1] marks of the tokens that it is for.
     """
 
-    slot_T: Tensor
+    plan_T: Tensor
     factor_T1: Tensor
     ways: tuple[tuple[Formula, Scale, Tensor], ...]
     _moved: dict[torch.device, "RowLayout"] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plans: Sequence[SteeringPlan], slots: Sequence[int], factor_BS: Tensor) -> "RowLayout":
-        """For rows that follow the plans of numbers `slots`; -1 is no plan, and its factors are 0."""
-        slot_T = torch.tensor(slots).clamp(min=0).repeat_interleave(factor_BS.shape[1])
+    def of(cls, plans: Sequence[SteeringPlan], numbers: Sequence[int], factor_BS: Tensor) -> "RowLayout":
+        """For rows that follow the plans of these numbers; -1 is no plan, and its factors are 0."""
+        plan_T = torch.tensor(numbers).clamp(min=0).repeat_interleave(factor_BS.shape[1])
         factor_T = factor_BS.flatten()
         ways = []
         for formula, scale in dict.fromkeys((plan.formula, plan.scale) for plan in plans):
             here_P = torch.tensor([(plan.formula, plan.scale) == (formula, scale) for plan in plans])
-            ways.append((formula, scale, (here_P[slot_T] & (factor_T != 0))[:, None]))
-        return cls(slot_T, factor_T[:, None], tuple(ways))
+            ways.append((formula, scale, (here_P[plan_T] & (factor_T != 0))[:, None]))
+        return cls(plan_T, factor_T[:, None], tuple(ways))
 
     def on(self, device: torch.device) -> "RowLayout":
         """The same on a device; moved once."""
-        if self.slot_T.device == device:
+        if self.plan_T.device == device:
             return self
         if device not in self._moved:
             ways = tuple((formula, scale, here_T1.to(device)) for formula, scale, here_T1 in self.ways)
-            self._moved[device] = RowLayout(self.slot_T.to(device), self.factor_T1.to(device), ways)
+            self._moved[device] = RowLayout(self.plan_T.to(device), self.factor_T1.to(device), ways)
         return self._moved[device]
 
 
@@ -131,17 +131,17 @@ class Editor:
         """Each formula once over all tokens, with every token's own expert vector and strength."""
         assert step.layout is not None
         layout = step.layout.on(logits.device)
-        if len(logits) != len(layout.slot_T):
+        if len(logits) != len(layout.plan_T):
             raise SteeringError(
-                f"router '{self.name}' saw {len(logits)} tokens where the batch has {len(layout.slot_T)}: "
+                f"router '{self.name}' saw {len(logits)} tokens where the batch has {len(layout.plan_T)}: "
                 "rows can't be told apart in this model; steer all rows alike"
             )
-        slot_T, out = layout.slot_T, logits
-        push, raised = bank.push[slot_T] * layout.factor_T1, bank.raised[slot_T]
+        plan_T, out = layout.plan_T, logits
+        push, raised = bank.push[plan_T] * layout.factor_T1, bank.raised[plan_T]
         for formula, scale, here_T1 in layout.ways:
             steered = formulas.apply(formula, logits, push, raised, scale, bank.may_lower)
             if bank.has_lists:
-                steered = formulas.ban(formulas.force(steered, bank.forced[slot_T]), bank.banned[slot_T])
+                steered = formulas.ban(formulas.force(steered, bank.forced[plan_T]), bank.banned[plan_T])
             out = steered.where(here_T1, out)
         return out
 
@@ -190,7 +190,7 @@ class Tally:
         if step.layout is None:
             wanted_CTW = wanted_CPW[:, :1].expand(-1, tokens, -1)
         else:
-            wanted_CTW = wanted_CPW[:, step.layout.on(device).slot_T]
+            wanted_CTW = wanted_CPW[:, step.layout.on(device).plan_T]
         hits_CTk = wanted_CTW.gather(-1, chosen_CTk)
         steered: int | Tensor = tokens
         if step.counted_T is not None and len(step.counted_T) == tokens:

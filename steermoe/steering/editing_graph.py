@@ -57,30 +57,30 @@ class Edits:
 
     @classmethod
     def of(
-        cls, plans: Sequence[SteeringPlan], banks: Sequence[Bank], slots: Sequence[int], factor_B: Tensor
+        cls, plans: Sequence[SteeringPlan], banks: Sequence[Bank], numbers: Sequence[int], factor_B: Tensor
     ) -> "Edits":
-        """For rows that follow the plans of numbers `slots`, with -1 for none, each with a multiple of its strength.
+        """For rows that follow the plans of these numbers, with -1 for none, each with a multiple of its strength.
 
         Args:
             plans: the distinct plans.
             banks: of those plans, one a router.
-            slots: one a row.
+            numbers: one a row.
             factor_B: 0 for rows that are not steered now.
         """
-        slot_B = torch.tensor(slots).clamp(min=0)
-        steered_B1 = (factor_B != 0)[:, None] & (torch.tensor(slots) >= 0)[:, None]
+        plan_B = torch.tensor(numbers).clamp(min=0)
+        steered_B1 = (factor_B != 0)[:, None] & (torch.tensor(numbers) >= 0)[:, None]
         factor_B1 = torch.where(steered_B1, factor_B[:, None], 0.0)
 
         def flag(*wanted: bool) -> Tensor:
-            return torch.tensor(wanted)[slot_B, None] & steered_B1
+            return torch.tensor(wanted)[plan_B, None] & steered_B1
 
         def marks(name: str) -> Tensor:
-            return torch.stack([getattr(bank, name)[slot_B] & steered_B1 for bank in banks])
+            return torch.stack([getattr(bank, name)[plan_B] & steered_B1 for bank in banks])
 
         five = flag(*(plan.formula == "zero_max_scaled" for plan in plans))
         magnitude = flag(*(plan.scale == "magnitude" for plan in plans))
         return cls(
-            push=torch.stack([bank.push[slot_B] * factor_B1 for bank in banks]),
+            push=torch.stack([bank.push[plan_B] * factor_B1 for bank in banks]),
             zeroed=marks("raised") & five,
             forced=marks("forced"),
             banned=marks("banned"),

@@ -39,13 +39,13 @@ class TokenPlans:
     """Which plan each token of a forward call follows.
 
     Args:
-        slot_T: its number, int64.
+        plan_T: its number, int64.
         factor_T: what to multiply its strength with, float32; a token of factor 0 stays bit for bit.
     """
 
-    def __init__(self, slot_T: NDArray[np.int64], factor_T: NDArray[np.float32]) -> None:
-        self._kept = slot_T, factor_T
-        self.places = _address(slot_T, np.int64), _address(factor_T, np.float32), len(slot_T)
+    def __init__(self, plan_T: NDArray[np.int64], factor_T: NDArray[np.float32]) -> None:
+        self._kept = plan_T, factor_T
+        self.places = _address(plan_T, np.int64), _address(factor_T, np.float32), len(plan_T)
 
 
 class LayerEditor:
@@ -64,9 +64,9 @@ class LayerEditor:
         self._state = np.array([self._experts, *places], dtype=np.int64)
         self._place = _address(self._state, np.int64)
 
-    def install(self, slot: int, bank: Bank) -> None:
-        """Take the marks of a slot from the one plan of another bank."""
-        self._marks_PN[slot] = marks_of(bank)[0]
+    def install(self, number: int, bank: Bank) -> None:
+        """Take the marks of the plan of this number from another bank, which has that plan alone."""
+        self._marks_PN[number] = marks_of(bank)[0]
 
     def edit(self, logits: Tensor, tokens: TokenPlans) -> Tensor:
         """Logits [T or more, W], computed in float32, as a new tensor of the same type.
@@ -164,21 +164,21 @@ def narrow(z_N, bits_N):
 
 
 @njit(types.void(*[types.int64] * 2, types.boolean, *[types.int64] * 4), cache=True, error_model="numpy")
-def _edit(logits, columns, is_bfloat16, layer, slots, factors, tokens):
+def _edit(logits, columns, is_bfloat16, layer, plans, factors, tokens):
     """In place. Everything by its address: to look at an array that Python passes costs more than to steer it."""
     state = carray(pointer(layer), (5,), np.int64)
     experts = state[0]
-    slot_T = carray(pointer(slots), (tokens,), np.int64)
+    plan_T = carray(pointer(plans), (tokens,), np.int64)
     factor_T = carray(pointer(factors), (tokens,), np.float32)
     row_N = np.empty(experts, np.float32)
     for t in range(tokens):
         if factor_T[t] == 0:
             continue
-        slot = slot_T[t]
-        push_N = carray(pointer(state[1] + 4 * slot * experts), (experts,), np.float32)
-        marks_N = carray(pointer(state[2] + slot * experts), (experts,), np.uint8)
-        formula = carray(pointer(state[3] + 8 * slot), (1,), np.int64)[0]
-        paper = carray(pointer(state[4] + slot), (1,), np.uint8)[0] != 0
+        number = plan_T[t]
+        push_N = carray(pointer(state[1] + 4 * number * experts), (experts,), np.float32)
+        marks_N = carray(pointer(state[2] + number * experts), (experts,), np.uint8)
+        formula = carray(pointer(state[3] + 8 * number), (1,), np.int64)[0]
+        paper = carray(pointer(state[4] + number), (1,), np.uint8)[0] != 0
         if is_bfloat16:
             z_N = carray(pointer(logits + 2 * t * columns), (experts,), np.uint16)
             widen(z_N, row_N)

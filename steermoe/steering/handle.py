@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
@@ -19,6 +18,7 @@ from steermoe.routing.routers import chosen_experts, find_routers, language_mode
 from steermoe.routing.tracker import Tracker, Window
 from steermoe.steering.banks import banks_for
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.steering.mapping import UNSTEERED, PlanMapping
 from steermoe.steering.plans import (
     DEFAULT_FORMULA,
     DEFAULT_SCALE,
@@ -76,7 +76,7 @@ class SteeringHandle:
         self._calls_before: list[int] = []
         self._bypassed: dict[str, int] = {}
         self._layout: tuple[Any, RowLayout] | None = None
-        self._distinct: list[SteeringPlan] = []
+        self._mapping = PlanMapping()
         self._install(plans)
         with ExitStack() as undo:
             self._tracker = Tracker(self._model, self._before_forward, self._after_forward)
@@ -185,20 +185,14 @@ class SteeringHandle:
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
         if not plans:
             raise SteeringError("no plans given: pass a plan, or one a row (None for rows to leave alone)")
-        if self._distinct and set(plans) <= {None, *self._distinct}:
-            self._assign(plans)  # rows that come and go between plans that are known already
-            return
-        distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
-        banks = banks_for(self._shape, distinct)
-        for editor, bank in zip(self._editors, banks, strict=True):
-            editor.bank = bank
-        self._distinct = distinct
-        self._assign(plans)
-
-    def _assign(self, plans: Sequence[SteeringPlan | None]) -> None:
-        numbers = {plan: number for number, plan in enumerate(self._distinct)}
+        if not (self._mapping.plans and self._mapping.knows(plans)):
+            mapping = PlanMapping(plans)
+            banks = banks_for(self._shape, mapping.plans)
+            for editor, bank in zip(self._editors, banks, strict=True):
+                editor.bank = bank
+            self._mapping = mapping
         self._plans = tuple(plans)
-        self._slots = [-1 if plan is None else numbers[plan] for plan in plans]
+        self._numbers = self._mapping.numbers(plans)
         self._layout = None
 
     # ---- what the tracker calls ----
@@ -224,55 +218,43 @@ class SteeringHandle:
 
     def _step(self, window: Window) -> Step | None:
         """The step for these tokens, or None if none of them is steered."""
-        slots = self._slots_of(window.rows)
-        factor_BS = self._factors(window, slots)
-        if factor_BS is None or not bool(factor_BS.any()):
+        numbers = self._numbers_over(window.rows)
+        if max(numbers, default=UNSTEERED) == UNSTEERED:
+            return None
+        factor_BS = self._mapping.factors(numbers, window.generated_index())
+        if not bool(factor_BS.any()):
             return None
         counted_T = None if window.counted is None else window.counted.flatten()
-        if len(self._distinct) == 1 and -1 not in slots and bool((factor_BS == factor_BS[0, 0]).all()):
-            return Step(window.tokens, counted_T, plan=self._distinct[0], factor=float(factor_BS[0, 0]))
+        plans = self._mapping.plans
+        if len(plans) == 1 and UNSTEERED not in numbers and bool((factor_BS == factor_BS[0, 0]).all()):
+            return Step(window.tokens, counted_T, plan=plans[0], factor=float(factor_BS[0, 0]))
         steered_T = (factor_BS != 0).flatten()
         if counted_T is not None:
             counted_T = counted_T & steered_T.to(counted_T.device)
             tokens: int | Tensor = counted_T.sum()
         else:
             counted_T, tokens = steered_T, int(steered_T.sum())
-        return Step(tokens, counted_T, layout=self._layout_for(slots, factor_BS))
+        return Step(tokens, counted_T, layout=self._layout_for(numbers, factor_BS))
 
-    def _factors(self, window: Window, slots: list[int]) -> Tensor | None:
-        """[B, S], by how much each token's strength is to be multiplied; None if no row has a plan."""
-        index = window.generated_index()
-        used = sorted(set(slots) - {-1})
-        if not used:
-            return None
-        if index.dim() == 1:
-            factors_PS = {slot: self._distinct[slot].factor(index) for slot in used}
-            idle = torch.zeros(window.columns)
-            return torch.stack([factors_PS.get(slot, idle) for slot in slots])
-        factor_BS = torch.zeros(index.shape)
-        slot_B = torch.tensor(slots)
-        for slot in used:
-            factor_BS[slot_B == slot] = self._distinct[slot].factor(index[slot_B == slot])
-        return factor_BS
-
-    def _slots_of(self, rows: int) -> list[int]:
+    def _numbers_over(self, rows: int) -> list[int]:
         """The number of each row's plan."""
-        if len(self._slots) == 1:
-            return self._slots * rows
-        repeats, rest = divmod(rows, len(self._slots))
+        if len(self._numbers) == 1:
+            return self._numbers * rows
+        repeats, rest = divmod(rows, len(self._numbers))
         if rest:
             raise SteeringError(
-                f"{len(self._slots)} row plans can't be laid over {rows} rows: give one plan a row, or one for all"
+                f"{len(self._numbers)} row plans can't be laid over {rows} rows: give one plan a row, or one for all"
             )
-        return [slot for slot in self._slots for _ in range(repeats)]  # beams and return sequences repeat each row
+        # beams and return sequences repeat each row
+        return [number for number in self._numbers for _ in range(repeats)]
 
-    def _layout_for(self, slots: list[int], factor_BS: Tensor) -> RowLayout:
+    def _layout_for(self, numbers: list[int], factor_BS: Tensor) -> RowLayout:
         """The layout, or the last one if nothing changed, as from token to token while strengths are constant."""
-        key = (slots, factor_BS.tolist()) if factor_BS.shape[1] == 1 else None
+        key = (numbers, factor_BS.tolist()) if factor_BS.shape[1] == 1 else None
         if key is None:
-            return RowLayout.of(self._distinct, slots, factor_BS)
+            return RowLayout.of(self._mapping.plans, numbers, factor_BS)
         if self._layout is None or self._layout[0] != key:
-            self._layout = key, RowLayout.of(self._distinct, slots, factor_BS)
+            self._layout = key, RowLayout.of(self._mapping.plans, numbers, factor_BS)
         return self._layout[1]
 
 

@@ -2,10 +2,10 @@
 
 Pure arithmetic on plans: it knows no model, no engine, and nothing of how logits are edited.
 
-Shapes: B rows, S columns of a forward call.
+Shapes: B rows, S columns of a forward call, P plans.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class PlanMapping:
         self.plans = tuple(dict.fromkeys(plan for plan in rows if plan is not None))
         self._numbers: dict[SteeringPlan | None, int] = {None: UNSTEERED}
         self._numbers.update((plan, number) for number, plan in enumerate(self.plans))
+        self._kept: tuple[list[int], list[SteeringPlan], Tensor] | None = None
 
     def knows(self, rows: Iterable[SteeringPlan | None]) -> bool:
         """Whether other rows follow no further plan, so that whatever was made from the plans serves them too."""
@@ -45,33 +46,33 @@ class PlanMapping:
         """
         return [self._numbers[plan] for plan in rows]
 
-    def factors(self, numbers: Sequence[int], index: Tensor) -> Tensor:
+    def factors(self, numbers: list[int], index: Tensor) -> Tensor:
         """[B, S], by how much each token's strength is multiplied: 0 where it is not steered.
 
-        The result may share memory between rows.
+        The rows of the result may share memory. What depends on the numbers alone is kept for the next call: rows
+        seldom change from token to token.
 
         Args:
             numbers: one a row, as of `numbers`.
             index: each token's index among the generated ones, negative in the prompt; [S] for all rows, or [B, S].
         """
-        used = sorted(set(numbers) - {UNSTEERED})
-        if len(used) == 1 and UNSTEERED not in numbers:
-            factor = self.plans[used[0]].factor(index)
-            return factor if factor.dim() == 2 else factor.expand(len(numbers), -1)
-        plans = {number: self.plans[number] for number in used}
-        return factors_of_tokens(plans, torch.tensor(numbers)[:, None], index)
+        if self._kept is None or self._kept[0] != numbers:
+            used = sorted(set(numbers) - {UNSTEERED})
+            row_of = {UNSTEERED: UNSTEERED, **{number: row for row, number in enumerate(used)}}
+            rows = torch.tensor([row_of[number] for number in numbers])
+            self._kept = list(numbers), [self.plans[number] for number in used], rows
+        _, plans, row_B = self._kept
+        if len(plans) == 1 and UNSTEERED not in numbers:
+            return plans[0].factor(index).expand(len(numbers), -1)
+        table = factor_table(plans, index)
+        return table[row_B] if index.dim() == 1 else table[row_B, torch.arange(len(row_B))]
 
 
-def factors_of_tokens(plans: Mapping[int, SteeringPlan], number: Tensor, index: Tensor) -> Tensor:
-    """By how much each token's strength is multiplied, float32; 0 for tokens that follow none of the plans.
+def factor_table(plans: Sequence[SteeringPlan], index: Tensor) -> Tensor:
+    """[P + 1, ...], by how much each plan multiplies the strength of each token; UNSTEERED is the last row, of zeros.
 
     Args:
-        plans: by their numbers.
-        number: of each token's plan.
-        index: each token's index among the generated ones, negative in the prompt. Its shape and that of `number`
-            broadcast to the result's.
+        plans: [P].
+        index: each token's index among the generated ones, negative in the prompt, in any shape.
     """
-    factor = torch.zeros(torch.broadcast_shapes(number.shape, index.shape), dtype=torch.float32)
-    for of_plan, plan in plans.items():
-        factor = torch.where(number == of_plan, plan.factor(index), factor)
-    return factor
+    return torch.stack([*(plan.factor(index) for plan in plans), torch.zeros(index.shape)])

@@ -63,9 +63,9 @@ def test_rows_get_their_own_formula_strength_and_none(model):
         SteeringPlan(force=((0, 4),), ban=((0, 5),)),
     ]
     factors = torch.tensor([[1.0, 0.5], [0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    slots = [0, -1, 1, 2]
+    numbers = [0, -1, 1, 2]
     logits = torch.randn(8, tiny.EXPERTS, generator=torch.Generator().manual_seed(2))
-    editor = editor_for(plans, Step(5, None, layout=RowLayout.of(plans, slots, factors)))
+    editor = editor_for(plans, Step(5, None, layout=RowLayout.of(plans, numbers, factors)))
     edited = editor.edit(logits)
     first, second = (plan.vector.experts[0] for plan in plans[:2])
     expected = logits.clone()

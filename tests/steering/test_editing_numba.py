@@ -64,16 +64,18 @@ def test_tokens_of_many_plans_are_edited_as_by_the_editor(dtype, columns):
     router = RouterShape(0, EXPERTS, columns, 2)
     editor = Editor("gate", router, Tally())
     editor.bank = Bank.of(router, 0, plans)
-    slots = [number % (len(plans) + 1) - 1 for number in range(TOKENS)]
-    factors = torch.tensor([[0.0 if slot < 0 else (1.0, 0.5, 0.0)[number % 3]] for number, slot in enumerate(slots)])
-    layout = RowLayout.of(plans, slots, factors)
+    numbers = [token % (len(plans) + 1) - 1 for token in range(TOKENS)]
+    factors = torch.tensor(
+        [[0.0 if number < 0 else (1.0, 0.5, 0.0)[token % 3]] for token, number in enumerate(numbers)]
+    )
+    layout = RowLayout.of(plans, numbers, factors)
     editor.step = Step(0, None, layout=layout)
     logits = (3 * torch.randn(TOKENS + 3, columns, generator=torch.Generator().manual_seed(9))).to(dtype)
     before = logits.clone()
     formula_P = np.array([formulas.FORMULAS.index(plan.formula) for plan in plans])
     paper_P = np.array([plan.scale == "paper" for plan in plans])
     layer = editing_numba.LayerEditor(editor.bank, formula_P, paper_P)
-    found = layer.edit(logits, editing_numba.TokenPlans(layout.slot_T.numpy(), factors[:, 0].numpy()))
+    found = layer.edit(logits, editing_numba.TokenPlans(layout.plan_T.numpy(), factors[:, 0].numpy()))
     wanted = editor.edit(logits[:TOKENS])
     assert (found.dtype, found.shape) == (dtype, logits.shape)
     assert torch.equal(logits, before)
@@ -105,6 +107,6 @@ def test_memory_is_never_read_beyond_its_end():
     for shape in ((2, EXPERTS), (3, EXPERTS - 1)):
         with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} for 3 tokens, 8 experts"):
             layer.edit(torch.zeros(shape), tokens)
-    for slots, factors in ((np.zeros(3, np.int32), np.ones(3, np.float32)), (np.zeros(3, np.int64), np.ones(3))):
+    for numbers, factors in ((np.zeros(3, np.int32), np.ones(3, np.float32)), (np.zeros(3, np.int64), np.ones(3))):
         with pytest.raises(TypeError, match="expected a contiguous one"):
-            editing_numba.TokenPlans(slots, factors)
+            editing_numba.TokenPlans(numbers, factors)

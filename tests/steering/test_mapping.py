@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steermoe.steering.mapping import UNSTEERED, PlanMapping, factors_of_tokens
+from steermoe.steering.mapping import UNSTEERED, PlanMapping, factor_table
 from steermoe.steering.plans import SteeringPlan
 
 CONSTANT = SteeringPlan(force=((0, 1),))
@@ -80,8 +80,8 @@ def test_factors_of_rows_that_follow_one_plan(plan, index):
     assert torch.equal(found, one_by_one([plan] * 3, index.expand(3, -1) if index.dim() == 1 else index))
 
 
-def test_factors_of_tokens_of_rows_of_any_length():
-    number = torch.tensor([7, 7, 7, UNSTEERED, 2, 2])
-    index = torch.tensor([0, 1, 2, 5, -1, 0])
-    found = factors_of_tokens({7: DECAY, 2: PROMPT}, number, index)
-    assert torch.equal(found, torch.tensor([1.0, 0.75, 0.5, 0.0, 1.0, 0.0]))
+def test_a_table_holds_every_plan_s_factors_and_ends_with_zeros():
+    table = factor_table([DECAY, PROMPT], torch.tensor([-1, 0, 2]))
+    assert torch.equal(table, torch.tensor([[1.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    assert torch.equal(table[UNSTEERED], torch.zeros(3))
+    assert factor_table([], torch.zeros(2, 3)).eq(0).all()

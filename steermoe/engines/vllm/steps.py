@@ -5,7 +5,7 @@ that the edit reads lies in tensors that stay where they are, so that they can b
 processor logits are edited by machine code (`engines.rows`). What a call needs is kept for the calls after it, while
 they need the same, as from token to token.
 
-Shapes: R rows, T tokens of a forward call, C tokens that there is room for, P slots of plans, N experts of a layer.
+Shapes: R rows, T tokens of a forward call, C tokens and P plans that there is room for, N experts of a layer.
 """
 
 from collections.abc import Container, Sequence
@@ -22,6 +22,7 @@ from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.steering.mapping import UNSTEERED, factor_table
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 
@@ -52,8 +53,14 @@ class Row(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Slot:
-    """Where a plan lies in the banks."""
+class _Installed:
+    """A plan that lies in the banks.
+
+    Attributes:
+        number: where it lies there.
+        way: its formula and scale, by their place in WAYS.
+        used: the last forward call in which a row followed it.
+    """
 
     number: int
     plan: SteeringPlan
@@ -91,10 +98,10 @@ class Steps:
         for editor in self.editors:
             editor.bank = _empty_bank(editor.router, plans, device, all_flags=graphs)
         room = capacity if graphs else 0
-        self._slot_C = torch.zeros(room, dtype=torch.long, device=device)
+        self._plan_C = torch.zeros(room, dtype=torch.long, device=device)
         self._factor_C1 = torch.zeros(room, 1, device=device)
         self._here_WC1 = torch.zeros(len(WAYS), room, 1, dtype=torch.bool, device=device)
-        self._slots: dict[bytes, _Slot] = {}
+        self._installed: dict[bytes, _Installed] = {}
         self._free = list(range(plans))
         self._filled = self._calls = 0
         self._last: tuple[list[Any], Step] | None = None
@@ -147,7 +154,7 @@ class Steps:
         if step is None or editor.bank.is_idle:
             return logits
         assert step.layout is not None
-        tokens = len(step.layout.slot_T)
+        tokens = len(step.layout.plan_T)
         if len(logits) < tokens:
             raise SteeringError(
                 f"the router of {editor.name} saw {len(logits)} tokens where the batch has {tokens}: tokens are "
@@ -165,7 +172,7 @@ class Steps:
         step = editor.step
         if step is not None and not editor.bank.is_idle:
             assert step.layout is not None
-            self._tally.add(editor, step, chosen_Tk[: len(step.layout.slot_T)])
+            self._tally.add(editor, step, chosen_Tk[: len(step.layout.plan_T)])
         for request, tokens in self._noted:
             if request not in self._counts:
                 experts = max(router.num_experts for router in self.routers)
@@ -198,13 +205,13 @@ class Steps:
         """What the call does; the step of the call before, if that was the same."""
         key = [(row.plan, row.tokens, self._place(row)) for row in rows]
         if self._last is None or self._last[0] != key:
-            slot_T, factor_T, way_T = self._lay_out(rows)
+            plan_T, factor_T, way_T = self._lay_out(rows)
             steered_T = way_T >= 0
             ways = tuple((*WAYS[way], (way_T == way)[:, None]) for way in way_T[steered_T].unique().tolist())
-            layout = RowLayout(slot_T, factor_T[:, None], ways)
+            layout = RowLayout(plan_T, factor_T[:, None], ways)
             self._last = key, Step(int(steered_T.sum()), steered_T, layout=layout)
             if self.machine_code:
-                self._token_plans = self._machine.TokenPlans(slot_T.numpy(), factor_T.numpy())
+                self._token_plans = self._machine.TokenPlans(plan_T.numpy(), factor_T.numpy())
         return self._last[1]
 
     def _place(self, row: Row) -> int:
@@ -212,32 +219,31 @@ class Steps:
         index = row.first - row.prompt
         if row.plan is None:
             return 0
-        slot = self._slots.get(row.plan)
-        return 0 if index > 0 and slot is not None and slot.plan.schedule.kind == "constant" else index
+        known = self._installed.get(row.plan)
+        return 0 if index > 0 and known is not None and known.plan.schedule.kind == "constant" else index
 
     def _lay_out(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """Slot, factor and way of each token, [T]; way -1 where nothing is done."""
+        """Plan number, factor and way of each token, [T]; way -1 where nothing is done."""
         tokens_R = torch.tensor([row.tokens for row in rows])
         start_R = tokens_R.cumsum(0) - tokens_R
         index_R = torch.tensor([row.first - row.prompt for row in rows])
         index_T = (index_R - start_R).repeat_interleave(tokens_R)
         index_T += torch.arange(len(index_T))
         followed = dict.fromkeys(row.plan for row in rows if row.plan is not None)
-        slots = {data: self._slot_of(data, followed) for data in followed}
-        slot_R = torch.tensor([-1 if row.plan is None else slots[row.plan].number for row in rows])
-        slot_T = slot_R.repeat_interleave(tokens_R)
-        factor_T = torch.zeros(len(slot_T), dtype=torch.float32)
-        way_T = torch.full_like(slot_T, -1)
-        for slot in slots.values():
-            factor_T = torch.where(slot_T == slot.number, slot.plan.factor(index_T), factor_T)
-            way_T[(slot_T == slot.number) & (factor_T != 0)] = slot.way
-        return slot_T.clamp(min=0), factor_T, way_T
+        installed = [self._find(data, followed) for data in followed]
+        row_of = {None: UNSTEERED, **{data: row for row, data in enumerate(followed)}}
+        row_T = torch.tensor([row_of[row.plan] for row in rows]).repeat_interleave(tokens_R)
+        table_PT = factor_table([one.plan for one in installed], index_T)
+        factor_T = table_PT[row_T, torch.arange(len(row_T))]
+        plan_T = torch.tensor([*(one.number for one in installed), 0])[row_T]
+        way_T = torch.tensor([*(one.way for one in installed), -1])[row_T].where(factor_T != 0, -1)
+        return plan_T, factor_T, way_T
 
-    def _fill(self, slot_T: Tensor, factor_T: Tensor, way_T: Tensor) -> int:
+    def _fill(self, plan_T: Tensor, factor_T: Tensor, way_T: Tensor) -> int:
         """Put a call where graphs read it; how many of its tokens are steered."""
-        tokens = len(slot_T)
+        tokens = len(plan_T)
         self._check_room(tokens)
-        self._slot_C[:tokens].copy_(slot_T, non_blocking=True)
+        self._plan_C[:tokens].copy_(plan_T, non_blocking=True)
         self._factor_C1[:tokens, 0].copy_(factor_T, non_blocking=True)
         here_WT1 = (way_T == torch.arange(len(WAYS))[:, None])[..., None]
         self._here_WC1[:, :tokens].copy_(here_WT1, non_blocking=True)
@@ -253,44 +259,45 @@ class Steps:
     def _filled_layout(self, tokens: int) -> RowLayout:
         self._check_room(tokens)
         ways = tuple((*way, here_C1[:tokens]) for way, here_C1 in zip(WAYS, self._here_WC1, strict=True))
-        return RowLayout(self._slot_C[:tokens], self._factor_C1[:tokens], ways)
+        return RowLayout(self._plan_C[:tokens], self._factor_C1[:tokens], ways)
 
     def _check_room(self, tokens: int) -> None:
-        if tokens > len(self._slot_C):
-            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._slot_C)} that were announced")
+        if tokens > len(self._plan_C):
+            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._plan_C)} that were announced")
 
     def _set(self, step: Step | None) -> None:
         for editor in self.editors:
             editor.step = step
 
-    # ---- plans in their slots ----
+    # ---- plans in the banks ----
 
-    def _slot_of(self, data: bytes, keep: Container[bytes]) -> _Slot:
-        """The slot of a plan; one that no row of this call follows may have to go for it."""
-        slot = self._slots.get(data)
-        if slot is None:
+    def _find(self, data: bytes, keep: Container[bytes]) -> _Installed:
+        """A plan in the banks; one that no row of this call follows may have to go for it."""
+        found = self._installed.get(data)
+        if found is None:
+            known = self._installed
             if not self._free:
-                oldest = min((key for key in self._slots if key not in keep), key=lambda key: self._slots[key].used)
-                self._free.append(self._slots.pop(oldest).number)
+                oldest = min((key for key in known if key not in keep), key=lambda key: known[key].used)
+                self._free.append(known.pop(oldest).number)
             plan = unpack(data)
-            slot = _Slot(self._free.pop(), plan, WAYS.index((plan.formula, plan.scale)), 0)
-            self._install(slot)
-            self._slots[data] = slot
-        slot.used = self._calls
-        return slot
+            found = _Installed(self._free.pop(), plan, WAYS.index((plan.formula, plan.scale)), 0)
+            self._install(found)
+            known[data] = found
+        found.used = self._calls
+        return found
 
-    def _install(self, slot: _Slot) -> None:
+    def _install(self, new: _Installed) -> None:
         self._tally.count()  # it reads the plans that lie in the banks now
         self._last = None
-        plans = [other.plan for other in self._slots.values()] + [slot.plan]
-        self._formula_P[slot.number] = FORMULAS.index(slot.plan.formula)
-        self._paper_P[slot.number] = slot.plan.scale == "paper"
+        plans = [other.plan for other in self._installed.values()] + [new.plan]
+        self._formula_P[new.number] = FORMULAS.index(new.plan.formula)
+        self._paper_P[new.number] = new.plan.scale == "paper"
         for number, (editor, row) in enumerate(zip(self.editors, self.rows, strict=True)):
-            own = Bank.of(editor.router, row, [slot.plan])
+            own = Bank.of(editor.router, row, [new.plan])
             for name in BANK_TENSORS:
-                getattr(editor.bank, name)[slot.number] = getattr(own, name)[0].to(editor.bank.push.device)
+                getattr(editor.bank, name)[new.number] = getattr(own, name)[0].to(editor.bank.push.device)
             if self.machine_code:
-                self._layers[number].install(slot.number, own)
+                self._layers[number].install(new.number, own)
             if not self._graphs:
                 editor.bank = replace(
                     editor.bank,

@@ -143,7 +143,7 @@ def test_without_numba_torch_edits(model, routers, monkeypatch):
     torch.testing.assert_close(*edited, rtol=1e-6, atol=1e-6)
 
 
-def test_slots_are_used_again(model, routers):
+def test_room_of_plans_is_used_again(model, routers):
     steps = steps_for(routers, plans=2)
     sport = plans_of_every_kind(model)["all"].vector
     logits = logits_for(routers, 2)

@@ -15,6 +15,7 @@ from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
 from steermoe.steering.editing_graph import Edits
+from steermoe.steering.mapping import PlanMapping
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 
@@ -30,7 +31,7 @@ class CompiledSteps:
         self._routers = find_routers(model)
         self._shape = shape_of(model, self._routers)
         self._steps: dict[Kind, CompiledStep | None] = {}
-        self._distinct: list[SteeringPlan] = []
+        self._mapping = PlanMapping()
         self._banks: list[Bank] = []
         self._steered_routers = 0
         self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
@@ -101,26 +102,24 @@ class CompiledSteps:
 
     def _edits(self, plans: Sequence[SteeringPlan | None], index_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
         """The edits, which experts they raise or force, and how many rows are steered; kept while nothing changes."""
-        if not set(plans) <= {None, *self._distinct}:
-            self._distinct = list(dict.fromkeys(plan for plan in plans if plan is not None))
-            self._banks = banks_for(self._shape, self._distinct)
+        if not self._mapping.knows(plans):
+            self._mapping = PlanMapping(plans)
+            self._banks = banks_for(self._shape, self._mapping.plans)
             self._steered_routers = sum(not bank.is_idle for bank in self._banks)
             self._laid_out = None
-        slots = [-1 if plan is None else self._distinct.index(plan) for plan in plans]
-        factor_B, slot_B = torch.zeros(len(slots)), torch.tensor(slots)
-        for slot in sorted(set(slots) - {-1}):
-            factor_B[slot_B == slot] = self._distinct[slot].factor(index_B[slot_B == slot])
-        key = slots, factor_B.tolist()
+        numbers = self._mapping.numbers(plans)
+        factor_B = self._mapping.factors(numbers, index_B[:, None])[:, 0]
+        key = numbers, factor_B.tolist()
         if self._laid_out is None or self._laid_out[0] != key:
-            self._laid_out = key, *self._lay_out(slots, factor_B)
+            self._laid_out = key, *self._lay_out(numbers, factor_B)
         return self._laid_out[1:]
 
-    def _lay_out(self, slots: list[int], factor_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
+    def _lay_out(self, numbers: list[int], factor_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
         experts = self._routers[0].num_experts
         if not factor_B.any():
-            edits = Edits.none(len(self._routers), len(slots), experts)
+            edits = Edits.none(len(self._routers), len(numbers), experts)
             return list(edits.tensors()), edits.forced, 0
-        edits = Edits.of(self._distinct, self._banks, slots, factor_B)
-        slot_B = torch.tensor(slots).clamp(min=0)
-        wanted = torch.stack([bank.wanted[slot_B] for bank in self._banks]) & (factor_B != 0)[:, None]
+        edits = Edits.of(self._mapping.plans, self._banks, numbers, factor_B)
+        plan_B = torch.tensor(numbers).clamp(min=0)
+        wanted = torch.stack([bank.wanted[plan_B] for bank in self._banks]) & (factor_B != 0)[:, None]
         return list(edits.tensors()), wanted, int((factor_B != 0).sum())
