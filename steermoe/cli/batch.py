@@ -1,7 +1,7 @@
 """`steermoe batch`: many stories from a file of prompts, resumable."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -117,13 +117,20 @@ def batch(
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Sampling
     from steermoe.errors import BatchError
-    from steermoe.steering.spec import Steering
+    from steermoe.steering.spec import SteeringSpec
 
     settings = Settings(
-        Steering(
-            "", strength, formula, scale, positions, schedule, layers, force=tuple(force or ()), ban=tuple(ban or ())
+        SteeringSpec(
+            strength=strength,
+            formula=cast("Any", formula),
+            scale=scale,
+            positions=positions,
+            schedule=schedule,
+            layers=layers,
+            force=tuple(force or ()),
+            ban=tuple(ban or ()),
         ),
-        tuple(domain or ("",)),
+        tuple(domain or ()),
         Sampling(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,

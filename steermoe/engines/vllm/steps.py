@@ -231,7 +231,8 @@ class Steps:
         index_T += torch.arange(len(index_T))
         followed = dict.fromkeys(row.plan for row in rows if row.plan is not None)
         installed = [self._find(data, followed) for data in followed]
-        row_of = {None: UNSTEERED, **{data: row for row, data in enumerate(followed)}}
+        row_of: dict[bytes | None, int] = {data: row for row, data in enumerate(followed)}
+        row_of[None] = UNSTEERED
         row_T = torch.tensor([row_of[row.plan] for row in rows]).repeat_interleave(tokens_R)
         table_PT = factor_table([one.plan for one in installed], index_T)
         factor_T = table_PT[row_T, torch.arange(len(row_T))]
