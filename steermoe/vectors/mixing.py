@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from steermoe.errors import CompatibilityError, VectorError
 from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.vectors.file import read_header, read_vector
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 
@@ -63,6 +65,21 @@ def mix(parts: Sequence[tuple[SteeringVector, float]], domain: str | None = None
     for vector, weight in parts[1:]:
         experts = experts + weight * vector.experts
     return SteeringVector(name, None, first.layers, weights=experts, info=info)
+
+
+def mix_files(parts: Sequence[tuple[Path, float]], domain: str) -> SteeringVector:
+    """As `mix`, of vector files with their weights; the mixture keeps their hashes.
+
+    Raises:
+        VectorError: a file can't be read. Otherwise as `mix`.
+    """
+    read = [(read_vector(path), weight) for path, weight in parts]
+    vector = mix(read, domain)
+    provenance = tuple(
+        f"{part.domain}={weight:g} sha256:{read_header(path).tensors_sha256[:12]}"
+        for (path, _), (part, weight) in zip(parts, read, strict=True)
+    )
+    return replace(vector, info=replace(vector.info, parts=provenance, created_by="steermoe vectors mix"))
 
 
 def _shape_of(vector: SteeringVector) -> RoutingShape:

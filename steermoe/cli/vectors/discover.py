@@ -1,16 +1,14 @@
 """`steermoe vectors discover`: the domains of a corpus, found in the model's routing, and a vector of each."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import LabelField, MaxTokens, TextField
-
-if TYPE_CHECKING:
-    from steermoe.discovery.store import EmbeddingStore
+from steermoe.cli.embed import embed_into
 
 EXAMPLES = """Examples:
 
@@ -25,7 +23,50 @@ EMBEDDINGS = "embeddings"
 CLUSTERING = "Clustering"
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """How texts are clustered, under the names that `discovery.discover` has for it."""
+
+    min_cluster_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Texts a cluster has at least. Default: the square root of all, at most a tenth.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = None
+    neighbours: Annotated[
+        int, typer.Option(min=2, help="Texts near each one that UMAP looks at.", rich_help_panel=CLUSTERING)
+    ] = 15
+    cluster_dimensions: Annotated[
+        int,
+        typer.Option(
+            "--dimensions",
+            min=2,
+            help="Dimensions to cluster in; 2 is the map itself, as in the paper.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = 5
+    metric: Annotated[
+        Literal["hellinger", "euclidean", "cosine"] | None,
+        typer.Option(
+            help="Distance of two texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
+        ),
+    ] = None
+    assign_noise: Annotated[
+        bool,
+        typer.Option(
+            "--assign-noise", help="Put texts of no cluster into the nearest one.", rich_help_panel=CLUSTERING
+        ),
+    ] = False
+    seed: Annotated[
+        int, typer.Option(min=0, help="The same seed gives the same clusters.", rich_help_panel=CLUSTERING)
+    ] = 0
+
+
+@o.spread
 def discover(
+    *,
     source: Annotated[
         Path, typer.Argument(metavar="CORPUS|EMBEDDINGS", help="Texts, or a folder that `steermoe embed` made of them.")
     ],
@@ -39,45 +80,9 @@ def discover(
     name: Annotated[
         list[str] | None, typer.Option(help="Rename a cluster, as NUMBER=NAME or OLD=NAME; repeat.")
     ] = None,
-    min_cluster_size: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Texts a cluster has at least. Default: the square root of all, at most a tenth.",
-            rich_help_panel=CLUSTERING,
-        ),
-    ] = None,
-    neighbours: Annotated[
-        int, typer.Option(min=2, help="Texts near each one that UMAP looks at.", rich_help_panel=CLUSTERING)
-    ] = 15,
-    dimensions: Annotated[
-        int,
-        typer.Option(
-            min=2, help="Dimensions to cluster in; 2 is the map itself, as in the paper.", rich_help_panel=CLUSTERING
-        ),
-    ] = 5,
-    metric: Annotated[
-        Literal["hellinger", "euclidean", "cosine"] | None,
-        typer.Option(
-            help="Distance of two texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
-        ),
-    ] = None,
-    assign_noise: Annotated[
-        bool,
-        typer.Option(
-            "--assign-noise", help="Put texts of no cluster into the nearest one.", rich_help_panel=CLUSTERING
-        ),
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, help="The same seed gives the same clusters.", rich_help_panel=CLUSTERING)
-    ] = 0,
-    text_field: TextField = "text",
-    label_field: LabelField = None,
-    max_tokens: MaxTokens = 512,
-    model: o.Model = None,
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    clustering: Clustering,
+    texts: o.CorpusOptions,
+    model: loading.Loaded,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report; other files stay.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -94,7 +99,11 @@ def discover(
     if is_store(source):
         store = EmbeddingStore.open(source)
     else:
-        store = _embed(source, output, text_field, label_field, max_tokens, model, dtype, device_map, trust_remote_code)
+        corpus = texts.open(source)
+        loaded = model.load()  # before torch is imported, which takes its time
+        from steermoe.discovery.embedder import EmbeddingOptions
+
+        store = embed_into(output / EMBEDDINGS, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
     if not store.meta.complete:
         console.err.print(
             f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
@@ -107,12 +116,7 @@ def discover(
             threshold=threshold,
             relative=relative,
             names=names,
-            cluster_dimensions=dimensions,
-            min_cluster_size=min_cluster_size,
-            neighbours=neighbours,
-            metric=metric,
-            assign_noise=assign_noise,
-            seed=seed,
+            **asdict(clustering),
             progress=status.update,
         )
         record = report.write_report(found, output, force=force, progress=status.update)
@@ -145,28 +149,6 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
             raise VectorError(f"--name names cluster '{old}' twice: '{parsed[key]}' and '{new}'")
         parsed[key] = check_domain_name(new)
     return parsed
-
-
-def _embed(
-    source: Path,
-    output: Path,
-    text_field: str,
-    label_field: str | None,
-    max_tokens: int,
-    model: str | None,
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
-) -> "EmbeddingStore":
-    """Embed a corpus into the report's folder; what is there from an earlier run is gone on with."""
-    from steermoe.cli.embed import embed_into
-    from steermoe.discovery.corpus import Corpus
-
-    corpus = Corpus(source, text_field=text_field, label_field=label_field)
-    loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
-    from steermoe.discovery.embedder import EmbeddingOptions
-
-    return embed_into(output / EMBEDDINGS, corpus, loaded, EmbeddingOptions(max_tokens=max_tokens))
 
 
 def _print_clusters(record: dict[str, Any]) -> None:
