@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
+from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.routers import Router, chosen_experts, find_routers, language_model, module_that_routes, scoring
-from steermoe.routing.tracker import POSITIONS, Positions, Stack, Tracker, Window, select
+from steermoe.routing.tracker import Stack, Tracker, Window, select
 
 
 class RoutingRecord:

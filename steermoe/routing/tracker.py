@@ -10,16 +10,13 @@ import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from steermoe.routing.positions import Positions
 from steermoe.routing.wrapping import wrap_method
-
-Positions = Literal["generated", "prompt", "all"]
-"""Which tokens are steered. The authors of the method steered what is generated and left the prompt alone."""
-POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 Stack = Literal["encoder", "decoder"]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.routing.tracker import POSITIONS, Positions, select
+from steermoe.routing.positions import POSITIONS, Positions
+from steermoe.routing.tracker import select
 from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_FORMULA: Formula = "max_scaled"

@@ -1,101 +1,32 @@
-"""What a user writes about steering: options, a JSON line, a server's field or a model's name; and how it is read."""
+"""What a user writes about steering, be it options, a JSON line, a server's field or a model's name. Looks nothing up.
+
+`SteeringSpec` has one field for each thing that can be said, and the field says all about itself: the options, the
+reading of JSON and the table of the docs follow from it. Imports no torch, so that the options can be built from it.
+"""
 
 import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import SteeringError
-from steermoe.routing.shape import RoutingShape
-from steermoe.steering.plans import LayerExpert, SteeringPlan, plan_for
-from steermoe.vectors.file import SUFFIX
-from steermoe.vectors.library import load_vector
-from steermoe.vectors.mixing import mix
+from steermoe.formulas import Formula, Scale
+from steermoe.routing.positions import Positions
 
-FIELDS = ("domain", "strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
+if TYPE_CHECKING:
+    from steermoe.routing.shape import RoutingShape
+    from steermoe.steering.plans import LayerExpert, Schedule, SteeringPlan
 
-
+NO_DOMAIN = "none"
+"""The domain that leaves a text unsteered."""
 MOST_DOMAINS = 32
+"""Domains that a spec in JSON mixes at most: a request makes a server read all of their files."""
+QUOTED = 60
+"""Characters of a wrong value that its message quotes."""
 
-
-def read_spec(spec: Any) -> dict[str, Any]:
-    """The fields of a spec, JSON text or an object, as `make_plan` takes them; "domain" as a list.
-
-    Raises:
-        SteeringError: not such an object.
-    """
-    if isinstance(spec, str):
-        try:
-            spec = json.loads(spec)
-        except (ValueError, RecursionError) as error:
-            raise SteeringError(f'{_short(spec)} is not JSON ({error}): write such as {{"domain": "sport"}}') from error
-    if not isinstance(spec, Mapping):
-        raise SteeringError(f'{_short(spec)} is no object: write such as {{"domain": "sport"}}')
-    if unknown := sorted(set(map(str, spec)) - set(FIELDS)):
-        raise SteeringError(f"a steering has no {', '.join(unknown)}: it has {', '.join(FIELDS)}")
-    fields: dict[str, Any] = {"domain": _domains(spec.get("domain"))}
-    if spec.get("strength") is not None:
-        fields["strength"] = _number("strength", spec["strength"])
-    for name in ("formula", "scale", "positions", "schedule"):
-        if spec.get(name) is not None:
-            fields[name] = _text(name, spec[name])
-    if spec.get("layers") is not None:
-        fields["layers"] = _layers(spec["layers"])
-    for name in ("force", "ban"):
-        if spec.get(name) is not None:
-            fields[name] = _experts(name, spec[name])
-    if not fields["domain"] and not fields.get("force") and not fields.get("ban"):
-        raise SteeringError('it names no domain, and no experts to force or ban: write such as {"domain": "sport"}')
-    return fields
-
-
-def _domains(value: Any) -> list[str]:
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        parts = [value] if value.endswith(SUFFIX) else value.split("+")
-    elif isinstance(value, Mapping):
-        parts = [f"{name}={_number(f'weight of {name}', weight):g}" for name, weight in value.items()]
-    elif isinstance(value, list):
-        parts = [_text("domain", part) for part in value]
-    else:
-        raise SteeringError(f'domain {_short(value)} is no name: write "sport", or {{"sport": 0.7, "food": 0.3}}')
-    if len(parts) > MOST_DOMAINS:
-        raise SteeringError(f"{len(parts)} domains are too many to mix: name {MOST_DOMAINS} at most")
-    return parts
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SteeringError(f"{name} {_short(value)} must be a finite number, such as 4")
-    return float(value)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise SteeringError(f"{name} {_short(value)} must be text")
-    return value
-
-
-def _layers(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value):
-        return f"{value[0]}-{value[1]}"
-    return _text("layers", str(value) if type(value) is int else value)
-
-
-def _experts(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise SteeringError(f'{name} {_short(value)} must be a list, such as ["12:5"]')
-    pairs = [f"{one[0]}:{one[1]}" if isinstance(one, list) and len(one) == 2 else one for one in value]
-    return [_text(name, one) for one in pairs]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+# ---- the notations of single values ----
 
 
 def parse_domain(text: str) -> tuple[str, float]:
@@ -119,73 +50,270 @@ def parse_layers(text: str) -> tuple[int, int]:
     raise SteeringError(f"layers '{text}' is no range: write first-last, such as 10-20")
 
 
-def parse_expert(text: str) -> LayerExpert:
+def parse_expert(text: str) -> "LayerExpert":
     """`12:5`, expert 5 of decoder layer 12."""
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return int(match[1]), int(match[2])
     raise SteeringError(f"expert '{text}': write layer:expert, such as 12:5")
 
 
-def make_plan(
-    shape: RoutingShape,
-    domains: list[str],
+def parse_schedule(text: str) -> "Schedule":
+    """As `Schedule.parse`."""
+    from steermoe.steering.plans import Schedule
+
+    return Schedule.parse(text)
+
+
+def _layers(text: str | None) -> tuple[int, int] | None:
+    return None if text is None else parse_layers(text)
+
+
+def _experts(texts: tuple[str, ...]) -> tuple["LayerExpert", ...]:
+    return tuple(map(parse_expert, texts))
+
+
+# ---- from JSON: each takes a value of the right kind, and raises ValueError if it is wrong nevertheless ----
+
+
+def _domain_of_json(value: str | dict[str, Any] | list[Any]) -> tuple[str, ...]:
+    if isinstance(value, Mapping):
+        if not all(type(weight) in (int, float) and abs(weight) < float("inf") for weight in value.values()):
+            raise ValueError
+        value = [f"{name}={weight!r}" for name, weight in value.items()]
+    parts = _texts([value] if isinstance(value, str) else value)
+    if (mixed := sum(part.count("+") + 1 for part in parts)) > MOST_DOMAINS:
+        raise SteeringError(f"{mixed} domains are too many to mix: name {MOST_DOMAINS} at most")
+    return tuple(filter(None, parts))
+
+
+def _layers_of_json(value: str | int | list[Any]) -> str:
+    if isinstance(value, list):
+        first, last = value
+        if type(first) is not int or type(last) is not int:
+            raise ValueError
+        return f"{first}-{last}"
+    return str(value)
+
+
+def _experts_of_json(value: list[Any]) -> tuple[str, ...]:
+    return _texts([f"{one[0]}:{one[1]}" if isinstance(one, list) and len(one) == 2 else one for one in value])
+
+
+def _texts(values: list[Any]) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError
+    return tuple(values)
+
+
+# ---- the spec ----
+
+TEXT: tuple[type, ...] = (str,)
+NUMBER: tuple[type, ...] = (int, float)
+
+
+def said(
+    default: Any,
+    help: str,
     *,
-    strength: float | None = None,
-    layers: str | None = None,
-    force: list[str] | None = None,
-    ban: list[str] | None = None,
-    vectors: Path | None = None,
-    **fields: Any,
-) -> SteeringPlan | None:
-    """The plan for a mixture of domains, or None if nothing is asked for.
+    example: Any,
+    kinds: tuple[type, ...] = TEXT,
+    wanted: str = "text",
+    read: Callable[[Any], Any] = lambda value: value,
+    plan: Callable[[Any], Any] = lambda value: value,
+    unset: str = "",
+    flags: tuple[str, ...] = (),
+) -> Any:
+    """A field of `SteeringSpec`, with all that is known about it as its metadata.
 
     Args:
-        shape: of the model to steer, which the vectors must fit.
-        domains: as `parse_domain` reads them.
-        strength: by default what the vectors were calibrated to.
-        layers: as `parse_layers` reads them.
-        force: experts as `parse_expert` reads them.
-        ban: likewise.
-        vectors: a folder to search first.
-        fields: further fields of `SteeringPlan`; None leaves the default.
-
-    Raises:
-        SteerMoEError: anything in it that can't be read, found, or fitted to the model.
+        default: where nothing is said.
+        help: one line, for `--help` and the docs; what follows "Default:" is left out in the docs.
+        example: a value in JSON, for the docs and the tests; not the default.
+        kinds: the types that JSON may bring.
+        wanted: these in words, for messages.
+        read: makes the field's value of a value in JSON of such a kind.
+        plan: makes the value of the field of `SteeringPlan` that has the same name.
+        unset: the default in words, where it is None or empty.
+        flags: of the option, where it has others than its own name.
     """
-    forced, banned = tuple(map(parse_expert, force or ())), tuple(map(parse_expert, ban or ()))
-    if not domains and not forced and not banned:
-        return None
-    parts = [(load_vector(name, shape, folder=vectors), weight) for name, weight in map(parse_domain, domains)]
-    given = {name: value for name, value in fields.items() if value is not None}
-    return plan_for(
-        mix(parts) if parts else None,
-        strength,
-        layers=None if layers is None else parse_layers(layers),
-        force=forced,
-        ban=banned,
-        **given,
-    )
+    metadata = {
+        "help": help,
+        "example": example,
+        "kinds": kinds,
+        "wanted": wanted,
+        "read": read,
+        "plan": plan,
+        "unset": unset,
+        "flags": flags,
+    }
+    return field(default=default, metadata=metadata)
 
 
-NO_DOMAIN = "none"
-"""The name that leaves a story unsteered."""
+OWN = "the vector's own"
 
 
 @dataclass(frozen=True)
-class Steering:
-    """A steering as it is asked for, not yet looked up.
+class SteeringSpec:
+    """A steering as it is asked for, not yet looked up; texts are as the options take them.
+
+    To add a field: write it here, and a field of the same name in `SteeringPlan`, where it has its effect.
 
     Attributes:
-        domain: "none", a domain or vector file, or a mixture such as "sport=0.7+food=0.3"; "" where nothing is said.
+        domain: domains and vector files with their weights, such as ("sport=0.7", "food=0.3") or the same as one text
+            "sport=0.7+food=0.3"; empty where nothing is said, ("none",) to steer nothing.
         strength, formula, scale: None for what the vector was calibrated with.
     """
 
-    domain: str = ""
-    strength: float | None = None
-    formula: str | None = None
-    scale: str | None = None
-    positions: str = "generated"
-    schedule: str = "constant"
-    layers: str | None = None
-    force: tuple[str, ...] = ()
-    ban: tuple[str, ...] = ()
+    domain: tuple[str, ...] = said(
+        (),
+        "Domain or vector file to steer to; repeat as name=weight to mix.",
+        example={"sport": 0.7, "food": 0.3},
+        kinds=(str, dict, list),
+        wanted="a name, or an object of names and weights",
+        read=_domain_of_json,
+        unset="none",
+        flags=("--domain", "-d"),
+    )
+    strength: float | None = said(
+        None,
+        "c of the formulas; negative steers away. Default: the vector's own.",
+        example=5,
+        kinds=NUMBER,
+        wanted="a number",
+        unset=OWN,
+    )
+    formula: Formula | None = said(None, "How logits change. Default: the vector's own.", example="additive", unset=OWN)
+    scale: Scale | None = said(
+        None, "What max-scaled formulas multiply by: |max z| or max z.", example="paper", unset=OWN
+    )
+    positions: Positions = said("generated", "Which tokens are steered.", example="all")
+    schedule: str = said(
+        "constant",
+        "constant, decay:N or window:A-B, in generated tokens.",
+        example="decay:40",
+        plan=parse_schedule,
+    )
+    layers: str | None = said(
+        None,
+        "Decoder layers to steer, such as 15-29.",
+        example=[15, 29],
+        kinds=(str, int, list),
+        wanted="text such as 15-29",
+        read=_layers_of_json,
+        plan=_layers,
+        unset="all",
+    )
+    force: tuple[str, ...] = said(
+        (),
+        "Expert to use always, as layer:expert; repeat.",
+        example=["12:5"],
+        kinds=(list,),
+        wanted='a list such as ["12:5"]',
+        read=_experts_of_json,
+        plan=_experts,
+        unset="none",
+    )
+    ban: tuple[str, ...] = said(
+        (),
+        "Expert never to use, as layer:expert; repeat.",
+        example=["12:5"],
+        kinds=(list,),
+        wanted='a list such as ["12:5"]',
+        read=_experts_of_json,
+        plan=_experts,
+        unset="none",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("domain", "force", "ban"):  # options come as lists, or None
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given or ()))
+
+    @property
+    def is_unsteered(self) -> bool:
+        """Whether it asks for nothing, or for no steering."""
+        return self.domain == (NO_DOMAIN,) or not (self.domain or self.force or self.ban)
+
+    def plan_fields(self) -> dict[str, Any]:
+        """The fields of `SteeringPlan` that follow from it: all but the vector.
+
+        Raises:
+            SteeringError: a text that can't be read.
+        """
+        return {one.name: one.metadata["plan"](getattr(self, one.name)) for one in FIELDS if one.name != "domain"}
+
+
+FIELDS: tuple[Field, ...] = fields(SteeringSpec)
+NAMES = tuple(one.name for one in FIELDS)
+
+
+# ---- JSON ----
+
+
+def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
+    """What is wrong with the kind of a value in JSON; "" if nothing is."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return _expected(name, value, wanted)
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return f"field '{name}' is too large a number"
+    return ""
+
+
+def read_field(name: str, value: Any) -> Any:
+    """A field's value, out of JSON.
+
+    Raises:
+        SteeringError: the value is none of this field's.
+    """
+    metadata = SteeringSpec.__dataclass_fields__[name].metadata
+    if wrong := misfit(name, value, metadata["kinds"], metadata["wanted"]):
+        raise SteeringError(wrong)
+    try:
+        return metadata["read"](value)
+    except ValueError as error:
+        raise SteeringError(_expected(name, value, metadata["wanted"])) from error
+
+
+def read_spec(spec: Any) -> SteeringSpec:
+    """A spec out of JSON text or an object; what is null is what isn't said.
+
+    Raises:
+        SteeringError: it is not such an object, or asks for nothing.
+    """
+    if isinstance(spec, str):
+        try:
+            spec = json.loads(spec)
+        except (ValueError, RecursionError) as error:
+            raise SteeringError(f'{spec!r:.80} is not JSON ({error}): write such as {{"domain": "sport"}}') from error
+    if not isinstance(spec, Mapping):
+        raise SteeringError(f'{spec!r:.80} is no object: write such as {{"domain": "sport"}}')
+    if unknown := sorted(set(map(str, spec)) - set(NAMES)):
+        raise SteeringError(f"a steering has no {', '.join(unknown)}: it has {', '.join(NAMES)}")
+    read = SteeringSpec(**{name: read_field(name, value) for name, value in spec.items() if value is not None})
+    if not (read.domain or read.force or read.ban):
+        raise SteeringError('it names no domain, and no experts to force or ban: write such as {"domain": "sport"}')
+    return read
+
+
+def _expected(name: str, value: Any, wanted: str) -> str:
+    return f"field '{name}' is {_short(value)}, expected {wanted}"
+
+
+def _short(value: Any) -> str:
+    try:
+        return json.dumps(value, default=repr)[:QUOTED]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
+# ---- until all commands resolve specs themselves ----
+
+
+def make_plan(
+    shape: "RoutingShape", domains: list[str], *, vectors: Path | None = None, **said: Any
+) -> "SteeringPlan | None":
+    """The plan for a mixture of domains, or None if nothing is asked for; None in `said` leaves a field's default."""
+    from steermoe.steering.resolver import PlanResolver
+
+    given = {name: value for name, value in said.items() if value is not None}
+    return PlanResolver(shape, vectors).plan(SteeringSpec(tuple(domains), **given))
