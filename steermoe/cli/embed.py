@@ -25,12 +25,15 @@ SHOWN_PROBLEMS = 5
 """So many bad records are told one by one; the rest is a number."""
 
 
+CorpusPath = Annotated[
+    Path, typer.Argument(metavar="CORPUS", help="Folder of texts, or a .txt, .jsonl, .csv or .parquet file.")
+]
+
+
 @o.spread
 def embed(
     *,
-    corpus: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="Folder of texts, or a .txt, .jsonl, .csv or .parquet file.")
-    ],
+    corpus: CorpusPath,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the embeddings; one begun is gone on with.")
     ],

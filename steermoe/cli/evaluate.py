@@ -29,6 +29,7 @@ steermoe evaluate -d chess --openings openings.txt --heldout texts --words lists
 QUICK_OPENINGS, QUICK_SEEDS, QUICK_TEXTS = 12, 1, 12
 PROTOCOL = "Protocol"
 
+
 @dataclass(frozen=True)
 class DesignOptions:
     """What is compared."""
@@ -86,9 +87,7 @@ class ProtocolOptions:
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Continuations an opening. Default: 3.", rich_help_panel=PROTOCOL)
     ] = None
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a continuation.", rich_help_panel=PROTOCOL)
-    ] = 48
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.", rich_help_panel=PROTOCOL)] = 48
     texts: Annotated[
         int, typer.Option(min=1, help="Texts read for damage, and of each domain.", rich_help_panel=PROTOCOL)
     ] = 24

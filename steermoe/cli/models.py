@@ -211,7 +211,9 @@ def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png
     from steermoe.discovery.health import routing_health
 
     with console.counting("Running", "texts", total) as progress:
-        health = routing_health(loaded, (text.text for text in corpus), max_tokens=reading.max_tokens, progress=progress)
+        health = routing_health(
+            loaded, (text.text for text in corpus), max_tokens=reading.max_tokens, progress=progress
+        )
     if json:
         console.write_json(health.as_dict())
     else:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -10,6 +10,7 @@ import typer
 
 from steermoe.engines.auto import EngineName
 from steermoe.engines.request import Sampling as SamplingFields
+from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +90,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 # ---- steering, sampling, models, machines ----
 
+Steering = Annotated[SteeringSpec, Group(STEERING)]
 Sampling = Annotated[SamplingFields, Group(SAMPLING)]
+
+
+def domains(help: str) -> Any:
+    """The option --domain of a command for which several domains are alternatives, not a mixture."""
+    return typer.Option("--domain", "-d", help=help, rich_help_panel=STEERING)
+
+
 VectorsFolder = Annotated[
     Path | None, typer.Option("--vectors", help="Folder of vectors to search first.", rich_help_panel=STEERING)
 ]
@@ -116,8 +125,8 @@ TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the check
 
 
 @dataclass(frozen=True)
-class ParallelSizes:
-    """How vLLM spreads a model over GPUs, or over processes where there are none."""
+class VLLMOptions:
+    """How vLLM spreads a model over GPUs, or over processes where there are none, and whether it compiles it."""
 
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)
@@ -128,14 +137,18 @@ class ParallelSizes:
     data_parallel_size: Annotated[
         int, typer.Option(min=1, help="Copies of the model that divide the texts.", rich_help_panel=VLLM)
     ] = 1
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=VLLM),
+    ] = False
 
     @property
     def workers(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     def arguments(self) -> dict[str, int]:
-        """The arguments of `VLLMEngine` for those that are more than one."""
-        return {name: size for name, size in asdict(self).items() if size > 1}
+        """The arguments of `VLLMEngine` for those that are not the default."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
 # ---- texts ----

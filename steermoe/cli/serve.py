@@ -34,7 +34,7 @@ def serve(
     ] = None,
     vectors: o.VectorsFolder = None,
     dtype: o.Dtype = "auto",
-    sizes: o.ParallelSizes,
+    vllm: Annotated[o.VLLMOptions, o.Group(without=("compiled",))],
     eager: Annotated[bool, typer.Option("--eager", help="Start at once, without compiling the model.")] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
@@ -56,6 +56,6 @@ def serve(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         eager=eager,
-        parallel=sizes.arguments(),
+        parallel=vllm.arguments(),
         arguments=arguments or (),
     )

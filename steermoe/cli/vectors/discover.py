@@ -2,13 +2,16 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
 from steermoe.cli.embed import embed_into
+
+if TYPE_CHECKING:
+    from steermoe.discovery.store import EmbeddingStore
 
 EXAMPLES = """Examples:
 
@@ -96,14 +99,7 @@ def discover(
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    if is_store(source):
-        store = EmbeddingStore.open(source)
-    else:
-        corpus = texts.open(source)
-        loaded = model.load()  # before torch is imported, which takes its time
-        from steermoe.discovery.embedder import EmbeddingOptions
-
-        store = embed_into(output / EMBEDDINGS, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
+    store = EmbeddingStore.open(source) if is_store(source) else _embed(source, output / EMBEDDINGS, texts, model)
     if not store.meta.complete:
         console.err.print(
             f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
@@ -149,6 +145,15 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
             raise VectorError(f"--name names cluster '{old}' twice: '{parsed[key]}' and '{new}'")
         parsed[key] = check_domain_name(new)
     return parsed
+
+
+def _embed(source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions) -> "EmbeddingStore":
+    """Embed a corpus; what is there from an earlier run is gone on with."""
+    corpus = texts.open(source)
+    loaded = model.load()
+    from steermoe.discovery.embedder import EmbeddingOptions
+
+    return embed_into(folder, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
 
 
 def _print_clusters(record: dict[str, Any]) -> None:
