@@ -76,11 +76,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     def run(**given: Any) -> None:
+        made = {}
         for name, (kind, options) in groups.items():
             values = {option.name: given.pop(option.name) for option in options}
             values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
-            given[name] = kind(**{field: value for field, value in values.items() if value is not None})
-        command(**given)
+            made[name] = kind(**{field: value for field, value in values.items() if value is not None})
+        command(**given, **made)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
