@@ -38,6 +38,10 @@ lint: $(INSTALLED) ## ruff and mypy
 check: lint model ## what CI runs: lint, types, quick tests
 	$(BIN)/pytest -m "not slow"
 
+.PHONY: docs
+docs: $(INSTALLED) ## the tables of the docs that follow from the code
+	$(BIN)/python -m recipes.docs_tables
+
 .PHONY: test
 test: check ## the same, from nothing: environment, default model, lint, types, tests
 

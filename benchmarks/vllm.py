@@ -221,10 +221,12 @@ def transformers_rate(tokens: int) -> float:
     from steermoe.engines.hf.rolling import decoder_for
     from steermoe.engines.request import Request, Sampling
     from steermoe.models.loading import load
-    from steermoe.steering.spec import make_plan
+    from steermoe.steering.resolver import PlanResolver
+    from steermoe.steering.spec import SteeringSpec
 
     engine = HFEngine(load(dtype="bfloat16"))
-    plans = [make_plan(engine.shape, [domain]) for domain in DOMAINS]
+    resolver = PlanResolver(engine.shape)
+    plans = [resolver.plan(SteeringSpec(domain)) for domain in DOMAINS]
     sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     asked = [Request(text, plans[i % len(plans)], sampling) for i, text in enumerate(prompts(TEXTS))]
     decoder = decoder_for(engine)

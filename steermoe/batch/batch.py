@@ -4,21 +4,24 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, Job, Problem, PromptFile, Settings
+from steermoe.batch.keys import StoryKeys
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.worker import EngineTeller, Story, Teller
 from steermoe.engines.engine import Engine
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
 from steermoe.steering.report import SteeringReport
-from steermoe.steering.resolver import PlanBook
+from steermoe.steering.resolver import PlanResolver
 
+OTHERWISE = ("layers", "force", "ban")
+"""Fields that a story has in another form than the options."""
 Progress = Callable[[int, int], None]
 """Called with the stories and tokens done since the last call."""
 
@@ -83,7 +86,8 @@ class Batch:
     ) -> None:
         self._engine = engine
         self._prompts, self._settings, self._output = prompts, settings, output
-        self._book = PlanBook(engine, vectors)
+        self._resolver = PlanResolver(engine.shape, vectors)
+        self._keys = StoryKeys(engine.fingerprint())
         self._keep, self._errors, self._on_problem = keep, errors or ErrorFile(None), on_problem
         self._asked = _Numbers(array("Q"))
         self._told = _Numbers(array("Q"))
@@ -110,8 +114,8 @@ class Batch:
             BatchError: no line can be used, or the file holds stories that are not asked for.
             SteerMoEError: what holds for all lines can't be read, found, or fitted to the model.
         """
-        for domain in self._settings.domains:  # the options' own mistakes are no line's
-            self._book.plan(replace(self._settings.steering, domain=domain))
+        for steering in self._settings.steerings():  # the options' own mistakes are no line's
+            self._resolver.plan(steering)
         self._asked = _Numbers(array("Q", (key for _, key in self._jobs(self._leave_out_line))))
         if not self.total:
             left_out = f" that can be used ({self._lines_left_out} can't)" if self._lines_left_out else ""
@@ -126,7 +130,7 @@ class Batch:
                 on_problem(line)
                 continue
             try:
-                keys = [int(self._book.key(job), 16) for job in line]
+                keys = [int(self._keys.key(job, self._resolver.plan(job.steering)), 16) for job in line]
             except SteerMoEError as error:
                 on_problem(Problem(line[0].line, str(error), line[0].prompt[:KEPT_TEXT]))
             else:
@@ -208,7 +212,7 @@ class Batch:
         for number, (job, key) in enumerate(self._jobs()):
             first = self._asked.place(key)
             if first == number and key not in self._told:
-                yield Story(job, key, self._book.plan(job.steering))
+                yield Story(job, key, self._resolver.plan(job.steering))
             elif 0 <= first < number and job.line != last_line:
                 last_line = job.line
                 reason = "asks for a story that is asked for already: give it a seed or an id"
@@ -240,7 +244,7 @@ def _difference(record: dict[str, Any], settings: Settings, engine: Engine) -> s
     now: dict[str, Any] = {"model": engine.name, "dtype": engine.dtype}
     now |= {f.name: getattr(settings.sampling, f.name) for f in fields(Sampling) if f.name != "seed"}
     if record.get("domain") is not None:
-        now |= {name: getattr(settings.steering, name) for name in STEERING_FIELDS if name != "layers"}
+        now |= {name: getattr(settings.steering, name) for name in STEERING_FIELDS if name not in OTHERWISE}
     for name, value in now.items():
         if value is not None and name in record and record[name] != value:
             return f"was told with {name} {record[name]}, not {value}"

@@ -5,7 +5,6 @@ Nothing is kept: a file is read line by line, twice if need be. A line that can'
 
 import contextlib
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import IO, Any, Literal
 
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering.spec import NO_DOMAIN, Steering
+from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field
 
 MAX_LINE = 1 << 20
 """Bytes of a line at most: a file without line ends must not fill the memory."""
@@ -31,18 +30,25 @@ class Settings:
     """What holds for every line that does not say otherwise.
 
     Attributes:
-        domains: every prompt is told once with each.
+        domains: every prompt is told once with each, as `sport`, a mixture `sport=0.7+food=0.3` or `none`; where there
+            are none, with what `steering` says.
         samples: stories of each prompt and domain, with the seeds that follow the first one.
     """
 
-    steering: Steering = field(default_factory=Steering)
-    domains: tuple[str, ...] = ("",)
+    steering: SteeringSpec = field(default_factory=SteeringSpec)
+    domains: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise BatchError(f"samples {self.samples} is out of range: expected 1 or more")
+
+    def steerings(self) -> list[SteeringSpec]:
+        """What a line that says nothing of steering is told with."""
+        return [replace(self.steering, domain=(domain,) if domain else ()) for domain in self.domains] or [
+            self.steering
+        ]
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Job:
 
     line: int
     prompt: str
-    steering: Steering
+    steering: SteeringSpec
     sampling: Sampling
     sample: int = 0
     id: str | int | None = None
@@ -165,31 +171,25 @@ def _decoded(content: bytes) -> str:
 
 # ---- JSON lines ----
 
+STEERING_FIELDS = tuple(one.name for one in FIELDS if one.name != "domain")
+SAMPLING_FIELDS = ("seed", *(name for name in Sampling.__dataclass_fields__ if name != "seed"))
+_OF_SAMPLING: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    bool: ((bool,), "true or false"),
+    float: ((int, float), "a number"),
+}
+
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prompt": ((str,), "text"),
     "id": ((str, int), "text or a whole number"),
     "domain": ((str, dict, list), "text, an object of weights, or a list of these"),
     "domains": ((list,), "a list"),
     "samples": ((int,), "a whole number"),
-    "strength": ((int, float), "a number"),
-    "formula": ((str,), "text"),
-    "scale": ((str,), "text"),
-    "positions": ((str,), "text"),
-    "schedule": ((str,), "text"),
-    "layers": ((str, int), "text such as 15-29"),
-    "seed": ((int,), "a whole number"),
-    "max_new_tokens": ((int,), "a whole number"),
-    "min_new_tokens": ((int,), "a whole number"),
-    "do_sample": ((bool,), "true or false"),
-    "temperature": ((int, float), "a number"),
-    "top_p": ((int, float), "a number"),
-    "top_k": ((int,), "a whole number"),
-    "repetition_penalty": ((int, float), "a number"),
+    **{one.name: (one.metadata["kinds"], one.metadata["wanted"]) for one in FIELDS if one.name != "domain"},
+    **{name: _OF_SAMPLING[Sampling.__dataclass_fields__[name].type] for name in SAMPLING_FIELDS},
     "meta": ((object,), "anything"),
 }
 """The fields of a JSON line; all but the prompt may be missing, or null, for what the options say."""
-STEERING_FIELDS = ("strength", "formula", "scale", "positions", "schedule", "layers")
-SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -202,13 +202,8 @@ def _parse(text: str) -> dict[str, Any]:
     for name, value in given.items():
         if name not in KINDS:
             raise _BadLine(f"has a field '{name}' that means nothing here: use {', '.join(KINDS)}")
-        kinds, wanted = KINDS[name]
-        if value is None or name == "meta":
-            continue
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise _BadLine(f"field '{name}' is {json.dumps(value)[:60]}, expected {wanted}")
-        if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise _BadLine(f"field '{name}' is too large a number")
+        if value is not None and name != "meta" and (wrong := misfit(name, value, *KINDS[name])):
+            raise _BadLine(wrong)
     return {name: value for name, value in given.items() if value is not None or name in ("domain", "meta")}
 
 
@@ -227,10 +222,8 @@ def _expand(line: int, given: dict[str, Any], settings: Settings) -> list[Job]:
             text.encode()
             continue
         raise _BadLine("holds half a surrogate pair, which is no text")
-    changes = {name: given[name] for name in STEERING_FIELDS if name in given}
-    if "layers" in changes:
-        changes["layers"] = str(changes["layers"])
-    steering = replace(settings.steering, **changes)
+    changes = {name: read_field(name, given[name]) for name in STEERING_FIELDS if name in given}
+    steerings = [replace(steering, **changes) for steering in _steerings(given, settings)]
     sampling = replace(settings.sampling, **{name: given[name] for name in SAMPLING_FIELDS if name in given})
     samples = given.get("samples", settings.samples)
     if samples < 1:
@@ -239,35 +232,33 @@ def _expand(line: int, given: dict[str, Any], settings: Settings) -> list[Job]:
         Job(
             line,
             prompt,
-            replace(steering, domain=domain),
+            steering,
             replace(sampling, seed=sampling.seed + sample),
             sample,
             given.get("id"),
             given.get("meta"),
         )
-        for domain in _domains(given, settings)
+        for steering in steerings
         for sample in range(samples)
     ]
 
 
-def _domains(given: dict[str, Any], settings: Settings) -> tuple[str, ...]:
+def _steerings(given: dict[str, Any], settings: Settings) -> list[SteeringSpec]:
+    """Those of the settings, with the domains of the line, if it names any."""
     if "domain" in given and "domains" in given:
         raise _BadLine("has both 'domain' and 'domains': give one of them")
     if "domain" not in given and "domains" not in given:
-        return settings.domains
+        return settings.steerings()
     wanted = given["domain"] if "domain" in given else given["domains"]
     listed = wanted if isinstance(wanted, list) else [wanted]
     if not listed:
         raise _BadLine("has an empty list of domains")
-    return tuple(map(_domain, listed))
+    return [replace(settings.steering, domain=_domain(one)) for one in listed]
 
 
-def _domain(wanted: Any) -> str:
+def _domain(wanted: Any) -> tuple[str, ...]:
     if wanted is None:
-        return NO_DOMAIN
-    if isinstance(wanted, str) and wanted:
-        return wanted
-    weights = wanted.values() if isinstance(wanted, dict) else ()
-    if weights and all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights):
-        return "+".join(f"{name}={weight!r}" for name, weight in wanted.items())
-    raise _BadLine(f"domain {json.dumps(wanted)[:60]}: expected a name, or an object of names and weights")
+        return (NO_DOMAIN,)
+    if isinstance(wanted, str | dict) and wanted:
+        return read_field("domain", wanted)
+    raise _BadLine(expected("domain", wanted))

@@ -185,7 +185,7 @@ class EngineTeller:
         job, plan = ready.job, ready.request.plan
         record = completion.as_dict(self._engine.name)
         del record["steering"]
-        record["domain"] = job.steering.domain if plan is not None and plan.vector is not None else None
+        record["domain"] = "+".join(job.steering.domain) if plan is not None and plan.vector is not None else None
         return {
             "job": f"{ready.key:016x}",
             "id": job.id,

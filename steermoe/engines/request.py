@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
 
+LISTS = ("force", "ban")
+"""Fields of a plan that a completion leaves out, since lists can be long; stories have them at their end."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -84,20 +87,18 @@ class Completion:
 
     def as_dict(self, model: str) -> dict[str, Any]:
         """One flat object for JSON lines."""
+        from steermoe.steering.plans import UNSTEERED
+
         plan = self.request.plan
-        sampling = asdict(self.request.sampling)
+        steering = dict(UNSTEERED if plan is None else plan.as_dict())
+        for name in LISTS:
+            del steering[name]
         return {
             "text": self.text,
             "prompt": self.request.prompt,
             "model": model,
-            "domain": plan.vector.domain if plan and plan.vector else None,
-            "formula": plan.formula if plan else None,
-            "scale": plan.scale if plan else None,
-            "strength": plan.strength if plan else 0.0,
-            "positions": plan.positions if plan else None,
-            "schedule": str(plan.schedule) if plan else None,
-            "layers": list(plan.layers) if plan and plan.layers else None,
-            **sampling,
+            **steering,
+            **asdict(self.request.sampling),
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "finish_reason": self.finish_reason,

@@ -4,7 +4,7 @@ model's insides.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -115,6 +115,14 @@ class SteeringPlan:
         if both := set(self.force) & set(self.ban):
             raise SteeringError(f"experts {sorted(both)} are both forced and banned: keep each in one of the lists")
 
+    def as_dict(self) -> dict[str, Any]:
+        """All of it but the vector's numbers, in JSON: completions, vLLM's wire and the keys of stories are made of it.
+
+        The first four keep the order that completions have always had.
+        """
+        named = {"domain": None if self.vector is None else self.vector.domain, "formula": None, "scale": None}
+        return {**named, **{f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "vector"}}
+
     @property
     def does_something(self) -> bool:
         return bool(self.force or self.ban) or (self.vector is not None and self.strength != 0)
@@ -129,6 +137,17 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
         return value[0], value[1]
     wanted = "(first, last)" if name == "layers" else "(layer, expert) pairs"
     raise SteeringError(f"{name}: {value!r} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, a schedule as its text."""
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    return str(value) if isinstance(value, Schedule) else value
+
+
+UNSTEERED = {**dict.fromkeys(SteeringPlan(ban=((0, 0),)).as_dict()), "strength": 0.0}
+"""What `SteeringPlan.as_dict` would say of no plan."""
 
 
 def plan_for(vector: SteeringVector | None, strength: float | None = None, **fields: Any) -> SteeringPlan:
@@ -160,6 +179,3 @@ def beyond_safe_range(plan: SteeringPlan) -> str:
         f"strength {plan.strength:g} is outside {low:g} to {high:g}, the safe range that '{plan.vector.domain}' was "
         f"calibrated to{measured}: the text may suffer; `steermoe calibrate` measures it"
     )
-
-
-# ---- what a user writes ----

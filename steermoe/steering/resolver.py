@@ -1,89 +1,119 @@
-"""The plans that jobs ask for, each made once, and the key by which a story is known again."""
+"""Turns a `SteeringSpec` into a plan for one model: finds its vectors, mixes them, and checks that they fit.
 
-import hashlib
-import json
-from dataclasses import asdict, replace
-from functools import lru_cache
+Knows the model's shape, and no engine.
+"""
+
+from collections.abc import Hashable
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
-from steermoe.batch.jobs import Job
-from steermoe.engines.engine import Engine
+from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
+from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
-from steermoe.steering.plans import Schedule, SteeringPlan, plan_for
-from steermoe.steering.spec import NO_DOMAIN, Steering, parse_domain, parse_expert, parse_layers
-from steermoe.vectors.library import load_vector
+from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
+from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
+from steermoe.vectors.file import SUFFIX, check_domain_name, read_vector
+from steermoe.vectors.library import find_vector, find_vectors, read_fitting
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
 KEPT_VECTORS, KEPT_PLANS = 64, 1024
 
 
-class PlanBook:
-    """Looks vectors up and makes plans of them; a plan that many jobs share is one object.
+class PlanResolver:
+    """Makes the plans of specs for one model; equal specs share one plan, and equal mixtures one vector.
 
     Args:
-        vectors: a folder to search first.
+        shape: what vectors must fit.
+        vectors: a folder of vectors to search first.
+        watch: search again at each spec and read a file anew that changed, as a server must; otherwise what was read
+            once stays, as a batch must that knows its stories by it.
+        names_only: refuse paths of files, and name no folders, as for strangers.
     """
 
-    def __init__(self, engine: Engine, vectors: Path | None = None) -> None:
-        self._shape = engine.shape
+    def __init__(
+        self, shape: RoutingShape, vectors: Path | None = None, *, watch: bool = False, names_only: bool = False
+    ) -> None:
+        self.shape = shape
         self._folder = vectors
-        self._fingerprint = engine.fingerprint()
-        self.plan = lru_cache(KEPT_PLANS)(self._plan)
+        self._watch, self._names_only = watch, names_only
+        self._plan = lru_cache(KEPT_PLANS)(self._make)
         self._vector = lru_cache(KEPT_VECTORS)(self._find_vector)
-        self._check = lru_cache(KEPT_PLANS)(self._check_fits)
+        self._check = lru_cache(KEPT_PLANS)(partial(check_plan, shape))
 
-    def _plan(self, steering: Steering) -> SteeringPlan | None:
-        """The plan, or None for an unsteered story.
+    def plan(self, spec: SteeringSpec) -> SteeringPlan | None:
+        """The plan; None if nothing is asked for, or no steering.
 
         Raises:
             SteerMoEError: anything in it that can't be read, found, or fitted to the model.
         """
-        forced, banned = tuple(map(parse_expert, steering.force)), tuple(map(parse_expert, steering.ban))
-        fields: dict[str, Any] = {
-            "positions": steering.positions,
-            "schedule": Schedule.parse(steering.schedule),
-            "layers": None if steering.layers is None else parse_layers(steering.layers),
-            "force": forced,
-            "ban": banned,
-            "formula": steering.formula,
-            "scale": steering.scale,
-        }
-        if steering.domain == NO_DOMAIN or not (steering.domain or forced or banned):
+        return self._plan(spec, self._stamps(spec.domain))
+
+    def check(self, plan: SteeringPlan) -> None:
+        """Raise if a plan does not fit the model; what decides that is looked at once for all.
+
+        Raises:
+            SteerMoEError: as `check_plan`.
+        """
+        strength = float(plan.strength != 0)
+        alike = replace(plan, strength=strength, formula=DEFAULT_FORMULA, scale=DEFAULT_SCALE, schedule=Schedule())
+        self._check(replace(alike, positions="generated"))
+
+    def domains(self) -> list[str]:
+        """The domains on the search path whose vectors fit the model."""
+        found = set()
+        for file in find_vectors(self._folder):
+            try:
+                read_vector(file.path).check_fits(self.shape)
+            except (CompatibilityError, VectorError):
+                continue
+            found.add(file.domain)
+        return sorted(found)
+
+    def _make(self, spec: SteeringSpec, stamps: Hashable) -> SteeringPlan | None:
+        fields = spec.plan_fields()
+        if spec.is_unsteered:
             return None
-        vector = self._vector(steering.domain)[0] if steering.domain else None
-        plan = plan_for(vector, steering.strength, **fields)
-        self._check(replace(steering, strength=None, formula=None, scale=None, positions="generated"))
+        plan = plan_for(self._vector(spec.domain, stamps) if spec.domain else None, **fields)
+        self.check(plan)
         return plan
 
-    def _find_vector(self, domain: str) -> tuple[SteeringVector, str]:
-        """A vector or mixture, and a hash of what it does."""
-        is_file = domain.endswith(".safetensors") and Path(domain).is_file()
-        parts = [parse_domain(part) for part in ([domain] if is_file else domain.split("+"))]
-        vector = mix([(load_vector(name, self._shape, folder=self._folder), weight) for name, weight in parts])
-        digest = hashlib.sha256(vector.experts.detach().float().cpu().contiguous().numpy().tobytes())
-        digest.update(repr(vector.layers).encode())
-        return vector, digest.hexdigest()
+    def _find_vector(self, domain: tuple[str, ...], stamps: Hashable) -> SteeringVector:
+        """A vector or mixture; `stamps` only tell one state of its files from another."""
+        parts = map(parse_domain, self._parts(domain))
+        return mix([(read_fitting(self._find(name), self.shape)[1], weight) for name, weight in parts])
 
-    def _check_fits(self, steering: Steering) -> None:
-        """Such as layers that hold no router; whatever the strength, once for all."""
-        vector = self._vector(steering.domain)[0] if steering.domain else None
-        layers = None if steering.layers is None else parse_layers(steering.layers)
-        force, ban = tuple(map(parse_expert, steering.force)), tuple(map(parse_expert, steering.ban))
-        check_plan(self._shape, SteeringPlan(vector, 1.0, layers=layers, force=force, ban=ban))
+    def _parts(self, domain: tuple[str, ...]) -> list[str]:
+        """Each domain or vector file by itself, with its weight: a path may hold the + of a mixture."""
+        parts: list[str] = []
+        for text in domain:
+            path = text if text.endswith(SUFFIX) else text.rpartition("=")[0]
+            is_file = not self._names_only and path.endswith(SUFFIX) and Path(path).is_file()
+            parts += [text] if is_file else text.split("+")
+        return parts
 
-    def key(self, job: Job) -> str:
-        """16 hexadecimal digits of a hash of everything that decides a story's text, and of its id."""
-        plan = self.plan(job.steering)
-        steering = None
-        if plan is not None:
-            steering = [
-                *((plan.vector.domain, self._vector(job.steering.domain)[1]) if plan.vector is not None else ()),
-                float(plan.strength),
-                *(plan.formula, plan.scale, plan.positions, str(plan.schedule)),
-                *(plan.layers, plan.force, plan.ban),
-            ]
-        sampling = {name: float(value) for name, value in asdict(job.sampling).items() if name != "seed"}
-        content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    def _find(self, name: str) -> list[Path]:
+        if not self._names_only:
+            return find_vector(name, folder=self._folder)
+        check_domain_name(name)
+        try:
+            return find_vector(name, folder=self._folder)
+        except VectorNotFound:  # which names the folders that were searched: nothing for strangers
+            known = ", ".join(self.domains()) or "none"
+            raise VectorNotFound(f"no vector '{name}'; there are {known}") from None
+
+    def _stamps(self, domain: tuple[str, ...]) -> Hashable:
+        """What changes when a vector's files do; nothing where files are not watched, or none is read."""
+        if not self._watch or domain == (NO_DOMAIN,):
+            return None
+        stamps = []
+        for part in self._parts(domain):
+            name, _ = parse_domain(part)
+            for path in self._find(name):
+                try:
+                    status = path.stat()
+                except OSError:
+                    continue  # reading it will say what is wrong
+                stamps.append((str(path), status.st_mtime_ns, status.st_size))
+        return tuple(stamps)

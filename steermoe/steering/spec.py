@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import SteeringError
@@ -16,8 +15,7 @@ from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
 
 if TYPE_CHECKING:
-    from steermoe.routing.shape import RoutingShape
-    from steermoe.steering.plans import LayerExpert, Schedule, SteeringPlan
+    from steermoe.steering.plans import LayerExpert, Schedule
 
 NO_DOMAIN = "none"
 """The domain that leaves a text unsteered."""
@@ -83,7 +81,7 @@ def _domain_of_json(value: str | dict[str, Any] | list[Any]) -> tuple[str, ...]:
     parts = _texts([value] if isinstance(value, str) else value)
     if (mixed := sum(part.count("+") + 1 for part in parts)) > MOST_DOMAINS:
         raise SteeringError(f"{mixed} domains are too many to mix: name {MOST_DOMAINS} at most")
-    return tuple(filter(None, parts))
+    return () if value == "" else parts
 
 
 def _layers_of_json(value: str | int | list[Any]) -> str:
@@ -111,8 +109,7 @@ TEXT: tuple[type, ...] = (str,)
 NUMBER: tuple[type, ...] = (int, float)
 
 
-def said(
-    default: Any,
+def about(
     help: str,
     *,
     example: Any,
@@ -122,11 +119,10 @@ def said(
     plan: Callable[[Any], Any] = lambda value: value,
     unset: str = "",
     flags: tuple[str, ...] = (),
-) -> Any:
-    """A field of `SteeringSpec`, with all that is known about it as its metadata.
+) -> dict[str, Any]:
+    """All that is known about a field of `SteeringSpec`, as its metadata.
 
     Args:
-        default: where nothing is said.
         help: one line, for `--help` and the docs; what follows "Default:" is left out in the docs.
         example: a value in JSON, for the docs and the tests; not the default.
         kinds: the types that JSON may bring.
@@ -136,20 +132,18 @@ def said(
         unset: the default in words, where it is None or empty.
         flags: of the option, where it has others than its own name.
     """
-    metadata = {
-        "help": help,
-        "example": example,
-        "kinds": kinds,
-        "wanted": wanted,
-        "read": read,
-        "plan": plan,
-        "unset": unset,
-        "flags": flags,
-    }
-    return field(default=default, metadata=metadata)
+    return locals()
 
 
 OWN = "the vector's own"
+EXPERTS: dict[str, Any] = {
+    "example": ["12:5"],
+    "kinds": (list,),
+    "wanted": 'a list such as ["12:5"]',
+    "read": _experts_of_json,
+    "plan": _experts,
+    "unset": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -164,65 +158,59 @@ class SteeringSpec:
         strength, formula, scale: None for what the vector was calibrated with.
     """
 
-    domain: tuple[str, ...] = said(
-        (),
-        "Domain or vector file to steer to; repeat as name=weight to mix.",
-        example={"sport": 0.7, "food": 0.3},
-        kinds=(str, dict, list),
-        wanted="a name, or an object of names and weights",
-        read=_domain_of_json,
-        unset="none",
-        flags=("--domain", "-d"),
+    domain: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Domain or vector file to steer to; repeat as name=weight to mix.",
+            example={"sport": 0.7, "food": 0.3},
+            kinds=(str, dict, list),
+            wanted="a name, or an object of names and weights",
+            read=_domain_of_json,
+            unset="none",
+            flags=("--domain", "-d"),
+        ),
     )
-    strength: float | None = said(
-        None,
-        "c of the formulas; negative steers away. Default: the vector's own.",
-        example=5,
-        kinds=NUMBER,
-        wanted="a number",
-        unset=OWN,
+    strength: float | None = field(
+        default=None,
+        metadata=about(
+            "c of the formulas; negative steers away. Default: the vector's own.",
+            example=5,
+            kinds=NUMBER,
+            wanted="a number",
+            unset=OWN,
+        ),
     )
-    formula: Formula | None = said(None, "How logits change. Default: the vector's own.", example="additive", unset=OWN)
-    scale: Scale | None = said(
-        None, "What max-scaled formulas multiply by: |max z| or max z.", example="paper", unset=OWN
+    formula: Formula | None = field(
+        default=None,
+        metadata=about("How logits change. Default: the vector's own.", example="additive", unset=OWN),
     )
-    positions: Positions = said("generated", "Which tokens are steered.", example="all")
-    schedule: str = said(
-        "constant",
-        "constant, decay:N or window:A-B, in generated tokens.",
-        example="decay:40",
-        plan=parse_schedule,
+    scale: Scale | None = field(
+        default=None,
+        metadata=about("What max-scaled formulas multiply by: |max z| or max z.", example="paper", unset=OWN),
     )
-    layers: str | None = said(
-        None,
-        "Decoder layers to steer, such as 15-29.",
-        example=[15, 29],
-        kinds=(str, int, list),
-        wanted="text such as 15-29",
-        read=_layers_of_json,
-        plan=_layers,
-        unset="all",
+    positions: Positions = field(default="generated", metadata=about("Which tokens are steered.", example="all"))
+    schedule: str = field(
+        default="constant",
+        metadata=about(
+            "constant, decay:N or window:A-B, in generated tokens.", example="decay:40", plan=parse_schedule
+        ),
     )
-    force: tuple[str, ...] = said(
-        (),
-        "Expert to use always, as layer:expert; repeat.",
-        example=["12:5"],
-        kinds=(list,),
-        wanted='a list such as ["12:5"]',
-        read=_experts_of_json,
-        plan=_experts,
-        unset="none",
+    layers: str | None = field(
+        default=None,
+        metadata=about(
+            "Decoder layers to steer, such as 15-29.",
+            example=[15, 29],
+            kinds=(str, int, list),
+            wanted="text such as 15-29",
+            read=_layers_of_json,
+            plan=_layers,
+            unset="all",
+        ),
     )
-    ban: tuple[str, ...] = said(
-        (),
-        "Expert never to use, as layer:expert; repeat.",
-        example=["12:5"],
-        kinds=(list,),
-        wanted='a list such as ["12:5"]',
-        read=_experts_of_json,
-        plan=_experts,
-        unset="none",
+    force: tuple[str, ...] = field(
+        default=(), metadata=about("Expert to use always, as layer:expert; repeat.", **EXPERTS)
     )
+    ban: tuple[str, ...] = field(default=(), metadata=about("Expert never to use, as layer:expert; repeat.", **EXPERTS))
 
     def __post_init__(self) -> None:
         for name in ("domain", "force", "ban"):  # options come as lists, or None
@@ -253,7 +241,7 @@ NAMES = tuple(one.name for one in FIELDS)
 def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
     """What is wrong with the kind of a value in JSON; "" if nothing is."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        return _expected(name, value, wanted)
+        return f"field '{name}' is {_short(value)}, expected {wanted}"
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return f"field '{name}' is too large a number"
     return ""
@@ -271,7 +259,12 @@ def read_field(name: str, value: Any) -> Any:
     try:
         return metadata["read"](value)
     except ValueError as error:
-        raise SteeringError(_expected(name, value, metadata["wanted"])) from error
+        raise SteeringError(expected(name, value)) from error
+
+
+def expected(name: str, value: Any) -> str:
+    """That a field's value is not what was expected."""
+    return f"field '{name}' is {_short(value)}, expected {SteeringSpec.__dataclass_fields__[name].metadata['wanted']}"
 
 
 def read_spec(spec: Any) -> SteeringSpec:
@@ -295,25 +288,8 @@ def read_spec(spec: Any) -> SteeringSpec:
     return read
 
 
-def _expected(name: str, value: Any, wanted: str) -> str:
-    return f"field '{name}' is {_short(value)}, expected {wanted}"
-
-
 def _short(value: Any) -> str:
     try:
         return json.dumps(value, default=repr)[:QUOTED]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
-
-
-# ---- until all commands resolve specs themselves ----
-
-
-def make_plan(
-    shape: "RoutingShape", domains: list[str], *, vectors: Path | None = None, **said: Any
-) -> "SteeringPlan | None":
-    """The plan for a mixture of domains, or None if nothing is asked for; None in `said` leaves a field's default."""
-    from steermoe.steering.resolver import PlanResolver
-
-    given = {name: value for name, value in said.items() if value is not None}
-    return PlanResolver(shape, vectors).plan(SteeringSpec(tuple(domains), **given))

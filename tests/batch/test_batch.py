@@ -26,7 +26,8 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import BatchError
-from steermoe.steering.spec import Steering
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors.file import write_vector
 from tests.support import steering_models as tiny
 
@@ -48,8 +49,8 @@ def place(bare_search_path, loaded):
     return bare_search_path
 
 
-def settings(*domains: str, samples: int = 1, steering: Steering | None = None, **sampling) -> Settings:
-    return Settings(steering or Steering(), domains or ("",), replace(SHORT, **sampling), samples)
+def settings(*domains: str, samples: int = 1, steering: SteeringSpec | None = None, **sampling) -> Settings:
+    return Settings(steering or SteeringSpec(), domains or ("",), replace(SHORT, **sampling), samples)
 
 
 def tell(loaded, prompts: str | Path, output="s.jsonl", wanted: Settings | None = None, **options) -> Summary:
@@ -102,14 +103,12 @@ def test_each_story_is_what_generate_gives_for_its_record(loaded, place):
     assert summary.tokens == sum(story["new_tokens"] for story in stories())
     assert summary.report.tokens_steered > 0
     engine = HFEngine(loaded)
-    from steermoe.steering.spec import make_plan
-
+    resolver = PlanResolver(engine.shape)
     for story in stories():
         assert next(iter(story)) == "job"
         sampling = Sampling(**{name: story[name] for name in Sampling.__dataclass_fields__})
         fields = {n: story[n] for n in ("strength", "formula", "scale", "positions", "schedule")}
-        domains = story["domain"].split("+") if story["domain"] else []
-        plan = make_plan(loaded.model, domains, **fields) if domains else None
+        plan = resolver.plan(SteeringSpec(story["domain"] or (), **fields))
         (alone,) = engine.generate([Request(story["prompt"], plan, sampling)])
         assert (story["text"], story["new_tokens"], story["prompt_tokens"], story["finish_reason"]) == (
             alone.text,
@@ -151,15 +150,15 @@ def test_run_again_tells_what_is_missing_only(loaded, place):
     [
         (settings("sport", temperature=0.9), "A dog.", "line 1 was told with temperature 1.0, not 0.9"),
         (settings("sport", max_new_tokens=5), "A dog.", "max_new_tokens 6, not 5"),
-        (settings("sport", steering=Steering(strength=2.0)), "A dog.", "strength 5.0, not 2.0"),
-        (settings("sport", steering=Steering(schedule="decay:3")), "A dog.", "schedule constant, not decay:3"),
+        (settings("sport", steering=SteeringSpec(strength=2.0)), "A dog.", "strength 5.0, not 2.0"),
+        (settings("sport", steering=SteeringSpec(schedule="decay:3")), "A dog.", "schedule constant, not decay:3"),
         (settings("sport"), "A cat.", "line 1 has another prompt"),
         (settings("food"), "A dog.", "line 1 has another prompt, domain"),
         (settings("sport", seed=1), "A dog.", "line 1 has another prompt, domain, seed"),
     ],
 )
 def test_other_settings_are_not_mixed_into_a_file(loaded, place, now, prompts, why):
-    first = settings("sport", steering=Steering(strength=5.0))
+    first = settings("sport", steering=SteeringSpec(strength=5.0))
     now = replace(now, steering=replace(now.steering, strength=now.steering.strength or 5.0))
     tell(loaded, "A dog.", wanted=first)
     before = Path("s.jsonl").read_bytes()

@@ -10,7 +10,7 @@ from steermoe.batch import jobs
 from steermoe.batch.jobs import Job, Problem, PromptFile, Settings
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError
-from steermoe.steering.spec import Steering
+from steermoe.steering.spec import SteeringSpec
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_format(tmp_path, name, first, format, is_json):
 
 
 def test_cross_product(read):
-    settings = Settings(Steering(strength=2.0), ("sport", "none"), Sampling(seed=7), samples=2)
+    settings = Settings(SteeringSpec(strength=2.0), ("sport", "none"), Sampling(seed=7), samples=2)
     found = read("A dog.\nIt rained.\n", settings, "a.txt")
-    told = [(job.prompt, job.steering.domain, job.sample, job.sampling.seed) for line in found for job in line]
+    told = [(job.prompt, *job.steering.domain, job.sample, job.sampling.seed) for line in found for job in line]
     assert told == [
         (prompt, domain, sample, 7 + sample)
         for prompt in ("A dog.", "It rained.")
@@ -84,6 +84,8 @@ def test_a_json_line_overrides_every_setting(read):
         "positions": "all",
         "schedule": "decay:5",
         "layers": 2,
+        "force": ["0:1", [1, 3]],
+        "ban": ["0:2"],
         "seed": 9,
         "max_new_tokens": 5,
         "min_new_tokens": 2,
@@ -98,7 +100,9 @@ def test_a_json_line_overrides_every_setting(read):
     assert job == Job(
         line=1,
         prompt="A dog.",
-        steering=Steering("sport=0.7+food=-1", 3, "additive", "paper", "all", "decay:5", "2"),
+        steering=SteeringSpec(
+            ("sport=0.7", "food=-1"), 3, "additive", "paper", "all", "decay:5", "2", ("0:1", "1:3"), ("0:2",)
+        ),
         sampling=Sampling(5, 2, False, 1, 0.5, 3, 1.5, 9),
         id="a17",
         meta=line["meta"],
@@ -108,14 +112,14 @@ def test_a_json_line_overrides_every_setting(read):
 def test_null_is_what_the_options_say_but_no_domain_is_none(read):
     settings = Settings(domains=("sport",), sampling=Sampling(seed=4))
     job = only(read('{"prompt": "x", "id": null, "seed": null, "strength": null, "samples": null}', settings))
-    assert job == Job(1, "x", Steering("sport"), Sampling(seed=4))
-    assert only(read('{"prompt": "x", "domain": null}', settings)).steering.domain == "none"
+    assert job == Job(1, "x", SteeringSpec("sport"), Sampling(seed=4))
+    assert only(read('{"prompt": "x", "domain": null}', settings)).steering.domain == ("none",)
 
 
 @pytest.mark.parametrize("name", ["domain", "domains"])
 def test_domains_of_a_line(read, name):
     (line,) = read(json.dumps({"prompt": "x", name: ["sport", None, {"food": 0.5}], "samples": 2}))
-    assert [(job.steering.domain, job.sample) for job in line] == [
+    assert [(*job.steering.domain, job.sample) for job in line] == [
         (domain, sample) for domain in ("sport", "none", "food=0.5") for sample in (0, 1)
     ]
 
@@ -141,6 +145,9 @@ def test_domains_of_a_line(read, name):
         ('{"prompt": "x", "temperature": 0}', "temperature 0 is out of range"),
         ('{"prompt": "x", "samples": 0}', "samples 0 is out of range"),
         ('{"prompt": "x", "do_sample": 1}', "expected true or false"),
+        ('{"prompt": "x", "strength": "4"}', "field 'strength' is \"4\", expected a number"),
+        ('{"prompt": "x", "layers": [1]}', "field 'layers' is [1], expected text such as 15-29"),
+        ('{"prompt": "x", "force": "0:1"}', 'field \'force\' is "0:1", expected a list such as ["12:5"]'),
         ('{"prompt": "x", "id": [1]}', "expected text or a whole number"),
         ('{"prompt": "x", "domain": "a", "domains": ["b"]}', "both 'domain' and 'domains'"),
         ('{"prompt": "x", "domains": "a"}', "field 'domains' is \"a\", expected a list"),
@@ -180,7 +187,7 @@ def test_stdin_and_pipes_can_be_read_twice(monkeypatch, tmp_path):
     file = PromptFile("-")
     assert not file.is_json
     assert [list(file.jobs(Settings())) for _ in range(2)] == [
-        [[Job(1, "A dog.", Steering(), Sampling())], [Job(2, "It rained.", Steering(), Sampling())]]
+        [[Job(1, "A dog.", SteeringSpec(), Sampling())], [Job(2, "It rained.", SteeringSpec(), Sampling())]]
     ] * 2
     file.close()
 

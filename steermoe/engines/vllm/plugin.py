@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.vllm.spec import SpecBook
+from steermoe.engines.vllm.spec import packed
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.models.description import shape_of_config
 from steermoe.routing.shape import RouterShape
-from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.resolver import PlanResolver
 
 TESTED = "0.32."
 """Releases of vLLM that this was tested with begin so."""
@@ -274,18 +274,17 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         asked = steering_of(params)
         if asked is not None:
-            book = getattr(self, "steermoe_book", None)
-            if book is None:
-                book = self.steermoe_book = SpecBook(functools.partial(shape_of_config, self.model_config))
             try:
-                packed = book.checked(asked) if isinstance(asked, bytes) else book.packed(asked)
+                if getattr(self, "steermoe_resolver", None) is None:
+                    self.steermoe_resolver = PlanResolver(shape_of_config(self.model_config), watch=True)
+                plan = packed(self.steermoe_resolver, asked)
             except SteerMoEError as error:
                 refused = _load("vllm.exceptions", "VLLMValidationError")
                 raise refused(f"steering: {error}", parameter=KEY) from error
             params = params.clone()
             params.extra_args = {name: value for name, value in params.extra_args.items() if name != KEY}
-            if packed is not None:
-                params.extra_args[KEY] = packed
+            if plan is not None:
+                params.extra_args[KEY] = plan
         return process(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs
@@ -303,7 +302,7 @@ def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:
         if data is None:
             return found
         index = torch.arange(start, end) - request.num_prompt_tokens
-        factor = _plan(data).factor(index)
+        factor = unpack(data).factor(index)
         if not bool(factor.any()):
             return found
         alike = float(factor[0]) if bool((factor == factor[0]).all()) else factor.tolist()
@@ -331,11 +330,6 @@ def _around_rebind(rebind: Callable[..., None]) -> Callable[..., None]:
                 sys.modules[NUMBAS_LIBRARY] = hidden
 
     return _rebind_kernels
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(data: bytes) -> SteeringPlan:
-    return unpack(data)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,7 +3,6 @@
 Requests are read here before vLLM sees them, so that a wrong steering is refused with 400 also where text is streamed.
 """
 
-import functools
 import json
 import math
 import os
@@ -15,11 +14,12 @@ from typing import Any
 from starlette.requests import Request
 
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, prepare_environment
-from steermoe.engines.vllm.spec import SpecBook, spec_of_name
+from steermoe.engines.vllm.spec import packed, spec_of_name
 from steermoe.engines.vllm.wire import KEY
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
+from steermoe.steering.resolver import PlanResolver
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 """Where texts are asked for."""
@@ -129,10 +129,9 @@ class SteeringEndpoint:
         reasons = await engine_client.collective_rpc("steermoe_reason")
         if reason := next(filter(None, reasons), ""):
             raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
-        book = SpecBook(functools.partial(shape_of_config, engine_client.model_config), names_only=True)
-        book.shape  # noqa: B018  # built now, not at the first request
-        engine_client.input_processor.steermoe_book = book
-        state.steermoe = book, list(args.served_model_name)
+        resolver = PlanResolver(shape_of_config(engine_client.model_config), watch=True, names_only=True)
+        engine_client.input_processor.steermoe_resolver = resolver
+        state.steermoe = resolver, list(args.served_model_name)
 
 
 async def list_models(request: Request) -> Any:
@@ -140,10 +139,10 @@ async def list_models(request: Request) -> Any:
     from fastapi.responses import JSONResponse
 
     listed = (await request.app.state.openai_serving_models.show_available_models()).model_dump()
-    book, served = request.app.state.steermoe
+    resolver, served = request.app.state.steermoe
     own = [card for card in listed["data"] if card["id"] in served]
     listed["data"] += [
-        {**card, "id": f"{card['id']}:{domain}", "parent": card["id"]} for card in own for domain in book.domains()
+        {**card, "id": f"{card['id']}:{domain}", "parent": card["id"]} for card in own for domain in resolver.domains()
     ]
     return JSONResponse(content=listed)
 
@@ -163,15 +162,15 @@ class SteeringMiddleware:
         if body is None:
             return
         try:
-            book, served = self._state.steermoe
-            changed = steered_body(body, served, book)
+            resolver, served = self._state.steermoe
+            changed = steered_body(body, served, resolver)
         except SteerMoEError as error:
             await _refuse(scope, receive, send, str(error))
             return
         await self._app(_with_length(scope, changed), _replay(changed, receive), send)
 
 
-def steered_body(body: bytes, served: list[str], book: SpecBook) -> bytes:
+def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> bytes:
     """A request's body as vLLM is to see it: the served model's name, and the steering in `vllm_xargs`, checked.
 
     Raises:
@@ -199,7 +198,7 @@ def steered_body(body: bytes, served: list[str], book: SpecBook) -> bytes:
         raise SteeringError("vLLM's beam search can't be steered: leave use_beam_search out")
     if found is not None:
         asked["model"], spec = found
-    book.packed(spec)
+    packed(resolver, spec)
     own = extra if isinstance(extra, dict) else {}
     asked["vllm_xargs"] = {**own, KEY: spec if isinstance(spec, str) else json.dumps(spec)}
     return json.dumps(asked).encode()

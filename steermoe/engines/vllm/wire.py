@@ -4,6 +4,7 @@ Equal plans are equal bytes. No pickle: a safetensors file in memory, with the p
 """
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,20 +19,18 @@ WIRE_VERSION = 1
 KEY = "steering"
 """Under which a request carries its steering in `SamplingParams.extra_args`, `vllm_xargs` of the server."""
 
+KEPT = 1024
 
+
+@lru_cache(KEPT)
 def pack(plan: SteeringPlan) -> bytes:
     """All of a plan that decides what it does."""
     vector = plan.vector
     header = {
+        **plan.as_dict(),
         "version": WIRE_VERSION,
-        "domain": None if vector is None else vector.domain,
         "rows": [] if vector is None else list(vector.layers),
         "strength": float(plan.strength),
-        "formula": plan.formula,
-        "scale": plan.scale,
-        "positions": plan.positions,
-        "schedule": str(plan.schedule),
-        "layers": plan.layers,
         "force": sorted(plan.force),
         "ban": sorted(plan.ban),
     }
@@ -39,6 +38,7 @@ def pack(plan: SteeringPlan) -> bytes:
     return save({"experts": experts, "header": torch.frombuffer(bytearray(_json(header)), dtype=torch.uint8)})
 
 
+@lru_cache(KEPT)
 def unpack(data: bytes) -> SteeringPlan:
     """The plan again.
 

@@ -25,11 +25,12 @@ from steermoe.engines.llamacpp.context import Context
 from steermoe.engines.llamacpp.engine import CELL_STEP, LlamaCppEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import BatchError
-from steermoe.steering.spec import Steering, make_plan
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors.file import write_vector
 from steermoe.vectors.vector import SteeringVector
 
-SETTINGS = Settings(Steering(), ("",), Sampling(max_new_tokens=6, temperature=1.0), 1)
+SETTINGS = Settings(SteeringSpec(), ("",), Sampling(max_new_tokens=6, temperature=1.0), 1)
 LINES = "\n".join(
     json.dumps({"prompt": prompt, "id": number, **more})
     for number, (prompt, more) in enumerate(
@@ -96,11 +97,11 @@ def test_each_story_is_what_generate_gives_for_its_record(engine):
     assert (summary.stories, summary.new, summary.already, summary.failed) == (STORIES, STORIES, 0, 0)
     assert summary.report.tokens_steered > 0
     assert 0 < summary.report.vector_share < 1
+    resolver = PlanResolver(engine.shape)
     for story in stories():
         sampling = Sampling(**{name: story[name] for name in Sampling.__dataclass_fields__})
         fields = {n: story[n] for n in ("strength", "formula", "scale", "positions", "schedule")}
-        domains = story["domain"].split("+") if story["domain"] else []
-        plan = make_plan(engine.shape, domains, **fields) if domains else None
+        plan = resolver.plan(SteeringSpec(story["domain"] or (), **fields))
         (alone,) = engine.generate([Request(story["prompt"], plan, sampling)])
         assert (story["text"], story["new_tokens"], story["prompt_tokens"], story["finish_reason"]) == (
             alone.text,

@@ -8,7 +8,8 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.engines.vllm.engine import VLLMEngine
 from steermoe.models import loading
-from steermoe.steering.spec import make_plan
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
 from tests.support.vllm_engines import (
     FAMILIES,
     OPTIONS,
@@ -46,7 +47,8 @@ def test_the_default_model_tells_the_stories_of_the_hf_engine():
     reference = HFEngine(loading.load(dtype="float32"))
     engine = VLLMEngine(dtype="float32", kv_cache_memory_bytes=1 << 28, max_model_len=256)
     try:
-        plans = [None, *(make_plan(engine.shape, [domain]) for domain in ("sport", "law=0.5", "food"))]
+        resolver = PlanResolver(engine.shape)
+        plans = [None, *(resolver.plan(SteeringSpec(domain)) for domain in ("sport", "law=0.5", "food"))]
         opening = "Once upon a time there was a brown dog named Milo who lived by the river."
         asked = [Request(opening, plan, Sampling(max_new_tokens=40, do_sample=False)) for plan in plans]
         expected, found = reference.generate(asked), engine.generate(asked)

@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
 from steermoe.engines.request import Request
-from steermoe.steering.spec import make_plan
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors.file import write_vector
 from tests.support.vllm_engines import PROMPTS, greedy, vector, write_checkpoint
 
@@ -51,7 +52,7 @@ class Server:
 
     def expected(self, domains, prompt=PROMPTS[0], **fields):
         """The same tokens by the hf engine."""
-        plan = make_plan(self.reference.loaded.model, domains, vectors=self.folder, **fields)
+        plan = PlanResolver(self.reference.shape, self.folder).plan(SteeringSpec(domains, **fields))
         return self.reference.generate([Request(prompt, plan, greedy(TOKENS))])[0].token_ids
 
     def post(self, path, body, key=KEY):

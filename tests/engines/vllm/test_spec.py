@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 
-from steermoe.engines.vllm.spec import SpecBook, spec_of_name
+from steermoe.engines.vllm.spec import packed, spec_of_name
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import CompatibilityError, SteeringError, SteerMoEError, VectorNotFound
 from steermoe.steering.plans import Schedule, SteeringPlan
-from steermoe.steering.spec import read_spec
+from steermoe.steering.resolver import PlanResolver
 from steermoe.vectors.file import write_vector
 
 
 @pytest.fixture
-def book(tiny_model, make_vector, bare_search_path):
+def resolver(tiny_model, make_vector, bare_search_path):
     for domain in ("sport", "food"):
         write_vector(make_vector(domain), bare_search_path / "steering_vectors" / "tiny" / f"{domain}.safetensors")
-    return SpecBook(tiny_model.shape, names_only=True)
+    return PlanResolver(tiny_model.shape, watch=True, names_only=True)
 
 
 def test_a_packed_plan_comes_back_whole(make_vector):
@@ -54,7 +54,7 @@ def test_plans_that_differ_are_different_bytes(make_vector):
     assert len({pack(plan) for plan in plans}) == len(plans)
 
 
-def test_a_spec_says_what_the_options_say(book):
+def test_a_spec_says_what_the_options_say(resolver):
     spec = {
         "domain": "sport",
         "strength": 3,
@@ -66,22 +66,22 @@ def test_a_spec_says_what_the_options_say(book):
         "force": ["1:2"],
         "ban": [[2, 5]],
     }
-    packed = book.packed(json.dumps(spec))
-    assert packed == book.packed(spec)
-    plan = unpack(packed)
+    data = packed(resolver, json.dumps(spec))
+    assert data == packed(resolver, spec) == packed(resolver, data)
+    plan = unpack(data)
     assert (plan.strength, plan.formula, plan.scale, plan.positions) == (3.0, "additive", "paper", "all")
     assert (str(plan.schedule), plan.layers, plan.force, plan.ban) == ("window:1-4", (0, 1), ((1, 2),), ((2, 5),))
-    assert unpack(book.packed({"domain": "sport"})).strength == 4.0  # the vector's own
+    assert unpack(packed(resolver, {"domain": "sport"})).strength == 4.0  # the vector's own
 
 
 @pytest.mark.parametrize("domain", ["sport=0.7+food=0.3", {"sport": 0.7, "food": 0.3}, ["sport=0.7", "food=0.3"]])
-def test_mixtures(book, domain, make_vector):
-    experts = unpack(book.packed({"domain": domain})).vector.experts
+def test_mixtures(resolver, domain, make_vector):
+    experts = unpack(packed(resolver, {"domain": domain})).vector.experts
     assert torch.allclose(experts, make_vector().experts)  # both vectors are alike, the weights add up to 1
 
 
-def test_strength_0_is_no_steering(book):
-    assert book.packed({"domain": "sport", "strength": 0}) is None
+def test_strength_0_is_no_steering(resolver):
+    assert packed(resolver, {"domain": "sport", "strength": 0}) is None
 
 
 BAD = {
@@ -113,35 +113,35 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_specs_are_refused_in_one_line(book, case):
+def test_bad_specs_are_refused_in_one_line(resolver, case):
     with pytest.raises(SteerMoEError) as caught:
-        book.packed(BAD[case])
+        packed(resolver, BAD[case])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
-def test_files_that_change_are_read_again_and_new_ones_found(book, make_vector, bare_search_path):
-    before = book.packed({"domain": "sport"})
+def test_files_that_change_are_read_again_and_new_ones_found(resolver, make_vector, bare_search_path):
+    before = packed(resolver, {"domain": "sport"})
     with pytest.raises(VectorNotFound):
-        book.packed({"domain": "music"})
+        packed(resolver, {"domain": "music"})
     folder = bare_search_path / "steering_vectors" / "tiny"
     write_vector(make_vector("music"), folder / "music.safetensors")
     write_vector(make_vector("sport", threshold=0.1), folder / "sport.safetensors")
-    assert book.packed({"domain": "music"}) is not None
-    assert book.packed({"domain": "sport"}) != before
-    assert book.domains() == ["food", "music", "sport"]
+    assert packed(resolver, {"domain": "music"}) is not None
+    assert packed(resolver, {"domain": "sport"}) != before
+    assert resolver.domains() == ["food", "music", "sport"]
 
 
-def test_vectors_of_another_model_are_refused_and_not_listed(book, make_vector, bare_search_path):
+def test_vectors_of_another_model_are_refused_and_not_listed(resolver, make_vector, bare_search_path):
     write_vector(make_vector("law", range(7)), bare_search_path / "steering_vectors" / "big" / "law.safetensors")
     with pytest.raises(CompatibilityError):
-        book.packed({"domain": "law"})
-    assert book.domains() == ["food", "sport"]
+        packed(resolver, {"domain": "law"})
+    assert resolver.domains() == ["food", "sport"]
 
 
 def test_a_path_is_allowed_where_the_user_is_at_the_machine(tiny_model, make_vector, bare_search_path):
     write_vector(make_vector(), bare_search_path / "own.safetensors")
-    assert SpecBook(tiny_model.shape).packed({"domain": "own.safetensors"}) is not None
+    assert packed(PlanResolver(tiny_model.shape), {"domain": "own.safetensors"}) is not None
 
 
 @pytest.mark.parametrize(
@@ -165,5 +165,6 @@ def test_a_name_that_ends_at_its_colon():
         spec_of_name("tiny:sport,", ["tiny"])
 
 
-def test_read_spec_leaves_out_what_is_null():
-    assert read_spec({"domain": "sport", "strength": None, "layers": 3}) == {"domain": ["sport"], "layers": "3"}
+def test_packed_plans_must_fit_too(resolver):
+    with pytest.raises(SteeringError, match="does not exist"):
+        packed(resolver, pack(SteeringPlan(ban=((0, 99),))))

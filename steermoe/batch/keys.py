@@ -1,0 +1,52 @@
+"""The key by which a story is known again: a hash of everything that decides its text, and of its id.
+
+Keys stand in files of stories, so they must not change. What is hashed grows at its end only, and a field of plans that
+came later is left out where it has its default.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+from steermoe.batch.jobs import Job
+from steermoe.steering.plans import SteeringPlan
+from steermoe.vectors.vector import SteeringVector
+
+HASHED = ("strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
+"""The fields that plans had when keys came to be, in the order in which they are hashed, default or not."""
+KEPT_VECTORS = 64
+
+
+class StoryKeys:
+    """Keys of stories that one engine generates.
+
+    Args:
+        fingerprint: the engine's.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+        self._digest = lru_cache(KEPT_VECTORS)(_digest)
+
+    def key(self, job: Job, plan: SteeringPlan | None) -> str:
+        """16 hexadecimal digits; `plan` is what the job's steering came to."""
+        sampling = {name: float(value) for name, value in asdict(job.sampling).items() if name != "seed"}
+        steering = None if plan is None else self._steering(plan)
+        content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _steering(self, plan: SteeringPlan) -> list[Any]:
+        said = {**plan.as_dict(), "strength": float(plan.strength)}
+        vector = [] if plan.vector is None else [said["domain"], self._digest(plan.vector)]
+        defaults = SteeringPlan(plan.vector, force=plan.force, ban=plan.ban).as_dict()
+        later = {name: said[name] for name in said if name not in ("domain", *HASHED) and said[name] != defaults[name]}
+        return [*vector, *(said[name] for name in HASHED), *([later] if later else [])]
+
+
+def _digest(vector: SteeringVector) -> str:
+    """A hash of what a vector does."""
+    digest = hashlib.sha256(vector.experts.detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(repr(vector.layers).encode())
+    return digest.hexdigest()

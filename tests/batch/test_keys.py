@@ -1,0 +1,72 @@
+"""Keys of stories: files that are there already must be resumed, so each key stays what it has always been."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steermoe.batch.jobs import Job, PromptFile, Settings
+from steermoe.batch.keys import StoryKeys
+from steermoe.engines.request import Sampling
+from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
+from steermoe.vectors.file import write_vector
+from steermoe.vectors.vector import SteeringVector, VectorInfo
+
+SHAPE = RoutingShape("tiny", (), tuple(RouterShape(layer, 8, 8, 2) for layer in range(3)))
+GRID = torch.arange(24.0).reshape(3, 8)
+LINES = [
+    {"prompt": "A dog."},
+    {"prompt": "A dog.", "id": "a17", "domain": "sport"},
+    {"prompt": "A dog.", "id": 17, "domain": None},
+    {"prompt": "It rained.", "domain": {"sport": 0.5, "food": -0.25}, "strength": 3, "formula": "additive"},
+    {"prompt": "It rained.", "domain": "sport=0.5+food=-0.25", "scale": "paper", "positions": "all"},
+    {"prompt": "x", "domain": "food", "schedule": "decay:5", "layers": "0-1", "strength": -2.5},
+    {"prompt": "x", "domain": "food", "schedule": "window:1-4", "layers": 2, "seed": 9, "max_new_tokens": 5},
+    {"prompt": "x", "domain": "sport", "min_new_tokens": 2, "do_sample": False, "temperature": 1, "top_p": 0.5},
+    {"prompt": "Ünï", "domains": ["sport", "food=2"], "samples": 2, "top_k": 3, "repetition_penalty": 1.5},
+]
+LISTS = SteeringSpec(force=("0:1", "0:0"), ban=("2:7",))
+# What steermoe 0.1.0 computed, when files of stories began: never to be changed.
+PLAIN_KEYS = """9c6d32f201b94029 9d1434122867ee48 bf637f38e6571f93 4474a0772f22280c 7c3b7b03f2b6ab11 38159e30b05e0a35
+    20bd5e5927355ed7 9146d57b527025a0 a9f77becfe770a48 972ce517520dbbe2 b92cfcd17c7a8689 541c7aab89f4e393"""
+LISTS_KEYS = """68be44d61f51a1c2 68080b7c21f2bc64 2884f0e0e4879185 bf637f38e6571f93 5c37c5a7316c0d2f f2060fc1aa180c6f
+    020445dc48409d1e 7a05d3e0bb3e9e51 a956820771dfcb1d aeb91876c0240e72 7209e681c4bd36b3 31150d2ef5451519
+    031aecbd2fe98ed9"""
+
+
+@pytest.fixture
+def resolver(bare_search_path):
+    for domain, weights in (("sport", GRID / 8), ("food", GRID.flip(1) / 4)):
+        vector = SteeringVector(domain, None, (0, 1, 2), weights=weights, info=VectorInfo(strength=4.0))
+        write_vector(vector, bare_search_path / "vectors" / f"{domain}.safetensors")
+    return PlanResolver(SHAPE, bare_search_path / "vectors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(Settings(), PLAIN_KEYS), (Settings(LISTS, ("sport", "")), LISTS_KEYS)],
+    ids=["plain", "lists of experts"],
+)
+def test_keys_are_what_they_have_always_been(resolver, tmp_path, settings, expected):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, LINES)))
+    keys, file = StoryKeys("a model of these tests"), PromptFile(path)
+    found = [keys.key(job, resolver.plan(job.steering)) for line in file.jobs(settings) for job in line]
+    file.close()
+    assert found == expected.split()
+
+
+def test_whatever_decides_the_text_changes_the_key(resolver):
+    """The fields of plans are in tests/steering/test_fields.py."""
+    job = Job(1, "A dog.", SteeringSpec("sport"), Sampling())
+    plan = resolver.plan(job.steering)
+    other_vector = replace(plan, vector=replace(plan.vector, weights=plan.vector.weights * 2))
+    keys = StoryKeys("a model")
+    found = [keys.key(job, one) for one in (None, plan, other_vector)]
+    found += [keys.key(replace(job, **{name: "other"}), plan) for name in ("prompt", "id")]
+    found += [keys.key(replace(job, sampling=replace(job.sampling, seed=1)), plan), StoryKeys("other").key(job, plan)]
+    assert len(set(found)) == len(found)
+    assert keys.key(job, replace(plan, strength=int(plan.strength))) == keys.key(job, plan)

@@ -1,0 +1,123 @@
+"""From specs to plans: vectors are found, mixed and checked; what is kept, and what a server must not give away."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
+from steermoe.routing.routers import shape_of
+from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
+from steermoe.vectors.file import write_vector
+from steermoe.vectors.vector import SteeringVector
+from tests.support import steering_models as tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.build("mixtral")
+
+
+@pytest.fixture
+def vectors(model, bare_search_path) -> Path:
+    folder = bare_search_path / "vectors"
+    for domain, expert in (("sport", 1), ("food", 2)):
+        write_vector(tiny.vector_for(model, expert, domain=domain), folder / f"{domain}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def resolver(model, vectors):
+    return PlanResolver(shape_of(model), vectors)
+
+
+MIXTURES = [("sport=0.7", "food=0.3"), ("sport=0.7+food=0.3",)]
+
+
+@pytest.mark.parametrize("domain", MIXTURES)
+def test_domains_are_mixed(resolver, domain):
+    plan = resolver.plan(SteeringSpec(domain, 2.0, layers="0-1", ban=("1:7",), positions="all"))
+    assert plan.vector.domain == "sport+food"
+    frequency = 0.9 + 0.1 / tiny.EXPERTS
+    for expert, weight in ((1, 0.7), (2, 0.3)):
+        torch.testing.assert_close(plan.vector.experts[:, expert], torch.full((tiny.LAYERS,), weight * frequency))
+    assert (plan.strength, plan.layers, plan.ban, plan.positions) == (2.0, (0, 1), ((1, 7),), "all")
+    assert (plan.formula, plan.scale) == ("zero_max_scaled", "magnitude")
+
+
+def test_nothing_asked_for_is_no_plan(resolver):
+    assert resolver.plan(SteeringSpec(strength=3.0, layers="0-1")) is None
+    assert resolver.plan(SteeringSpec("none")) is None
+    assert resolver.plan(SteeringSpec(force=("0:1",))).force == ((0, 1),)
+
+
+def test_equal_specs_share_a_plan_and_equal_mixtures_a_vector(resolver):
+    plan = resolver.plan(SteeringSpec("sport+food"))
+    assert resolver.plan(SteeringSpec(["sport+food"])) is plan
+    assert resolver.plan(SteeringSpec("sport+food", 3.0)).vector is plan.vector
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "match"),
+    [
+        (SteeringSpec("knitting"), VectorNotFound, "'knitting'"),
+        (SteeringSpec("sport=0"), VectorError, "sport=0"),
+        (SteeringSpec("tall"), CompatibilityError, "tall"),
+        (SteeringSpec("sport", layers="7-9"), SteeringError, "layers 7-9 hold no router"),
+        (SteeringSpec("sport", schedule="decay:0"), SteeringError, "'decay:0'"),
+        (SteeringSpec(schedule="decay:0"), SteeringError, "'decay:0'"),
+        (SteeringSpec(force=("0:99",)), SteeringError, "does not exist"),
+        (SteeringSpec(force=("0:1",), ban=("0:1",)), SteeringError, "both forced and banned"),
+    ],
+)
+def test_errors(resolver, vectors, spec, error, match):
+    frequency = torch.full((4, tiny.EXPERTS), 1 / tiny.EXPERTS)
+    write_vector(SteeringVector("tall", frequency, (0, 1, 2, 3)), vectors / "tall.safetensors")
+    with pytest.raises(error, match=match):
+        resolver.plan(spec)
+
+
+def test_packed_plans_are_checked_too(resolver, model):
+    resolver.check(SteeringPlan(tiny.vector_for(model, 3), 0.0))
+    with pytest.raises(SteeringError, match="hold no router"):
+        resolver.check(SteeringPlan(tiny.vector_for(model, 3), 0.0, layers=(7, 9)))
+
+
+def test_a_path_may_hold_a_plus(resolver, model, bare_search_path):
+    write_vector(tiny.vector_for(model, 3, domain="law"), bare_search_path / "my+own.safetensors")
+    for text in ("my+own.safetensors", "my+own.safetensors=0.5"):
+        assert resolver.plan(SteeringSpec(text)).vector.domain == "law"
+    assert resolver.plan(SteeringSpec(["my+own.safetensors=0.5", "sport"])).vector.domain == "law+sport"
+    write_vector(tiny.vector_for(model, 3, domain="law"), bare_search_path / "own.safetensors")
+    assert resolver.plan(SteeringSpec("sport+./own.safetensors")).vector.domain == "sport+law"
+
+
+def test_what_was_read_once_stays_unless_files_are_watched(model, vectors):
+    once, watched = PlanResolver(shape_of(model), vectors), PlanResolver(shape_of(model), vectors, watch=True)
+    spec = SteeringSpec("sport")
+    before = once.plan(spec), watched.plan(spec)
+    assert watched.plan(spec) is before[1]
+    write_vector(tiny.vector_for(model, 5), vectors / "sport.safetensors")
+    os.utime(vectors / "sport.safetensors", ns=(1, 1))
+    assert once.plan(spec) is before[0]
+    assert watched.plan(spec).vector.experts[0, 5] > 0
+    with pytest.raises(VectorNotFound):
+        watched.plan(SteeringSpec("law"))
+    write_vector(tiny.vector_for(model, 4, domain="law"), vectors / "law.safetensors")
+    assert watched.plan(SteeringSpec("law")) is not None
+    assert watched.domains() == ["food", "law", "sport"]
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_strangers_name_domains_only_and_learn_no_folders(model, vectors, watch):
+    resolver = PlanResolver(shape_of(model), vectors, watch=watch, names_only=True)
+    assert resolver.plan(SteeringSpec("sport+food")).vector.domain == "sport+food"
+    for text in (str(vectors / "sport.safetensors"), "../vectors/sport", f"food+{vectors / 'sport.safetensors'}"):
+        with pytest.raises(VectorError, match="not allowed"):
+            resolver.plan(SteeringSpec(text))
+    with pytest.raises(VectorNotFound) as caught:
+        resolver.plan(SteeringSpec("knitting"))
+    assert str(caught.value) == "no vector 'knitting'; there are food, sport"
