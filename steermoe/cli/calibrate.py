@@ -7,7 +7,8 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import LabelField, TextField
+from steermoe.cli.embed import tell_problems
+from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
     from steermoe.evaluation.calibration import Calibration
@@ -23,7 +24,9 @@ steermoe calibrate -d chess --heldout texts --model ./my-model
 """
 
 
+@o.spread
 def calibrate(
+    *,
     domain: Annotated[list[str], typer.Option("--domain", "-d", help="Domain or vector file; repeat.")],
     budget: Annotated[float, typer.Option(help="95th percentile of KL a token that is allowed, in nats.")] = 1.0,
     heldout: Annotated[
@@ -32,20 +35,15 @@ def calibrate(
             help="Texts to measure on: those labelled `neutral`, or all. Default: the package's neutral stories."
         ),
     ] = None,
-    text_field: TextField = "text",
-    label_field: LabelField = None,
+    corpus: Annotated[o.CorpusOptions, o.Group(without=("max_tokens",))],
     texts: Annotated[int, typer.Option(min=1, help="So many of them are read.")] = 24,
-    formula: o.Formula = None,
-    scale: o.Scale = None,
+    steering: Annotated[SteeringSpec, o.Group(o.STEERING, only=("formula", "scale"))],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the files. Default: where they are.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell, write nothing.")] = False,
     vectors: o.VectorsFolder = None,
-    model: o.Model = None,
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    model: loading.Loaded,
     json: o.Json = False,
 ) -> None:
     """Find the largest strength within a damage budget and write it, with the safe range, into the vector file.
@@ -58,23 +56,23 @@ def calibrate(
     from steermoe.vectors import file, library
 
     check_budget(budget)
-    loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
+    loaded = model.load()
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.teacher_forcing import TeacherForcing
+    from steermoe.evaluation.texts import neutral_texts
 
-    def fitting(name: str) -> "tuple[Path, SteeringVector]":
-        paths = library.find_vector(name, folder=vectors)
-        return library.read_fitting(paths, loaded.shape)
-
-    found = [fitting(name) for name in dict.fromkeys(domain)]
+    found = [
+        library.read_fitting(library.find_vector(name, folder=vectors), loaded.shape) for name in dict.fromkeys(domain)
+    ]
+    source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):
-        teacher_forcing = TeacherForcing(loaded, _neutral(heldout, text_field, label_field)[:texts])
+        neutral = neutral_texts(source)
+        tell_problems(source)
+        teacher_forcing = TeacherForcing(loaded, neutral[:texts])
     rows, records = [], []
     for path, vector in found:
         with console.working(f"Calibrating {vector.domain} ..."):
-            calibrated, result = calibrate_vector(
-                teacher_forcing, vector, budget, None if formula is None else formula.value, scale
-            )
+            calibrated, result = calibrate_vector(teacher_forcing, vector, budget, steering.formula, steering.scale)
         target = path if output is None else output / path.name
         if not dry_run:
             file.write_vector(calibrated, target)
@@ -84,21 +82,6 @@ def calibrate(
         console.write_json(records)
     else:
         tables.print_table(("domain", "formula", "strength", "safe range", "damage", "file"), rows)
-
-
-def _neutral(heldout: Path | None, text_field: str, label_field: str | None) -> list[str]:
-    """The texts labelled neutral, or all where none is."""
-    from steermoe.evaluation.texts import NEUTRAL, packaged_texts
-
-    if heldout is None:
-        return packaged_texts().of(NEUTRAL)
-    from steermoe.cli.embed import tell_problems
-    from steermoe.discovery.corpus import Corpus
-
-    corpus = Corpus(heldout, text_field=text_field, label_field=label_field)
-    texts = list(corpus)
-    tell_problems(corpus)
-    return [text.text for text in texts if text.label == NEUTRAL] or [text.text for text in texts]
 
 
 def _row(vector: "SteeringVector", result: "Calibration", path: str) -> tuple[str, ...]:

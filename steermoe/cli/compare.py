@@ -1,12 +1,15 @@
 """`steermoe compare`: the same opening unsteered and steered, side by side."""
 
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from steermoe.cli import loading
 from steermoe.cli import options as o
+from steermoe.cli.loading import ModelOptions
+from steermoe.steering.spec import SteeringSpec
 
 EXAMPLES = """Examples:
 
@@ -20,84 +23,51 @@ steermoe compare -d law --formula additive --formula zero_max_scaled --json
 """
 
 
+class FormulaName(StrEnum):
+    """Typer takes repeated choices as an enumeration only."""
+
+    additive = "additive"
+    max_scaled = "max_scaled"
+    zero_max_scaled = "zero_max_scaled"
+
+
+@o.spread
 def compare(
+    *,
     prompt: o.Prompt = None,
     domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--domain",
-            "-d",
-            help="A text for each domain or vector file; a mixture as sport=0.7+food=0.3.",
-            rich_help_panel=o.STEERING,
-        ),
+        list[str] | None, o.domains("A text for each domain or vector file; a mixture as sport=0.7+food=0.3.")
     ] = None,
     strength: Annotated[
         list[float] | None,
         typer.Option(help="A text for each strength. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
     formula: Annotated[
-        list[o.FormulaName] | None,
+        list[FormulaName] | None,
         typer.Option(help="A text for each formula. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
-    scale: o.Scale = None,
-    positions: o.Positions = "generated",
-    schedule: o.ScheduleText = "constant",
-    layers: o.Layers = None,
-    force: o.Force = None,
-    ban: o.Ban = None,
+    steering: Annotated[SteeringSpec, o.Group(o.STEERING, without=("domain", "strength", "formula"))],
     vectors: o.VectorsFolder = None,
-    max_new_tokens: o.MaxNewTokens = 120,
-    do_sample: o.DoSample = True,
-    temperature: o.Temperature = 0.7,
-    top_p: o.TopP = 1.0,
-    top_k: o.TopK = 0,
-    repetition_penalty: o.RepetitionPenalty = 1.0,
-    seed: o.Seed = 0,
-    model: o.Model = None,
-    engine: o.Engine = "auto",
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    quantize: o.Quantize = None,
-    compiled_steps: o.CompiledSteps = True,
+    sampling: o.Sampling,
+    model: ModelOptions,
     svg: Annotated[Path | None, typer.Option(help="Draw the comparison into this SVG file too.")] = None,
     json: o.Json = False,
 ) -> None:
     """Tell the same story unsteered and steered, side by side, with what steering did to the routing."""
     from steermoe.cli.terminal import console
-    from steermoe.engines.request import Request, Sampling
+    from steermoe.engines.request import Request
 
     text = o.read_prompt(prompt)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    runner = loading.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
+    runner = model.open()
     from steermoe.evaluation.comparison import compare_completions
-    from steermoe.steering.spec import make_plan
-    from steermoe.vectors.file import SUFFIX
+    from steermoe.steering.resolver import PlanResolver
 
+    resolver = PlanResolver(runner.shape, vectors)
+    formulas: list[Any] = [one.value for one in formula or ()]
     plans = [
-        make_plan(
-            runner.shape,
-            [names] if names.endswith(SUFFIX) else names.split("+"),
-            strength=c,
-            layers=layers,
-            force=force,
-            ban=ban,
-            vectors=vectors,
-            formula=f,
-            scale=scale,
-            positions=positions,
-            schedule=schedule,
-        )
-        for names in (domain or ["sport"])
-        for f in formula or (None,)
+        resolver.plan(replace(steering, domain=(names,), formula=f, strength=c))
+        for names in domain or ["sport"]
+        for f in formulas or (None,)
         for c in strength or (None,)
     ]
     o.warn_beyond_safe_range(plans)

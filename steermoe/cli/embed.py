@@ -24,53 +24,42 @@ steermoe embed prompts.csv --tokens last --hidden --model ./my-model -o embeddin
 SHOWN_PROBLEMS = 5
 """So many bad records are told one by one; the rest is a number."""
 
+
 CorpusPath = Annotated[
     Path, typer.Argument(metavar="CORPUS", help="Folder of texts, or a .txt, .jsonl, .csv or .parquet file.")
 ]
-TextField = Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel="Corpus")]
-LabelField = Annotated[
-    str | None,
-    typer.Option(help="Field of the known domain. Default: subfolder or file name.", rich_help_panel="Corpus"),
-]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens read of each text.", rich_help_panel="Corpus")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")]
 
 
+@o.spread
 def embed(
+    *,
     corpus: CorpusPath,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the embeddings; one begun is gone on with.")
     ],
-    text_field: TextField = "text",
-    label_field: LabelField = None,
-    max_tokens: MaxTokens = 512,
+    texts: o.CorpusOptions,
     features: Annotated[
         Literal["counts", "probabilities"], typer.Option(help="Choices of experts, or mean router probabilities.")
     ] = "counts",
     tokens: Annotated[Literal["all", "last"], typer.Option(help="All tokens of a text, or only its last one.")] = "all",
     hidden: Annotated[bool, typer.Option("--hidden", help="Keep mean hidden states too.")] = False,
-    batch_tokens: BatchTokens = 2048,
-    model: o.Model = None,
-    engine: o.Engine = "auto",
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")] = 2048,
+    model: loading.Source,
     json: o.Json = False,
 ) -> None:
     """Embed a corpus: how often the model's routers choose each expert, text by text. Prints the folder."""
-    from steermoe.cli.terminal import console
-    from steermoe.discovery.corpus import Corpus
+    from dataclasses import asdict
 
-    texts = Corpus(corpus, text_field=text_field, label_field=label_field)
-    loaded = loading.open_source(model, engine, dtype, device_map, trust_remote_code)
+    from steermoe.cli.terminal import console
+
+    found = texts.open(corpus)
+    loaded = model.source()
     from steermoe.discovery.embedder import EmbeddingOptions
 
-    options = EmbeddingOptions(features, tokens, hidden, max_tokens, batch_tokens)
-    store = embed_into(output, texts, loaded, options)
+    options = EmbeddingOptions(features, tokens, hidden, texts.max_tokens, batch_tokens)
+    store = embed_into(output, found, loaded, options)
     if json:
-        from dataclasses import asdict
-
-        console.write_json({"path": str(output), **asdict(store.meta), "left_out": texts.num_problems})
+        console.write_json({"path": str(output), **asdict(store.meta), "left_out": found.num_problems})
     else:
         console.write(f"{output}\n")
 
@@ -92,10 +81,12 @@ def embed_into(
     return store
 
 
-def tell_problems(corpus: "Corpus") -> None:
-    """Name the first bad records and count the rest, on stderr."""
+def tell_problems(corpus: "Corpus | None") -> None:
+    """Name the first bad records of a user's corpus and count the rest, on stderr."""
     from steermoe.cli.terminal import console
 
+    if corpus is None:
+        return
     for problem in corpus.problems[:SHOWN_PROBLEMS]:
         console.err.print(f"steermoe: left out: {console.printable(str(problem))}", soft_wrap=True)
     if corpus.num_problems > SHOWN_PROBLEMS:

@@ -1,12 +1,15 @@
 """`steermoe generate`: one text, steered or not."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steermoe.cli import loading
 from steermoe.cli import options as o
+from steermoe.cli.loading import ModelOptions
+
+if TYPE_CHECKING:
+    from steermoe.engines.request import Completion
 
 EXAMPLES = """Examples:
 
@@ -20,40 +23,14 @@ steermoe generate --model smollm2-moe-q8_0.gguf -d space --engine llamacpp
 """
 
 
+@o.spread
 def generate(
+    *,
     prompt: o.Prompt = None,
-    domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--domain",
-            "-d",
-            help="Domain or vector file to steer to; repeat as name=weight to mix.",
-            rich_help_panel=o.STEERING,
-        ),
-    ] = None,
-    strength: o.Strength = None,
-    formula: o.Formula = None,
-    scale: o.Scale = None,
-    positions: o.Positions = "generated",
-    schedule: o.ScheduleText = "constant",
-    layers: o.Layers = None,
-    force: o.Force = None,
-    ban: o.Ban = None,
+    steering: o.Steering,
     vectors: o.VectorsFolder = None,
-    max_new_tokens: o.MaxNewTokens = 120,
-    do_sample: o.DoSample = True,
-    temperature: o.Temperature = 0.7,
-    top_p: o.TopP = 1.0,
-    top_k: o.TopK = 0,
-    repetition_penalty: o.RepetitionPenalty = 1.0,
-    seed: o.Seed = 0,
-    model: o.Model = None,
-    engine: o.Engine = "auto",
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    quantize: o.Quantize = None,
-    compiled_steps: o.CompiledSteps = True,
+    sampling: o.Sampling,
+    model: ModelOptions,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. Default: on a terminal.")
     ] = None,
@@ -61,49 +38,35 @@ def generate(
 ) -> None:
     """Continue a text, steered toward a domain (or, without --domain, unsteered)."""
     from steermoe.cli.terminal import console
-    from steermoe.engines.request import Request, Sampling
+    from steermoe.engines.request import Request
 
     text = o.read_prompt(prompt)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    runner = loading.EngineOptions(model, engine, dtype, device_map, trust_remote_code, quantize, compiled_steps).open()
-    from steermoe.steering.spec import make_plan
+    runner = model.open()
+    from steermoe.steering.resolver import PlanResolver
 
-    plan = make_plan(
-        runner.shape,
-        domain or [],
-        strength=strength,
-        layers=layers,
-        force=force,
-        ban=ban,
-        vectors=vectors,
-        formula=formula,
-        scale=scale,
-        positions=positions,
-        schedule=schedule,
-    )
+    plan = PlanResolver(runner.shape, vectors).plan(steering)
     o.warn_beyond_safe_range([plan])
+    request = Request(text, plan, sampling)
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:
-        request = Request(text, plan, sampling)
         runner.encode(request)
         console.write(text)
         (completion,) = runner.generate([request], on_text=console.write)
         console.write("\n")
     else:
         with console.working("Generating ..."):
-            (completion,) = runner.generate([Request(text, plan, sampling)])
+            (completion,) = runner.generate([request])
         if json:
             console.write_json(completion.as_dict(runner.name))
         else:
             console.write(f"{text}{completion.text}\n")
+    _print_report(completion)
+
+
+def _print_report(completion: "Completion") -> None:
+    """What steering did, on stderr."""
+    from steermoe.cli.terminal import console
+
     if completion.report is not None:
         report = completion.report
         console.err.print(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from steermoe.cli import options as o
-from steermoe.cli.embed import MaxTokens, TextField, tell_problems
-from steermoe.cli.loading import load_model
+from steermoe.cli.embed import tell_problems
+from steermoe.cli.loading import ModelOptions
 from steermoe.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def compile_(
 
     from steermoe.cli.terminal import tables
 
-    loaded = load_model(model, dtype, None, trust_remote_code, quantize=quantize)
+    loaded = ModelOptions(model, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize).load()
     from steermoe.engines.hf.compiled.artifacts import KINDS, compile_step, folder_of
 
     rows = []
@@ -145,7 +145,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a model as a GGUF file, which llama.cpp runs. Prints the file."""
-    loaded = load_model(model, "auto", None, trust_remote_code)
+    loaded = ModelOptions(model, trust_remote_code=trust_remote_code).load()
     from steermoe.models.gguf.export import export_gguf
 
     path = output or Path(f"{loaded.name.rpartition('/')[2]}-{gguf}.gguf")
@@ -160,35 +160,36 @@ def export(
 
 
 @app.command(epilog=INSPECT_EXAMPLES)
+@o.spread
 def inspect(
+    *,
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.")
     ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="Also run these texts and tell how the routers share their load.")
     ] = None,
-    text_field: TextField = "text",
-    max_tokens: MaxTokens = 512,
+    reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     png: Annotated[Path | None, typer.Option(help="With --texts: draw the load as a picture too.")] = None,
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    options: Annotated[ModelOptions, o.Group(only=("dtype", "device_map", "trust_remote_code"))],
     json: Json = False,
 ) -> None:
     """Describe a checkpoint and what would be steered. No weights are loaded, unless --texts are to be run."""
+    from dataclasses import replace
+
     from steermoe.cli.terminal import tables
     from steermoe.errors import SteerMoEError
     from steermoe.models.default.pull import DEFAULT_MODEL
     from steermoe.models.description import describe
 
     if texts is not None:
-        _inspect_load(model, texts, text_field, max_tokens, png, (dtype, device_map, trust_remote_code), json)
+        _inspect_load(replace(options, model=model), texts, reading, png, json)
         return
     if png is not None:
         raise SteerMoEError("--png draws the load of routers on texts: pass --texts CORPUS too")
 
     with console.working(f"Looking at {model or DEFAULT_MODEL} ..."):
-        description = describe(model, trust_remote_code=trust_remote_code)
+        description = describe(model, trust_remote_code=options.trust_remote_code)
     if json:
         console.write_json(description.as_dict())
     else:
@@ -196,31 +197,23 @@ def inspect(
         tables.print_facts(_facts(description))
 
 
-def _inspect_load(
-    model: str | None,
-    path: Path,
-    text_field: str,
-    max_tokens: int,
-    png: Path | None,
-    loading: tuple[str, str | None, bool],
-    json: bool,
-) -> None:
+def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png: Path | None, json: bool) -> None:
     """Run texts and tell each router's load."""
-    from steermoe.discovery.corpus import Corpus
-
     if png is not None:
         from steermoe.figures import check_matplotlib
 
         check_matplotlib()
-    corpus = Corpus(path, text_field=text_field)
+    corpus = reading.open(path)
     with console.working("Reading the corpus ..."):
         total = sum(1 for _ in corpus)
     tell_problems(corpus)
-    loaded = load_model(model, *loading)
+    loaded = model.load()
     from steermoe.discovery.health import routing_health
 
     with console.counting("Running", "texts", total) as progress:
-        health = routing_health(loaded, (text.text for text in corpus), max_tokens=max_tokens, progress=progress)
+        health = routing_health(
+            loaded, (text.text for text in corpus), max_tokens=reading.max_tokens, progress=progress
+        )
     if json:
         console.write_json(health.as_dict())
     else:

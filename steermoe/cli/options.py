@@ -1,70 +1,108 @@
-"""Options that several commands share, as types, and what turns them into the library's objects."""
+"""Options that several commands share, and `spread`, which turns dataclasses into options. Knows no command."""
 
-from enum import StrEnum
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from steermoe.engines.auto import EngineName
+from steermoe.engines.request import Sampling as SamplingFields
+from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from steermoe.discovery.corpus import Corpus
     from steermoe.steering.plans import SteeringPlan
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
+STEERING, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Sampling", "Model", "Corpus", "vLLM"
 
 
-class FormulaName(StrEnum):
-    """Typer takes repeated choices as an enumeration only."""
-
-    additive = "additive"
-    max_scaled = "max_scaled"
-    zero_max_scaled = "zero_max_scaled"
+# ---- groups of options ----
 
 
-ScaleName = Literal["magnitude", "paper"]
-PositionsName = Literal["generated", "prompt", "all"]
+@dataclass(frozen=True)
+class Group:
+    """Annotates a command's dataclass parameter: under which heading its options stand, and which of them it has.
 
-STEERING, SAMPLING, MODEL = "Steering", "Sampling", "Model"
+    Attributes:
+        without: fields that are no options here. only: the fields that are; None for all others.
+    """
 
-Prompt = Annotated[
-    str | None, typer.Argument(help="Beginning of the text; - reads stdin; without it a built-in story is told.")
-]
-Strength = Annotated[
-    float | None,
-    typer.Option(help="c of the formulas; negative steers away. Default: the vector's own.", rich_help_panel=STEERING),
-]
-Formula = Annotated[
-    FormulaName | None, typer.Option(help="How logits change. Default: the vector's own.", rich_help_panel=STEERING)
-]
-Scale = Annotated[
-    ScaleName | None,
-    typer.Option(help="What max-scaled formulas multiply by: |max z| or max z.", rich_help_panel=STEERING),
-]
-Positions = Annotated[PositionsName, typer.Option(help="Which tokens are steered.", rich_help_panel=STEERING)]
-ScheduleText = Annotated[
-    str, typer.Option(help="constant, decay:N or window:A-B, in generated tokens.", rich_help_panel=STEERING)
-]
-Layers = Annotated[str | None, typer.Option(help="Decoder layers to steer, such as 15-29.", rich_help_panel=STEERING)]
-Force = Annotated[
-    list[str] | None, typer.Option(help="Expert to use always, as layer:expert; repeat.", rich_help_panel=STEERING)
-]
-Ban = Annotated[
-    list[str] | None, typer.Option(help="Expert never to use, as layer:expert; repeat.", rich_help_panel=STEERING)
-]
+    panel: str | None = None
+    without: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+    def options(self, kind: type[Any]) -> Iterator[inspect.Parameter]:
+        """A parameter that typer understands for each field that is an option.
+
+        A field is one if it is annotated with `typer.Option`, or if its metadata has "help". A field that is a tuple of
+        any length is a repeated option.
+        """
+        hints = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            name, hint, default = field.name, hints[field.name], field.default
+            if name in self.without or (self.only is not None and name not in self.only):
+                continue
+            if "help" in field.metadata:
+                if get_origin(hint) is tuple:
+                    hint, default = list[get_args(hint)[0]] | None, None  # type: ignore[misc]
+                flags, help = field.metadata.get("flags", ()), field.metadata["help"]
+                hint = Annotated[hint, typer.Option(*flags, help=help, rich_help_panel=self.panel)]
+            if get_origin(hint) is Annotated:
+                default = inspect.Parameter.empty if default is MISSING else default
+                yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer takes it: each parameter that is a dataclass is replaced by the options of its fields.
+
+    Fields that are not given, or given as None, keep the dataclass's own defaults.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, tuple[Any, list[inspect.Parameter]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if is_dataclass(kind):
+            group = next((mark for mark in marks if isinstance(mark, Group)), Group())
+            groups[name] = kind, list(group.options(kind))  # type: ignore[arg-type]
+            parameters += groups[name][1]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    def run(**given: Any) -> None:
+        made = {}
+        for name, (kind, options) in groups.items():
+            values = {option.name: given.pop(option.name) for option in options}
+            values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+            made[name] = kind(**{field: value for field, value in values.items() if value is not None})
+        command(**given, **made)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+# ---- steering, sampling, models, machines ----
+
+Steering = Annotated[SteeringSpec, Group(STEERING)]
+Sampling = Annotated[SamplingFields, Group(SAMPLING)]
+
+
+def domains(help: str) -> Any:
+    """The option --domain of a command for which several domains are alternatives, not a mixture."""
+    return typer.Option("--domain", "-d", help=help, rich_help_panel=STEERING)
+
+
 VectorsFolder = Annotated[
     Path | None, typer.Option("--vectors", help="Folder of vectors to search first.", rich_help_panel=STEERING)
 ]
-
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.", rich_help_panel=SAMPLING)]
-DoSample = Annotated[bool, typer.Option(help="Sample, or take the likeliest token.", rich_help_panel=SAMPLING)]
-Temperature = Annotated[float, typer.Option(help="Flattens (over 1) or sharpens the choice.", rich_help_panel=SAMPLING)]
-TopP = Annotated[float, typer.Option(help="Sample from this much probability.", rich_help_panel=SAMPLING)]
-TopK = Annotated[int, typer.Option(help="Sample from so many tokens; 0 for all.", rich_help_panel=SAMPLING)]
-RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 discourages repetition.", rich_help_panel=SAMPLING)]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=SAMPLING)]
 
 Model = Annotated[
     str | None,
@@ -86,15 +124,67 @@ CompiledSteps = Annotated[
 ]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
 
-VLLM = "vLLM"
-TensorParallelSize = Annotated[int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)]
-PipelineParallelSize = Annotated[
-    int, typer.Option(min=1, help="Workers that divide the layers among them.", rich_help_panel=VLLM)
-]
-DataParallelSize = Annotated[
-    int, typer.Option(min=1, help="Copies of the model that divide the texts.", rich_help_panel=VLLM)
-]
 
+@dataclass(frozen=True)
+class VLLMOptions:
+    """How vLLM spreads a model over GPUs, or over processes where there are none, and whether it compiles it."""
+
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)
+    ] = 1
+    pipeline_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Workers that divide the layers among them.", rich_help_panel=VLLM)
+    ] = 1
+    data_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Copies of the model that divide the texts.", rich_help_panel=VLLM)
+    ] = 1
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=VLLM),
+    ] = False
+
+    @property
+    def workers(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    def arguments(self) -> dict[str, int]:
+        """The arguments of `VLLMEngine` for those that are not the default."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
+
+# ---- texts ----
+
+TextField = Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel=CORPUS)]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens read of each text.", rich_help_panel=CORPUS)]
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """How texts are read from a corpus."""
+
+    text_field: TextField = "text"
+    label_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the known domain. Default: subfolder or file name.", rich_help_panel=CORPUS),
+    ] = None
+    max_tokens: MaxTokens = 512
+
+    def open(self, path: Path) -> "Corpus":
+        """The texts at a path.
+
+        Raises:
+            CorpusError: there is no such path, or it is a file of another kind.
+        """
+        from steermoe.discovery.corpus import Corpus
+
+        return Corpus(path, text_field=self.text_field, label_field=self.label_field)
+
+
+# ---- others ----
+
+Prompt = Annotated[
+    str | None, typer.Argument(help="Beginning of the text; - reads stdin; without it a built-in story is told.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one object a line.")]
 
 

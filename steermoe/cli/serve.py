@@ -19,7 +19,9 @@ curl localhost:8000/v1/completions --json '{"model": "smollm2-moe:sport", "promp
 """
 
 
+@o.spread
 def serve(
+    *,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")] = "smollm2-moe",
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM_ARGUMENTS...]", help="Further arguments of vLLM's server.")
@@ -32,9 +34,7 @@ def serve(
     ] = None,
     vectors: o.VectorsFolder = None,
     dtype: o.Dtype = "auto",
-    tensor_parallel_size: o.TensorParallelSize = 1,
-    pipeline_parallel_size: o.PipelineParallelSize = 1,
-    data_parallel_size: o.DataParallelSize = 1,
+    vllm: Annotated[o.VLLMOptions, o.Group(without=("compiled",))],
     eager: Annotated[bool, typer.Option("--eager", help="Start at once, without compiling the model.")] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
@@ -56,6 +56,6 @@ def serve(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         eager=eager,
-        parallel=loading.parallel_sizes(tensor_parallel_size, pipeline_parallel_size, data_parallel_size),
+        parallel=vllm.arguments(),
         arguments=arguments or (),
     )

@@ -17,7 +17,7 @@ LISTS = ("force", "ban")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked, under transformers' own names.
+    """How the next token is picked, under transformers' own names; a field with "help" is an option of commands.
 
     Attributes:
         top_k, top_p: 0 and 1.0 switch them off.
@@ -27,14 +27,14 @@ class Sampling:
         GenerationError: a value outside its range.
     """
 
-    max_new_tokens: int = 120
+    max_new_tokens: int = field(default=120, metadata={"help": "Tokens to generate at most."})
     min_new_tokens: int = 0
-    do_sample: bool = True
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    do_sample: bool = field(default=True, metadata={"help": "Sample, or take the likeliest token."})
+    temperature: float = field(default=0.7, metadata={"help": "Flattens (over 1) or sharpens the choice."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from this much probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample from so many tokens; 0 for all."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Over 1 discourages repetition."})
+    seed: int = field(default=0, metadata={"help": "The same seed gives the same text."})
 
     def __post_init__(self) -> None:
         for name, is_right, expected in (

@@ -17,6 +17,7 @@ DATA = Path(__file__).parent / "data"
 """Texts (`DOMAIN.jsonl`) and word lists (`DOMAIN.txt`)."""
 NEUTRAL = "neutral"
 """The label of texts that belong to no domain; damage is measured on them."""
+NUM_OPENINGS = 50
 LEAST_TEXTS = 8
 """The fewest texts that a domain needs, half to learn from and half to measure on."""
 
@@ -79,6 +80,35 @@ def read_texts(corpus: Corpus, domains: Iterable[str]) -> Labelled:
     )
 
 
+def heldout_texts(domains: Iterable[str], corpus: Corpus | None = None) -> Labelled:
+    """A user's labelled corpus as `read_texts` reads it, or the package's texts.
+
+    Raises:
+        CorpusError: there are none, or too few, of a domain.
+    """
+    if corpus is not None:
+        return read_texts(corpus, domains)
+    texts = packaged_texts()
+    if unknown := [domain for domain in domains if domain not in texts.labels]:
+        raise CorpusError(
+            f"no held-out texts of '{unknown[0]}' came with steermoe (there are {', '.join(texts.labels)}): give "
+            "labelled ones with --heldout"
+        )
+    return texts
+
+
+def neutral_texts(corpus: Corpus | None = None) -> list[str]:
+    """The texts of a user's corpus labelled neutral, or all where none is; the package's neutral ones without a corpus.
+
+    Raises:
+        CorpusError: the corpus can't be read, or holds no texts.
+    """
+    if corpus is None:
+        return packaged_texts().of(NEUTRAL)
+    texts = list(corpus)
+    return [text.text for text in texts if text.label == NEUTRAL] or [text.text for text in texts]
+
+
 def read_openings(path: Path) -> list[str]:
     """Openings from a file: one per line, or JSONL with a `prompt`.
 
@@ -106,6 +136,13 @@ def read_openings(path: Path) -> list[str]:
     if not openings:
         raise CorpusError(f"'{path}' contains no openings: write one per line, or JSONL with a prompt")
     return list(dict.fromkeys(openings))
+
+
+def choose_openings(path: Path | None = None) -> list[str]:
+    """Openings from a file, as `read_openings`, or the package's first 50 that no training saw."""
+    from steermoe.models.default.stories import openings
+
+    return openings("heldout", NUM_OPENINGS) if path is None else read_openings(path)
 
 
 def domain_list(domain: str, without: Sequence[str] = (), folder: Path | None = None) -> list[str]:

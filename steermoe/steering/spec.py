@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import SteeringError
@@ -16,8 +15,7 @@ from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
 
 if TYPE_CHECKING:
-    from steermoe.routing.shape import RoutingShape
-    from steermoe.steering.plans import LayerExpert, Schedule, SteeringPlan
+    from steermoe.steering.plans import LayerExpert, Schedule
 
 NO_DOMAIN = "none"
 """The domain that leaves a text unsteered."""
@@ -295,16 +293,3 @@ def _short(value: Any) -> str:
         return json.dumps(value, default=repr)[:QUOTED]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
-
-
-# ---- until all commands resolve specs themselves ----
-
-
-def make_plan(
-    shape: "RoutingShape", domains: list[str], *, vectors: Path | None = None, **fields: Any
-) -> "SteeringPlan | None":
-    """The plan for a mixture of domains, or None if nothing is asked for; None leaves a field's default."""
-    from steermoe.steering.resolver import PlanResolver
-
-    given = {name: value for name, value in fields.items() if value is not None}
-    return PlanResolver(shape, vectors).plan(SteeringSpec(tuple(domains), **given))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steermoe.errors import CompatibilityError, VectorNotFound
+from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.vectors.file import DOMAIN_NAME, SUFFIX, check_domain_name, read_vector
 from steermoe.vectors.vector import SteeringVector
 
@@ -97,6 +97,52 @@ def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, St
         else:
             return path, vector
     raise misfits[0]
+
+
+def vectors_for(
+    shape: "RoutingShape", names: Sequence[str] = (), *, folder: Path | str | None = None
+) -> dict[str, SteeringVector]:
+    """The vectors named, or all on the search path that fit a model; by domain.
+
+    Raises:
+        VectorNotFound: one that is named, or any. VectorError: a domain twice. CompatibilityError: a named one does not
+            fit.
+    """
+    if names:
+        named = [load_vector(name, shape, folder=folder) for name in names]
+        if len({vector.domain for vector in named}) < len(named):
+            raise VectorError(f"a domain is named twice ({', '.join(names)}): name each once")
+        return {vector.domain: vector for vector in named}
+    found: dict[str, SteeringVector] = {}
+    for file in find_vectors(folder):
+        if file.domain in found:
+            continue
+        try:
+            found[file.domain] = load_vector(file.path, shape)
+        except CompatibilityError:
+            continue
+    if not found:
+        raise VectorNotFound(f"no vector fits {shape.name}: name one with --domain, or a folder with --vectors")
+    return found
+
+
+def places_for(domains: Sequence[str], folder: Path, *, overwrite: bool = False) -> dict[str, Path]:
+    """Where in a folder each domain's vector is written.
+
+    Raises:
+        VectorError: it can't be written there, which is better known before long work.
+    """
+    if folder.suffix == SUFFIX:
+        raise VectorError(f"--output '{folder}' is a file's name: give a folder, each domain gets a file in it")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise VectorError(f"can't write to '{folder}': '{there}' is no folder that can be written to; name another")
+    paths = {domain: folder / f"{domain}{SUFFIX}" for domain in domains}
+    if taken := [path for path in paths.values() if path.exists() and not overwrite]:
+        raise VectorError(
+            f"'{taken[0]}' is there already: pass --force to overwrite it, or --output for another folder"
+        )
+    return paths
 
 
 def load_vector(

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from steermoe.errors import CompatibilityError, VectorError
 from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.vectors.file import read_header, read_vector
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 Parts = Sequence[tuple[SteeringVector, float]]
@@ -84,6 +86,21 @@ def _strength_of(parts: Parts) -> float | None:
     weights = [abs(weight) for _, weight in parts]
     largest = max(weights) if len(parts) > 1 else 1.0
     return sum(weight * strength for weight, strength in zip(weights, known, strict=True)) / sum(weights) / largest
+
+
+def mix_files(parts: Sequence[tuple[Path, float]], domain: str) -> SteeringVector:
+    """As `mix`, of vector files with their weights; the mixture keeps their hashes.
+
+    Raises:
+        VectorError: a file can't be read. Otherwise as `mix`.
+    """
+    read = [(read_vector(path), weight) for path, weight in parts]
+    vector = mix(read, domain)
+    provenance = tuple(
+        f"{part.domain}={weight:g} sha256:{read_header(path).tensors_sha256[:12]}"
+        for (path, _), (part, weight) in zip(parts, read, strict=True)
+    )
+    return replace(vector, info=replace(vector.info, parts=provenance, created_by="steermoe vectors mix"))
 
 
 def _shape_of(vector: SteeringVector) -> RoutingShape:

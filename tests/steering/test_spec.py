@@ -77,7 +77,7 @@ def test_what_asks_for_no_steering(spec, expected):
 
 def test_the_fields_of_the_plan():
     spec = SteeringSpec("sport", 3.0, "additive", "paper", "all", "decay:4", "2", ("0:1",), ("1:2", "1:3"))
-    assert spec.plan_fields() == {
+    expected = {
         "strength": 3.0,
         "formula": "additive",
         "scale": "paper",
@@ -87,6 +87,7 @@ def test_the_fields_of_the_plan():
         "force": ((0, 1),),
         "ban": ((1, 2), (1, 3)),
     }
+    assert expected.items() <= spec.plan_fields().items()
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,52 @@
-"""Tables and cards on stdout. Every text in them is made safe to show."""
+"""Tables and cards on stdout. Every text in them is made safe to show.
+
+In a terminal rich fits them to its width. In a pipe a row is one line, so that grep finds all of it: columns are as
+wide as their widest cell, nothing is folded, nothing is padded at the end, and brackets are no markup.
+"""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
 from steermoe.cli.terminal.console import out, printable
 
-UNLIMITED = 10_000
-"""Width of a table that is not for a terminal: in a pipe a row is one line, so that grep finds all of it."""
+GAP = "  "
+"""Between two columns."""
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], wrapping: int = 1) -> None:
     """Rows under their titles; in a narrow terminal the cells of the last columns, `wrapping` many, are folded."""
+    if not sys.stdout.isatty():
+        _print_lines([titles, *rows])
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for number, title in enumerate(titles):
         table.add_column(title, overflow="fold", no_wrap=number < len(titles) - wrapping)
     for row in rows:
         table.add_row(*map(printable, row))
-    _print(table)
+    out.print(table)
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
     """A card: what a fact is called, and the fact."""
+    if not sys.stdout.isatty():
+        _print_lines(list(facts.items()))
+        return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, fact in facts.items():
         table.add_row(label, printable(fact))
-    _print(table)
+    out.print(table)
 
 
-def _print(table: Table) -> None:
-    console = out if sys.stdout.isatty() else Console(file=out.file, width=UNLIMITED, highlight=False, emoji=False)
-    console.print(table)
+def _print_lines(rows: Sequence[Sequence[str]]) -> None:
+    """Each row on a line of its own."""
+    cells = [[" ".join(printable(cell).splitlines()).replace("\t", " ") for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        out.print(Text(GAP.join(padded).rstrip()), soft_wrap=True)

@@ -1,5 +1,6 @@
 """`steermoe vectors build`: steering vectors from texts whose domains are known."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,12 +8,12 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import MaxTokens, TextField, tell_problems
+from steermoe.cli.embed import tell_problems
 
 if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
+    from steermoe.discovery.embedder import RoutingSource, TextProgress
     from steermoe.discovery.labelled import Contrast
-    from steermoe.discovery.store import Text
     from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
@@ -23,11 +24,56 @@ steermoe vectors build --texts chess=chess.jsonl --against other.jsonl --lists 2
 
 steermoe vectors build --texts sport=news.csv --against news.csv --label-field kind
 """
-MAX_LABELS = 8
-"""So many labels are named where a domain's isn't among them."""
 
 
+@dataclass(frozen=True)
+class Making:
+    """What of the texts' routing becomes part of a vector."""
+
+    threshold: Annotated[float, typer.Option(min=0, help="Keep what exceeds so many times the usual frequency.")] = 3.0
+    relative: Annotated[
+        bool | None,
+        typer.Option(
+            "--relative/--absolute",
+            help="Usual: the mean of the domains, or 1/N as in the paper. Default: the mean, of more than 3 domains.",
+        ),
+    ] = None
+    min_difference: Annotated[
+        float, typer.Option(min=0, max=1, help="With --against: keep experts so much more often active.")
+    ] = 0.1
+    lists: Annotated[int, typer.Option(min=0, help="With --against: experts to force and to ban that are told.")] = 10
+
+    def vectors(
+        self,
+        loaded: "RoutingSource",
+        corpora: dict[str, list[str]],
+        others: list[str] | None,
+        max_tokens: int,
+        progress: "TextProgress",
+    ) -> "tuple[list[SteeringVector], list[Contrast]]":
+        """A vector a domain; against other texts, also the contrasts that they are the vectors of."""
+        from steermoe.discovery import labelled
+
+        if others is None:
+            threshold, relative = self.threshold, self.relative
+            return labelled.vectors_from_labelled(
+                loaded, corpora, threshold=threshold, relative=relative, max_tokens=max_tokens, progress=progress
+            ), []
+        made = labelled.contrasts(
+            loaded,
+            corpora,
+            others,
+            min_difference=self.min_difference,
+            count=self.lists,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+        return [contrast.vector for contrast in made], made
+
+
+@o.spread
 def build(
+    *,
     texts: Annotated[list[str], typer.Option("--texts", help="A domain's texts, as name=PATH; repeat.")],
     against: Annotated[
         Path | None, typer.Option(help="Other texts: build contrasts against them, with lists to force and ban.")
@@ -35,19 +81,8 @@ def build(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder. Default: steering_vectors/MODEL.")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, help="Keep what exceeds so many times the usual frequency.")] = 3.0,
-    relative: Annotated[
-        bool | None,
-        typer.Option(
-            "--relative/--absolute",
-            help="Usual: the mean of the domains, or 1/N as in the paper. Default: the mean, of more than 3 domains.",
-        ),
-    ] = None,
-    min_difference: Annotated[
-        float, typer.Option(min=0, max=1, help="With --against: keep experts so much more often active.")
-    ] = 0.1,
-    lists: Annotated[int, typer.Option(min=0, help="With --against: experts to force and to ban that are told.")] = 10,
-    text_field: TextField = "text",
+    making: Making,
+    text_field: o.TextField = "text",
     label_field: Annotated[
         str | None,
         typer.Option(
@@ -55,47 +90,27 @@ def build(
             rich_help_panel="Corpus",
         ),
     ] = None,
-    max_tokens: MaxTokens = 512,
-    model: o.Model = None,
-    engine: o.Engine = "auto",
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    max_tokens: o.MaxTokens = 512,
+    model: loading.Source,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
     json: o.Json = False,
 ) -> None:
     """Build a vector a domain from its texts. Prints the files' paths, and with --against the lists of experts."""
     from steermoe.cli.terminal import console
-    from steermoe.errors import VectorError
+    from steermoe.discovery.corpus import read_domains
     from steermoe.vectors import file
+    from steermoe.vectors.library import places_for
 
-    sources = dict(_parse_source(text) for text in texts)
-    if len(sources) < len(texts):
-        raise VectorError(f"--texts names a domain twice ({', '.join(texts)}): join its texts in one folder")
-    paths = _targets(list(sources), output or Path("steering_vectors") / _group(model), force)
-    corpora, others = _read_all(sources, against, text_field, label_field)
-    loaded = loading.open_source(model, engine, dtype, device_map, trust_remote_code)
-    from steermoe.discovery import labelled
-
+    sources = _parse_sources(texts)
+    paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
+    with console.working("Reading the texts ..."):
+        corpora, others = read_domains(
+            sources, against, text_field=text_field, label_field=label_field, on_read=tell_problems
+        )
+    loaded = model.source()
     total = sum(map(len, corpora.values())) + len(others)
-    made: list[Contrast] = []
-    vectors: list[SteeringVector]
     with console.counting("Embedding", "texts", total) as progress:
-        if against is None:
-            vectors = labelled.vectors_from_labelled(
-                loaded, corpora, threshold=threshold, relative=relative, max_tokens=max_tokens, progress=progress
-            )
-        else:
-            made = labelled.contrasts(
-                loaded,
-                corpora,
-                others,
-                min_difference=min_difference,
-                count=lists,
-                max_tokens=max_tokens,
-                progress=progress,
-            )
-            vectors = [contrast.vector for contrast in made]
+        vectors, made = making.vectors(loaded, corpora, others if against else None, max_tokens, progress)
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
     if json:
@@ -107,92 +122,24 @@ def build(
             _print_lists(contrast)
 
 
-def _group(model: str | None) -> str:
-    """The folder of a model's vectors is called as the model is."""
-    from steermoe.models.default.pull import DEFAULT_MODEL
-
-    path = Path(model or DEFAULT_MODEL).resolve()
-    return path.stem if path.suffix.lower() == ".gguf" else path.name
-
-
-def _targets(domains: list[str], folder: Path, force: bool) -> dict[str, Path]:
-    """Where each domain's vector goes.
+def _parse_sources(texts: list[str]) -> dict[str, Path]:
+    """`sport=PATH` as a mapping.
 
     Raises:
-        VectorError: it can't be written there, which is better known before the long work.
+        VectorError: not of that form, a name that can't be a domain's, or a domain twice.
     """
-    import os
-
-    from steermoe.errors import VectorError
-    from steermoe.vectors.file import SUFFIX
-
-    if folder.suffix == SUFFIX:
-        raise VectorError(f"--output '{folder}' is a file's name: give a folder, each domain gets a file in it")
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise VectorError(f"can't write to '{folder}': '{there}' is no folder that can be written to; name another")
-    paths = {domain: folder / f"{domain}{SUFFIX}" for domain in domains}
-    if taken := [path for path in paths.values() if path.exists() and not force]:
-        raise VectorError(
-            f"'{taken[0]}' is there already: pass --force to overwrite it, or --output for another folder"
-        )
-    return paths
-
-
-def _parse_source(text: str) -> tuple[str, Path]:
-    """`sport=PATH`."""
     from steermoe.errors import VectorError
     from steermoe.vectors.file import check_domain_name
 
-    domain, sign, path = text.partition("=")
-    if not sign or not path:
-        raise VectorError(f"--texts '{text}': write a domain and where its texts are, such as sport=texts/sport")
-    return check_domain_name(domain), Path(path)
-
-
-def _read_all(
-    sources: dict[str, Path], against: Path | None, text_field: str, label_field: str | None
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Each domain's texts, and the others. A path that is named several times is read once.
-
-    Raises:
-        CorpusError: one can't be read, or holds no text of the label that is wanted.
-    """
-    from steermoe.cli.terminal import console
-    from steermoe.discovery.corpus import Corpus
-
-    places = [*sources.values(), *([against] if against is not None else [])]
-    corpora = {place: Corpus(place, text_field=text_field, label_field=label_field) for place in places}
-    with console.working("Reading the texts ..."):
-        read = {place: list(corpus) for place, corpus in corpora.items()}
-    for corpus in corpora.values():
-        tell_problems(corpus)
-    if label_field is None:
-        texts = {place: [text.text for text in found] for place, found in read.items()}
-        return {domain: texts[place] for domain, place in sources.items()}, texts[against] if against else []
-    own = {domain: _of_label(place, read[place], label_field, domain) for domain, place in sources.items()}
-    return own, _of_no_domain(against, read[against], label_field, list(sources)) if against else []
-
-
-def _of_label(path: Path, texts: "list[Text]", label_field: str, domain: str) -> list[str]:
-    from steermoe.errors import CorpusError
-
-    if found := [text.text for text in texts if text.label.lower() == domain]:
-        return found
-    labels = sorted({text.label for text in texts})
-    more = ", ..." if len(labels) > MAX_LABELS else ""
-    raise CorpusError(
-        f"'{path}' has no text whose '{label_field}' is '{domain}', there are "
-        f"{', '.join(map(repr, labels[:MAX_LABELS]))}{more}: name the domain as one of them, or leave out --label-field"
-    )
-
-
-def _of_no_domain(path: Path, texts: "list[Text]", label_field: str, domains: list[str]) -> list[str]:
-    from steermoe.errors import CorpusError
-
-    if found := [text.text for text in texts if text.label.lower() not in domains]:
-        return found
-    raise CorpusError(f"--against '{path}' has only texts whose '{label_field}' is {', '.join(domains)}: give others")
+    sources: dict[str, Path] = {}
+    for text in texts:
+        domain, sign, path = text.partition("=")
+        if not sign or not path:
+            raise VectorError(f"--texts '{text}': write a domain and where its texts are, such as sport=texts/sport")
+        sources[check_domain_name(domain)] = Path(path)
+    if len(sources) < len(texts):
+        raise VectorError(f"--texts names a domain twice ({', '.join(texts)}): join its texts in one folder")
+    return sources
 
 
 def _record(path: Path, contrast: "Contrast | None" = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`steermoe vectors discover`: the domains of a corpus, found in the model's routing, and a vector of each."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import LabelField, MaxTokens, TextField
+from steermoe.cli.embed import embed_into
 
 if TYPE_CHECKING:
     from steermoe.discovery.store import EmbeddingStore
@@ -25,7 +26,50 @@ EMBEDDINGS = "embeddings"
 CLUSTERING = "Clustering"
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """How texts are clustered, under the names of `DiscoveryOptions`."""
+
+    min_cluster_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Texts a cluster has at least. Default: the square root of all, at most a tenth.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = None
+    neighbours: Annotated[
+        int, typer.Option(min=2, help="Texts near each one that UMAP looks at.", rich_help_panel=CLUSTERING)
+    ] = 15
+    cluster_dimensions: Annotated[
+        int,
+        typer.Option(
+            "--dimensions",
+            min=2,
+            help="Dimensions to cluster in; 2 is the map itself, as in the paper.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = 5
+    metric: Annotated[
+        Literal["hellinger", "euclidean", "cosine"] | None,
+        typer.Option(
+            help="Distance of two texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
+        ),
+    ] = None
+    assign_noise: Annotated[
+        bool,
+        typer.Option(
+            "--assign-noise", help="Put texts of no cluster into the nearest one.", rich_help_panel=CLUSTERING
+        ),
+    ] = False
+    seed: Annotated[
+        int, typer.Option(min=0, help="The same seed gives the same clusters.", rich_help_panel=CLUSTERING)
+    ] = 0
+
+
+@o.spread
 def discover(
+    *,
     source: Annotated[
         Path, typer.Argument(metavar="CORPUS|EMBEDDINGS", help="Texts, or a folder that `steermoe embed` made of them.")
     ],
@@ -39,45 +83,9 @@ def discover(
     name: Annotated[
         list[str] | None, typer.Option(help="Rename a cluster, as NUMBER=NAME or OLD=NAME; repeat.")
     ] = None,
-    min_cluster_size: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Texts a cluster has at least. Default: the square root of all, at most a tenth.",
-            rich_help_panel=CLUSTERING,
-        ),
-    ] = None,
-    neighbours: Annotated[
-        int, typer.Option(min=2, help="Texts near each one that UMAP looks at.", rich_help_panel=CLUSTERING)
-    ] = 15,
-    dimensions: Annotated[
-        int,
-        typer.Option(
-            min=2, help="Dimensions to cluster in; 2 is the map itself, as in the paper.", rich_help_panel=CLUSTERING
-        ),
-    ] = 5,
-    metric: Annotated[
-        Literal["hellinger", "euclidean", "cosine"] | None,
-        typer.Option(
-            help="Distance of two texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
-        ),
-    ] = None,
-    assign_noise: Annotated[
-        bool,
-        typer.Option(
-            "--assign-noise", help="Put texts of no cluster into the nearest one.", rich_help_panel=CLUSTERING
-        ),
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, help="The same seed gives the same clusters.", rich_help_panel=CLUSTERING)
-    ] = 0,
-    text_field: TextField = "text",
-    label_field: LabelField = None,
-    max_tokens: MaxTokens = 512,
-    model: o.Model = None,
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    clustering: Clustering,
+    texts: o.CorpusOptions,
+    model: loading.Loaded,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report; other files stay.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -91,10 +99,7 @@ def discover(
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    if is_store(source):
-        store = EmbeddingStore.open(source)
-    else:
-        store = _embed(source, output, text_field, label_field, max_tokens, model, dtype, device_map, trust_remote_code)
+    store = EmbeddingStore.open(source) if is_store(source) else _embed(source, output / EMBEDDINGS, texts, model)
     if not store.meta.complete:
         console.err.print(
             f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
@@ -105,16 +110,7 @@ def discover(
     with console.err.status("Reading the embeddings ...") as status:
         found = find_domains(
             store.load(),
-            DiscoveryOptions(
-                threshold=threshold,
-                relative=relative,
-                cluster_dimensions=dimensions,
-                min_cluster_size=min_cluster_size,
-                neighbours=neighbours,
-                metric=metric,
-                assign_noise=assign_noise,
-                seed=seed,
-            ),
+            DiscoveryOptions(threshold=threshold, relative=relative, **asdict(clustering)),
             names=names,
             progress=status.update,
         )
@@ -150,26 +146,13 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
     return parsed
 
 
-def _embed(
-    source: Path,
-    output: Path,
-    text_field: str,
-    label_field: str | None,
-    max_tokens: int,
-    model: str | None,
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
-) -> "EmbeddingStore":
-    """Embed a corpus into the report's folder; what is there from an earlier run is gone on with."""
-    from steermoe.cli.embed import embed_into
-    from steermoe.discovery.corpus import Corpus
-
-    corpus = Corpus(source, text_field=text_field, label_field=label_field)
-    loaded = loading.load_model(model, dtype, device_map, trust_remote_code)
+def _embed(source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions) -> "EmbeddingStore":
+    """Embed a corpus; what is there from an earlier run is gone on with."""
+    corpus = texts.open(source)
+    loaded = model.load()
     from steermoe.discovery.embedder import EmbeddingOptions
 
-    return embed_into(output / EMBEDDINGS, corpus, loaded, EmbeddingOptions(max_tokens=max_tokens))
+    return embed_into(folder, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
 
 
 def _print_clusters(record: dict[str, Any]) -> None:

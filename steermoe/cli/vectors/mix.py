@@ -26,14 +26,12 @@ def mix(
     json: o.Json = False,
 ) -> None:
     """Mix vectors into one file. It keeps what it was mixed from. Prints its path."""
-    from dataclasses import replace
-
     from steermoe.cli.terminal import console
     from steermoe.errors import VectorError
     from steermoe.steering.spec import parse_domain
-    from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector, write_vector
+    from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
     from steermoe.vectors.library import find_vector
-    from steermoe.vectors.mixing import mix as mixed
+    from steermoe.vectors.mixing import mix_files
 
     group = Path(model).name if model is not None else None
     named = [parse_domain(part) for part in parts]
@@ -44,14 +42,8 @@ def mix(
     path = Path(output) if is_path else Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.exists() and not force:
         raise VectorError(f"'{path}' is there already: pass --force to overwrite it, or --output for another name")
-    read = [(read_vector(file), weight) for file, (_, weight) in zip(files, named, strict=True)]
-    vector = mixed(read, domain)
-    provenance = tuple(
-        f"{part.domain}={weight:g} sha256:{read_header(file).tensors_sha256[:12]}"
-        for file, (part, weight) in zip(files, read, strict=True)
-    )
-    info = replace(vector.info, parts=provenance, created_by="steermoe vectors mix")
-    write_vector(replace(vector, info=info), path)
+    weighted = [(file, weight) for file, (_, weight) in zip(files, named, strict=True)]
+    write_vector(mix_files(weighted, domain), path)
     if json:
         console.write_json({**read_header(path).as_dict(), "path": str(path)})
     else:
