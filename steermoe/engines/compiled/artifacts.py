@@ -121,8 +121,8 @@ class CompiledStep:
         for number, tensor in enumerate(given):
             if not tensor.is_contiguous():
                 raise GenerationError(
-                    f"input {number} of the compiled step, {list(tensor.shape)}, has strides {tensor.stride()}, but must "
-                    "be contiguous: please report it, and generate with --no-compiled-steps"
+                    f"input {number} of the compiled step, {list(tensor.shape)}, has strides {tensor.stride()}, "
+                    "but must be contiguous: please report it, and generate with --no-compiled-steps"
                 )
         logits_BV, chosen_RBk = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
         return logits_BV, chosen_RBk
@@ -230,7 +230,7 @@ def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
 
 
 def _code_version(model: nn.Module) -> str:
-    """A hash of the code that is traced into a step: ours, and the model's own unless a package version stands for it."""
+    """A hash of the code that is traced into a step: ours, and what else the model is made of (`VERSIONED` aside)."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     names = {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in VERSIONED}
     modules = {name: sys.modules.get(name) for name in names} | {module.__name__: module for module in TRACED}
