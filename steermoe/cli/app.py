@@ -22,7 +22,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     help="Steer a Mixture-of-Experts language model toward a domain while it generates.",
     epilog="Example: steermoe generate --domain sport",
 )
@@ -58,7 +57,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes rather than failing
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="steermoe")  # also under `python -m`, so that completion scripts call the command
     except SteerMoEError as error:
         console.err.print(console.printable(f"steermoe: {error}"), soft_wrap=True)
         sys.exit(EXIT_ERROR)

@@ -5,6 +5,7 @@ Damage is the 95th percentile of KL(steered || unsteered) per token, in nats, on
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf, isnan
 from typing import TYPE_CHECKING
 
 from steermoe.errors import SteeringError
@@ -62,7 +63,8 @@ def calibrate(
 
     def damage(strength: float) -> float:
         if strength not in measured:
-            measured[strength] = damage_at(strength)
+            found = damage_at(strength)  # a divergence: only rounding takes it below 0, only overflow makes it NaN
+            measured[strength] = inf if isnan(found) else max(found, 0.0)
         return measured[strength]
 
     low, high = 0.0, FIRST
@@ -127,12 +129,8 @@ def calibrate_vector(
 
 def _around(measured: dict[float, float], enough: float) -> tuple[float, float]:
     """The measured strengths just below and above where the damage first reaches `enough`."""
-    low = 0.0
-    for strength, damage in sorted(measured.items()):
-        if damage >= enough:
-            return low, strength
-        low = strength
-    raise AssertionError("the largest strength always reaches it")
+    high = min(strength for strength, damage in measured.items() if damage >= enough)
+    return max((strength for strength in measured if strength < high), default=0.0), high
 
 
 def _between(ends: tuple[float, float], is_beyond: Callable[[float], bool], tolerance: float) -> tuple[float, float]:

@@ -33,6 +33,19 @@ def test_a_jump_over_the_budget_leaves_the_strength_below_it():
     assert found.damage == 0.01
 
 
+def test_strengths_whose_damage_is_no_number_are_beyond_the_budget():
+    found = calibrate(lambda strength: 0.1 if strength < 5 else float("nan"), 1.0)
+    assert 4.9 <= found.strength < 5
+    assert found.damage == 0.1
+    assert not found.saturates
+
+
+def test_damage_that_rounding_takes_below_zero_is_none():
+    found = calibrate(lambda strength: -1e-9, 1.0)
+    assert found.saturates
+    assert found.damage == 0
+
+
 def test_no_strength_is_measured_twice():
     tried = []
     calibrate(lambda strength: tried.append(strength) or strength / 7, 1.0)

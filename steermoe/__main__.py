@@ -1,0 +1,6 @@
+"""`python -m steermoe`: the command line where the console script is not on the PATH."""
+
+from steermoe.cli.app import main
+
+if __name__ == "__main__":
+    main()
