@@ -231,7 +231,8 @@ class Steps:
         index_T += torch.arange(len(index_T))
         followed = dict.fromkeys(row.plan for row in rows if row.plan is not None)
         installed = [self._find(data, followed) for data in followed]
-        entry_of = {None: UNSTEERED, **{data: entry for entry, data in enumerate(followed)}}
+        entry_of: dict[bytes | None, int] = {data: entry for entry, data in enumerate(followed)}
+        entry_of[None] = UNSTEERED
         entry_T = torch.tensor([entry_of[row.plan] for row in rows]).repeat_interleave(tokens_R)
         table_PT = torch.stack(factor_table([one.plan for one in installed], index_T))
         factor_T = table_PT[entry_T, torch.arange(len(entry_T))]
