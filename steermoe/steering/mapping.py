@@ -6,6 +6,7 @@ Shapes: B rows, S columns of a forward call, P plans.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class PlanMapping:
         self.plans = tuple(dict.fromkeys(plan for plan in rows if plan is not None))
         self._numbers: dict[SteeringPlan | None, int] = {None: UNSTEERED}
         self._numbers.update((plan, number) for number, plan in enumerate(self.plans))
-        self._kept: tuple[list[int], list[SteeringPlan], Tensor] | None = None
+        self._kept: _Entries | None = None
 
     def knows(self, rows: Iterable[SteeringPlan | None]) -> bool:
         """Whether other rows follow no further plan, so that whatever was made from the plans serves them too."""
@@ -56,23 +57,43 @@ class PlanMapping:
             numbers: one a row, as of `numbers`.
             index: each token's index among the generated ones, negative in the prompt; [S] for all rows, or [B, S].
         """
-        if self._kept is None or self._kept[0] != numbers:
-            used = sorted(set(numbers) - {UNSTEERED})
-            row_of = {UNSTEERED: UNSTEERED, **{number: row for row, number in enumerate(used)}}
-            rows = torch.tensor([row_of[number] for number in numbers])
-            self._kept = list(numbers), [self.plans[number] for number in used], rows
-        _, plans, row_B = self._kept
-        if len(plans) == 1 and UNSTEERED not in numbers:
-            return plans[0].factor(index).expand(len(numbers), -1)
+        if self._kept is None or self._kept.numbers != numbers:
+            self._kept = self._entries_of(numbers)
+        _, plans, entries, entry_B = self._kept
+        if len(plans) == 1 and UNSTEERED not in entries:
+            return plans[0].factor(index).expand(len(entries), -1)
         table = factor_table(plans, index)
-        return table[row_B] if index.dim() == 1 else table[row_B, torch.arange(len(row_B))]
+        if index.dim() == 1:
+            return torch.stack([table[entry] for entry in entries])
+        return torch.stack(table)[entry_B, torch.arange(len(entries))]
+
+    def _entries_of(self, numbers: list[int]) -> "_Entries":
+        used = sorted(set(numbers) - {UNSTEERED})
+        entry_of = {UNSTEERED: UNSTEERED, **{number: entry for entry, number in enumerate(used)}}
+        entries = [entry_of[number] for number in numbers]
+        return _Entries(list(numbers), [self.plans[number] for number in used], entries, torch.tensor(entries))
 
 
-def factor_table(plans: Sequence[SteeringPlan], index: Tensor) -> Tensor:
-    """[P + 1, ...], by how much each plan multiplies the strength of each token; UNSTEERED is the last row, of zeros.
+class _Entries(NamedTuple):
+    """Where rows find their factors in a table of only those plans that they follow.
+
+    Attributes:
+        numbers: of the rows' plans, in the mapping.
+        plans: of the table.
+        entries, entry_B: each row's entry of the table, as a list and as a tensor.
+    """
+
+    numbers: list[int]
+    plans: list[SteeringPlan]
+    entries: list[int]
+    entry_B: Tensor
+
+
+def factor_table(plans: Sequence[SteeringPlan], index: Tensor) -> list[Tensor]:
+    """By how much each plan multiplies the strength of each token, shaped as `index`; zeros at the end, for UNSTEERED.
 
     Args:
-        plans: [P].
+        plans: [P]; P + 1 tensors come of them.
         index: each token's index among the generated ones, negative in the prompt, in any shape.
     """
-    return torch.stack([*(plan.factor(index) for plan in plans), torch.zeros(index.shape)])
+    return [*(plan.factor(index) for plan in plans), torch.zeros(index.shape)]

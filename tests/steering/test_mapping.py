@@ -82,6 +82,14 @@ def test_factors_of_rows_that_follow_one_plan(plan, index):
 
 def test_a_table_holds_every_plan_s_factors_and_ends_with_zeros():
     table = factor_table([DECAY, PROMPT], torch.tensor([-1, 0, 2]))
-    assert torch.equal(table, torch.tensor([[1.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
-    assert torch.equal(table[UNSTEERED], torch.zeros(3))
-    assert factor_table([], torch.zeros(2, 3)).eq(0).all()
+    assert [factors.tolist() for factors in table] == [[1.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert table[UNSTEERED] is table[2]
+
+
+def test_other_rows_and_tokens_get_factors_of_their_own():
+    """Nothing that is kept from call to call stays when rows change."""
+    mapping = PlanMapping(ROWS)
+    for rows in (ROWS, ROWS, ROWS[::-1], [DECAY, None], [DECAY, DECAY], [None], ROWS):
+        for index in (torch.arange(2, 5), torch.arange(3, 6)):
+            found = mapping.factors(mapping.numbers(rows), index)
+            assert torch.equal(found, one_by_one(rows, index.expand(len(rows), -1)))

@@ -231,13 +231,13 @@ class Steps:
         index_T += torch.arange(len(index_T))
         followed = dict.fromkeys(row.plan for row in rows if row.plan is not None)
         installed = [self._find(data, followed) for data in followed]
-        row_of: dict[bytes | None, int] = {data: row for row, data in enumerate(followed)}
-        row_of[None] = UNSTEERED
-        row_T = torch.tensor([row_of[row.plan] for row in rows]).repeat_interleave(tokens_R)
-        table_PT = factor_table([one.plan for one in installed], index_T)
-        factor_T = table_PT[row_T, torch.arange(len(row_T))]
-        plan_T = torch.tensor([*(one.number for one in installed), 0])[row_T]
-        way_T = torch.tensor([*(one.way for one in installed), -1])[row_T].where(factor_T != 0, -1)
+        entry_of: dict[bytes | None, int] = {data: entry for entry, data in enumerate(followed)}
+        entry_of[None] = UNSTEERED
+        entry_T = torch.tensor([entry_of[row.plan] for row in rows]).repeat_interleave(tokens_R)
+        table_PT = torch.stack(factor_table([one.plan for one in installed], index_T))
+        factor_T = table_PT[entry_T, torch.arange(len(entry_T))]
+        plan_T = torch.tensor([*(one.number for one in installed), 0])[entry_T]
+        way_T = torch.tensor([*(one.way for one in installed), -1])[entry_T].where(factor_T != 0, -1)
         return plan_T, factor_T, way_T
 
     def _fill(self, plan_T: Tensor, factor_T: Tensor, way_T: Tensor) -> int:

@@ -32,6 +32,8 @@ class CompiledSteps:
         self._shape = shape_of(model, self._routers)
         self._steps: dict[Kind, CompiledStep | None] = {}
         self._mapping = PlanMapping()
+        self._rows: list[SteeringPlan | None] = []
+        self._numbers: list[int] = []
         self._banks: list[Bank] = []
         self._steered_routers = 0
         self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
@@ -102,17 +104,23 @@ class CompiledSteps:
 
     def _edits(self, plans: Sequence[SteeringPlan | None], index_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
         """The edits, which experts they raise or force, and how many rows are steered; kept while nothing changes."""
-        if not self._mapping.knows(plans):
-            self._mapping = PlanMapping(plans)
-            self._banks = banks_for(self._shape, self._mapping.plans)
-            self._steered_routers = sum(not bank.is_idle for bank in self._banks)
-            self._laid_out = None
-        numbers = self._mapping.numbers(plans)
+        if self._rows != plans:
+            self._follow(plans)
+        numbers = self._numbers
         factor_B = self._mapping.factors(numbers, index_B[:, None])[:, 0]
         key = numbers, factor_B.tolist()
         if self._laid_out is None or self._laid_out[0] != key:
             self._laid_out = key, *self._lay_out(numbers, factor_B)
         return self._laid_out[1:]
+
+    def _follow(self, rows: Sequence[SteeringPlan | None]) -> None:
+        """Number the rows' plans; only plans that are new cost anything."""
+        if not self._mapping.knows(rows):
+            mapping = PlanMapping(rows)
+            self._banks = banks_for(self._shape, mapping.plans)
+            self._steered_routers = sum(not bank.is_idle for bank in self._banks)
+            self._mapping, self._laid_out = mapping, None
+        self._rows, self._numbers = list(rows), self._mapping.numbers(rows)
 
     def _lay_out(self, numbers: list[int], factor_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
         experts = self._routers[0].num_experts
