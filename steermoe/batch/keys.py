@@ -16,7 +16,7 @@ from steermoe.vectors.vector import SteeringVector
 
 HASHED = ("strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
 """The fields that plans had when keys came to be, in the order in which they are hashed, default or not."""
-KEPT_VECTORS = 64
+KEPT_VECTORS, KEPT_PLANS = 64, 1024
 
 
 class StoryKeys:
@@ -28,6 +28,7 @@ class StoryKeys:
 
     def __init__(self, fingerprint: str) -> None:
         self._fingerprint = fingerprint
+        self._steering = lru_cache(KEPT_PLANS)(self._hashed)
         self._digest = lru_cache(KEPT_VECTORS)(_digest)
 
     def key(self, job: Job, plan: SteeringPlan | None) -> str:
@@ -37,7 +38,7 @@ class StoryKeys:
         content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _steering(self, plan: SteeringPlan) -> list[Any]:
+    def _hashed(self, plan: SteeringPlan) -> list[Any]:
         said = {**plan.as_dict(), "strength": float(plan.strength)}
         vector = [] if plan.vector is None else [said["domain"], self._digest(plan.vector)]
         defaults = SteeringPlan(plan.vector, force=plan.force, ban=plan.ban).as_dict()
