@@ -140,5 +140,5 @@ def test_a_planted_import_is_found(module, line):
 
 def test_a_planted_circle_is_found():
     planted = sources()
-    planted["steermoe.errors"] += "\ndef late():\n    import steermoe.files\n"
-    assert set(circle(arrows(planted))) == {"steermoe.errors", "steermoe.files"}
+    planted["steermoe.routing.shape"] += "\ndef late():\n    import steermoe.routing.routers\n"
+    assert set(circle(arrows(planted))) == {"steermoe.routing.shape", "steermoe.routing.routers"}

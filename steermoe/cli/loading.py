@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is opened, in which engine, and how; `vllm` as in `auto.open_engine`."""
+    """Which model is opened, in which engine, and how; `vllm` as in `auto.EngineOptions`."""
 
     model: o.Model = None
     engine: o.Engine = "auto"
@@ -59,12 +59,14 @@ class ModelOptions:
             auto.open_engine,
             self.model,
             self.chosen,
-            dtype=self.dtype,
-            device_map=self.device_map,
-            trust_remote_code=self.trust_remote_code,
-            quantize=self.quantize,
-            compiled_steps=self.compiled_steps,
-            vllm=self.vllm,
+            auto.EngineOptions(
+                dtype=self.dtype,
+                device_map=self.device_map,
+                trust_remote_code=self.trust_remote_code,
+                quantize=self.quantize,
+                compiled_steps=self.compiled_steps,
+                vllm=self.vllm,
+            ),
         )
 
     def load(self) -> "LoadedModel":

@@ -45,14 +45,11 @@ def serve(
     if model.startswith("-"):  # no MODEL before the arguments of vLLM
         model, arguments = "smollm2-moe", [model, *(arguments or ())]
     loading.pull_if_needed(model)
-    from steermoe.engines.vllm.server import serve
+    from steermoe.engines.vllm.server import ServerOptions, serve
 
     serve(
         model,
-        host=host,
-        port=port,
-        api_key=api_key or (),
-        vectors=vectors,
+        ServerOptions(host, port, api_key or (), vectors),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         eager=eager,

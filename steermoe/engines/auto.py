@@ -3,6 +3,8 @@
 A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,77 +74,83 @@ def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
     return ModelError(f"{error}; transformers tried it, llama.cpp can run it: pip install 'steermoe[llamacpp]'")
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is opened. An engine refuses what only another engine can do.
+
+    Attributes:
+        dtype: as in `loading.load`; a GGUF file in llama.cpp has its own.
+        device_map: as in `loading.load`, for transformers.
+        trust_remote_code: as in `loading.load`.
+        quantize: as in `loading.load`, for transformers.
+        compiled_steps: the `compiled` of `HFEngine`.
+        vllm: further arguments of `VLLMEngine`, for example `tensor_parallel_size`.
+    """
+
+    dtype: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    quantize: "Quantization | None" = None
+    compiled_steps: bool = True
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+
+
 def open_engine(
-    model: str | Path | None = None,
-    engine: EngineName = "auto",
-    *,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    quantize: "Quantization | None" = None,
-    compiled_steps: bool = True,
-    vllm: dict[str, Any] | None = None,
+    model: str | Path | None = None, engine: EngineName = "auto", options: EngineOptions | None = None
 ) -> "Engine":
     """Load a model into the engine that `choose_engine` names.
 
     Args:
-        model: as in `models.load`.
+        model: as in `loading.load`.
         engine: "auto", "hf", "llamacpp" or "vllm".
-        dtype: as in `models.load`; a GGUF file in llama.cpp has a type of its own.
-        device_map: as in `models.load`, for transformers.
-        trust_remote_code: likewise.
-        quantize: as in `models.load`, for transformers.
-        compiled_steps: as `compiled` of `HFEngine`.
-        vllm: further arguments of `VLLMEngine`, such as `tensor_parallel_size`.
+        options: by default those of `EngineOptions`.
 
     Raises:
-        ModelError: the engine or the model can't be had. UnsupportedModel: the model has no routers.
+        ModelError: the engine or the model is not available. UnsupportedModel: the model has no routers.
     """
+    options = options or EngineOptions()
     chosen = choose_engine(model, engine)
-    if vllm and chosen != "vllm":
-        given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in vllm)
+    if options.vllm and chosen != "vllm":
+        given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in options.vllm)
         raise ModelError(f"{given} need --engine vllm")
-    if quantize is not None and chosen != "hf":
+    if options.quantize is not None and chosen != "hf":
         raise ModelError(f"--quantize belongs to --engine hf: {chosen} takes the weights as the checkpoint has them")
     match chosen:
         case "vllm":
-            return _open_vllm(None if model is None else str(model), dtype, device_map, trust_remote_code, vllm or {})
+            return _open_vllm(None if model is None else str(model), options)
         case "llamacpp":
-            return _open_llamacpp(str(model), dtype, device_map)
+            return _open_llamacpp(str(model), options)
         case _:
-            return _open_hf(model, dtype, device_map, trust_remote_code, quantize, compiled_steps)
+            return _open_hf(model, options)
 
 
-def _open_vllm(
-    model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool, options: dict[str, Any]
-) -> "Engine":
-    if device_map is not None:
+def _open_vllm(model: str | None, options: EngineOptions) -> "Engine":
+    if options.device_map is not None:
         raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
     from steermoe.engines.vllm.engine import VLLMEngine
 
-    return VLLMEngine(model, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    return VLLMEngine(model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **options.vllm)
 
 
-def _open_hf(
-    model: str | Path | None,
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
-    quantize: "Quantization | None",
-    compiled_steps: bool,
-) -> "Engine":
+def _open_hf(model: str | Path | None, options: EngineOptions) -> "Engine":
     from steermoe.engines.hf.engine import HFEngine
     from steermoe.models.loading import load
 
     try:
-        loaded = load(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, quantize=quantize)
+        loaded = load(
+            model,
+            dtype=options.dtype,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+            quantize=options.quantize,
+        )
     except ModelError as error:
         raise with_hint(error, model) from error
-    return HFEngine(loaded, compiled_steps)
+    return HFEngine(loaded, options.compiled_steps)
 
 
-def _open_llamacpp(model: str, dtype: str, device_map: str | None) -> "Engine":
-    if dtype != "auto" or device_map is not None:
+def _open_llamacpp(model: str, options: EngineOptions) -> "Engine":
+    if options.dtype != "auto" or options.device_map is not None:
         raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
     from steermoe.engines.llamacpp.engine import LlamaCppEngine
 

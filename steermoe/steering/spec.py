@@ -105,16 +105,16 @@ def _texts(values: list[Any]) -> tuple[str, ...]:
 
 # ---- the spec ----
 
-TEXT: tuple[type, ...] = (str,)
-NUMBER: tuple[type, ...] = (int, float)
+Kind = tuple[tuple[type, ...], str]
+TEXT: Kind = ((str,), "text")
+NUMBER: Kind = ((int, float), "a number")
 
 
 def about(
     help: str,
     *,
     example: Any,
-    kinds: tuple[type, ...] = TEXT,
-    wanted: str = "text",
+    kind: Kind = TEXT,
     read: Callable[[Any], Any] = lambda value: value,
     plan: Callable[[Any], Any] = lambda value: value,
     unset: str = "",
@@ -125,21 +125,29 @@ def about(
     Args:
         help: one line, for `--help` and the docs; what follows "Default:" is left out in the docs.
         example: a value in JSON, for the docs and the tests; not the default.
-        kinds: the types that JSON may bring.
-        wanted: these in words, for messages.
+        kind: the types that JSON may bring, and these in words for messages; under "kinds" and "wanted".
         read: makes the field's value of a value in JSON of such a kind.
         plan: makes the value of the field of `SteeringPlan` that has the same name.
         unset: the default in words, where it is None or empty.
         flags: of the option, where it has others than its own name.
     """
-    return locals()
+    kinds, wanted = kind
+    return {
+        "help": help,
+        "example": example,
+        "kinds": kinds,
+        "wanted": wanted,
+        "read": read,
+        "plan": plan,
+        "unset": unset,
+        "flags": flags,
+    }
 
 
 OWN = "the vector's own"
 EXPERTS: dict[str, Any] = {
     "example": ["12:5"],
-    "kinds": (list,),
-    "wanted": 'a list such as ["12:5"]',
+    "kind": ((list,), 'a list such as ["12:5"]'),
     "read": _experts_of_json,
     "plan": _experts,
     "unset": "none",
@@ -163,8 +171,7 @@ class SteeringSpec:
         metadata=about(
             "Domain or vector file to steer to; repeat as name=weight to mix.",
             example={"sport": 0.7, "food": 0.3},
-            kinds=(str, dict, list),
-            wanted="a name, or an object of names and weights",
+            kind=((str, dict, list), "a name, or an object of names and weights"),
             read=_domain_of_json,
             unset="none",
             flags=("--domain", "-d"),
@@ -175,8 +182,7 @@ class SteeringSpec:
         metadata=about(
             "c of the formulas; negative steers away. Default: the vector's own.",
             example=5,
-            kinds=NUMBER,
-            wanted="a number",
+            kind=NUMBER,
             unset=OWN,
         ),
     )
@@ -200,8 +206,7 @@ class SteeringSpec:
         metadata=about(
             "Decoder layers to steer, such as 15-29.",
             example=[15, 29],
-            kinds=(str, int, list),
-            wanted="text such as 15-29",
+            kind=((str, int, list), "text such as 15-29"),
             read=_layers_of_json,
             plan=_layers,
             unset="all",

@@ -5,6 +5,7 @@ texts are the same.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from steermoe.engines.decoding import complete
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import encode_prompt, end_tokens, literal_tokens
 from steermoe.engines.vllm.decoder import VLLMDecoder, report_of
-from steermoe.engines.vllm.launch import _start, check_sizes, prepare_environment
+from steermoe.engines.vllm.launch import check_sizes, parallel_sizes, prepare_environment, start
 from steermoe.errors import GenerationError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
@@ -33,11 +34,8 @@ class VLLMEngine:
         trust_remote_code: likewise.
         compiled: let vLLM compile the model: a minute or more at the start, more tokens a second after it. Then the
             share of the vector's experts is not counted, nor can routing be recorded.
-        tensor_parallel_size: as in vLLM, how many workers share each layer.
-        pipeline_parallel_size: how many of those divide the layers.
-        data_parallel_size: copies of all that, among which texts are divided.
-        max_texts: texts that go on together at most.
-        options: further arguments of vLLM's `EngineArgs`.
+        max_texts: at most this many texts run together.
+        options: further arguments of vLLM's `EngineArgs`, among them the sizes of `parallel_sizes`.
 
     Raises:
         ModelError: the model can't be found or loaded. UnsupportedModel: it can't be steered in vLLM.
@@ -50,26 +48,20 @@ class VLLMEngine:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         compiled: bool = False,
-        tensor_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
-        data_parallel_size: int = 1,
         max_texts: int = MAX_TEXTS,
         **options: Any,
     ) -> None:
         self._source = find_source(model, dtype)
         self.compiled, self.max_texts = compiled, max_texts
-        check_sizes(pipeline_parallel_size, data_parallel_size, compiled)
-        workers = tensor_parallel_size * pipeline_parallel_size * data_parallel_size
-        prepare_environment(workers)
-        self._vllm = _start(
+        sizes = parallel_sizes(options)
+        check_sizes(sizes, compiled)
+        prepare_environment(math.prod(sizes.values()))
+        self._vllm = start(
             self._source,
             trust_remote_code=trust_remote_code,
             enforce_eager=not compiled,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            data_parallel_size=data_parallel_size,
             max_num_seqs=max_texts,
-            **options,
+            **{**options, **sizes},
         )
         if reason := next(filter(None, self.ask("steermoe_reason")), ""):
             self.close()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,15 +16,23 @@ CACHE_SHARE = 0.25
 
 
 MOST_CACHE = 8 << 30
-
-
 WORKER = "steermoe.engines.vllm.plugin.WorkerReport"
 
 
-def check_sizes(pipeline: int, data: int, compiled: bool) -> None:
+def parallel_sizes(options: Mapping[str, Any]) -> dict[str, int]:
+    """VLLM's three sizes of parallelism, each 1 where the options do not name it.
+
+    `tensor_parallel_size` workers share each layer, `pipeline_parallel_size` stages of them divide the layers, and
+    `data_parallel_size` replicas of all that divide the texts.
+    """
+    return {f"{kind}_parallel_size": options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data")}
+
+
+def check_sizes(sizes: Mapping[str, int], compiled: bool) -> None:
     """Raise ModelError for what vLLM can't do on processors, where it would end with an error of its insides."""
     if torch.accelerator.is_available():
         return
+    pipeline, data = sizes["pipeline_parallel_size"], sizes["data_parallel_size"]
     if data > 1:
         raise ModelError(
             f"--data-parallel-size {data}: vLLM runs copies of a Mixture-of-Experts model on accelerators only; on "
@@ -63,7 +72,7 @@ def processors_of(workers: int) -> str:
     return "|".join(",".join(map(str, part)) for part in parts)
 
 
-def _start(source: Source, **options: Any) -> Any:
+def start(source: Source, **options: Any) -> Any:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 

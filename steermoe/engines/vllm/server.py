@@ -7,13 +7,14 @@ import json
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
-from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, prepare_environment
+from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
 from steermoe.engines.vllm.spec import packed, spec_of_name
 from steermoe.engines.vllm.wire import KEY
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
@@ -30,13 +31,28 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where the server listens, whom it lets in, and where it finds vectors.
+
+    Attributes:
+        host: the address; 127.0.0.1 is for this machine alone.
+        port: the port.
+        api_keys: a request must show one of these keys; without any, everyone who reaches the port is let in.
+        vectors: a folder of vectors to search first. The server searches it at each request, so vectors may be added
+            while it runs.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: Sequence[str] = ()
+    vectors: Path | None = None
+
+
 def serve(
     model: str | None = None,
+    server: ServerOptions | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: Sequence[str] = (),
-    vectors: Path | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
     eager: bool = False,
@@ -47,12 +63,9 @@ def serve(
 
     Args:
         model: as for `VLLMEngine`.
-        host: where to listen; 127.0.0.1 is this machine alone.
-        port: likewise.
-        api_key: keys of which a request must show one; none for all that reach the port.
-        vectors: a folder of vectors to search first. It is searched at each request: vectors may come while it serves.
+        server: by default those of `ServerOptions`.
         dtype: as for `VLLMEngine`.
-        trust_remote_code: likewise.
+        trust_remote_code: as for `VLLMEngine`.
         eager: start at once, without compiling.
         parallel: `VLLMEngine`'s sizes of parallelism, by name.
         arguments: further arguments of vLLM's server, as on its command line.
@@ -61,19 +74,20 @@ def serve(
         ModelError: the model can't be found, or vLLM not be started. UnsupportedModel: it can't be steered.
     """
     source = find_source(model, dtype)
-    if vectors is not None:
+    server = server or ServerOptions()
+    if server.vectors is not None:
         before = os.environ.get("STEERMOE_VECTORS")
-        os.environ["STEERMOE_VECTORS"] = os.pathsep.join(filter(None, (str(vectors), before)))
+        os.environ["STEERMOE_VECTORS"] = os.pathsep.join(filter(None, (str(server.vectors), before)))
     _allow_plugins()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    sizes = dict(parallel or {})
-    check_sizes(sizes.get("pipeline_parallel_size", 1), sizes.get("data_parallel_size", 1), compiled=not eager)
+    sizes = parallel_sizes(parallel or {})
+    check_sizes(sizes, compiled=not eager)
     prepare_environment(math.prod(sizes.values()), in_process=False)
     given = ["--model", source.folder, "--served-model-name", source.name, "--dtype", source.dtype]
-    given += ["--host", host, "--port", str(port), "--worker-extension-cls", WORKER]
-    given += [part for key in api_key for part in ("--api-key", key)]
+    given += ["--host", server.host, "--port", str(server.port), "--worker-extension-cls", WORKER]
+    given += [part for key in server.api_keys for part in ("--api-key", key)]
     given += ["--trust-remote-code"] * trust_remote_code + ["--enforce-eager"] * eager
-    given += [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
+    given += [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items() if size > 1]
     if not any(part.startswith(("--kv-cache-memory", "--gpu-memory")) for part in arguments) and _is_cpu():
         given += ["--kv-cache-memory-bytes", str(cache_bytes())]
     _run([*given, *arguments])

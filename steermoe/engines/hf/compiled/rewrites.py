@@ -42,12 +42,12 @@ def attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **options: Any,
 ) -> Any:
-    """softmax(q K^T) V for one query [*, H, 1, D] over keys and values [*, H, C, D]."""
-    if not _is_one(query.shape[-2]) or dropout_p or is_causal or enable_gqa:
+    """softmax(q K^T) V for one query [*, H, 1, D] over keys and values [*, H, C, D]; options `scale`, `enable_gqa`."""
+    if not _is_one(query.shape[-2]) or dropout_p or is_causal or options.get("enable_gqa"):
         return NotImplemented
+    scale = options.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query.float() * key.float()).sum(-1) * scale  # [*, H, C]
     if attn_mask is not None:
