@@ -121,7 +121,7 @@ def by_prompt(rows: Sequence[Row[S]]) -> list[list[Row[S]]]:
 def complete(
     decoder: Decoder,
     requests: Sequence[Request],
-    encode: Callable[[Request], list[int]],
+    prompts: Sequence[list[int]],
     on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
     """`Engine.generate`: bring requests through a decoder, and close it.
@@ -129,7 +129,7 @@ def complete(
     Args:
         decoder: begins all requests at once, as far as it has room.
         requests: texts to continue.
-        encode: as `Engine.encode`.
+        prompts: tokens of each one's prompt, as `Engine.encode` gives them.
         on_text: called with each piece of text as it comes; for a single request only.
 
     Returns:
@@ -142,7 +142,6 @@ def complete(
         return []
     if on_text is not None and len(requests) != 1:
         raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
-    prompts = [encode(request) for request in requests]
     done: dict[int, list[Completion]] = {}
     started = time.perf_counter()
     try:

@@ -30,6 +30,14 @@ def take_all(row, tokens):
     return row
 
 
+def encoded(engine, requests):
+    return [engine.encode(request) for request in requests]
+
+
+def alone(decoder, engine, request, on_text=None):
+    return complete(decoder, [request], encoded(engine, [request]), on_text)
+
+
 # ---- rows ----
 
 
@@ -119,7 +127,7 @@ def test_completions_come_in_the_order_of_their_requests(engine, model, decoder)
     """Rows end at different times; the same request twice is two completions."""
     requests = requests_for(model)
     requests = [*requests, requests[3], requests[0]]
-    done = complete(decoder, requests, engine.encode)
+    done = complete(decoder, requests, encoded(engine, requests))
     assert [one.request for one in done] == requests
     assert len({one.new_tokens for one in done}) > 2
     assert (done[-1].token_ids, done[-2].token_ids) == (done[0].token_ids, done[3].token_ids)
@@ -130,7 +138,7 @@ def test_completions_come_in_the_order_of_their_requests(engine, model, decoder)
 
 
 def test_without_steering_there_is_no_report(engine, decoder):
-    (done,) = complete(decoder, [Request("A dog", None, SAMPLED)], engine.encode)
+    (done,) = alone(decoder, engine, Request("A dog", None, SAMPLED))
     assert done.report is None
 
 
@@ -145,7 +153,7 @@ def test_equal_prompts_are_read_once(engine, model, monkeypatch):
     monkeypatch.setattr(RollingDecoder, "_forward", counted)
     plans = plans_for(model)  # of which three steer the prompt itself, or some of it
     requests = [Request("A dog", plan, replace(SAMPLED, seed=seed)) for seed, plan in enumerate([*plans, *plans])]
-    complete(engine.decoder(len(requests)), requests, engine.encode)
+    complete(engine.decoder(len(requests)), requests, encoded(engine, requests))
     steering = {plan for plan in plans if plan is not None and plan.positions != "generated"}
     assert shapes[0] == (1 + len(steering), len(engine.encode(requests[0])))
     assert shapes[1] == (len(requests), 1)
@@ -154,23 +162,25 @@ def test_equal_prompts_are_read_once(engine, model, monkeypatch):
 @pytest.mark.parametrize("prompt", ["Once upon a time", "the cat", "é €", "</s>", " a\n"])
 def test_streamed_text_is_the_final_text(engine, decoder, prompt):
     pieces: list[str] = []
-    (done,) = complete(decoder, [Request(prompt, None, SAMPLED)], engine.encode, pieces.append)
+    (done,) = alone(decoder, engine, Request(prompt, None, SAMPLED), pieces.append)
     assert "".join(pieces) == done.text != ""
     assert all(pieces)
 
 
 def test_no_requests_and_several_streams(engine, decoder):
-    assert complete(decoder, [], engine.encode) == []
+    assert complete(decoder, [], []) == []
     with pytest.raises(GenerationError, match="one request at a time, not for 2"):
-        complete(decoder, [Request("A dog")] * 2, engine.encode, print)
+        complete(decoder, [Request("A dog")] * 2, encoded(engine, [Request("A dog")] * 2), print)
+    assert len(decoder) == 0
 
 
-def test_a_prompt_that_can_not_be_run_stops_all_before_they_begin(engine, decoder, monkeypatch):
-    monkeypatch.setattr(type(decoder), "start", lambda *_: pytest.fail("nothing is to begin"))
-    with pytest.raises(GenerationError, match="the prompt is empty"):
-        complete(decoder, [Request("A dog"), Request(" ")], engine.encode)
-    with pytest.raises(GenerationError, match=r"the context of tiny is 256: shorten the prompt"):
-        complete(decoder, [Request("A dog"), Request("x" * 300)], engine.encode)
+@pytest.mark.parametrize(
+    ("prompt", "message"), [(" ", "the prompt is empty"), ("x" * 300, "the context of tiny is 256: shorten the prompt")]
+)
+def test_a_prompt_that_can_not_be_run_stops_all_before_they_begin(engine, monkeypatch, prompt, message):
+    monkeypatch.setattr(StaticDecoder, "start", lambda *_: pytest.fail("nothing is to begin"))
+    with pytest.raises(GenerationError, match=message):
+        engine.generate([Request("A dog"), Request(prompt)])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
@@ -181,6 +191,6 @@ def test_an_interrupted_text_leaves_nothing(engine, model, decoder, error):
         raise error
 
     with pytest.raises(error):
-        complete(decoder, [Request("A dog", tiny.plan_for_experts(model, 1), SAMPLED)], engine.encode, stop)
+        alone(decoder, engine, Request("A dog", tiny.plan_for_experts(model, 1), SAMPLED), stop)
     assert len(decoder) == 0
     assert tiny.traces(model) == []

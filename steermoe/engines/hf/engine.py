@@ -94,13 +94,14 @@ class HFEngine:
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
         """As `Engine.generate`; all requests run as one batch, by compiled steps where there are any for it."""
+        prompts = [self.encode(request) for request in requests]
         steps = self.compiled_steps() if requests and not record else None
         decoder: Decoder
         if steps is not None and steps.serves(len(requests)):
             decoder = RollingDecoder(self.loaded, self.end_tokens(), steps)
         else:
             decoder = StaticDecoder(self.loaded, self.end_tokens(), record)
-        return complete(decoder, requests, self.encode, on_text)
+        return complete(decoder, requests, prompts, on_text)
 
     def compiled_steps(self) -> "CompiledSteps | None":
         """The model's compiled steps; None where they are not wanted, or would pass by what else is attached to it."""

@@ -130,9 +130,13 @@ class LlamaCppEngine:
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
         """As `Engine.generate`; up to MOST_ROWS requests go on together."""
+        prompts = [self.encode(request) for request in requests]
+        grown = [len(ids) + one.sampling.max_new_tokens for one, ids in zip(requests, prompts, strict=True)]
+        if grown:  # now, so that the time of the first texts does not hold that of making the cache
+            self.context(min(len(requests), MOST_ROWS), max(grown))
         recorded = len(requests) if record else 0
         decoder = RollingDecoder(self.context, self.state, self.tokenizer, MOST_ROWS, recorded)
-        return complete(decoder, requests, self.encode, on_text)
+        return complete(decoder, requests, prompts, on_text)
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""

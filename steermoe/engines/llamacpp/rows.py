@@ -164,8 +164,9 @@ class Run:
 
 def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:
     """[prompt + new], by how much the plan's strength is multiplied at each position of the text."""
-    mapping = PlanMapping([plan])
-    return mapping.factors(mapping.numbers([plan]), torch.arange(-prompt, new))[0].float().numpy()
+    if plan is None:
+        return np.zeros(prompt + new, dtype=np.float32)
+    return plan.factor(torch.arange(-prompt, new)).float().numpy()
 
 
 def frequency_of(counts: NDArray[np.int64]) -> Tensor | None:

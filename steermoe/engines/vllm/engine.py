@@ -105,7 +105,8 @@ class VLLMEngine:
         """As `Engine.generate`; all requests go on together, as far as there is room."""
         if record and self.compiled:
             raise GenerationError("routing can't be recorded in a compiled model: start the engine without compiling")
-        return complete(self.decoder(record=record), requests, self.encode, on_text)
+        prompts = [self.encode(request) for request in requests]
+        return complete(self.decoder(record=record), requests, prompts, on_text)
 
     @property
     def most_rows(self) -> int:
