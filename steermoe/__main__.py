@@ -1,4 +1,4 @@
-"""`python -m steermoe`: the command line where the console script is not on the PATH."""
+"""`python -m steermoe`: the command line, also if the `steermoe` script is not on the PATH."""
 
 from steermoe.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Shell completion: the generated script completes commands, options and values in bash, and loads nothing heavy."""
+"""Shell completion: the generated script completes commands, options and values in bash."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ BASH = shutil.which("bash")
 
 @pytest.fixture
 def shell(tmp_path):
-    """Runs commands in bash, with `steermoe` on the PATH and a home folder of its own; returns what they print."""
+    """Runs commands in bash, with `steermoe` on the PATH and an empty home folder; returns their output."""
     if BASH is None:
-        pytest.skip("there is no bash")
+        pytest.skip("bash is not installed")
     command = tmp_path / "bin" / "steermoe"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m steermoe "$@"\n')
@@ -25,7 +25,7 @@ def shell(tmp_path):
         "HOME": str(tmp_path),
         "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",  # take the name of the shell from the command line
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",  # read the name of the shell from the command line
     }
 
     def run(script: str) -> str:
@@ -38,7 +38,7 @@ def shell(tmp_path):
 
 
 def completed(line: str) -> str:
-    """A script that completes the last word of a line as bash does at Tab, and prints the candidates."""
+    """A script that completes the last word of a line as bash does for Tab, and prints the candidates."""
     words = line.split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     return (

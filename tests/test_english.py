@@ -1,7 +1,7 @@
-"""Words that must not come back in documents, comments, docstrings and messages, each with what to write instead.
+"""Words that must not return to documents, comments, docstrings and messages, each with its replacement.
 
-Knows nothing of Python or Markdown but what has to be left out: identifiers of other libraries, and in documents the
-texts of models and the output of commands, which are quoted word for word.
+Knows only so much of Python and Markdown as it needs to ignore identifiers of other libraries, and in documents quoted
+texts of models and quoted output of commands.
 """
 
 import re
@@ -50,7 +50,7 @@ BANNED = {
     r"in (?:other|any|such|whatever|different) company": "in a different batch",
     r"what (?:the )?steering did": "steering report",
 }
-"""What to search for, and what to write instead. A space stands for any gap, also for the one between two lines."""
+"""Patterns, and what to write instead. A space matches any gap, also a line break."""
 
 ALLOWED = (
     "torch.accelerator",
@@ -68,7 +68,7 @@ ALLOWED = (
 
 GAP = r"(?:\s|#|>)+"
 BEGINNING, END = r"(?-i:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))", r"(?-i:(?<![A-Za-z])|(?![a-z]))"
-"""Of a word, also within `snake_case` and `CamelCase`."""
+"""Word boundaries, also within `snake_case` and `CamelCase`."""
 SEARCHES = [
     (re.compile(rf"{BEGINNING}(?:{word.replace(' ', GAP)}){END}", re.IGNORECASE), instead)
     for word, instead in BANNED.items()
@@ -87,10 +87,10 @@ class Hit(NamedTuple):
 
 
 def hits(text: str, is_document: bool) -> list[Hit]:
-    """The banned words of a text, in its order, less those in identifiers of other libraries.
+    """The banned words of a text, in order, except in identifiers of other libraries.
 
     Args:
-        is_document: Markdown, where quoted texts and the output of commands are left out.
+        is_document: Markdown, where quoted texts and the output of commands are ignored.
     """
     if is_document:
         text = QUOTED.sub(_blank, FENCED.sub(_without_output, text))
@@ -103,12 +103,12 @@ def hits(text: str, is_document: bool) -> list[Hit]:
 
 
 def _blank(found: re.Match[str]) -> str:
-    """As many characters that say nothing, and the same lines."""
+    """A blank of the same length and with the same line breaks."""
     return re.sub(r"[^\n]", "_", found.group())
 
 
 def _without_output(block: re.Match[str]) -> str:
-    """A block of code without what its commands printed: a whole `text` block; in a session, the lines without `$`."""
+    """A code block with the output of its commands blanked: a whole `text` block; in a session, lines without `$`."""
     language, code = block.groups()
     if language == "text":
         return _blank(block)
@@ -148,11 +148,11 @@ def test_words_are_found(text, words):
     assert sorted(hit.word for hit in hits(text, is_document=False)) == sorted(words)
 
 
-def test_lines_are_those_of_the_file():
+def test_line_numbers_are_those_of_the_file():
     assert [hit.line for hit in hits("one\ntwo, told\n\nso\nmany", is_document=False)] == [2, 4]
 
 
-def test_quotations_in_documents_are_left_out():
+def test_quotations_in_documents_are_ignored():
     text = (
         "> He told her so.\n\n```text\ntold\n```\n\n```console\n$ steermoe generate  # told\n He told her.\n```\n\n"
         "```console\n# told again\n```\n"

@@ -1,4 +1,4 @@
-"""The tree of errors is as its docstring draws it."""
+"""The tree of errors is the one that its docstring draws."""
 
 import inspect
 
@@ -11,7 +11,7 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__mo
 
 
 def drawn_tree() -> dict[str, str | None]:
-    """Each class in the docstring's drawing and the one that it hangs from."""
+    """Each class in the docstring's drawing and its parent there."""
     parents: dict[str, str | None] = {}
     path: list[tuple[int, str]] = []
     for line in errors.__doc__.splitlines():
@@ -24,16 +24,16 @@ def drawn_tree() -> dict[str, str | None]:
     return parents
 
 
-def test_drawing_equals_the_classes():
+def test_the_drawing_shows_the_classes():
     real = {cls.__name__: cls.__base__.__name__ if cls is not SteerMoEError else None for cls in ALL}
     assert drawn_tree() == real
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_one_root(cls):
+def test_all_errors_have_one_root(cls):
     assert issubclass(cls, SteerMoEError)
     assert cls.__doc__
 
 
-def test_root_is_no_builtin_that_others_catch():
+def test_the_root_is_only_an_exception():
     assert SteerMoEError.__bases__ == (Exception,)

@@ -1,7 +1,7 @@
-"""The rule of floors: a room imports only from rooms below it, and no two modules import each other in a circle.
+"""The rule of floors: a room imports only from rooms below it, and no modules import each other in a circle.
 
-A room is a folder directly under steermoe/; the files beside the folders are the ground. Imports inside of functions
-and for type checking count like any other.
+A room is a folder directly in steermoe/; the files next to the folders are the ground. Imports inside functions and for
+type checking count too.
 """
 
 import ast
@@ -24,13 +24,13 @@ FLOORS = (
     ("files", "formulas"),
     ("errors",),
 )
-"""From the roof down; rooms of one floor don't import each other."""
+"""From top to bottom; rooms on one floor don't import each other."""
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 DEEPEST = 8
-"""Arrows of the longest way from room to room, the ground counted as one."""
+"""The most imports on a path from room to room; the ground counts as one room."""
 GROUND = {"errors", "files", "figures", "formulas"}
 OUTSIDE = {"steermoe", "steermoe.__main__"}
-"""The package's front door may name any room."""
+"""The package itself may import any room."""
 
 
 def sources() -> dict[str, str]:
@@ -42,7 +42,7 @@ def sources() -> dict[str, str]:
 
 
 def imports(source: str, modules: Mapping[str, str]) -> Iterator[str]:
-    """The modules of the package that a source imports, anywhere in it."""
+    """The modules of the package that a source imports anywhere."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
@@ -53,7 +53,7 @@ def imports(source: str, modules: Mapping[str, str]) -> Iterator[str]:
 
 
 def arrows(modules: Mapping[str, str]) -> dict[str, set[str]]:
-    """Which modules each module imports."""
+    """The modules that each module imports."""
     return {
         name: set(imports(source, modules)) - {name, "steermoe"}
         for name, source in modules.items()
@@ -76,7 +76,7 @@ def upward(modules: Mapping[str, str]) -> list[str]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """A circle, or nothing where there is none."""
+    """A circle of imports; empty if there is none."""
     state: dict[str, int] = {}
 
     def visit(name: str, way: list[str]) -> list[str]:
@@ -93,7 +93,7 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def depth(modules: Mapping[str, str]) -> int:
-    """Arrows of the longest way between rooms."""
+    """The number of imports on the longest path between rooms."""
     ways: dict[str, set[str]] = {}
     for name, others in arrows(modules).items():
         here = "ground" if room(name) in GROUND else room(name)

@@ -1,4 +1,4 @@
-"""The formulas against numbers computed by hand. E, c and z are small enough to follow every case in the head."""
+"""The formulas against numbers computed by hand, with E, c and z small enough to check every case mentally."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ CASES = [
     ("zero_max_scaled", "magnitude", 2.0, NEGATIVE, [-2.0, 0.8, -3.0, 0.2]),
     ("zero_max_scaled", "paper", -2.0, POSITIVE, [2.0, -1.6, 1.0, -0.4]),
     ("zero_max_scaled", "magnitude", -2.0, POSITIVE, [2.0, -1.6, 1.0, -0.4]),
-    # away from experts whose logits are low already: zeroing would raise them to -0.8 and -0.2, so they stay
+    # away from experts with low logits: zeroing would raise them to -0.8 and -0.2, so they stay
     ("zero_max_scaled", "magnitude", -2.0, NEGATIVE, [-2.0, -1.0, -3.0, -4.0]),
     ("zero_max_scaled", "paper", -2.0, NEGATIVE, [-2.0, 0.8, -3.0, 0.2]),
 ]

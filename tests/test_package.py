@@ -1,4 +1,4 @@
-"""The public names, and that nothing heavy is loaded before it is needed."""
+"""Public names exist, and heavy libraries are loaded only when they are needed."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ except SystemExit:
 
 
 def loaded_after(code: str) -> set[str]:
-    """The heavy libraries that a fresh Python has loaded once it ran the code."""
+    """The heavy libraries that a new Python process has loaded after it ran the code."""
     script = f"{code}\n{REPORT.format(heavy=HEAVY)}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(done.stderr.split("\n")[-2].split())

@@ -1,11 +1,14 @@
-"""Project documents: every path, test and make target that they name exists, and each has its parts."""
+"""Project documents are complete, and every path, test and make target that they name exists."""
 
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+
+import steermoe
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 DECISIONS = ROOT / "docs" / "decisions"
@@ -21,13 +24,13 @@ def read(name: str) -> str:
 
 @cache
 def names_of_tests() -> set[str]:
-    """Every test function below tests/."""
+    """All test functions in tests/."""
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     return {name for source in sources for name in re.findall(r"^(?:async )?def (test_\w+)\(", source, re.MULTILINE)}
 
 
 def rows(name: str) -> list[list[str]]:
-    """The cells of every row of a document's tables, titles and rules left out."""
+    """The cells of every row of a document's tables."""
     lines = [line for line in read(name).splitlines() if line.startswith("|") and not line.startswith("|---")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
@@ -40,6 +43,23 @@ def test_the_citation_is_complete():
     (thesis,) = citation["references"]
     assert (thesis["type"], thesis["year"], thesis["authors"][0]["family-names"]) == ("thesis", 2024, "Shchukin")
     assert thesis["title"] in re.sub(r"\s+", " ", read("README.md"))
+
+
+def test_all_files_name_one_version():
+    version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    assert steermoe.__version__ == version
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == version
+    released = re.findall(r"^## \[(\d[^\]]*)\] - \d{4}-\d{2}-\d{2}$", read("CHANGELOG.md"), re.MULTILINE)
+    assert released[0] == version
+
+
+def test_the_source_distribution_has_every_project_file():
+    included = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert [name for name in included if not (ROOT / name).exists()] == []
+    documents = {
+        path.name for pattern in ("*.md", "*.cff", "*.txt", "LICENSE", "Makefile") for path in ROOT.glob(pattern)
+    }
+    assert documents | {".pre-commit-config.yaml"} <= set(included)
 
 
 @pytest.mark.parametrize("guide", GUIDES)

@@ -1,6 +1,6 @@
 """Functions stay small: they fit on a screen, and outside the command line they take few parameters.
 
-ruff holds the third limit, the complexity of a function (C901).
+ruff checks the third limit, the complexity of a function (C901).
 """
 
 import ast
@@ -18,7 +18,7 @@ def functions(source: str) -> Iterator[Function]:
 
 
 def parameters(function: Function) -> int:
-    """How many it takes, `self` and `cls` not counted; `*args` and `**kwargs` are one each."""
+    """The number of parameters without `self` and `cls`; `*args` and `**kwargs` count as one each."""
     given = function.args
     named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
     is_method = bool(named) and named[0].arg in ("self", "cls")

@@ -1,3 +1,3 @@
-"""Many stories from a file of prompts, resumable: `jobs` reads what to tell, `plans` finds the steering that is asked
-for, `output` keeps the stories, `run` brings them through an engine.
+"""Stories from a file of prompts, resumable: `jobs` reads the prompts, `keys` identifies each story, `output` stores
+the stories, `worker` and `cluster` generate them, `batch` combines all this.
 """

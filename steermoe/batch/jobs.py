@@ -1,6 +1,6 @@
-"""What to tell: prompts, as lines of text or JSON, times domains, times samples. Knows no models.
+"""What a batch generates: prompts, as lines of text or JSON, times domains, times samples. Knows no models.
 
-Nothing is kept: a file is read line by line, twice if need be. A line that can't be used is a `Problem`, not an error.
+Nothing is kept: the file is read line by line, twice if need be. An unusable line is a `Problem`, not an error.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from steermoe.errors import BatchError, SteerMoEError
 from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field
 
 MAX_LINE = 1 << 20
-"""Bytes of a line at most: a file without line ends must not fill the memory."""
+"""The most bytes of a line: a file without line ends must not fill the memory."""
 KEPT_TEXT = 200
-"""Characters of a bad line that its problem quotes."""
+"""Characters of a bad line that its `Problem` quotes."""
 
 Format = Literal["auto", "text", "jsonl"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class BatchSettings:
     """What holds for every line that does not say otherwise.
 
     Attributes:
-        domains: every prompt is told once with each, as `sport`, a mixture `sport=0.7+food=0.3` or `none`; where there
-            are none, with what `steering` says.
-        samples: stories of each prompt and domain, with the seeds that follow the first one.
+        domains: every prompt is continued with each of them: `sport`, a mixture `sport=0.7+food=0.3` or `none`; if
+            empty, with `steering` as it is.
+        samples: stories per prompt and domain, with consecutive seeds.
     """
 
     steering: SteeringSpec = field(default_factory=SteeringSpec)
@@ -45,7 +45,7 @@ class Settings:
             raise BatchError(f"samples {self.samples} is out of range: expected 1 or more")
 
     def steerings(self) -> list[SteeringSpec]:
-        """What a line that says nothing of steering is told with."""
+        """The steerings of a line that names none itself."""
         return [replace(self.steering, domain=(domain,) if domain else ()) for domain in self.domains] or [
             self.steering
         ]
@@ -53,13 +53,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One story to tell.
+    """One story to generate.
 
     Attributes:
-        line: where its prompt stands in the file.
+        line: the line number of its prompt in the file.
         sample: 0 to samples - 1; its seed is in `sampling`.
-        id: what the line calls itself; None if it doesn't.
-        meta: what the line wants to find again beside its story.
+        id: the id that the line gives; None without one.
+        meta: anything that the line wants copied to its story.
     """
 
     line: int
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line, or a story of it, that is left out.
+    """A line, or a story of it, that is skipped.
 
     Attributes:
         text: the line, or the beginning of a long one.
@@ -92,10 +92,10 @@ class _BadLine(Exception):
 
 
 class PromptFile:
-    """A file of prompts that can be read several times; what can't, such as a pipe, is copied to a temporary file.
+    """A file of prompts that can be read several times: a pipe is copied to a temporary file.
 
     Args:
-        path: "-" for stdin. format: "auto" goes by the ending .jsonl or .ndjson, else by the first line.
+        path: "-" for stdin. format: "auto" decides by the extension .jsonl, .ndjson or .txt, else by the first line.
 
     Raises:
         BatchError: it can't be read.
@@ -133,8 +133,8 @@ class PromptFile:
         except (ValueError, RecursionError):
             return False
 
-    def jobs(self, settings: Settings) -> Iterator[list[Job] | Problem]:
-        """Line after line: its stories, or what is wrong with it. Blank lines are passed over."""
+    def jobs(self, settings: BatchSettings) -> Iterator[list[Job] | Problem]:
+        """For each line its jobs, or what is wrong with it. Blank lines are skipped."""
         for number, content in self._lines():
             if not content.strip():
                 continue
@@ -146,7 +146,7 @@ class PromptFile:
                 yield Problem(number, str(problem), content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT])
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Numbered from 1; of a line that is too long, enough to see that it is."""
+        """The lines with their numbers, from 1; of a line that is too long, enough to see that."""
         try:
             self._file.seek(0)
             number = 0
@@ -189,7 +189,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **{name: _OF_SAMPLING[Sampling.__dataclass_fields__[name].type] for name in SAMPLING_FIELDS},
     "meta": ((object,), "anything"),
 }
-"""The fields of a JSON line; all but the prompt may be missing, or null, for what the options say."""
+"""The fields of a JSON line; all but the prompt may be missing or null, then the options decide."""
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -198,20 +198,20 @@ def _parse(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _BadLine(f"is not JSON ({error})") from error
     if not isinstance(given, dict):
-        raise _BadLine(f"is no JSON object but {type(given).__name__}")
+        raise _BadLine(f"is of type {type(given).__name__}, not a JSON object")
     for name, value in given.items():
         if name not in KINDS:
-            raise _BadLine(f"has a field '{name}' that means nothing here: use {', '.join(KINDS)}")
+            raise _BadLine(f"has an unknown field '{name}': use {', '.join(KINDS)}")
         if value is not None and name != "meta" and (wrong := misfit(name, value, *KINDS[name])):
             raise _BadLine(wrong)
     return {name: value for name, value in given.items() if value is not None or name in ("domain", "meta")}
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-def _expand(line: int, given: dict[str, Any], settings: Settings) -> list[Job]:
+def _expand(line: int, given: dict[str, Any], settings: BatchSettings) -> list[Job]:
     prompt = given.get("prompt")
     if prompt is None:
         raise _BadLine("has no field 'prompt'")
@@ -221,7 +221,7 @@ def _expand(line: int, given: dict[str, Any], settings: Settings) -> list[Job]:
         with contextlib.suppress(UnicodeEncodeError):
             text.encode()
             continue
-        raise _BadLine("holds half a surrogate pair, which is no text")
+        raise _BadLine("holds half a surrogate pair, which is not text")
     changes = {name: read_field(name, given[name]) for name in STEERING_FIELDS if name in given}
     steerings = [replace(steering, **changes) for steering in _steerings(given, settings)]
     sampling = replace(settings.sampling, **{name: given[name] for name in SAMPLING_FIELDS if name in given})
@@ -243,8 +243,8 @@ def _expand(line: int, given: dict[str, Any], settings: Settings) -> list[Job]:
     ]
 
 
-def _steerings(given: dict[str, Any], settings: Settings) -> list[SteeringSpec]:
-    """Those of the settings, with the domains of the line, if it names any."""
+def _steerings(given: dict[str, Any], settings: BatchSettings) -> list[SteeringSpec]:
+    """The steerings of the settings, with the domains of the line if it names any."""
     if "domain" in given and "domains" in given:
         raise _BadLine("has both 'domain' and 'domains': give one of them")
     if "domain" not in given and "domains" not in given:

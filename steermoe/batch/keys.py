@@ -1,7 +1,7 @@
-"""The key by which a story is known again: a hash of everything that decides its text, and of its id.
+"""The key that identifies a story: a hash of everything that decides its text, and of its id.
 
-Keys stand in files of stories, so they must not change. What is hashed grows at its end only, and a field of plans that
-came later is left out where it has its default.
+Files of stories hold keys, so keys must never change. The hashed content grows at its end only, and a field of plans
+that was added later is omitted where it has its default.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.vector import SteeringVector
 
 HASHED = ("strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
-"""The fields that plans had when keys came to be, in the order in which they are hashed, default or not."""
+"""The fields of plans when keys were introduced, in the order in which they are hashed, default or not."""
 KEPT_VECTORS, KEPT_PLANS = 64, 1024
 
 
@@ -32,18 +32,20 @@ class StoryKeys:
         self._digest = lru_cache(KEPT_VECTORS)(_digest)
 
     def key(self, job: Job, plan: SteeringPlan | None) -> str:
-        """16 hexadecimal digits; `plan` is what the job's steering came to."""
+        """16 hexadecimal digits; `plan` is the resolved steering of the job."""
         sampling = {name: float(value) for name, value in asdict(job.sampling).items() if name != "seed"}
         steering = None if plan is None else self._steering(plan)
         content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def _hashed(self, plan: SteeringPlan) -> list[Any]:
-        said = {**plan.as_dict(), "strength": float(plan.strength)}
-        vector = [] if plan.vector is None else [said["domain"], self._digest(plan.vector)]
+        values = {**plan.as_dict(), "strength": float(plan.strength)}
+        vector = [] if plan.vector is None else [values["domain"], self._digest(plan.vector)]
         defaults = SteeringPlan(plan.vector, force=plan.force, ban=plan.ban).as_dict()
-        later = {name: said[name] for name in said if name not in ("domain", *HASHED) and said[name] != defaults[name]}
-        return [*vector, *(said[name] for name in HASHED), *([later] if later else [])]
+        later = {
+            name: values[name] for name in values if name not in ("domain", *HASHED) and values[name] != defaults[name]
+        }
+        return [*vector, *(values[name] for name in HASHED), *([later] if later else [])]
 
 
 def _digest(vector: SteeringVector) -> str:

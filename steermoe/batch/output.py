@@ -1,7 +1,7 @@
-"""The file of stories: one JSON object a line, only ever appended to, so that a kill at any moment loses nothing told.
+"""The file of stories: one JSON object per line, only ever appended to, so a kill loses no finished story.
 
-A story is written in one call, and forced to the disk every few seconds. What a kill or a full disk tore is cut off
-when the file is opened again, or at once.
+Each story is written in one call, and the file is forced to the disk every few seconds. A line that a kill cut short is
+removed when the file is opened again, one that a full disk cut short at once.
 """
 
 import json
@@ -18,17 +18,18 @@ import numpy as np
 from steermoe.errors import BatchError
 
 SYNC_SECONDS = 5.0
-"""What a power failure can cost; a kill costs nothing."""
+"""How much a power failure can cost; a kill costs nothing."""
 BEGINNING = b'{"job": "'
-"""Of every line; by it a torn line is told from a file that is not ours."""
+"""Of every line; it distinguishes a line cut short from a file that is not ours."""
 
 
 class StoryFile:
     """A file of stories, open for appending; use it in a `with` block.
 
     Args:
-        path: a file, new or begun. Anything else that can be written to, such as a named pipe, only takes stories.
-        overwrite: forget what is in it, once `begin` is called.
+        path: a new file, or one to resume. Anything else that can be written to, such as a named pipe, takes stories
+            but is never read.
+        overwrite: drop what is in it, once `begin` is called.
 
     Raises:
         BatchError: it can't be opened, or another run writes to it.
@@ -55,7 +56,7 @@ class StoryFile:
         self.close()
 
     def close(self) -> None:
-        """Close it; a file that was made for nothing goes away."""
+        """Close it; a file that was created and stayed empty is removed."""
         if self._fd < 0:
             return
         is_empty = self.is_regular and os.fstat(self._fd).st_size == 0
@@ -64,13 +65,13 @@ class StoryFile:
         os.close(self._fd)
         self._fd = -1
 
-    # ---- what is there ----
+    # ---- existing stories ----
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The stories so far, each with its line number; none if they are to be overwritten. Changes nothing.
 
         Raises:
-            BatchError: a line is no story, and not just torn at the end.
+            BatchError: a line is not a story, and not just cut short at the end of the file.
         """
         if self.is_regular and not self._overwrite:
             for number, _, content in self._lines():
@@ -79,12 +80,12 @@ class StoryFile:
                     yield number, record
                 elif not self._is_torn(content):
                     raise BatchError(
-                        f"line {number} of '{self.path}' is no story: name another file, or start it anew with "
+                        f"line {number} of '{self.path}' is not a story: name another file, or replace this one with "
                         "--overwrite"
                     )
 
     def begin(self) -> None:
-        """Make it ready for stories: empty if it is to be overwritten, a torn last line completed or cut off."""
+        """Prepare it for new stories: empty it if it is to be overwritten, complete or remove a last line cut short."""
         if not self.is_regular:
             return
         if self._overwrite:
@@ -99,7 +100,7 @@ class StoryFile:
             self._write(b"\n")
 
     def _is_torn(self, content: bytes) -> bool:
-        """Whether a line, the last one, is the beginning of a story, or only space that a crash left unwritten."""
+        """Whether a line is the last one and only the beginning of a story, or space that a crash left unwritten."""
         rest = content.rstrip(b"\n").rstrip(b"\0")
         return os.fstat(self._fd).st_size == self._scanned and rest[: len(BEGINNING)] == BEGINNING[: len(rest)]
 
@@ -112,13 +113,13 @@ class StoryFile:
                 yield number, offset, content
                 offset = self._scanned
 
-    # ---- new ones ----
+    # ---- new stories ----
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a story, whole or not at all.
 
         Raises:
-            BatchError: the disk is full, or the like.
+            BatchError: it can't be written, for example because the disk is full.
         """
         self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -150,16 +151,16 @@ class StoryFile:
         os.ftruncate(self._fd, size)
 
     def _failed(self, error: OSError) -> BatchError:
-        stays = "; the stories in it are whole, make room and run again to go on" if self.is_regular else ""
+        stays = "; the stories in it are complete: make room and run again to resume" if self.is_regular else ""
         return BatchError(f"can't write '{self.path}': {error.strerror}{stays}")
 
-    # ---- in order ----
+    # ---- sorting ----
 
     def sort(self, place: Callable[[int], int]) -> None:
-        """Put the stories into an order, at once or not at all; nothing can be appended after that.
+        """Sort the stories, completely or not at all; nothing can be appended afterwards.
 
         Args:
-            place: where a key belongs; equal places stay as they are.
+            place: the place of a key in the order; stories of equal place keep their order.
 
         Raises:
             BatchError: no room for the sorted copy; the file stays as it is.
@@ -184,13 +185,13 @@ class StoryFile:
         except OSError as error:
             copy.unlink(missing_ok=True)
             raise BatchError(
-                f"'{self.path}' is complete, but there is no room to put it in order ({error.strerror}); run again "
-                "with more, or take the stories in the order they were finished"
+                f"'{self.path}' is complete, but there is no room to sort it ({error.strerror}); make room and run "
+                "again, or use the stories in the order in which they were finished"
             ) from error
 
 
 class ErrorFile:
-    """What was left out, one JSON object a line; nothing is written anywhere if there is no path.
+    """What was skipped, one JSON object per line; without a path nothing is written.
 
     Raises:
         BatchError: it can't be written.
@@ -226,11 +227,11 @@ def check_apart(prompts: str, output: Path, errors: Path | None) -> None:
     for number, (kind, path) in enumerate(named):
         for other_kind, other in named[:number]:
             if path == other or (path.exists() and other.exists() and path.samefile(other)):
-                raise BatchError(f"the {kind} would be written over the {other_kind} in '{path}': name another file")
+                raise BatchError(f"the {kind} would overwrite the {other_kind} in '{path}': name another file")
 
 
 def _story(content: bytes) -> dict[str, Any] | None:
-    """The story in a line, or None if it is none."""
+    """The story in a line; None if it holds none."""
     try:
         record = json.loads(content)
         int(record["job"], 16)
@@ -245,7 +246,7 @@ def _flags(path: Path) -> int:
 
 
 def _lock(fd: int) -> bool:
-    """Whether nobody else has the file; where there are no locks, nobody is asked."""
+    """Whether no other run has the file; always true on systems without locks."""
     try:
         import fcntl
     except ImportError:

@@ -1,5 +1,5 @@
-"""Tells stories in an engine: rows are refilled as they are finished, and a batch that was too large for the memory is
-halved. Knows no files.
+"""Generates stories in an engine: finished rows are refilled, and a batch that is too large for the memory is halved.
+Knows no files.
 """
 
 import gc
@@ -20,41 +20,41 @@ from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 
 WINDOW = 1024
-"""Stories that are looked at together, to put those of similar length side by side."""
+"""Stories that are sorted together, so that those of similar length run side by side."""
 REFILL_SHARE = 16
-"""New rows begin when a sixteenth of all are free: one by one, each would make all others wait for its prompt."""
+"""New rows start when 1/16 of all rows are free: started one by one, each prompt would make all other rows wait."""
 GROW_AFTER = 16
-"""Times as many stories as rows have to go well before a batch that was halved is doubled again."""
+"""A batch that was halved is doubled again after 16 stories per row without trouble."""
 
-LeaveOut = Callable[[Job, str], None]
-"""Called with a story that can't be told, and why."""
+Skip = Callable[[Job, str], None]
+"""Called with a job whose story can't be generated, and the reason."""
 
 
 @dataclass(frozen=True, eq=False)
-class Story:
-    """A job that is not told yet, with its key and its plan."""
+class PlannedJob:
+    """A job with the key of its story and its plan."""
 
     job: Job
     key: int
     plan: SteeringPlan | None
 
 
-class Teller(Protocol):
-    """Tells stories, here or elsewhere."""
+class Worker(Protocol):
+    """Generates stories, in this process or elsewhere."""
 
     @property
     def rows(self) -> int:
-        """Rows at once, at most."""
+        """The most rows at once."""
 
     @property
     def report(self) -> SteeringReport | None:
-        """What was steered, once all is told; None if nothing was to be."""
+        """The steering report, once all stories are finished; None if none of them was to be steered."""
 
-    def tell(self, stories: Iterator[Story], leave_out: LeaveOut) -> Generator[dict[str, Any], None, None]:
-        """The record of each story, as they are finished.
+    def generate(self, jobs: Iterator[PlannedJob], skip: Skip) -> Generator[dict[str, Any], None, None]:
+        """The record of each story, in the order in which stories are finished.
 
         Raises:
-            SteeringError: steering that was asked for did not happen.
+            SteeringError: requested steering did not happen.
         """
 
 
@@ -68,16 +68,16 @@ class _Ready:
     prompt: list[int]
 
     @property
-    def tokens(self) -> int:
-        """That it may come to."""
+    def most_tokens(self) -> int:
+        """The most tokens that its story can have, prompt included."""
         return len(self.prompt) + self.request.sampling.max_new_tokens
 
 
-class EngineTeller:
-    """Tells stories in an engine of this process.
+class EngineWorker:
+    """Generates stories in an engine of this process.
 
     Args:
-        rows: rows at once; None for what the memory allows.
+        rows: rows at once; None for as many as the memory allows.
     """
 
     def __init__(self, engine: Engine, rows: int | None = None) -> None:
@@ -90,92 +90,90 @@ class EngineTeller:
         self.report: SteeringReport | None = None
         self._room = engine.room() if rows is None else None
 
-    def tell(self, stories: Iterator[Story], leave_out: LeaveOut) -> Generator[dict[str, Any], None, None]:
-        """As `Teller.tell`."""
+    def generate(self, jobs: Iterator[PlannedJob], skip: Skip) -> Generator[dict[str, Any], None, None]:
+        """As `Worker.generate`."""
         decoder = self._engine.decoder(self._most_rows)
         try:
-            for ready, completion in self._complete(decoder, self._ready(stories, leave_out), leave_out):
+            for ready, completion in self._complete(decoder, self._ready(jobs, skip), skip):
                 yield self._record(ready, completion)
             self.report = decoder.report()
         finally:
             decoder.close()
 
-    def _ready(self, fresh: Iterator[Story], leave_out: LeaveOut) -> Iterator[_Ready]:
-        """Stories to tell, those of similar length side by side, as far as a window reaches; the longest first."""
-        while window := list(islice(fresh, WINDOW)):
+    def _ready(self, jobs: Iterator[PlannedJob], skip: Skip) -> Iterator[_Ready]:
+        """Jobs with their tokens, sorted by length within each window; the longest first."""
+        while window := list(islice(jobs, WINDOW)):
             ready, prompts = [], dict[str, list[int]]()
-            for story in window:
-                job = story.job
-                request = Request(job.prompt, story.plan, job.sampling)
+            for planned in window:
+                job = planned.job
+                request = Request(job.prompt, planned.plan, job.sampling)
                 try:
                     prompt = self._engine.encode(request, prompts.get(job.prompt))
                 except SteerMoEError as error:
-                    leave_out(job, str(error))
+                    skip(job, str(error))
                     continue
                 prompts[job.prompt] = prompt
-                ready.append(_Ready(job, story.key, request, prompt))
-            yield from sorted(ready, key=lambda one: -one.tokens)
+                ready.append(_Ready(job, planned.key, request, prompt))
+            yield from sorted(ready, key=lambda one: -one.most_tokens)
 
-    def _complete(
-        self, decoder: Decoder, stories: Iterator[_Ready], leave_out: LeaveOut
-    ) -> Iterator[tuple[_Ready, Completion]]:
-        """Bring stories through the decoder, each as soon as there is room for it."""
-        flying: dict[Request, _Ready] = {}
+    def _complete(self, decoder: Decoder, ready: Iterator[_Ready], skip: Skip) -> Iterator[tuple[_Ready, Completion]]:
+        """Run jobs in the decoder, each as soon as there is room for it."""
+        running: dict[Request, _Ready] = {}
         waiting: deque[_Ready] = deque()
         while True:
-            waiting.extend(islice(stories, max(0, self.rows - len(waiting))))
-            beginning = self._next(flying, waiting)
+            waiting.extend(islice(ready, max(0, self.rows - len(waiting))))
+            starting = self._next(running, waiting)
             try:
-                if beginning:
-                    flying.update((one.request, one) for one in beginning)
-                    decoder.start([one.request for one in beginning], [one.prompt for one in beginning])
+                if starting:
+                    running.update((one.request, one) for one in starting)
+                    decoder.start([one.request for one in starting], [one.prompt for one in starting])
                 done = decoder.step()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = first_line(error)
                 done = None
-            if done is None:  # outside of `except`, where the error would hold on to the memory
+            if done is None:  # outside of `except`, where the error would keep the memory in use
                 decoder.clear()
-                self._halve(flying, waiting, failed, leave_out)
+                self._halve(running, waiting, failed, skip)
                 continue
             self._grow(len(done))
             for completion in done:
-                yield flying.pop(completion.request), completion
-            if not flying and not waiting:
-                waiting.extend(islice(stories, 1))
+                yield running.pop(completion.request), completion
+            if not running and not waiting:
+                waiting.extend(islice(ready, 1))
                 if not waiting:
                     return
 
-    def _next(self, flying: dict[Request, _Ready], waiting: deque[_Ready]) -> list[_Ready]:
-        """The stories to begin now: all that there is room for, if it is worth making the others wait."""
-        free = self.rows - len(flying)
-        if flying and free < min(self.rows // REFILL_SHARE, len(waiting)):
+    def _next(self, running: dict[Request, _Ready], waiting: deque[_Ready]) -> list[_Ready]:
+        """The jobs to start now: all that there is room for, if that is worth making the others wait."""
+        free = self.rows - len(running)
+        if running and free < min(self.rows // REFILL_SHARE, len(waiting)):
             return []
         found: list[_Ready] = []
-        longest = max((one.tokens for one in flying.values()), default=0)
+        longest = max((one.most_tokens for one in running.values()), default=0)
         while waiting and len(found) < free:
-            longest = max(longest, waiting[0].tokens)
-            if self._room is not None and self._room.rows(longest) <= len(flying) + len(found) and (flying or found):
+            longest = max(longest, waiting[0].most_tokens)
+            if self._room is not None and self._room.rows(longest) <= len(running) + len(found) and (running or found):
                 break
             found.append(waiting.popleft())
         return found
 
-    def _halve(self, flying: dict[Request, _Ready], waiting: deque[_Ready], failed: str, leave_out: LeaveOut) -> None:
-        """Begin again with half as many rows; a story for which memory is short all alone is left out."""
-        begun = list(flying.values())
-        flying.clear()
-        if len(begun) == 1:
-            leave_out(begun.pop().job, f"there is not enough memory for this story alone ({failed})")
-        self.rows = max(1, min(self.rows, len(begun)) // 2)
+    def _halve(self, running: dict[Request, _Ready], waiting: deque[_Ready], failed: str, skip: Skip) -> None:
+        """Start the rows again, half as many at once; a story that does not fit into memory even alone is skipped."""
+        started = list(running.values())
+        running.clear()
+        if len(started) == 1:
+            skip(started.pop().job, f"there is not enough memory for this story alone ({failed})")
+        self.rows = max(1, min(self.rows, len(started)) // 2)
         self._finished_since_halving = 0
-        waiting.extendleft(reversed(begun))
+        waiting.extendleft(reversed(started))
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
     def _grow(self, finished: int) -> None:
-        """Take more rows again when all went well for long: it may have been a single long story."""
+        """Double the rows again after a while without trouble: one long story may have been the reason."""
         self._finished_since_halving += finished
         if self.rows < self._most_rows and self._finished_since_halving >= GROW_AFTER * self.rows:
             self.rows = min(2 * self.rows, self._most_rows)
@@ -204,5 +202,5 @@ def _listed(plan: SteeringPlan | None, name: str) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short; its type if it says nothing."""
+    """The first line of an error's message, at most 200 characters; its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

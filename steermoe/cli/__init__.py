@@ -1,4 +1,4 @@
-"""The command line: `app` puts it together and is its one error boundary, every other file is one command or one group.
+"""The command line: `app` assembles it and is its only error boundary, every other file is one command or one group.
 
-Answers go to stdout, everything else to stderr. Nothing heavy is imported before a command needs it.
+Answers go to stdout, everything else to stderr. Heavy libraries are imported only when a command needs them.
 """

@@ -1,4 +1,4 @@
-"""The `steermoe` command: its groups, and the one place where errors become a line on stderr and an exit code."""
+"""The `steermoe` command: its groups, and the only place that turns errors into a line on stderr and an exit code."""
 
 import io
 import logging
@@ -52,26 +52,26 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    """Run the command line; exit with 0 for success, 1 for an error, 2 for wrong usage, 130 after an interruption."""
     _quiet_libraries()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes rather than failing
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escapes instead of an error on a terminal without UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="steermoe")  # also under `python -m`, so that completion scripts call the command
+        app(prog_name="steermoe")  # also under `python -m`, because completion scripts call it
     except SteerMoEError as error:
         console.err.print(console.printable(f"steermoe: {error}"), soft_wrap=True)
         sys.exit(EXIT_ERROR)
-    except SystemExit as end:  # typer's own way out, also of Ctrl-C
+    except SystemExit as end:  # typer exits this way, also after Ctrl-C
         if end.code == EXIT_INTERRUPTED:
             console.err.print("\nsteermoe: interrupted")
         raise
-    except BrokenPipeError:  # the reader left, as `head` does; stop Python from complaining once more at exit
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does; keep Python from reporting it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
 
 
 def _quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the terminal; ours say what goes on."""
+    """Keep the progress bars and warnings of other libraries off the terminal; steermoe shows its own."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -14,9 +14,9 @@ from steermoe.errors import BatchError
 from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
-    from steermoe.batch.batch import Batch, Summary
+    from steermoe.batch.batch import Batch, BatchSummary
     from steermoe.batch.jobs import Problem
-    from steermoe.batch.worker import Teller
+    from steermoe.batch.worker import Worker
     from steermoe.engines.engine import Engine
 
 EXAMPLES = """Examples:
@@ -35,46 +35,51 @@ steermoe batch prompts.txt -o stories.jsonl -d sport --ray auto --actors 4
 """
 RAY = "Ray"
 SHOWN_PROBLEMS = 5
-"""So many bad lines are told one by one; the rest is a number."""
+"""Bad lines that are printed; the rest is only counted."""
 
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How the file of stories is filled."""
+    """How the file of stories is written."""
 
-    samples: Annotated[int, typer.Option(help="Stories of each prompt and domain, with seeds that follow.")] = 1
+    samples: Annotated[int, typer.Option(help="Stories per prompt and domain, with consecutive seeds.")] = 1
     ordered: Annotated[
-        bool, typer.Option("--ordered", help="At the end, put the stories into the order of the prompts.")
+        bool, typer.Option("--ordered", help="At the end, sort the stories into the order of the prompts.")
     ] = False
-    errors: Annotated[Path | None, typer.Option(help="File for the lines that are left out, as JSON lines.")] = None
-    keep: Annotated[bool, typer.Option("--keep", help="Go on with a file that holds other stories too.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the file anew.")] = False
+    errors: Annotated[Path | None, typer.Option(help="File for skipped lines, as JSON lines.")] = None
+    keep: Annotated[bool, typer.Option("--keep", help="Add to a file that also holds other stories.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False
     format: Annotated[
-        Literal["auto", "text", "jsonl"], typer.Option(help="Of the prompts; auto goes by the name, then by line 1.")
+        Literal["auto", "text", "jsonl"],
+        typer.Option(help="Format of the prompts; auto decides by the file name, then by line 1."),
     ] = "auto"
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Stories at once. Default: as many as the memory allows, up to a limit.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stories in one batch. Default: as many as fit into memory, up to a limit.",
+        ),
     ] = None
 
 
 @dataclass(frozen=True)
 class BatchModel(ModelOptions):
-    """A model for many stories, which actors on other machines may open too."""
+    """A model for many stories, which actors on other machines can open too."""
 
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto, float32, bfloat16 or float16. auto: float32 for a small model on a CPU, to be repeatable.",
+            help="auto, float32, bfloat16 or float16. auto: float32 for small models on a CPU, which is repeatable.",
             rich_help_panel=o.MODEL,
         ),
     ] = "auto"
 
     @property
-    def takes_accelerators(self) -> bool:
+    def takes_gpus(self) -> bool:
         return self.chosen != "llamacpp" and self.device_map != "cpu"
 
     def repeatable(self) -> "BatchModel":
-        """The same with dtype "auto" read as `checkpoint.repeatable_dtype` does, where the model has no other."""
+        """The same model with dtype "auto" resolved by `checkpoint.repeatable_dtype`, if that applies."""
         from steermoe.models.checkpoint import repeatable_dtype
 
         if self.dtype != "auto" or self.chosen == "llamacpp" or self.device_map is not None:
@@ -82,12 +87,12 @@ class BatchModel(ModelOptions):
         pull_if_needed(self.model)
         return replace(self, dtype=repeatable_dtype(self.model))
 
-    def beside_actors(self) -> "BatchModel":
-        """For a process that only looks at the model: transformers' stays in main memory."""
+    def for_inspection(self) -> "BatchModel":
+        """For a process that only inspects the model: in transformers it stays in main memory."""
         return replace(self, device_map="cpu") if self.chosen == "hf" else self
 
     def for_actors(self) -> "BatchModel":
-        """For processes with other working folders."""
+        """For processes with other working directories: a local path becomes absolute."""
         if self.model is None or not Path(self.model).exists():
             return self
         return replace(self, model=str(Path(self.model).absolute()))
@@ -95,7 +100,7 @@ class BatchModel(ModelOptions):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where stories are told, if not in this process.
+    """Where stories are generated, if not in this process.
 
     Raises:
         BatchError: actors without a cluster.
@@ -105,12 +110,15 @@ class Cluster:
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Tell on the machines of a Ray cluster: auto, local or host:port.",
+            help="Generate on the machines of a Ray cluster: auto, local or host:port.",
             rich_help_panel=RAY,
         ),
     ] = None
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Copies of the model. Default: one a machine.", rich_help_panel=RAY)
+        int | None,
+        typer.Option(
+            min=1, help="Number of actors, each with its own model. Default: one per machine.", rich_help_panel=RAY
+        ),
     ] = None
 
     def __post_init__(self) -> None:
@@ -119,7 +127,7 @@ class Cluster:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Connected to the cluster, if there is one, inside the `with` block."""
+        """Connect to the cluster, if there is one, for the `with` block."""
         if self.ray is None:
             yield
             return
@@ -133,34 +141,34 @@ class Cluster:
                 undo.enter_context(connected(self.ray))
             yield
 
-    def open(self, model: BatchModel, workers: int, rows: int | None) -> "tuple[Engine, Teller | None]":
-        """The engine of this process, and what tells the stories if it doesn't.
+    def open(self, model: BatchModel, workers: int, rows: int | None) -> "tuple[Engine, Worker | None]":
+        """The engine of this process, and the worker that generates the stories unless this engine does.
 
         Args:
-            model: what is opened.
-            workers: GPUs that the model takes, where there are any.
-            rows: stories at once of an actor; None for what its memory allows.
+            model: the model to open.
+            workers: GPUs that the model takes, if there are any.
+            rows: rows at once per actor; None for as many as its memory allows.
         """
         if self.ray is None:
             return model.open(), None
-        runner = model.beside_actors().open()
-        from steermoe.batch.cluster import ClusterTeller
+        runner = model.for_inspection().open()
+        from steermoe.batch.cluster import ClusterWorker
 
-        gpus = workers if model.takes_accelerators else 0
-        return runner, ClusterTeller(runner, model.for_actors().opener(), rows=rows, actors=self.actors, gpus=gpus)
+        gpus = workers if model.takes_gpus else 0
+        return runner, ClusterWorker(runner, model.for_actors().opener(), rows=rows, actors=self.actors, gpus=gpus)
 
 
 @o.spread
 def batch(
     *,
     prompts: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="File of prompts, lines of text or JSON; - reads stdin.")
+        str, typer.Argument(metavar="PROMPTS", help="File of prompts, one per line, as text or JSON; - reads stdin.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File of stories; one begun is gone on with.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of stories; an existing one is resumed.")],
     domain: Annotated[
         list[str] | None,
         o.domains(
-            "Tell every prompt with this domain; repeat for several. sport=0.7+food=0.3 mixes, none leaves alone."
+            "Continue every prompt with this domain; repeat for several. sport=0.7+food=0.3 mixes, none is unsteered."
         ),
     ] = None,
     files: FileOptions,
@@ -172,62 +180,51 @@ def batch(
     cluster: Cluster,
     json: o.Json = False,
 ) -> None:
-    """Tell many stories: prompts times domains times samples, in one batch that is refilled as stories are finished.
+    """Generate many stories: prompts times domains times samples, in one batch that is refilled as stories finish.
 
-    Run again after an interruption, it goes on where it stopped. Prints how many stories the file holds.
+    After an interruption, run the same command again to resume. Prints how many stories the file holds.
     """
     from contextlib import closing
 
-    from steermoe.batch.jobs import PromptFile, Settings
+    from steermoe.batch.jobs import BatchSettings, PromptFile
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
 
-    settings = Settings(steering, tuple(domain or ()), sampling, files.samples)
+    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples)
     check_apart(prompts, output, files.errors)
     with (
         closing(PromptFile(prompts, files.format)) as source,
         StoryFile(output, files.overwrite) as stories,
-        closing(ErrorFile(files.errors)) as left_out,
+        closing(ErrorFile(files.errors)) as errors,
         cluster.connected(),
     ):
         model = replace(model, vllm=vllm.arguments()).repeatable()
-        runner, teller = cluster.open(model, vllm.workers, files.batch_size)
-        from steermoe.batch.batch import Batch
+        runner, worker = cluster.open(model, vllm.workers, files.batch_size)
+        from steermoe.batch.batch import Batch, BatchOptions
 
-        problems = _Problems()
-        job = Batch(
-            runner,
-            source,
-            settings,
-            stories,
-            vectors=vectors,
-            keep=files.keep,
-            errors=left_out,
-            on_problem=problems,
-            rows=files.batch_size,
-            teller=teller,
-        )
-        summary = _run(job, output, files.ordered)
+        problems = _ProblemPrinter()
+        options = BatchOptions(vectors, files.keep, errors, problems, files.batch_size, worker)
+        summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
         problems.sum_up()
     _print(summary, output, json)
 
 
-def _run(job: "Batch", output: Path, ordered: bool) -> "Summary":
-    """Run it with a progress bar."""
+def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
+    """Run a batch with a progress bar."""
     from steermoe.cli.terminal import console
 
     with console.working("Reading the prompts ..."):
         job.prepare()
     if job.already:
-        console.err.print(f"{job.already} of {job.total} stories are in '{output}' already", style="dim")
+        console.err.print(f"{job.already} of {job.total} stories are already in '{output}'", style="dim")
     try:
-        with console.counting("Telling", "stories", job.total, done=job.already) as progress:
+        with console.counting("Generating", "stories", job.total, done=job.already) as progress:
             return job.run(progress, ordered=ordered)
     except KeyboardInterrupt:
-        console.err.print(f"steermoe: the stories so far are in '{output}'; run again to go on", soft_wrap=True)
+        console.err.print(f"steermoe: the stories so far are in '{output}'; run again to resume", soft_wrap=True)
         raise
 
 
-def _print(summary: "Summary", output: Path, json: bool) -> None:
+def _print(summary: "BatchSummary", output: Path, json: bool) -> None:
     from steermoe.cli.terminal import console
 
     if json:
@@ -238,14 +235,14 @@ def _print(summary: "Summary", output: Path, json: bool) -> None:
         rate = summary.tokens / summary.seconds
         steered = f"; steered {summary.report.tokens_steered} tokens" if summary.report else ""
         console.err.print(
-            f"{summary.tokens} tokens, {rate:,.0f} a second{steered}; {summary.rows} stories at once at most",
+            f"{summary.tokens} tokens, {rate:,.0f} tokens/s{steered}; at most {summary.rows} stories at once",
             style="dim",
             soft_wrap=True,
         )
 
 
-class _Problems:
-    """Tells the first problems on stderr and counts the rest."""
+class _ProblemPrinter:
+    """Prints the first problems on stderr and counts the rest."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -255,10 +252,10 @@ class _Problems:
 
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
-            console.err.print(f"steermoe: left out: {console.printable(str(problem))}", soft_wrap=True)
+            console.err.print(f"steermoe: skipped {console.printable(str(problem))}", soft_wrap=True)
 
     def sum_up(self) -> None:
         from steermoe.cli.terminal import console
 
         if self.count > SHOWN_PROBLEMS:
-            console.err.print(f"steermoe: {self.count} lines were left out in all")
+            console.err.print(f"steermoe: {self.count} lines were skipped in total")

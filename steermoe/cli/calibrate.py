@@ -1,4 +1,4 @@
-"""`steermoe calibrate`: the largest strength that a damage budget allows, written into the vector file."""
+"""`steermoe calibrate`: finds the largest strength within a damage budget and writes it into the vector file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +7,7 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import tell_problems
+from steermoe.cli.embed import print_problems
 from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
@@ -27,29 +27,30 @@ steermoe calibrate -d chess --heldout texts --model ./my-model
 @o.spread
 def calibrate(
     *,
-    domain: Annotated[list[str], typer.Option("--domain", "-d", help="Domain or vector file; repeat.")],
-    budget: Annotated[float, typer.Option(help="95th percentile of KL a token that is allowed, in nats.")] = 1.0,
+    domain: Annotated[list[str], typer.Option("--domain", "-d", help="Domain or vector file; repeat for several.")],
+    budget: Annotated[float, typer.Option(help="Largest allowed 95th percentile of the KL per token, in nats.")] = 1.0,
     heldout: Annotated[
         Path | None,
         typer.Option(
-            help="Texts to measure on: those labelled `neutral`, or all. Default: the package's neutral stories."
+            help="Texts to measure on: those labelled `neutral`, else all. Default: neutral stories of the package."
         ),
     ] = None,
     corpus: Annotated[o.CorpusOptions, o.Group(without=("max_tokens",))],
-    texts: Annotated[int, typer.Option(min=1, help="So many of them are read.")] = 24,
+    texts: Annotated[int, typer.Option(min=1, help="Number of texts to read.")] = 24,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, only=("formula", "scale"))],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the files. Default: where they are.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the new files. Default: update the files in place."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the results, write nothing.")] = False,
     vectors: o.VectorsFolder = None,
     model: loading.Loaded,
     json: o.Json = False,
 ) -> None:
     """Find the largest strength within a damage budget and write it, with the safe range, into the vector file.
 
-    `generate` then steers with it by default, and warns beyond the safe range. Where the budget is never exceeded, it
-    is the smallest strength beyond which nothing changes.
+    `generate` then uses that strength by default, and warns beyond the safe range. If no strength exceeds the budget,
+    the result is the smallest one beyond which nothing changes.
     """
     from steermoe.cli.terminal import console, tables
     from steermoe.evaluation.calibration import check_budget
@@ -67,7 +68,7 @@ def calibrate(
     source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):
         neutral = neutral_texts(source)
-        tell_problems(source)
+        print_problems(source)
         teacher_forcing = TeacherForcing(loaded, neutral[:texts])
     rows, records = [], []
     for path, vector in found:

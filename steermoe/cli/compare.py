@@ -1,4 +1,4 @@
-"""`steermoe compare`: the same opening unsteered and steered, side by side."""
+"""`steermoe compare`: the same prompt unsteered and steered, side by side."""
 
 from dataclasses import replace
 from enum import StrEnum
@@ -24,7 +24,7 @@ steermoe compare -d law --formula additive --formula zero_max_scaled --json
 
 
 class FormulaName(StrEnum):
-    """Typer takes repeated choices as an enumeration only."""
+    """The formulas as an enumeration: typer needs one for a repeated choice."""
 
     additive = "additive"
     max_scaled = "max_scaled"
@@ -36,24 +36,27 @@ def compare(
     *,
     prompt: o.Prompt = None,
     domain: Annotated[
-        list[str] | None, o.domains("A text for each domain or vector file; a mixture as sport=0.7+food=0.3.")
+        list[str] | None,
+        o.domains("Domain or vector file, or a mixture such as sport=0.7+food=0.3; repeat for several texts."),
     ] = None,
     strength: Annotated[
         list[float] | None,
-        typer.Option(help="A text for each strength. Default: the vector's own.", rich_help_panel=o.STEERING),
+        typer.Option(
+            help="Strength c; repeat for several texts. Default: the vector's own.", rich_help_panel=o.STEERING
+        ),
     ] = None,
     formula: Annotated[
         list[FormulaName] | None,
-        typer.Option(help="A text for each formula. Default: the vector's own.", rich_help_panel=o.STEERING),
+        typer.Option(help="Formula; repeat for several texts. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, without=("domain", "strength", "formula"))],
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: ModelOptions,
-    svg: Annotated[Path | None, typer.Option(help="Draw the comparison into this SVG file too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also draw the comparison as this SVG file.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Tell the same story unsteered and steered, side by side, with what steering did to the routing."""
+    """Generate the same story unsteered and steered, side by side, with the routing share of each vector."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
@@ -72,7 +75,7 @@ def compare(
     ]
     o.warn_beyond_safe_range(plans)
     requests = [Request(text, plan, sampling) for plan in (None, *plans)]
-    with console.working(f"Telling {len(requests)} stories ..."):
+    with console.working(f"Generating {len(requests)} stories ..."):
         completions = runner.generate(requests, record=True)
     columns = compare_completions(completions)
     from steermoe.cli.terminal.columns import print_columns, save_svg

@@ -1,4 +1,4 @@
-"""`steermoe embed`: the routing embeddings of a corpus, in a folder."""
+"""`steermoe embed`: writes the routing embeddings of a corpus to a folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,7 +22,7 @@ steermoe embed reviews.jsonl --text-field body --label-field kind --max-tokens 2
 steermoe embed prompts.csv --tokens last --hidden --model ./my-model -o embeddings
 """
 SHOWN_PROBLEMS = 5
-"""So many bad records are told one by one; the rest is a number."""
+"""Bad records that are printed; the rest is only counted."""
 
 
 CorpusPath = Annotated[
@@ -35,19 +35,20 @@ def embed(
     *,
     corpus: CorpusPath,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the embeddings; one begun is gone on with.")
+        Path, typer.Option("--output", "-o", help="Folder for the embeddings; an existing one is resumed.")
     ],
     texts: o.CorpusOptions,
     features: Annotated[
-        Literal["counts", "probabilities"], typer.Option(help="Choices of experts, or mean router probabilities.")
+        Literal["counts", "probabilities"],
+        typer.Option(help="How often experts are chosen, or mean router probabilities."),
     ] = "counts",
     tokens: Annotated[Literal["all", "last"], typer.Option(help="All tokens of a text, or only its last one.")] = "all",
-    hidden: Annotated[bool, typer.Option("--hidden", help="Keep mean hidden states too.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, padding included.")] = 2048,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Also store mean hidden states.")] = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, padding included.")] = 2048,
     model: loading.Source,
     json: o.Json = False,
 ) -> None:
-    """Embed a corpus: how often the model's routers choose each expert, text by text. Prints the folder."""
+    """Embed a corpus: for each text, how often the model's routers choose each expert. Prints the folder."""
     from dataclasses import asdict
 
     from steermoe.cli.terminal import console
@@ -67,7 +68,7 @@ def embed(
 def embed_into(
     folder: Path, corpus: "Corpus", loaded: "RoutingSource", options: "EmbeddingOptions | None" = None
 ) -> "EmbeddingStore":
-    """Embed with a progress bar, then tell of what was left out. The corpus is read twice, to know how much is left."""
+    """Embed with a progress bar, then print what was skipped. The corpus is read twice, to count its texts first."""
     from steermoe.cli.terminal import console
     from steermoe.discovery.embed_corpus import embed_corpus
 
@@ -75,19 +76,19 @@ def embed_into(
         total = sum(1 for _ in corpus)
     with console.counting("Embedding", "texts", total) as progress:
         store, skipped = embed_corpus(loaded, corpus, folder, options, progress=progress)
-    tell_problems(corpus)
+    print_problems(corpus)
     for name in skipped[:SHOWN_PROBLEMS]:
-        console.err.print(f"steermoe: left out: {console.printable(name)}: it has no tokens", soft_wrap=True)
+        console.err.print(f"steermoe: skipped {console.printable(name)}: it has no tokens", soft_wrap=True)
     return store
 
 
-def tell_problems(corpus: "Corpus | None") -> None:
-    """Name the first bad records of a user's corpus and count the rest, on stderr."""
+def print_problems(corpus: "Corpus | None") -> None:
+    """Print the first bad records of a corpus on stderr and count the rest."""
     from steermoe.cli.terminal import console
 
     if corpus is None:
         return
     for problem in corpus.problems[:SHOWN_PROBLEMS]:
-        console.err.print(f"steermoe: left out: {console.printable(str(problem))}", soft_wrap=True)
+        console.err.print(f"steermoe: skipped {console.printable(str(problem))}", soft_wrap=True)
     if corpus.num_problems > SHOWN_PROBLEMS:
-        console.err.print(f"steermoe: {corpus.num_problems} records were left out in all", soft_wrap=True)
+        console.err.print(f"steermoe: {corpus.num_problems} records were skipped in total", soft_wrap=True)

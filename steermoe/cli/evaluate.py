@@ -1,4 +1,4 @@
-"""`steermoe evaluate`: how well vectors steer and what it costs, in a folder that a run goes on in."""
+"""`steermoe evaluate`: how well vectors steer and what it costs, in a folder in which a run can resume."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import tell_problems
+from steermoe.cli.embed import print_problems
 
 if TYPE_CHECKING:
     from steermoe.evaluation.protocol import Design, EvaluationSettings
@@ -32,41 +32,42 @@ PROTOCOL = "Protocol"
 
 @dataclass(frozen=True)
 class DesignOptions:
-    """What is compared."""
+    """Which kinds of steering are compared."""
 
     formulas: Annotated[
         str | None,
-        typer.Option(help="Formulas joined by commas, or all. Default: the vectors' own.", rich_help_panel=o.STEERING),
+        typer.Option(help="Comma-separated formulas, or all. Default: the vectors' own.", rich_help_panel=o.STEERING),
     ] = None
     scale: Annotated[
         str | None,
-        typer.Option(help="Scales joined by commas, or all. Default: the vectors' own.", rich_help_panel=o.STEERING),
+        typer.Option(help="Comma-separated scales, or all. Default: the vectors' own.", rich_help_panel=o.STEERING),
     ] = None
     thresholds: Annotated[
-        str, typer.Option(help="own, absolute and relative joined by commas, or all.", rich_help_panel=o.STEERING)
+        str, typer.Option(help="Comma-separated: own, absolute, relative; or all.", rich_help_panel=o.STEERING)
     ] = "own"
     strengths: Annotated[
         str | None,
         typer.Option(
-            help="Strengths joined by commas, such as 1,2,4. Default: the vectors' own.", rich_help_panel=o.STEERING
+            help="Comma-separated strengths, for example 1,2,4. Default: the vectors' own.", rich_help_panel=o.STEERING
         ),
     ] = None
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Also the largest strengths that cost so many nats (95th percentile of KL).",
+            help="Comma-separated damage budgets (95th percentile of KL, in nats); adds the largest strength for each.",
             rich_help_panel=o.STEERING,
         ),
     ] = None
     controls: Annotated[
-        bool, typer.Option(help="Hold against shuffled experts and a prompt in words.", rich_help_panel=PROTOCOL)
+        bool,
+        typer.Option(help="Also test shuffled experts and a prompt that names the domain.", rich_help_panel=PROTOCOL),
     ] = True
 
     def design(self) -> "Design":
-        """The design that the texts describe.
+        """The design that the options describe.
 
         Raises:
-            SteeringError: a name that is not known, or no number.
+            SteeringError: an unknown name, or text that is not a number.
         """
         from steermoe.evaluation.protocol import CUTS, Design, parse_formulas, parse_list, parse_numbers, parse_scales
 
@@ -85,19 +86,27 @@ class ProtocolOptions:
     """How much is measured, and how texts are generated."""
 
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Continuations an opening. Default: 3.", rich_help_panel=PROTOCOL)
+        int | None, typer.Option(min=1, help="Continuations per opening. Default: 3.", rich_help_panel=PROTOCOL)
     ] = None
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.", rich_help_panel=PROTOCOL)] = 48
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of a continuation, in tokens.", rich_help_panel=PROTOCOL)
+    ] = 48
     texts: Annotated[
-        int, typer.Option(min=1, help="Texts read for damage, and of each domain.", rich_help_panel=PROTOCOL)
+        int,
+        typer.Option(min=1, help="Neutral texts to measure damage on, and texts per domain.", rich_help_panel=PROTOCOL),
     ] = 24
     temperature: Annotated[
-        float, typer.Option(help="Flattens (over 1) or sharpens the choice.", rich_help_panel=o.SAMPLING)
+        float,
+        typer.Option(
+            help="Below 1 sharpens, above 1 flattens the distribution of the next token.", rich_help_panel=o.SAMPLING
+        ),
     ] = 0.7
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one batch.", rich_help_panel=PROTOCOL)] = 150
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A look in minutes: 12 openings, one seed, 12 texts.", rich_help_panel=PROTOCOL),
+        typer.Option(
+            "--quick", help="A rough result in minutes: 12 openings, 1 seed, 12 texts.", rich_help_panel=PROTOCOL
+        ),
     ] = False
 
     def settings(self, openings: list[str]) -> "EvaluationSettings":
@@ -116,21 +125,23 @@ class ProtocolOptions:
 @o.spread
 def evaluate(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; one begun is gone on with.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; an existing one is resumed.")],
     domain: Annotated[
         list[str] | None,
-        typer.Option("--domain", "-d", help="Domain or vector file; repeat. Default: all of the model's."),
+        typer.Option(
+            "--domain", "-d", help="Domain or vector file; repeat for several. Default: all that fit the model."
+        ),
     ] = None,
     openings: Annotated[
-        Path | None, typer.Option(help="Beginnings to continue, a line each. Default: 50 of the package's.")
+        Path | None, typer.Option(help="File of openings to continue, one per line. Default: 50 of the package.")
     ] = None,
     heldout: Annotated[
         Path | None,
-        typer.Option(help="Labelled texts that no vector saw, `neutral` among the labels. Default: the package's."),
+        typer.Option(help="Held-out labelled texts, some of them labelled `neutral`. Default: those of the package."),
     ] = None,
     corpus: Annotated[o.CorpusOptions, o.Group(without=("max_tokens",))],
     words: Annotated[
-        Path | None, typer.Option(help="Folder of word lists, DOMAIN.txt. Default: the package's, from WordNet.")
+        Path | None, typer.Option(help="Folder of word lists, DOMAIN.txt. Default: those of the package, from WordNet.")
     ] = None,
     compared: DesignOptions,
     protocol: ProtocolOptions,
@@ -138,10 +149,10 @@ def evaluate(
     model: loading.Loaded,
     json: o.Json = False,
 ) -> None:
-    """Measure success, damage and controls of steering. Prints a table, fills the folder.
+    """Measure success, damage and controls of steering. Prints a table and writes a report to the folder.
 
-    A classifier judges success, on texts that are no gibberish, loop or list of words; damage is the divergence from
-    the unsteered model on neutral texts. Stories are kept: a run that was ended goes on when it is started again.
+    A classifier judges success; gibberish, loops and lists of words do not count. Damage is the divergence from the
+    unsteered model on neutral texts. Finished stories are kept: after an interruption, run the same command to resume.
     """
     from steermoe.cli.terminal import console
     from steermoe.evaluation.texts import choose_openings, heldout_texts
@@ -154,7 +165,7 @@ def evaluate(
     chosen = vectors_for(loaded.shape, domain or (), folder=vectors)
     source = None if heldout is None else corpus.open(heldout)
     texts = replace(heldout_texts(list(chosen), source), word_lists=words)
-    tell_problems(source)
+    print_problems(source)
     summary = _run(loaded, chosen, texts, settings, design, output)
     for complaint in summary["complaints"]:
         console.err.print(f"CONTROL FAILED  {complaint}", style="bold red", soft_wrap=True)
@@ -162,7 +173,7 @@ def evaluate(
         console.write_json(summary)
     else:
         _print(summary)
-    console.err.print(f"stories, figures and pictures in {output}", style="dim", soft_wrap=True)
+    console.err.print(f"stories, numbers and pictures are in {output}", style="dim", soft_wrap=True)
 
 
 def _run(
@@ -181,7 +192,7 @@ def _run(
 
 
 def _print(summary: dict[str, Any]) -> None:
-    """One row a condition: success before and after, damage."""
+    """One row per condition: success before and after, damage."""
     from steermoe.cli.terminal import tables
     from steermoe.evaluation.report import TITLES, table_rows
 

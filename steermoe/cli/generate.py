@@ -1,4 +1,4 @@
-"""`steermoe generate`: one text, steered or not."""
+"""`steermoe generate`: continues one text, steered or not."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -32,11 +32,12 @@ def generate(
     sampling: o.Sampling,
     model: ModelOptions,
     stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes. Default: on a terminal.")
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print text as it is generated. Default: on a terminal only."),
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Continue a text, steered toward a domain (or, without --domain, unsteered)."""
+    """Continue a text, steered toward a domain; without --domain, unsteered."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
@@ -64,7 +65,7 @@ def generate(
 
 
 def _print_report(completion: "Completion") -> None:
-    """What steering did, on stderr."""
+    """Print the steering report on stderr."""
     from steermoe.cli.terminal import console
 
     if completion.report is not None:

@@ -1,4 +1,4 @@
-"""Open the model or engine that the options name, with a spinner; pull the default model first if it isn't here."""
+"""Opens the model or engine that the options name, with a spinner; pulls the default model first if it is missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ class ModelOptions:
 
     @property
     def group(self) -> str:
-        """The name of the folder of this model's vectors: the model's own."""
+        """The name of the folder of this model's vectors, which is the model's own name."""
         from steermoe.models.default.pull import DEFAULT_MODEL
 
         path = Path(self.model or DEFAULT_MODEL).resolve()
@@ -50,7 +50,7 @@ class ModelOptions:
             return self.opener()()
 
     def opener(self) -> "Callable[[], Engine]":
-        """Opens the engine, here or in a process on another machine that has the model at the same place."""
+        """A function that opens the engine, here or on another machine that has the model at the same path."""
         from functools import partial
 
         from steermoe.engines import auto
@@ -70,7 +70,7 @@ class ModelOptions:
         )
 
     def load(self) -> "LoadedModel":
-        """The model itself, in transformers."""
+        """Load the model in transformers."""
         with _loading(self.model):
             from steermoe.models.loading import load
 
@@ -83,26 +83,26 @@ class ModelOptions:
             )
 
     def source(self) -> "RoutingSource":
-        """A model to record routing of."""
+        """Open a model whose routing can be recorded."""
         if self.engine == "vllm":
             from steermoe.errors import ModelError
 
             raise ModelError(
-                "vLLM records no routing of texts that are given: use --engine hf, or llamacpp for a GGUF file"
+                "vLLM can't record the routing of given texts: use --engine hf, or llamacpp for a GGUF file"
             )
         opened: Any = self.open()
         return getattr(opened, "loaded", opened)
 
 
 Loaded = Annotated[ModelOptions, o.Group(without=("engine", "quantize", "compiled_steps"))]
-"""Of commands that need the model in transformers."""
+"""For commands that need the model in transformers."""
 Source = Annotated[ModelOptions, o.Group(without=("quantize", "compiled_steps"))]
-"""Of commands that record routing."""
+"""For commands that record routing."""
 
 
 @contextmanager
 def _loading(model: str | None, *, by_transformers: bool = True) -> Iterator[None]:
-    """Pull the default model if it is meant and isn't here, then show a spinner."""
+    """Pull the default model if it is needed and missing, then show a spinner."""
     from steermoe.cli.terminal.console import quiet_transformers, working
     from steermoe.models.default.pull import DEFAULT_MODEL
 
@@ -114,11 +114,11 @@ def _loading(model: str | None, *, by_transformers: bool = True) -> Iterator[Non
 
 
 def pull_if_needed(model: str | None) -> None:
-    """Pull the default model if it is meant and isn't here."""
+    """Pull the default model if it is needed and missing."""
     from steermoe.cli.terminal.console import err, working
     from steermoe.models.default.pull import DEFAULT_MODEL, is_pulled, pull
 
     if model in (None, DEFAULT_MODEL) and not is_pulled():
-        err.print("The default model is not here yet; it is pulled and assembled once (about 100 MB).")
+        err.print("The default model is missing: pulling and assembling it, once (about 100 MB).")
         with working("Pulling the default model ..."):
             pull()

@@ -1,4 +1,4 @@
-"""`steermoe models`: which families can be steered, the default model, and what is in a checkpoint."""
+"""`steermoe models`: lists families, pulls the default model, inspects, compiles and exports checkpoints."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from steermoe.cli import options as o
-from steermoe.cli.embed import tell_problems
+from steermoe.cli.embed import print_problems
 from steermoe.cli.loading import ModelOptions
 from steermoe.cli.terminal import console
 
@@ -50,16 +50,16 @@ steermoe models export ./my-model --gguf bf16 -o my-model.gguf
 """
 
 MAX_LISTED = 8
-"""So many experts are named; the rest is counted."""
+"""Experts that are named; the rest is counted."""
 
-Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect, compile and export models.")
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(json: Json = False) -> None:
-    """List the MoE families of the installed transformers. Tells of each whether and how it is steered."""
+    """List the MoE families of the installed transformers, and whether and how each can be steered."""
     from steermoe.cli.terminal import tables
     from steermoe.routing.families import list_families
 
@@ -81,9 +81,9 @@ def list_(json: Json = False) -> None:
 def pull(
     base: Annotated[
         str | None,
-        typer.Option(help="The dense base, if it is here: GGUF file, folder or hub id. Default: downloaded."),
+        typer.Option(help="Local dense base model: GGUF file, folder or hub id. Default: download it."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Assemble it anew.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Assemble it again if it exists.")] = False,
     json: Json = False,
 ) -> None:
     """Pull and assemble the default model. Prints its folder in the cache."""
@@ -106,10 +106,10 @@ def compile_(
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Compile a model's decode step for this CPU, which takes minutes and makes every later text faster.
+    """Compile a model's decode step for this CPU: takes minutes, makes all later texts faster.
 
-    There is one step for a text alone and one for texts together. What it computes is compared with the model; what is
-    wrong is not kept, what is not faster is not used. `batch` runs small models in float32: give that --dtype for it.
+    Compiles one step for single texts and one for batches. Each is compared with the model: a wrong step is dropped, a
+    step that is not faster is not used. `batch` runs small models in float32: compile for it with --dtype float32.
     """
     from dataclasses import asdict
 
@@ -136,15 +136,15 @@ def compile_(
 def export(
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")] = None,
     gguf: Annotated[
-        Literal["q8_0", "q4_1", "bf16", "f32"], typer.Option("--gguf", help="How the matrices are stored.")
+        Literal["q8_0", "q4_1", "bf16", "f32"], typer.Option("--gguf", help="Type of the stored matrices.")
     ] = "q8_0",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File. Default: MODEL-QUANTIZATION.gguf.")
+        Path | None, typer.Option("--output", "-o", help="File to write. Default: MODEL-QUANTIZATION.gguf.")
     ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Write a model as a GGUF file, which llama.cpp runs. Prints the file."""
+    """Export a model as a GGUF file for llama.cpp. Prints the file's path."""
     loaded = ModelOptions(model, trust_remote_code=trust_remote_code).load()
     from steermoe.models.gguf.export import export_gguf
 
@@ -166,15 +166,13 @@ def inspect(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder, GGUF file or hub id. Default: smollm2-moe.")
     ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="Also run these texts and tell how the routers share their load.")
-    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="Run these texts and print the load of each router.")] = None,
     reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
-    png: Annotated[Path | None, typer.Option(help="With --texts: draw the load as a picture too.")] = None,
+    png: Annotated[Path | None, typer.Option(help="With --texts: also draw the load as a picture.")] = None,
     options: Annotated[ModelOptions, o.Group(only=("dtype", "device_map", "trust_remote_code"))],
     json: Json = False,
 ) -> None:
-    """Describe a checkpoint and what would be steered. No weights are loaded, unless --texts are to be run."""
+    """Describe a checkpoint and what would be steered. Loads weights only with --texts."""
     from dataclasses import replace
 
     from steermoe.cli.terminal import tables
@@ -188,7 +186,7 @@ def inspect(
     if png is not None:
         raise SteerMoEError("--png draws the load of routers on texts: pass --texts CORPUS too")
 
-    with console.working(f"Looking at {model or DEFAULT_MODEL} ..."):
+    with console.working(f"Inspecting {model or DEFAULT_MODEL} ..."):
         description = describe(model, trust_remote_code=options.trust_remote_code)
     if json:
         console.write_json(description.as_dict())
@@ -198,7 +196,7 @@ def inspect(
 
 
 def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png: Path | None, json: bool) -> None:
-    """Run texts and tell each router's load."""
+    """Run texts and print the load of each router."""
     if png is not None:
         from steermoe.figures import check_matplotlib
 
@@ -206,7 +204,7 @@ def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png
     corpus = reading.open(path)
     with console.working("Reading the corpus ..."):
         total = sum(1 for _ in corpus)
-    tell_problems(corpus)
+    print_problems(corpus)
     loaded = model.load()
     from steermoe.discovery.health import routing_health
 
@@ -218,15 +216,15 @@ def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png
         console.write_json(health.as_dict())
     else:
         _print_load(health)
-    if png is not None:  # after the answer, which a picture that can't be written must not take along
+    if png is not None:  # after the answer, which must appear even if the picture can't be written
         from steermoe.discovery.health import draw_health
 
         draw_health(health, png)
-        console.err.print(f"drawn in {console.printable(str(png))}", soft_wrap=True, style="dim")
+        console.err.print(f"picture in {console.printable(str(png))}", soft_wrap=True, style="dim")
 
 
 def _print_load(health: "RoutingHealth") -> None:
-    """A row a router, and what the columns mean on stderr."""
+    """Print a row per router, and on stderr what the columns mean."""
     from steermoe.cli.terminal import tables
 
     rows = [
@@ -251,13 +249,13 @@ def _print_load(health: "RoutingHealth") -> None:
 
 
 def _some(experts: tuple[int, ...]) -> str:
-    """A few of them, and how many more."""
+    """The first few experts, and how many more there are."""
     shown = ", ".join(map(str, experts[:MAX_LISTED]))
     return shown if len(experts) <= MAX_LISTED else f"{shown} and {len(experts) - MAX_LISTED} more"
 
 
 def _facts(description: "ModelDescription") -> dict[str, str]:
-    """The card, label by label."""
+    """The facts of the card by their labels."""
     from steermoe.vectors.vector import format_layers
 
     d = description

@@ -27,10 +27,10 @@ STEERING, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Sampling", "Model", "Corp
 
 @dataclass(frozen=True)
 class Group:
-    """Annotates a command's dataclass parameter: under which heading its options stand, and which of them it has.
+    """Annotates a command's dataclass parameter: the heading of its options, and which of them the command has.
 
     Attributes:
-        without: fields that are no options here. only: the fields that are; None for all others.
+        without: fields that are not options here. only: the fields that are; None for all but `without`.
     """
 
     panel: str | None = None
@@ -40,8 +40,8 @@ class Group:
     def options(self, kind: type[Any]) -> Iterator[inspect.Parameter]:
         """A parameter that typer understands for each field that is an option.
 
-        A field is one if it is annotated with `typer.Option`, or if its metadata has "help". A field that is a tuple of
-        any length is a repeated option.
+        Options are the fields that are annotated with `typer.Option` or have "help" in their metadata. A tuple of any
+        length becomes a repeated option.
         """
         hints = get_type_hints(kind, include_extras=True)
         for field in fields(kind):
@@ -59,9 +59,9 @@ class Group:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it: each parameter that is a dataclass is replaced by the options of its fields.
+    """Turn a command into one for typer: the fields of its dataclass parameters become options.
 
-    Fields that are not given, or given as None, keep the dataclass's own defaults.
+    Options that are missing or None leave the dataclass's own default.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Any, list[inspect.Parameter]]] = {}
@@ -89,14 +89,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-# ---- steering, sampling, models, machines ----
+# ---- steering, sampling, models, vLLM ----
 
 Steering = Annotated[SteeringSpec, Group(STEERING)]
 Sampling = Annotated[SamplingFields, Group(SAMPLING)]
 
 
 def domains(help: str) -> Any:
-    """The option --domain of a command for which several domains are alternatives, not a mixture."""
+    """The option --domain of a command where several domains are alternatives, not a mixture."""
     return typer.Option("--domain", "-d", help=help, rich_help_panel=STEERING)
 
 
@@ -112,35 +112,46 @@ Model = Annotated[
 ]
 Engine = Annotated[
     EngineName,
-    typer.Option("--engine", help="transformers (hf), llama.cpp for a GGUF file, or vLLM.", rich_help_panel=MODEL),
+    typer.Option(
+        "--engine",
+        help="hf is transformers; auto takes llama.cpp for GGUF files if it is installed, else hf.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
-DeviceMap = Annotated[str | None, typer.Option(help="As in transformers, such as auto or cpu.", rich_help_panel=MODEL)]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="As in transformers, for example auto or cpu.", rich_help_panel=MODEL)
+]
 Quantize = Annotated[
-    Literal["int8"] | None, typer.Option(help="Keep weights in int8, on a CPU.", rich_help_panel=MODEL)
+    Literal["int8"] | None, typer.Option(help="Store weights in int8; CPU only.", rich_help_panel=MODEL)
 ]
 CompiledSteps = Annotated[
-    bool, typer.Option(help="Take steps that `steermoe models compile` made.", rich_help_panel=MODEL)
+    bool, typer.Option(help="Use the steps that `steermoe models compile` compiled.", rich_help_panel=MODEL)
 ]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code of the checkpoint.", rich_help_panel=MODEL)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(help="Run Python code that comes with the checkpoint.", rich_help_panel=MODEL)
+]
 
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """How vLLM spreads a model over GPUs, or over processes where there are none, and whether it compiles it."""
+    """How vLLM spreads a model over GPUs (or over processes on a CPU), and whether it compiles it."""
 
     tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Workers that share each layer.", rich_help_panel=VLLM)
+        int, typer.Option(min=1, help="Tensor-parallel workers, which split each layer.", rich_help_panel=VLLM)
     ] = 1
     pipeline_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Workers that divide the layers among them.", rich_help_panel=VLLM)
+        int,
+        typer.Option(min=1, help="Pipeline-parallel stages, which split the stack of layers.", rich_help_panel=VLLM),
     ] = 1
     data_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Copies of the model that divide the texts.", rich_help_panel=VLLM)
+        int, typer.Option(min=1, help="Data-parallel replicas, which split the texts.", rich_help_panel=VLLM)
     ] = 1
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Let vLLM compile the model first, for long batches.", rich_help_panel=VLLM),
+        typer.Option(
+            "--compile", help="Let vLLM compile the model first; pays off for long batches.", rich_help_panel=VLLM
+        ),
     ] = False
 
     @property
@@ -148,14 +159,14 @@ class VLLMOptions:
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     def arguments(self) -> dict[str, int]:
-        """The arguments of `VLLMEngine` for those that are not the default."""
+        """The options that differ from their defaults, as arguments of `VLLMEngine`."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
 # ---- texts ----
 
-TextField = Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel=CORPUS)]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens read of each text.", rich_help_panel=CORPUS)]
+TextField = Annotated[str, typer.Option(help="Field or column with the text.", rich_help_panel=CORPUS)]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to read of each text, at most.", rich_help_panel=CORPUS)]
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,10 @@ class CorpusOptions:
     text_field: TextField = "text"
     label_field: Annotated[
         str | None,
-        typer.Option(help="Field of the known domain. Default: subfolder or file name.", rich_help_panel=CORPUS),
+        typer.Option(
+            help="Field or column with the known domain. Default: name of the subfolder or file.",
+            rich_help_panel=CORPUS,
+        ),
     ] = None
     max_tokens: MaxTokens = 512
 
@@ -173,7 +187,7 @@ class CorpusOptions:
         """The texts at a path.
 
         Raises:
-            CorpusError: there is no such path, or it is a file of another kind.
+            CorpusError: the path does not exist, or is a file of another kind.
         """
         from steermoe.discovery.corpus import Corpus
 
@@ -183,9 +197,9 @@ class CorpusOptions:
 # ---- others ----
 
 Prompt = Annotated[
-    str | None, typer.Argument(help="Beginning of the text; - reads stdin; without it a built-in story is told.")
+    str | None, typer.Argument(help="Beginning of the text; - reads stdin. Default: the opening of a built-in story.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON, one object a line.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -207,7 +221,7 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
-    """Tell once of each vector that is steered with more strongly than it was calibrated to."""
+    """Warn once about each vector whose strength is beyond its calibrated safe range."""
     from steermoe.cli.terminal.console import err, printable
     from steermoe.steering.plans import beyond_safe_range
 

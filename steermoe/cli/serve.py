@@ -1,4 +1,4 @@
-"""`steermoe serve`: an OpenAI-compatible server whose requests are steered one by one."""
+"""`steermoe serve`: an OpenAI-compatible server that steers each request on its own."""
 
 from typing import Annotated
 
@@ -24,21 +24,23 @@ def serve(
     *,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")] = "smollm2-moe",
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- VLLM_ARGUMENTS...]", help="Further arguments of vLLM's server.")
+        list[str] | None, typer.Argument(metavar="[-- VLLM_ARGUMENTS...]", help="Arguments passed on to vLLM's server.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option("--api-key", envvar="STEERMOE_API_KEY", help="Key that requests must show; repeat for several."),
+        typer.Option("--api-key", envvar="STEERMOE_API_KEY", help="Key that requests must send; repeat for several."),
     ] = None,
     vectors: o.VectorsFolder = None,
     dtype: o.Dtype = "auto",
     vllm: Annotated[o.VLLMOptions, o.Group(without=("compiled",))],
-    eager: Annotated[bool, typer.Option("--eager", help="Start at once, without compiling the model.")] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Start without compiling the model: sooner, but slower afterwards.")
+    ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
-    """Serve a model with vLLM; a request steers by the model's name (smollm2-moe:sport) or by vllm_xargs."""
+    """Serve a model with vLLM. Requests choose steering by the model's name (smollm2-moe:sport) or by vllm_xargs."""
     from steermoe.engines.auto import require_vllm
 
     require_vllm()

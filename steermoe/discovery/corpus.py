@@ -240,7 +240,7 @@ class Corpus:
 
 
 MAX_LABELS = 8
-"""So many labels are named where a domain's isn't among them."""
+"""The most labels that the message about a missing domain names."""
 
 
 def read_domains(

@@ -27,13 +27,17 @@ class Sampling:
         GenerationError: a value outside its range.
     """
 
-    max_new_tokens: int = field(default=120, metadata={"help": "Tokens to generate at most."})
+    max_new_tokens: int = field(default=120, metadata={"help": "Maximum number of tokens to generate."})
     min_new_tokens: int = 0
-    do_sample: bool = field(default=True, metadata={"help": "Sample, or take the likeliest token."})
-    temperature: float = field(default=0.7, metadata={"help": "Flattens (over 1) or sharpens the choice."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from this much probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from so many tokens; 0 for all."})
-    repetition_penalty: float = field(default=1.0, metadata={"help": "Over 1 discourages repetition."})
+    do_sample: bool = field(default=True, metadata={"help": "Sample the next token, or take the likeliest."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Below 1 sharpens, above 1 flattens the distribution of the next token."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens with this total probability."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from this many likeliest tokens; 0 for all."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Values above 1 discourage repetition."})
     seed: int = field(default=0, metadata={"help": "The same seed gives the same text."})
 
     def __post_init__(self) -> None:

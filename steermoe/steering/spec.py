@@ -169,7 +169,7 @@ class SteeringSpec:
     domain: tuple[str, ...] = field(
         default=(),
         metadata=about(
-            "Domain or vector file to steer to; repeat as name=weight to mix.",
+            "Domain or vector file to steer toward; repeat as name=weight to mix.",
             example={"sport": 0.7, "food": 0.3},
             kind=((str, dict, list), "a name, or an object of names and weights"),
             read=_domain_of_json,
@@ -180,7 +180,7 @@ class SteeringSpec:
     strength: float | None = field(
         default=None,
         metadata=about(
-            "c of the formulas; negative steers away. Default: the vector's own.",
+            "Strength c of the formulas; negative steers away. Default: the vector's own.",
             example=5,
             kind=NUMBER,
             unset=OWN,
@@ -188,23 +188,29 @@ class SteeringSpec:
     )
     formula: Formula | None = field(
         default=None,
-        metadata=about("How logits change. Default: the vector's own.", example="additive", unset=OWN),
+        metadata=about("Formula that changes the logits. Default: the vector's own.", example="additive", unset=OWN),
     )
     scale: Scale | None = field(
         default=None,
-        metadata=about("What max-scaled formulas multiply by: |max z| or max z.", example="paper", unset=OWN),
+        metadata=about(
+            "Factor of the max-scaled formulas, |max z| or max z. Default: the vector's own.",
+            example="paper",
+            unset=OWN,
+        ),
     )
-    positions: Positions = field(default="generated", metadata=about("Which tokens are steered.", example="all"))
+    positions: Positions = field(default="generated", metadata=about("Tokens to steer.", example="all"))
     schedule: str = field(
         default="constant",
         metadata=about(
-            "constant, decay:N or window:A-B, in generated tokens.", example="decay:40", plan=parse_schedule
+            "Strength over the generated tokens: constant, decay:N or window:A-B.",
+            example="decay:40",
+            plan=parse_schedule,
         ),
     )
     layers: str | None = field(
         default=None,
         metadata=about(
-            "Decoder layers to steer, such as 15-29.",
+            "Decoder layers to steer, for example 15-29. Default: all.",
             example=[15, 29],
             kind=((str, int, list), "text such as 15-29"),
             read=_layers_of_json,
@@ -213,9 +219,12 @@ class SteeringSpec:
         ),
     )
     force: tuple[str, ...] = field(
-        default=(), metadata=about("Expert to use always, as layer:expert; repeat.", **EXPERTS)
+        default=(),
+        metadata=about("Expert that every steered token uses, as layer:expert; repeat for several.", **EXPERTS),
     )
-    ban: tuple[str, ...] = field(default=(), metadata=about("Expert never to use, as layer:expert; repeat.", **EXPERTS))
+    ban: tuple[str, ...] = field(
+        default=(), metadata=about("Expert that no steered token uses, as layer:expert; repeat for several.", **EXPERTS)
+    )
 
     def __post_init__(self) -> None:
         for name in ("domain", "force", "ban"):  # options come as lists, or None

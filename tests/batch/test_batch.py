@@ -1,4 +1,4 @@
-"""Batches on a tiny model: the same text however it is told, kills, interruptions, full disks, short memory."""
+"""Batches on a tiny model: the same text in every batch, kills, interruptions, full disks, too little memory."""
 
 import json
 import os
@@ -19,8 +19,8 @@ import torch
 
 from steermoe.batch import output as output_module
 from steermoe.batch import worker
-from steermoe.batch.batch import Batch, Summary
-from steermoe.batch.jobs import PromptFile, Settings
+from steermoe.batch.batch import Batch, BatchOptions, BatchSummary
+from steermoe.batch.jobs import BatchSettings, PromptFile
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
@@ -49,11 +49,13 @@ def place(bare_search_path, loaded):
     return bare_search_path
 
 
-def settings(*domains: str, samples: int = 1, steering: SteeringSpec | None = None, **sampling) -> Settings:
-    return Settings(steering or SteeringSpec(), domains or ("",), replace(SHORT, **sampling), samples)
+def settings(*domains: str, samples: int = 1, steering: SteeringSpec | None = None, **sampling) -> BatchSettings:
+    return BatchSettings(steering or SteeringSpec(), domains or ("",), replace(SHORT, **sampling), samples)
 
 
-def tell(loaded, prompts: str | Path, output="s.jsonl", wanted: Settings | None = None, **options) -> Summary:
+def run_batch(
+    loaded, prompts: str | Path, output="s.jsonl", wanted: BatchSettings | None = None, **options
+) -> BatchSummary:
     """A whole batch, from lines or a file of them."""
     run = {name: options.pop(name) for name in ("ordered", "progress") if name in options}
     overwrite, errors = options.pop("overwrite", False), options.pop("errors", None)
@@ -65,7 +67,8 @@ def tell(loaded, prompts: str | Path, output="s.jsonl", wanted: Settings | None 
         StoryFile(Path(output), overwrite) as stories,
         closing(ErrorFile(errors)) as left_out,
     ):
-        batch = Batch(HFEngine(loaded), source, wanted or settings(), stories, errors=left_out, **options)
+        options = BatchOptions(errors=left_out, **options)
+        batch = Batch(HFEngine(loaded), source, wanted or settings(), stories, options)
         batch.prepare()
         summary = batch.run(**run)
     assert tiny.traces(loaded.model) == []
@@ -77,7 +80,7 @@ def stories(path="s.jsonl") -> list[dict]:
 
 
 def texts(path="s.jsonl") -> dict:
-    """What each job came to; that none is there twice is checked on the way."""
+    """The text of each job; checks that none is there twice."""
     found = stories(path)
     assert len({story["job"] for story in found}) == len(found)
     return {story["job"]: (story["text"], story["new_tokens"], story["finish_reason"]) for story in found}
@@ -98,7 +101,7 @@ LINES = "\n".join(
 
 
 def test_each_story_is_what_generate_gives_for_its_record(loaded, place):
-    summary = tell(loaded, LINES, rows=3)
+    summary = run_batch(loaded, LINES, rows=3)
     assert (summary.stories, summary.new, summary.already) == (10, 10, 0)
     assert summary.tokens == sum(story["new_tokens"] for story in stories())
     assert summary.report.tokens_steered > 0
@@ -123,32 +126,32 @@ def test_each_story_is_what_generate_gives_for_its_record(loaded, place):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 def test_no_story_depends_on_the_batch(loaded, place, rows):
-    tell(loaded, LINES, "all.jsonl")
-    tell(loaded, LINES, rows=rows)
+    run_batch(loaded, LINES, "all.jsonl")
+    run_batch(loaded, LINES, rows=rows)
     assert texts() == texts("all.jsonl")
     shuffled = LINES.splitlines()
     random.Random(rows).shuffle(shuffled)
-    tell(loaded, "\n".join(shuffled[:4]), "part.jsonl", rows=rows)
+    run_batch(loaded, "\n".join(shuffled[:4]), "part.jsonl", rows=rows)
     assert texts("part.jsonl").items() <= texts("all.jsonl").items()
 
 
-def test_run_again_tells_what_is_missing_only(loaded, place):
-    tell(loaded, "A dog.\nIt rained.\n", wanted=settings("sport"))
+def test_a_second_run_generates_only_what_is_missing(loaded, place):
+    run_batch(loaded, "A dog.\nIt rained.\n", wanted=settings("sport"))
     before = Path("s.jsonl").read_bytes()
-    again = tell(loaded, "A dog.\nIt rained.\n", wanted=settings("sport"))
+    again = run_batch(loaded, "A dog.\nIt rained.\n", wanted=settings("sport"))
     assert (again.stories, again.new, again.already) == (2, 0, 2)
     assert Path("s.jsonl").read_bytes() == before
-    more = tell(loaded, "It rained.\nA cat.\nA dog.\n", wanted=settings("sport", "none", samples=2))
+    more = run_batch(loaded, "It rained.\nA cat.\nA dog.\n", wanted=settings("sport", "none", samples=2))
     assert (more.stories, more.new, more.already) == (12, 10, 2)
     assert Path("s.jsonl").read_bytes().startswith(before)
-    tell(loaded, "It rained.\nA cat.\nA dog.\n", "fresh.jsonl", wanted=settings("sport", "none", samples=2))
+    run_batch(loaded, "It rained.\nA cat.\nA dog.\n", "fresh.jsonl", wanted=settings("sport", "none", samples=2))
     assert texts() == texts("fresh.jsonl")
 
 
 @pytest.mark.parametrize(
     ("now", "prompts", "why"),
     [
-        (settings("sport", temperature=0.9), "A dog.", "line 1 was told with temperature 1.0, not 0.9"),
+        (settings("sport", temperature=0.9), "A dog.", "line 1 was generated with temperature 1.0, not 0.9"),
         (settings("sport", max_new_tokens=5), "A dog.", "max_new_tokens 6, not 5"),
         (settings("sport", steering=SteeringSpec(strength=2.0)), "A dog.", "strength 5.0, not 2.0"),
         (settings("sport", steering=SteeringSpec(schedule="decay:3")), "A dog.", "schedule constant, not decay:3"),
@@ -160,30 +163,32 @@ def test_run_again_tells_what_is_missing_only(loaded, place):
 def test_other_settings_are_not_mixed_into_a_file(loaded, place, now, prompts, why):
     first = settings("sport", steering=SteeringSpec(strength=5.0))
     now = replace(now, steering=replace(now.steering, strength=now.steering.strength or 5.0))
-    tell(loaded, "A dog.", wanted=first)
+    run_batch(loaded, "A dog.", wanted=first)
     before = Path("s.jsonl").read_bytes()
-    with pytest.raises(BatchError, match=f"holds 1 stories that are not asked for now .*{why}.*--keep.*--overwrite"):
-        tell(loaded, prompts, wanted=now)
+    with pytest.raises(
+        BatchError, match=f"holds 1 stories that this run does not ask for .*{why}.*--keep.*--overwrite"
+    ):
+        run_batch(loaded, prompts, wanted=now)
     assert Path("s.jsonl").read_bytes() == before
-    assert tell(loaded, prompts, wanted=now, keep=True).new == 1
+    assert run_batch(loaded, prompts, wanted=now, keep=True).new == 1
     assert Path("s.jsonl").read_bytes().startswith(before)
     assert len(stories()) == 2
-    assert tell(loaded, prompts, wanted=now, overwrite=True).new == 1
+    assert run_batch(loaded, prompts, wanted=now, overwrite=True).new == 1
     assert len(stories()) == 1
 
 
 def test_another_vector_or_model_of_the_same_name_is_noticed(loaded, place):
-    tell(loaded, "A dog.", wanted=settings("sport"))
+    run_batch(loaded, "A dog.", wanted=settings("sport"))
     write_vector(tiny.vector_for(loaded.model, 7), place / "steering_vectors" / "tiny" / "sport.safetensors")
     with pytest.raises(BatchError, match="another prompt, domain, seed, vector, model or engine"):
-        tell(loaded, "A dog.", wanted=settings("sport"))
-    tell(loaded, "A dog.", overwrite=True)
+        run_batch(loaded, "A dog.", wanted=settings("sport"))
+    run_batch(loaded, "A dog.", overwrite=True)
     with pytest.raises(BatchError, match="another prompt, domain, seed, vector, model or engine"):
-        tell(tiny.loaded(tiny.build("mixtral", seed=1)), "A dog.")
+        run_batch(tiny.loaded(tiny.build("mixtral", seed=1)), "A dog.")
 
 
-def test_bad_lines_are_told_and_kept_and_the_rest_runs(loaded, place):
-    told = []
+def test_bad_lines_are_reported_and_skipped_and_the_rest_runs(loaded, place):
+    reported = []
     lines = [
         {"prompt": "A dog."},
         {"prompt": "x" * 300, "domains": ["sport", "food"]},
@@ -195,24 +200,24 @@ def test_bad_lines_are_told_and_kept_and_the_rest_runs(loaded, place):
         {"prompt": "A dog.", "id": "again"},
     ]
     content = "\n".join(json.dumps(line) for line in lines).replace("Infinity", "1e999")
-    summary = tell(loaded, content, errors=Path("bad.jsonl"), on_problem=told.append)
+    summary = run_batch(loaded, content, errors=Path("bad.jsonl"), on_problem=reported.append)
     assert (summary.stories, summary.lines_left_out, summary.failed) == (2, 5, 2)
     found = {error["line"]: error for error in stories("bad.jsonl")}
-    assert len(stories("bad.jsonl")) == len(found) == len(told) == 6
+    assert len(stories("bad.jsonl")) == len(found) == len(reported) == 6
     expected = {
         2: "the prompt has 300 tokens",
         3: "no vector 'nosuch'",
         4: "hold no router",
         5: "finite number",
         6: "'sed'",
-        7: "is asked for already: give it a seed or an id",
+        7: "the same story as an earlier line: give it a seed or an id",
     }
     assert {number: text in found[number]["error"] for number, text in expected.items()} == dict.fromkeys(found, True)
     assert [(story["line"], story["id"]) for story in sorted(stories(), key=lambda s: s["line"])] == [
         (1, None),
         (8, "again"),
     ]
-    again = tell(loaded, content, errors=Path("bad.jsonl"))
+    again = run_batch(loaded, content, errors=Path("bad.jsonl"))
     assert (again.new, again.already, again.lines_left_out) == (0, 2, 5)
     assert len(stories("bad.jsonl")) == 6
 
@@ -220,18 +225,18 @@ def test_bad_lines_are_told_and_kept_and_the_rest_runs(loaded, place):
 @pytest.mark.parametrize("content", ["", "\n \n", '{"prompt": 3}\n'])
 def test_no_prompts_at_all(loaded, place, content):
     with pytest.raises(BatchError, match="holds no prompts"):
-        tell(loaded, content)
+        run_batch(loaded, content)
     assert not Path("s.jsonl").exists()
 
 
 def test_ordered(loaded, place, monkeypatch):
     wanted = settings("sport", "none", samples=2)
     prompts = "\n".join(PROMPTS * 2 + ["last"])
-    tell(loaded, prompts, wanted=wanted, rows=3)
+    run_batch(loaded, prompts, wanted=wanted, rows=3)
     place_of = [(story["line"], story["domain"] is None, story["sample"]) for story in stories()]
     assert place_of != sorted(place_of)
     unordered = texts()
-    summary = tell(loaded, prompts, wanted=wanted, rows=3, ordered=True)
+    summary = run_batch(loaded, prompts, wanted=wanted, rows=3, ordered=True)
     assert summary.new == 0
     place_of = [(story["line"], story["domain"] is None, story["sample"]) for story in stories()]
     assert place_of == sorted(place_of)
@@ -246,12 +251,12 @@ def test_stories_of_one_prompt_share_its_computation(loaded, place, monkeypatch)
         "_forward",
         lambda self, tokens, *rest: widths.append(tokens.shape) or forward(self, tokens, *rest),
     )
-    tell(loaded, "A dog.", wanted=settings("sport", "food", "none", samples=4))
+    run_batch(loaded, "A dog.", wanted=settings("sport", "food", "none", samples=4))
     assert widths[0] == (1, 6)
     assert widths[1] == (12, 1)
 
 
-def test_rows_are_refilled_while_others_go_on(loaded, place, monkeypatch):
+def test_rows_are_refilled_while_others_continue(loaded, place, monkeypatch):
     """Lengths that differ much, four rows: far fewer steps than batches of four that wait for their longest."""
     lengths = [40, 3, 3, 3] * 5
     lines = "\n".join(
@@ -260,7 +265,7 @@ def test_rows_are_refilled_while_others_go_on(loaded, place, monkeypatch):
     steps = []
     step = RollingDecoder.step
     monkeypatch.setattr(RollingDecoder, "step", lambda self: steps.append(len(self)) or step(self))
-    tell(loaded, lines, rows=4)
+    run_batch(loaded, lines, rows=4)
     assert len(steps) < 40 * 5 * 0.45
     assert max(steps) == 4
 
@@ -280,8 +285,8 @@ def test_rows_are_refilled_while_others_go_on(loaded, place, monkeypatch):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_batch_that_is_too_large_is_halved_and_goes_on(loaded, place, monkeypatch, error):
-    tell(loaded, LINES, "all.jsonl")
+def test_a_batch_that_is_too_large_is_halved_and_continues(loaded, place, monkeypatch, error):
+    run_batch(loaded, LINES, "all.jsonl")
     forward, most = RollingDecoder._forward, 3
 
     def limited(self, tokens, *rest):
@@ -290,13 +295,13 @@ def test_a_batch_that_is_too_large_is_halved_and_goes_on(loaded, place, monkeypa
         return forward(self, tokens, *rest)
 
     monkeypatch.setattr(RollingDecoder, "_forward", limited)
-    summary = tell(loaded, LINES, rows=9)
+    summary = run_batch(loaded, LINES, rows=9)
     assert summary.rows == 2
     assert (summary.new, summary.failed) == (10, 0)
     assert texts() == texts("all.jsonl")
 
 
-def test_a_story_too_large_all_alone_is_left_out(loaded, place, monkeypatch):
+def test_a_story_too_large_even_alone_is_skipped(loaded, place, monkeypatch):
     forward = RollingDecoder._forward
 
     def limited(self, tokens, mask, *rest):
@@ -306,20 +311,20 @@ def test_a_story_too_large_all_alone_is_left_out(loaded, place, monkeypatch):
 
     monkeypatch.setattr(RollingDecoder, "_forward", limited)
     prompts = "\n".join([f"It {i}" for i in range(40)] + ["x" * 60] + [f"So {i}" for i in range(40)])
-    summary = tell(loaded, prompts, rows=4, errors=Path("bad.jsonl"))
+    summary = run_batch(loaded, prompts, rows=4, errors=Path("bad.jsonl"))
     assert (summary.new, summary.failed) == (80, 1)
     assert summary.rows == 4  # halved to one row, and back
     assert "not enough memory for this story alone" in stories("bad.jsonl")[0]["error"]
     assert stories("bad.jsonl")[0]["line"] == 41
 
 
-def test_other_errors_are_not_taken_for_short_memory(loaded, place, monkeypatch):
+def test_other_errors_are_not_mistaken_for_too_little_memory(loaded, place, monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(RollingDecoder, "_forward", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        tell(loaded, LINES)
+        run_batch(loaded, LINES)
     assert tiny.traces(loaded.model) == []
 
 
@@ -332,12 +337,12 @@ def test_rows_fit_into_the_memory(loaded, place, monkeypatch):
     monkeypatch.setattr(RollingDecoder, "step", lambda self: most.append(len(self)) or step(self))
     row = engine.LOGITS_BYTES * tiny.VOCABULARY + (6 + 6) * (2 * tiny.LAYERS * 2 * 16 * 4)
     monkeypatch.setattr(engine, "free_memory", lambda device: int(3.5 * row / memory.SHARE))
-    tell(loaded, "A dog.", wanted=settings(samples=10))
+    run_batch(loaded, "A dog.", wanted=settings(samples=10))
     assert max(most) == 3
 
 
 def test_thousands_of_prompts_take_no_more_memory(loaded, place):
-    """What 5,000 further prompts add is their numbers, not their stories."""
+    """5,000 more prompts add their numbers to the memory, not their stories."""
     prompts = Path("many.txt")
     prompts.write_text("".join(f"It {i}\n" for i in range(5_500)))
     used, count = [], 0
@@ -348,17 +353,17 @@ def test_thousands_of_prompts_take_no_more_memory(loaded, place):
         if count % 500 == 0:
             used.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
 
-    summary = tell(loaded, prompts, wanted=settings(max_new_tokens=2), progress=progress)
+    summary = run_batch(loaded, prompts, wanted=settings(max_new_tokens=2), progress=progress)
     assert summary.new == 5_500
     assert used[-1] - used[0] < 16 << 20
     assert len(texts()) == 5_500
 
 
-# ---- what can go wrong on the way ----
+# ---- interruptions and full disks ----
 
 
 def in_child(work) -> int:
-    """A copy of this process, in which torch and the model are ready; what it returns is never waited for."""
+    """A fork of this process, in which torch and the model are ready."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         child = os.fork()
@@ -372,15 +377,15 @@ def in_child(work) -> int:
     return child
 
 
-def test_killed_at_random_points_nothing_is_lost_or_doubled(loaded, place):
+def test_kills_at_random_points_lose_and_double_nothing(loaded, place):
     wanted = settings("sport", "none", samples=3)
     prompts = "\n".join(f"{prompt} {i}" for i in range(4) for prompt in PROMPTS)
     started = time.monotonic()
-    tell(loaded, prompts, "all.jsonl", wanted=wanted, rows=8)
+    run_batch(loaded, prompts, "all.jsonl", wanted=wanted, rows=8)
     whole = time.monotonic() - started
     chance, kills, seen = random.Random(4), 0, [0]
     for _ in range(60):
-        child = in_child(lambda: tell(loaded, prompts, wanted=wanted, rows=8))
+        child = in_child(lambda: run_batch(loaded, prompts, wanted=wanted, rows=8))
         time.sleep(chance.uniform(0.1, 0.6) * whole)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -391,15 +396,15 @@ def test_killed_at_random_points_nothing_is_lost_or_doubled(loaded, place):
             assert os.WEXITSTATUS(status) == 0
             break
         kills += 1
-    tell(loaded, prompts, wanted=wanted, rows=8)
+    run_batch(loaded, prompts, wanted=wanted, rows=8)
     assert kills >= 3
     assert texts() == texts("all.jsonl")
 
 
-def test_killed_in_the_middle_of_a_write(loaded, place):
+def test_a_kill_in_the_middle_of_a_write(loaded, place):
     wanted = settings("sport")
     prompts = "\n".join(PROMPTS)
-    tell(loaded, prompts, "all.jsonl", wanted=wanted)
+    run_batch(loaded, prompts, "all.jsonl", wanted=wanted)
 
     def tear_third():
         write, calls = os.write, []
@@ -412,14 +417,14 @@ def test_killed_in_the_middle_of_a_write(loaded, place):
             return write(fd, content)
 
         output_module.os.write = torn
-        tell(loaded, prompts, wanted=wanted, rows=2)
+        run_batch(loaded, prompts, wanted=wanted, rows=2)
 
     _, status = os.waitpid(in_child(tear_third), 0)
     assert os.WIFSIGNALED(status)
     content = Path("s.jsonl").read_bytes()
     assert content.count(b"\n") == 2
     assert not content.endswith(b"\n")
-    summary = tell(loaded, prompts, wanted=wanted)
+    summary = run_batch(loaded, prompts, wanted=wanted)
     assert (summary.already, summary.new) == (2, 3)
     assert texts() == texts("all.jsonl")
 
@@ -429,29 +434,29 @@ def test_interrupted(loaded, place):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tell(loaded, "\n".join(PROMPTS), progress=stop)
+        run_batch(loaded, "\n".join(PROMPTS), progress=stop)
     assert tiny.traces(loaded.model) == []
     assert len(stories()) == 1
-    assert tell(loaded, "\n".join(PROMPTS)).already == 1
+    assert run_batch(loaded, "\n".join(PROMPTS)).already == 1
 
 
 def test_disk_full(loaded, place, tmp_path):
-    """A file system of 64 KB, where there may be one; stories until it is full, and then the rest in a larger one."""
+    """A file system of 16 KB, if one can be mounted: stories until it is full, the rest once it is larger."""
     small = tmp_path / "small"
     small.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", small]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system may be mounted here")
+        pytest.skip("no file system can be mounted here")
     try:
         prompts, wanted = "\n".join(PROMPTS), settings(samples=20)
-        with pytest.raises(BatchError, match=r"No space left on device; the stories in it are whole, make room"):
-            tell(loaded, prompts, small / "s.jsonl", wanted=wanted)
-        told = len(stories(small / "s.jsonl"))
-        assert 0 < told < 100
+        with pytest.raises(BatchError, match=r"No space left on device; the stories in it are complete: make room"):
+            run_batch(loaded, prompts, small / "s.jsonl", wanted=wanted)
+        written = len(stories(small / "s.jsonl"))
+        assert 0 < written < 100
         assert (small / "s.jsonl").read_bytes().endswith(b"\n")
         subprocess.run(["mount", "-o", "remount,size=1m", small], check=True, capture_output=True)
-        summary = tell(loaded, prompts, small / "s.jsonl", wanted=wanted)
-        assert (summary.already, summary.new) == (told, 100 - told)
+        summary = run_batch(loaded, prompts, small / "s.jsonl", wanted=wanted)
+        assert (summary.already, summary.new) == (written, 100 - written)
         assert len(texts(small / "s.jsonl")) == 100
     finally:
         subprocess.run(["umount", small], check=True)
@@ -460,12 +465,12 @@ def test_disk_full(loaded, place, tmp_path):
 def test_windows_are_sorted_and_joined(loaded, place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(worker, "WINDOW", 3)
-        tell(loaded, LINES, rows=2)
-    tell(loaded, LINES, "all.jsonl")
+        run_batch(loaded, LINES, rows=2)
+    run_batch(loaded, LINES, "all.jsonl")
     assert texts() == texts("all.jsonl")
 
 
-def test_models_whose_rows_can_not_change_go_batch_by_batch(place):
+def test_models_whose_rows_cannot_change_run_batch_by_batch(place):
     from steermoe.engines.hf.static import StaticDecoder
     from tests.support import tiny_models
 
@@ -474,8 +479,8 @@ def test_models_whose_rows_can_not_change_go_batch_by_batch(place):
     vector = tiny.vector_for(loaded.model, 3, domain="mist")
     write_vector(vector, place / "steering_vectors" / "tiny" / "mist.safetensors")
     wanted = settings("mist", "none", samples=2)
-    together = tell(loaded, "\n".join(PROMPTS), wanted=wanted)
+    together = run_batch(loaded, "\n".join(PROMPTS), wanted=wanted)
     assert together.new == 20
     assert together.report.tokens_steered > 0
-    tell(loaded, "\n".join(PROMPTS), "single.jsonl", wanted=wanted, rows=1)
+    run_batch(loaded, "\n".join(PROMPTS), "single.jsonl", wanted=wanted, rows=1)
     assert texts() == texts("single.jsonl")

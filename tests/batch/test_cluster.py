@@ -19,7 +19,7 @@ OPTIONS = ["-d", "sport", "-d", "none", "--max-new-tokens", "6"]
 
 @pytest.fixture(scope="module")
 def ray():
-    """A cluster of two processors that this process is connected to."""
+    """A cluster of two CPUs that this process is connected to."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'steermoe[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray.data
@@ -39,19 +39,19 @@ def vectors(bare_search_path, make_vector):
 
 
 def texts(path):
-    """What each job came to; that none is there twice is checked on the way."""
+    """The story of each job; checks that none is there twice."""
     found = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     assert len({story["job"] for story in found}) == len(found)
     return {story["job"]: {name: value for name, value in story.items() if name != "seconds"} for story in found}
 
 
 class DyingActor(cluster.Actor):
-    """Ends its process once, with stories of a chunk told."""
+    """Ends its process once, after it has generated a chunk."""
 
     mark = ""
 
-    def _tell(self, stories):
-        lines = super()._tell(stories)
+    def _generate(self, jobs):
+        lines = super()._generate(jobs)
         try:
             Path(self.mark).touch(exist_ok=False)
         except FileExistsError:
@@ -60,23 +60,23 @@ class DyingActor(cluster.Actor):
 
 
 class StrayActor(cluster.Actor):
-    """Passes over one story of a chunk, and tells the others twice."""
+    """Skips one story of a chunk, and returns the others twice."""
 
-    def _tell(self, stories):
-        return 2 * super()._tell(stories[1:] or stories)
+    def _generate(self, jobs):
+        return 2 * super()._generate(jobs[1:] or jobs)
 
 
 class FatalStory(cluster.Actor):
-    """Ends its process whenever it is to tell what line 3 asks for."""
+    """Ends its process whenever it gets the story of line 3."""
 
-    def _tell(self, stories):
-        if any(story.job.line == 3 for story in stories):
+    def _generate(self, jobs):
+        if any(planned.job.line == 3 for planned in jobs):
             os._exit(1)
-        return super()._tell(stories)
+        return super()._generate(jobs)
 
 
 class FatalStories(cluster.Actor):
-    def _tell(self, stories):
+    def _generate(self, jobs):
         os._exit(1)
 
 
@@ -86,11 +86,11 @@ class BrokenActor(cluster.Actor):
 
 
 class TwoModels(cluster.Actor):
-    def __init__(self, open_engine, rows, fingerprint, begin):
-        super().__init__(open_engine, rows, f"not {fingerprint}", begin)
+    def __init__(self, open_engine, rows, fingerprint, start):
+        super().__init__(open_engine, rows, f"not {fingerprint}", start)
 
 
-def test_two_actors_tell_what_one_process_tells(ray, run, tiny_checkpoint, vectors):
+def test_two_actors_generate_what_one_process_generates(ray, run, tiny_checkpoint, vectors):
     plain = run("batch", "p.txt", "-o", "plain.jsonl", *OPTIONS, "--json", "-m", tiny_checkpoint)
     result = run(
         "batch", "p.txt", "-o", "s.jsonl", *OPTIONS, "--ray", "local", "--actors", "2", "--ordered", "--json",
@@ -107,7 +107,7 @@ def test_two_actors_tell_what_one_process_tells(ray, run, tiny_checkpoint, vecto
     assert ray.is_initialized()
 
 
-def test_a_prompt_that_can_not_be_told_is_left_out(ray, run, tiny_checkpoint, vectors):
+def test_a_prompt_that_is_too_long_is_skipped(ray, run, tiny_checkpoint, vectors):
     Path("p.txt").write_text("A dog.\n" + "long " * 100 + "\n")
     options = ["--errors", "bad.jsonl", "--max-new-tokens", "6", "-m", tiny_checkpoint]
     result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "local", *options)
@@ -128,7 +128,7 @@ def test_an_actor_that_dies_loses_and_doubles_nothing(ray, run, tiny_checkpoint,
     assert texts("s.jsonl") == texts("plain.jsonl")
 
 
-def test_what_is_lost_is_told_again_and_what_comes_twice_is_kept_once(ray, run, tiny_checkpoint, vectors, monkeypatch):
+def test_lost_stories_are_generated_again_and_repeated_ones_kept_once(ray, run, tiny_checkpoint, vectors, monkeypatch):
     run("batch", "p.txt", "-o", "plain.jsonl", *OPTIONS, "-m", tiny_checkpoint)
     monkeypatch.setattr(cluster, "Actor", StrayActor)
     result = run("batch", "p.txt", "-o", "s.jsonl", *OPTIONS, "--ray", "local", "-m", tiny_checkpoint)
@@ -136,38 +136,38 @@ def test_what_is_lost_is_told_again_and_what_comes_twice_is_kept_once(ray, run, 
     assert texts("s.jsonl") == texts("plain.jsonl")
 
 
-def test_a_story_that_kills_its_actors_is_left_out(ray, run, tiny_checkpoint, vectors, monkeypatch):
+def test_a_story_that_kills_its_actors_is_skipped(ray, run, tiny_checkpoint, vectors, monkeypatch):
     options = ["-d", "none", "--max-new-tokens", "6", "-m", tiny_checkpoint]
     run("batch", "p.txt", "-o", "plain.jsonl", *options)
     monkeypatch.setattr(cluster, "Actor", FatalStory)
     result = run("batch", "p.txt", "-o", "s.jsonl", *options, "--ray", "local", "--errors", "bad.jsonl")
     assert (result.code, result.out.splitlines()[-1]) == (0, "11 stories in s.jsonl, 11 of them new")
     (bad,) = map(json.loads, Path("bad.jsonl").read_text().splitlines())
-    assert (bad["line"], bad["error"]) == (3, "each of 3 actors that began it died (is there enough memory?)")
+    assert (bad["line"], bad["error"]) == (3, "each of the 3 actors that started it died (is there enough memory?)")
     plain = {job: story for job, story in texts("plain.jsonl").items() if story["line"] != 3}
     assert texts("s.jsonl") == plain
 
 
-def test_actors_that_die_of_everything_end_the_run(ray, run, tiny_checkpoint, vectors, monkeypatch):
+def test_actors_that_die_of_every_chunk_end_the_run(ray, run, tiny_checkpoint, vectors, monkeypatch):
     monkeypatch.setattr(cluster, "Actor", FatalStories)
     monkeypatch.setattr(cluster, "DEATHS", 1)
     monkeypatch.setattr(cluster, "GIVEN_UP", 2)
     result = run("batch", "p.txt", "-o", "s.jsonl", "-d", "none", "--ray", "local", "-m", tiny_checkpoint)
     assert (result.code, result.out) == (1, "")
-    assert "steermoe: actors die of whatever they tell: is there enough memory on each machine?" in result.err
+    assert "steermoe: actors die whatever they generate: is there enough memory on each machine?" in result.err
 
 
 def test_attempts_of_chunks():
     attempts = cluster.Attempts(2, 3)
-    assert [attempts.begin(chunk) for chunk in (7, 8, 7, 8)] == ["tell"] * 4
-    assert [attempts.begin(chunk) for chunk in (7, 8, 8, 7)] == ["give up"] * 4
-    assert [attempts.begin(9) for _ in range(3)] == ["tell", "tell", "end"]
+    assert [attempts.start(chunk) for chunk in (7, 8, 7, 8)] == ["run"] * 4
+    assert [attempts.start(chunk) for chunk in (7, 8, 8, 7)] == ["give up"] * 4
+    assert [attempts.start(9) for _ in range(3)] == ["run", "run", "end"]
 
 
-def test_an_interruption_is_gone_on_from(ray, run, tiny_checkpoint, vectors, monkeypatch):
+def test_an_interrupted_run_resumes(ray, run, tiny_checkpoint, vectors, monkeypatch):
     command = ("batch", "p.txt", "-o", "s.jsonl", *OPTIONS, "-m", tiny_checkpoint, "--ray", "local")
     run(*command[:-2], "-o", "plain.jsonl")
-    passes = cluster.ClusterTeller._pass
+    passes = cluster.ClusterWorker._pass
 
     def interrupted(self, *chunks):
         lines = passes(self, *chunks)
@@ -176,10 +176,10 @@ def test_an_interruption_is_gone_on_from(ray, run, tiny_checkpoint, vectors, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.ClusterTeller, "_pass", interrupted)
+        patch.setattr(cluster.ClusterWorker, "_pass", interrupted)
         result = run(*command)
     assert result.code == 130
-    assert "the stories so far are in 's.jsonl'; run again to go on" in result.err
+    assert "the stories so far are in 's.jsonl'; run again to resume" in result.err
     before = Path("s.jsonl").read_bytes()
     assert 0 < before.count(b"\n") <= 5
     with Path("s.jsonl").open("ab") as file:
@@ -194,11 +194,11 @@ def test_an_interruption_is_gone_on_from(ray, run, tiny_checkpoint, vectors, mon
 @pytest.mark.parametrize(
     ("actor", "message"),
     [
-        (TwoModels, "'tiny-mixtral' is another model there than here, or in another dtype"),
+        (TwoModels, "'tiny-mixtral' is not the model of the machine that started the run, or has another dtype"),
         (BrokenActor, ": RuntimeError: no such luck\n"),
     ],
 )
-def test_what_goes_wrong_there_is_one_line_here(ray, run, tiny_checkpoint, vectors, monkeypatch, actor, message):
+def test_an_error_on_another_machine_is_one_line_here(ray, run, tiny_checkpoint, vectors, monkeypatch, actor, message):
     monkeypatch.setattr(cluster, "Actor", actor)
     result = run("batch", "p.txt", "-o", "s.jsonl", *OPTIONS, "--ray", "local", "-m", tiny_checkpoint)
     assert result.code == 1
@@ -208,7 +208,7 @@ def test_what_goes_wrong_there_is_one_line_here(ray, run, tiny_checkpoint, vecto
     assert not Path("s.jsonl").exists()
 
 
-def test_more_actors_than_there_is_room_for(ray, run, tiny_checkpoint, vectors):
+def test_more_actors_than_fit(ray, run, tiny_checkpoint, vectors):
     result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "local", "--actors", "3", "-m", tiny_checkpoint)
     assert result.code == 1
     assert "3 actors of 1 CPU each don't fit into the Ray cluster: at most 2 do" in result.err
@@ -225,7 +225,7 @@ def test_no_cluster_at_the_address(run, tiny_checkpoint, vectors):
     result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "nowhere", "-m", tiny_checkpoint)
     assert "--ray 'nowhere': expected auto, local or host:port" in result.err
     result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "ray://here:10001", "-m", tiny_checkpoint)
-    assert "--ray 'ray://here:10001': Ray Data can't be driven by a Ray client" in result.err
+    assert "--ray 'ray://here:10001': a Ray client can't drive Ray Data" in result.err
 
 
 def test_ray_is_missing(run, tiny_checkpoint, vectors, monkeypatch):
@@ -235,7 +235,7 @@ def test_ray_is_missing(run, tiny_checkpoint, vectors, monkeypatch):
     assert "--ray needs ray, which is not installed: pip install 'steermoe[ray]'" in result.err
 
 
-def test_actors_belong_to_ray(run, tiny_checkpoint, vectors):
+def test_actors_need_ray(run, tiny_checkpoint, vectors):
     result = run("batch", "p.txt", "-o", "s.jsonl", "--actors", "2", "-m", tiny_checkpoint)
     assert (result.code, result.err.strip()) == (1, "steermoe: --actors needs --ray ADDRESS")
 
@@ -260,7 +260,7 @@ def test_placing(nodes, actors, gpus, expected):
 @pytest.mark.parametrize(
     ("nodes", "actors", "gpus", "message"),
     [
-        ([], None, 0, "no machine with a processor"),
+        ([], None, 0, "no machine of the Ray cluster has a free CPU"),
         ([GPU_NODE], 3, 2, "3 actors of 2 GPU each don't fit into the Ray cluster: at most 2 do"),
         ([NODE], 9, 0, "9 actors of 1 CPU each don't fit into the Ray cluster: at most 8 do"),
     ],

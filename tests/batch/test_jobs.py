@@ -1,4 +1,4 @@
-"""Prompts as lines of text and JSON: what becomes a story, and what is said of a line that can't."""
+"""Prompts as lines of text and JSON: which stories a line asks for, and what is wrong with a bad line."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from steermoe.batch import jobs
-from steermoe.batch.jobs import Job, Problem, PromptFile, Settings
+from steermoe.batch.jobs import BatchSettings, Job, Problem, PromptFile
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError
 from steermoe.steering.spec import SteeringSpec
@@ -22,7 +22,7 @@ def read(tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         file = PromptFile(path, format)
         try:
-            return list(file.jobs(settings or Settings()))
+            return list(file.jobs(settings or BatchSettings()))
         finally:
             file.close()
 
@@ -61,10 +61,10 @@ def test_format(tmp_path, name, first, format, is_json):
 
 
 def test_cross_product(read):
-    settings = Settings(SteeringSpec(strength=2.0), ("sport", "none"), Sampling(seed=7), samples=2)
+    settings = BatchSettings(SteeringSpec(strength=2.0), ("sport", "none"), Sampling(seed=7), samples=2)
     found = read("A dog.\nIt rained.\n", settings, "a.txt")
-    told = [(job.prompt, *job.steering.domain, job.sample, job.sampling.seed) for line in found for job in line]
-    assert told == [
+    generated = [(job.prompt, *job.steering.domain, job.sample, job.sampling.seed) for line in found for job in line]
+    assert generated == [
         (prompt, domain, sample, 7 + sample)
         for prompt in ("A dog.", "It rained.")
         for domain in ("sport", "none")
@@ -109,8 +109,8 @@ def test_a_json_line_overrides_every_setting(read):
     )
 
 
-def test_null_is_what_the_options_say_but_no_domain_is_none(read):
-    settings = Settings(domains=("sport",), sampling=Sampling(seed=4))
+def test_null_means_the_options_but_a_null_domain_means_none(read):
+    settings = BatchSettings(domains=("sport",), sampling=Sampling(seed=4))
     job = only(read('{"prompt": "x", "id": null, "seed": null, "strength": null, "samples": null}', settings))
     assert job == Job(1, "x", SteeringSpec("sport"), Sampling(seed=4))
     assert only(read('{"prompt": "x", "domain": null}', settings)).steering.domain == ("none",)
@@ -130,13 +130,13 @@ def test_domains_of_a_line(read, name):
         ("A dog.", "is not JSON"),
         ('{"prompt": "x"', "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ('{"prompt": "x", "temperature": NaN}', "NaN is no number"),
-        ("[1]", "is no JSON object but list"),
+        ('{"prompt": "x", "temperature": NaN}', "NaN is not a number"),
+        ("[1]", "is of type list, not a JSON object"),
         ("{}", "no field 'prompt'"),
         ('{"prompt": null}', "no field 'prompt'"),
         ('{"prompt": " \\n"}', "empty prompt"),
         ('{"prompt": 3}', "field 'prompt' is 3, expected text"),
-        ('{"prompt": "x", "temprature": 1}', "field 'temprature' that means nothing here: use prompt, id, domain"),
+        ('{"prompt": "x", "temprature": 1}', "unknown field 'temprature': use prompt, id, domain"),
         ('{"prompt": "x", "seed": 1.5}', "field 'seed' is 1.5, expected a whole number"),
         ('{"prompt": "x", "seed": true}', "field 'seed' is true"),
         ('{"prompt": "x", "seed": -1}', "seed -1 is out of range"),
@@ -160,7 +160,7 @@ def test_domains_of_a_line(read, name):
         (b'{"prompt": "\xff"}', "is not UTF-8 (byte 12)"),
     ],
 )
-def test_bad_lines_have_number_and_reason_and_the_rest_runs(read, line, reason):
+def test_bad_lines_have_a_number_and_a_reason_and_the_rest_is_read(read, line, reason):
     content = line if isinstance(line, bytes) else line.encode()
     good, bad, other = read(b'{"prompt": "x"}\n\n' + content + b'\n{"prompt": "y"}\n')
     assert isinstance(bad, Problem)
@@ -171,7 +171,7 @@ def test_bad_lines_have_number_and_reason_and_the_rest_runs(read, line, reason):
     assert (good[0].prompt, other[0].prompt) == ("x", "y")
 
 
-def test_a_line_without_end_does_not_fill_the_memory(read, monkeypatch):
+def test_a_line_that_never_ends_does_not_fill_the_memory(read, monkeypatch):
     monkeypatch.setattr(jobs, "MAX_LINE", 50)
     first, second, third = read("a" * 50 + "\n" + "b" * 170 + "\n" + "c" * 50 + "\n", name="a.txt")
     assert first[0].prompt == "a" * 50
@@ -186,18 +186,18 @@ def test_stdin_and_pipes_can_be_read_twice(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", Stdin)
     file = PromptFile("-")
     assert not file.is_json
-    assert [list(file.jobs(Settings())) for _ in range(2)] == [
+    assert [list(file.jobs(BatchSettings())) for _ in range(2)] == [
         [[Job(1, "A dog.", SteeringSpec(), Sampling())], [Job(2, "It rained.", SteeringSpec(), Sampling())]]
     ] * 2
     file.close()
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "."])
-def test_what_can_not_be_read(tmp_path, name):
+def test_unreadable_prompts(tmp_path, name):
     with pytest.raises(BatchError, match="can't read the prompts"):
         PromptFile(tmp_path / name)
 
 
 def test_samples_out_of_range():
     with pytest.raises(BatchError, match="samples 0"):
-        replace(Settings(), samples=0)
+        replace(BatchSettings(), samples=0)

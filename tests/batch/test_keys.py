@@ -1,4 +1,4 @@
-"""Keys of stories: files that are there already must be resumed, so each key stays what it has always been."""
+"""Keys of stories: existing files must be resumed, so no key may ever change."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steermoe.batch.jobs import Job, PromptFile, Settings
+from steermoe.batch.jobs import BatchSettings, Job, PromptFile
 from steermoe.batch.keys import StoryKeys
 from steermoe.engines.request import Sampling
 from steermoe.routing.shape import RouterShape, RoutingShape
@@ -29,7 +29,7 @@ LINES = [
     {"prompt": "Ünï", "domains": ["sport", "food=2"], "samples": 2, "top_k": 3, "repetition_penalty": 1.5},
 ]
 LISTS = SteeringSpec(force=("0:1", "0:0"), ban=("2:7",))
-# What steermoe 0.1.0 computed, when files of stories began: never to be changed.
+# As steermoe 0.1.0 computed them: never change these.
 PLAIN_KEYS = """9c6d32f201b94029 9d1434122867ee48 bf637f38e6571f93 4474a0772f22280c 7c3b7b03f2b6ab11 38159e30b05e0a35
     20bd5e5927355ed7 9146d57b527025a0 a9f77becfe770a48 972ce517520dbbe2 b92cfcd17c7a8689 541c7aab89f4e393"""
 LISTS_KEYS = """68be44d61f51a1c2 68080b7c21f2bc64 2884f0e0e4879185 bf637f38e6571f93 5c37c5a7316c0d2f f2060fc1aa180c6f
@@ -47,10 +47,10 @@ def resolver(bare_search_path):
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [(Settings(), PLAIN_KEYS), (Settings(LISTS, ("sport", "")), LISTS_KEYS)],
+    [(BatchSettings(), PLAIN_KEYS), (BatchSettings(LISTS, ("sport", "")), LISTS_KEYS)],
     ids=["plain", "lists of experts"],
 )
-def test_keys_are_what_they_have_always_been(resolver, tmp_path, settings, expected):
+def test_keys_never_change(resolver, tmp_path, settings, expected):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, LINES)))
     keys, file = StoryKeys("a model of these tests"), PromptFile(path)
@@ -59,8 +59,8 @@ def test_keys_are_what_they_have_always_been(resolver, tmp_path, settings, expec
     assert found == expected.split()
 
 
-def test_whatever_decides_the_text_changes_the_key(resolver):
-    """The fields of plans are in tests/steering/test_fields.py."""
+def test_everything_that_decides_the_text_changes_the_key(resolver):
+    """tests/steering/test_fields.py has the fields of plans."""
     job = Job(1, "A dog.", SteeringSpec("sport"), Sampling())
     plan = resolver.plan(job.steering)
     other_vector = replace(plan, vector=replace(plan.vector, weights=plan.vector.weights * 2))

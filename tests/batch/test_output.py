@@ -1,4 +1,4 @@
-"""The file of stories: torn lines, foreign files, full disks, order, two runs at once."""
+"""The file of stories: lines cut short, foreign files, full disks, order, two runs at once."""
 
 import json
 import os
@@ -39,11 +39,11 @@ def test_append_and_find_again(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, len(line(2)) + 1))
-def test_a_torn_last_line_is_cut_off_wherever_it_was_torn(tmp_path, cut):
+def test_a_last_line_cut_short_anywhere_is_removed(tmp_path, cut):
     path = tmp_path / "s.jsonl"
     path.write_bytes((line(1) + line(2))[:-cut] or b"")
     with StoryFile(path) as stories:
-        found = [int(told["job"], 16) for _, told in stories.records()]
+        found = [int(story["job"], 16) for _, story in stories.records()]
         assert found == ([1, 2] if cut == 1 else [1])  # only its line end was missing
         stories.begin()
         stories.append(record(3))
@@ -53,7 +53,7 @@ def test_a_torn_last_line_is_cut_off_wherever_it_was_torn(tmp_path, cut):
 @pytest.mark.parametrize(
     "tail", [b"\0" * 40, b"\0" * 40 + b"\n", line(2)[:20] + b"\0" * 9, line(2)[:20] + b"\n", b"{", b"\n"]
 )
-def test_what_a_crash_of_the_machine_leaves(tmp_path, tail):
+def test_the_remains_of_a_crash_are_removed(tmp_path, tail):
     path = tmp_path / "s.jsonl"
     path.write_bytes(line(1) + tail)
     with StoryFile(path) as stories:
@@ -69,12 +69,12 @@ def test_what_a_crash_of_the_machine_leaves(tmp_path, tail):
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path, content):
     path = tmp_path / "s.jsonl"
     path.write_bytes(content)
-    with StoryFile(path) as stories, pytest.raises(BatchError, match=r"line \d of .* is no story: name another"):
+    with StoryFile(path) as stories, pytest.raises(BatchError, match=r"line \d of .* is not a story: name another"):
         list(stories.records())
     assert path.read_bytes() == content
 
 
-def test_overwrite_waits_for_the_beginning(tmp_path):
+def test_overwrite_waits_for_begin(tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_bytes(b"my diary\n")
     with StoryFile(path, overwrite=True) as stories:
@@ -85,7 +85,7 @@ def test_overwrite_waits_for_the_beginning(tmp_path):
     assert path.read_bytes() == line(1)
 
 
-def test_a_file_that_was_made_for_nothing_goes_away(tmp_path):
+def test_a_new_file_that_stays_empty_is_removed(tmp_path):
     for was_there in (False, True):
         path = tmp_path / f"{was_there}.jsonl"
         if was_there:
@@ -102,7 +102,7 @@ def test_two_runs_on_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no-such-folder/s.jsonl", "."])
-def test_where_nothing_can_be_written(tmp_path, name):
+def test_places_that_cannot_be_written(tmp_path, name):
     with pytest.raises(BatchError, match=r"can't write .*; name another file"):
         StoryFile(tmp_path / name)
     with pytest.raises(BatchError, match="can't write the errors"):
@@ -118,7 +118,7 @@ def test_full_device():
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_story_of_which_only_a_part_fits_leaves_no_trace(tmp_path, monkeypatch, error):
+def test_a_story_that_fits_only_partly_leaves_no_trace(tmp_path, monkeypatch, error):
     path = tmp_path / "s.jsonl"
     write = os.write
     with StoryFile(path) as stories:
@@ -136,13 +136,13 @@ def test_a_story_of_which_only_a_part_fits_leaves_no_trace(tmp_path, monkeypatch
         with pytest.raises(expected) as caught:
             stories.append(record(2))
         monkeypatch.undo()
-        assert expected is KeyboardInterrupt or "are whole, make room and run again" in str(caught.value)
+        assert expected is KeyboardInterrupt or "are complete: make room and run again" in str(caught.value)
         assert path.read_bytes() == line(1)
         stories.append(record(3))
     assert keys_in(path) == [1, 3]
 
 
-def test_it_is_forced_to_the_disk_now_and_then(tmp_path, monkeypatch):
+def test_the_file_is_synced_now_and_then(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(output.os, "fsync", synced.append)
     with StoryFile(tmp_path / "s.jsonl") as stories:
@@ -169,12 +169,12 @@ def test_sort_without_room_leaves_the_file(tmp_path):
         for key in (2, 1):
             stories.append(record(key))
         (tmp_path / ".s.jsonl.sorting").symlink_to("/dev/full")
-        with pytest.raises(BatchError, match=r"complete, but there is no room .*No space left"):
+        with pytest.raises(BatchError, match=r"complete, but there is no room to sort it .*No space left"):
             stories.sort(lambda key: key)
     assert keys_in(path) == [2, 1]
 
 
-def test_sorted_already_is_not_copied(tmp_path):
+def test_a_sorted_file_is_not_copied(tmp_path):
     path = tmp_path / "s.jsonl"
     with StoryFile(path) as stories:
         for key in (1, 2):
@@ -208,5 +208,5 @@ def test_no_file_is_written_over_another(tmp_path, monkeypatch):
         ("-", "a", "a"),
         ("p.txt", "a", "link"),
     ):
-        with pytest.raises(BatchError, match="would be written over"):
+        with pytest.raises(BatchError, match="would overwrite"):
             check_apart(prompts, Path(stories), errors and Path(errors))

@@ -1,4 +1,4 @@
-"""`steermoe batch` on a tiny checkpoint: what goes where, exit codes, pipes, Ctrl-C, kill -9, full devices."""
+"""`steermoe batch` on a tiny checkpoint: output, exit codes, pipes, Ctrl-C, kill -9, full devices."""
 
 import io
 import json
@@ -37,15 +37,15 @@ def test_prompts_times_domains_times_samples(run, tiny_checkpoint, vectors):
     assert result.code == 0, result.err
     assert result.out == "12 stories in s.jsonl, 12 of them new\n"
     assert "tokens" in result.err
-    told = {(s["prompt"], s["domain"], s["seed"]) for s in stories()}
-    assert told == {
+    generated = {(s["prompt"], s["domain"], s["seed"]) for s in stories()}
+    assert generated == {
         (prompt, domain, seed)
         for prompt in ("A dog.", "It rained.")
         for domain in ("sport", None, "sport=0.7+food=0.3")
         for seed in (0, 1)
     }
     again = run("batch", "p.txt", "-o", "s.jsonl", *options, "--json", "--ordered")
-    assert "12 of 12 stories are in 's.jsonl' already" in again.err
+    assert "12 of 12 stories are already in 's.jsonl'" in again.err
     record = json.loads(again.out)
     assert (record["output"], record["stories"], record["new"], record["already"]) == ("s.jsonl", 12, 0, 12)
     assert [s["line"] for s in stories()] == [1] * 6 + [2] * 6
@@ -68,9 +68,9 @@ def test_bad_lines(run, tiny_checkpoint, vectors):
     result = run("batch", "p.jsonl", "-o", "s.jsonl", "--errors", "bad.jsonl", "-m", tiny_checkpoint, *SHORT)
     assert result.code == 0
     assert result.out == "2 stories in s.jsonl, 2 of them new\n"
-    assert "steermoe: left out: line 2: is not JSON" in result.err
+    assert "steermoe: skipped line 2: is not JSON" in result.err
     assert "line 7" not in result.err
-    assert "6 lines were left out in all" in result.err
+    assert "6 lines were skipped in total" in result.err
     assert "\x1b" not in result.err
     assert [error["line"] for error in stories("bad.jsonl")] == [2, 3, 4, 5, 6, 7]
     assert [story["line"] for story in sorted(stories(), key=lambda s: s["line"])] == [1, 8]
@@ -81,8 +81,8 @@ def test_bad_lines(run, tiny_checkpoint, vectors):
     [
         (["missing.txt", "-o", "s.jsonl"], 1, "can't read the prompts 'missing.txt': No such file"),
         (["p.txt", "-o", "no/s.jsonl"], 1, "can't write 'no/s.jsonl': No such file"),
-        (["p.txt", "-o", "p.txt"], 1, "would be written over the prompts"),
-        (["p.txt", "-o", "s.jsonl", "--errors", "s.jsonl"], 1, "would be written over the stories"),
+        (["p.txt", "-o", "p.txt"], 1, "would overwrite the prompts"),
+        (["p.txt", "-o", "s.jsonl", "--errors", "s.jsonl"], 1, "would overwrite the stories"),
         (["p.txt", "-o", "/dev/full", *SHORT], 1, "can't write '/dev/full': No space left on device"),
         (["p.txt", "-o", "s.jsonl", "--errors", "no/x"], 1, "can't write the errors to 'no/x'"),
         (["p.txt", "-o", "s.jsonl", "--samples", "0"], 1, "samples 0 is out of range"),
@@ -108,18 +108,21 @@ def test_wrong_input_is_one_clear_line(run, tiny_checkpoint, vectors, arguments,
     assert Path("p.txt").read_text() == "A dog.\nIt rained.\n"
 
 
-def test_other_settings_for_the_same_file(run, tiny_checkpoint, vectors):
+def test_other_settings_with_the_same_file(run, tiny_checkpoint, vectors):
     command = ("batch", "p.txt", "-o", "s.jsonl", "-m", tiny_checkpoint)
     run(*command, *SHORT)
     result = run(*command, "--max-new-tokens", "5")
     assert (result.code, result.out) == (1, "")
-    assert "holds 2 stories that are not asked for now (line 1 was told with max_new_tokens 6, not 5)" in result.err
+    assert (
+        "holds 2 stories that this run does not ask for (line 1 was generated with max_new_tokens 6, not 5)"
+        in result.err
+    )
     assert run(*command, "--max-new-tokens", "5", "--keep").out == "2 stories in s.jsonl, 2 of them new\n"
     assert len(stories()) == 4
 
 
 def test_the_guide_s_commands_run(run, tiny_checkpoint, vectors, make_vector):
-    """Those of docs/batch.md, in their order; what they are said to do, they do."""
+    """The commands of docs/batch.md, in order, do what the guide says."""
     for domain in ("law", "space"):
         write_vector(make_vector(domain), vectors / "steering_vectors" / "tiny" / f"{domain}.safetensors")
     guide = (Path(__file__).parents[2] / "docs" / "batch.md").read_text(encoding="utf-8")
@@ -133,7 +136,7 @@ def test_the_guide_s_commands_run(run, tiny_checkpoint, vectors, make_vector):
     assert [result.code for result in results] == [0, 0, 0, 1]
     assert results[0].out == "12 stories in stories.jsonl, 12 of them new\n"
     assert results[2].out == "18 stories in stories.jsonl, 6 of them new\n"
-    assert "told with max_new_tokens 40, not 30" in results[3].err
+    assert "generated with max_new_tokens 40, not 30" in results[3].err
     assert [(error["line"], "temprature" in error["error"]) for error in stories("bad.jsonl")] == [(4, True)]
     assert sorted(story["line"] for story in stories("letters.jsonl")) == [1, 1, 1, 1, 2, 3]
 
@@ -156,7 +159,7 @@ def wait_for_stories(process, count):
         time.sleep(0.005)
 
 
-def test_ctrl_c_then_kill_then_from_a_pipe_to_the_end(run, tiny_checkpoint, vectors, monkeypatch):
+def test_ctrl_c_then_a_kill_then_the_rest_from_a_pipe(run, tiny_checkpoint, vectors, monkeypatch):
     prompts = "".join(f"It was day {i}.\n" for i in range(120))
     Path("p.txt").write_text(prompts)
     options = ("-o", "s.jsonl", "--max-new-tokens", "60", "-d", "sport")
@@ -166,7 +169,7 @@ def test_ctrl_c_then_kill_then_from_a_pipe_to_the_end(run, tiny_checkpoint, vect
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert out == ""
-    assert "the stories so far are in 's.jsonl'; run again to go on" in err
+    assert "the stories so far are in 's.jsonl'; run again to resume" in err
     assert "interrupted" in err
     assert "Traceback" not in err
     first = len(stories())

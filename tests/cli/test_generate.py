@@ -1,4 +1,4 @@
-"""`steermoe generate` and `compare` on a tiny checkpoint: what goes to stdout, exit codes, odd prompts, Ctrl-C."""
+"""`steermoe generate` and `compare` on a tiny checkpoint: stdout, exit codes, odd prompts, Ctrl-C."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def vectors(bare_search_path, make_vector):
     return bare_search_path
 
 
-def test_stdout_is_the_story_and_stderr_the_report(run, tiny_checkpoint, vectors):
+def test_the_story_goes_to_stdout_and_the_report_to_stderr(run, tiny_checkpoint, vectors):
     result = run("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, *SHORT)
     assert result.code == 0
     assert result.out.startswith("A dog.")
@@ -30,7 +30,7 @@ def test_stdout_is_the_story_and_stderr_the_report(run, tiny_checkpoint, vectors
     assert "steered 5 of 11 tokens" in result.err
 
 
-def test_json_is_one_object_with_every_parameter(run, tiny_checkpoint, vectors):
+def test_json_is_one_object_with_all_parameters(run, tiny_checkpoint, vectors):
     result = run("generate", "A dog.", "-d", "sport", "--strength", "2", "-m", tiny_checkpoint, "--json", *SHORT)
     record = json.loads(result.out)
     assert result.out.count("\n") == 1
@@ -54,7 +54,7 @@ def test_same_seed_same_text_other_seed_other_text(run, tiny_checkpoint, vectors
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_streamed_text_is_the_same_as_at_once(run, tiny_checkpoint, vectors):
+def test_streamed_text_is_the_same(run, tiny_checkpoint, vectors):
     command = ("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, "--max-new-tokens", "20")
     assert run(*command, "--stream").out == run(*command, "--no-stream").out
 
@@ -69,7 +69,7 @@ def test_streamed_text_is_the_same_as_at_once(run, tiny_checkpoint, vectors):
         "%s {0} \\n",
     ],
 )
-def test_odd_prompts_come_back_as_text(run, tiny_checkpoint, vectors, prompt):
+def test_odd_prompts_stay_text(run, tiny_checkpoint, vectors, prompt):
     result = run("generate", prompt, "-m", tiny_checkpoint, *SHORT)
     assert result.code == 0
     assert "\x1b" not in result.out
@@ -131,7 +131,7 @@ def test_compare_crosses_domains_strengths_and_formulas(run, tiny_checkpoint, ve
 
 
 @pytest.mark.parametrize(("width", "beside"), [(160, True), (60, False)])
-def test_columns_stand_side_by_side_where_there_is_room(run, tiny_checkpoint, vectors, monkeypatch, width, beside):
+def test_columns_are_side_by_side_if_they_fit(run, tiny_checkpoint, vectors, monkeypatch, width, beside):
     from steermoe.cli.terminal import console
 
     monkeypatch.setattr(console.out, "width", width)
@@ -160,7 +160,7 @@ def command_line(tiny_checkpoint, *arguments):
     )
 
 
-def test_prompt_from_a_pipe_and_into_a_pipe(tiny_checkpoint):
+def test_prompt_and_story_through_pipes(tiny_checkpoint):
     process = command_line(tiny_checkpoint, "generate", "-", *SHORT)
     out, err = process.communicate("It rained all night.\n", timeout=100)
     assert process.returncode == 0, err
@@ -170,10 +170,10 @@ def test_prompt_from_a_pipe_and_into_a_pipe(tiny_checkpoint):
 
 def test_ctrl_c_ends_cleanly_with_130(tiny_checkpoint):
     process = command_line(tiny_checkpoint, "generate", "Go", "--stream", "--max-new-tokens", "240", "--seed", "3")
-    process.stdout.read(2)  # the prompt is written once the model is loaded and the text begins
+    process.stdout.read(2)  # the prompt appears once the model is loaded and generates
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert "Traceback" not in err
-    assert process.returncode in (130, 0), err  # 0 if the tiny model was done before the signal
+    assert process.returncode in (130, 0), err  # 0 if the tiny model finished before the signal
     assert process.returncode == 0 or "interrupted" in err

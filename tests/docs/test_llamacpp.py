@@ -1,4 +1,4 @@
-"""The lines of docs/llamacpp.md, run as written on the default model: its `steermoe` commands and its Python."""
+"""The examples of docs/llamacpp.md, run as written on the default model: `steermoe` commands and Python."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with some texts, in which the commands run one after the other."""
+    """A folder with some texts, in which all commands run in order."""
     if not pull.is_pulled():
         pytest.skip("the default model is not pulled: `make model`")
     folder = tmp_path_factory.mktemp("docs")
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_page_has_examples():
+def test_the_page_has_examples():
     assert len(COMMANDS) >= 9
     assert COMMANDS[0] == "steermoe models export --gguf q8_0"
     assert len(blocks("python")) == 1

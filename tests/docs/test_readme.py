@@ -31,14 +31,14 @@ COMMANDS = [
 ]
 
 
-def test_readme_has_examples():
+def test_the_readme_has_examples():
     assert len(COMMANDS) >= 8
     assert len(blocks("python")) == 3
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder with `texts/TOPIC/*.txt`, beginnings of stories, and their `embeddings`."""
+    """A folder with `texts/TOPIC/*.txt`, the beginnings of stories, and their `embeddings`."""
     folder = tmp_path_factory.mktemp("corpus")
     for topic in spec.TOPICS:
         (folder / "texts" / topic).mkdir(parents=True)
@@ -64,13 +64,13 @@ def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
         shutil.copytree(folder / "texts", tmp_path / "texts")
         if " discover " in command:
             shutil.copytree(folder / "embeddings", tmp_path / "embeddings")
-    if PLACEHOLDER in command:  # "your own model": the tiny one, with a matrix and a vector of its own
+    if PLACEHOLDER in command:  # "your own model" is the tiny one, with its own matrix and vector
         (tmp_path / "matrix.json").write_text(str(make_vector().frequency.tolist()))
         if "generate" in command or "calibrate" in command:
             from steermoe.vectors.file import write_vector
 
             write_vector(make_vector(), tmp_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors")
-        # random routers prefer no expert for any domain, so vectors are built with trained ones
+        # random routers prefer no expert in any domain, so `build` needs the trained model
         checkpoint = pull.default_model_folder() if " build " in command else tiny_checkpoint
         command = command.replace(PLACEHOLDER, str(checkpoint))
     if ".gguf" in command:

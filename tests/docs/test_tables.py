@@ -1,4 +1,4 @@
-"""Tables of the docs that follow from the code say what the code says."""
+"""The generated tables of the docs agree with the code."""
 
 import pytest
 
@@ -12,13 +12,13 @@ def test_tables_are_up_to_date(page):
     assert text == with_table(text, TABLES[page]), f"the table in docs/{page} is out of date: run `make docs`"
 
 
-def test_every_field_of_a_plan_is_in_the_table():
+def test_the_table_has_every_field_of_a_plan():
     _, _, *rows = steering_fields().splitlines()
     assert [row.split('"')[1] for row in rows] == list(NAMES)
     assert all(len(row.replace("\\|", "").split("|")) == 6 and "| |" not in row for row in rows)
 
 
-def test_a_table_is_put_between_its_comments_only():
+def test_only_the_text_between_the_comments_is_replaced():
     begin, end = "<!-- steering_fields: written by `make docs` -->", "<!-- end -->"
     text = f"before\n{begin}old{end}\nafter <!-- end -->\n"
     assert with_table(text, steering_fields) == f"before\n{begin}\n\n{steering_fields()}\n\n{end}\nafter <!-- end -->\n"

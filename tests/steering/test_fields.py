@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 
-from steermoe.batch.jobs import Job, PromptFile, Settings
+from steermoe.batch.jobs import BatchSettings, Job, PromptFile
 from steermoe.batch.keys import StoryKeys
 from steermoe.cli.app import app
 from steermoe.engines.request import LISTS, Completion, Request, Sampling
@@ -43,7 +43,7 @@ def test_a_field_goes_all_the_way(field, resolver, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "x", **asked}))
     file = PromptFile(path)
-    assert list(file.jobs(Settings())) == [[Job(1, "x", spec, Sampling())]]
+    assert list(file.jobs(BatchSettings())) == [[Job(1, "x", spec, Sampling())]]
     file.close()
 
     plain, plan = resolver.plan(read_spec({"domain": "law"})), resolver.plan(spec)

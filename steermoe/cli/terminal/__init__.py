@@ -1,1 +1,1 @@
-"""What commands show in a terminal."""
+"""Terminal output of commands: progress, tables, columns, maps."""

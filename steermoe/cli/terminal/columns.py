@@ -1,4 +1,4 @@
-"""Draw a comparison: columns side by side where the terminal is wide enough, one below the other where it isn't."""
+"""Draws a comparison: columns side by side if the terminal is wide enough, else one below the other."""
 
 import io
 import re
@@ -20,24 +20,24 @@ SVG_COLUMN_WIDTH = 52
 
 
 def print_columns(prompt: str, columns: Sequence[Column], console: Console = out) -> None:
-    """Print the prompt, then all columns, as many beside each other as fit."""
+    """Print the prompt, then all columns, as many side by side as fit."""
     console.print(Text(printable(prompt), style="bold"))
-    beside = max(1, min(len(columns), console.width // MIN_COLUMN_WIDTH))
-    if beside == 1:
+    per_line = max(1, min(len(columns), console.width // MIN_COLUMN_WIDTH))
+    if per_line == 1:
         for column in columns:
             console.print(_panel(column))
         return
-    for start in range(0, len(columns), beside):
+    for start in range(0, len(columns), per_line):
         table = Table.grid(expand=True)
-        chosen = columns[start : start + beside]
-        for _ in range(beside):
+        chosen = columns[start : start + per_line]
+        for _ in range(per_line):
             table.add_column(ratio=1)
         table.add_row(*[_panel(column) for column in chosen])
         console.print(table)
 
 
 def save_svg(prompt: str, columns: Sequence[Column], path: Path) -> None:
-    """Draw the comparison as a picture that loads nothing from anywhere.
+    """Draw the comparison as a picture that loads nothing from the network.
 
     Raises:
         SteerMoEError: the file can't be written.

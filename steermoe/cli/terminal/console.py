@@ -1,4 +1,4 @@
-"""The two consoles, and text that is safe to show."""
+"""The consoles of stdout and stderr, progress, and text that is safe to print."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def write_json(record: Any) -> None:
 
 
 def quiet_transformers() -> None:
-    """Keep its progress bars off the terminal; ours say what goes on."""
+    """Keep the progress bars of transformers off the terminal; steermoe shows its own."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -39,16 +39,17 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    """A spinner on stderr; nothing if stderr is not a terminal."""
     with err.status(what):
         yield
 
 
 @contextmanager
 def counting(what: str, things: str, total: int, done: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: things done, tokens a second, time left. Yields what is told (things, tokens) done.
+    """A progress bar on stderr, with things done, tokens per second and time left.
 
-    Where stderr is no terminal, a line now and then. `done` things were done before.
+    Yields a function to call with the numbers of (things, tokens) done since its last call. If stderr is not a
+    terminal, progress is a line every `LINE_SECONDS`. `done` things were finished before.
     """
     from rich import progress
 
@@ -78,11 +79,11 @@ def counting(what: str, things: str, total: int, done: int = 0) -> Iterator[Call
 
 
 LINE_SECONDS = 30.0
-"""Between two lines of progress where there is no terminal."""
+"""Between two lines of progress if stderr is not a terminal."""
 
 
 def _lines(what: str, things: str, total: int, done: int) -> Callable[[int, int], None]:
-    """Progress as lines, for logs; none for what is quick."""
+    """Progress as lines, for logs; quick work prints none."""
     start = shown = time.monotonic()
     before, tokens_done = done, 0
 

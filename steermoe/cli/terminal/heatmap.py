@@ -1,4 +1,4 @@
-"""The map of an expert vector in a terminal: one row a layer, one cell an expert, fuller blocks where more is routed.
+"""The map of an expert vector in a terminal: a row per layer, a cell per expert, fuller blocks for larger values.
 
 Knows nothing of files or commands. Shapes: L layers, N experts, C columns of cells; C < N in a narrow terminal.
 """
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from steermoe.vectors.vector import SteeringVector
 
 COLOURS = ("cyan", "green", "yellow", "red")
-"""Of the levels, from little to much; the terminal's own, so that they can be read on any background."""
+"""Of the levels, from low to high; colours of the terminal's theme, which are readable on any background."""
 EMPTY_COLOUR, NEGATIVE_COLOUR = "bright_black", "blue"
 TICK_GAP = 4
-"""Columns between two numbers of the scale on top, at least."""
+"""The fewest columns between two numbers of the scale at the top."""
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """What cells are drawn with: the levels from little to much, nothing, and less than nothing."""
+    """The characters of cells: levels from low to high, zero, and below zero."""
 
     levels: str
     empty: str
@@ -34,9 +34,9 @@ def draw(vector: "SteeringVector", width: int, ascii_only: bool = False) -> Text
     """The map with its scale and legend, each line at most `width` wide (down to a few columns).
 
     Args:
-        vector: E = `vector.experts` is what is drawn.
-        width: columns of the terminal. A cell takes two where there is room, else one; where even that is too wide,
-            neighbouring experts share a cell, which shows the largest of them; the legend says so.
+        vector: its E = `vector.experts` is drawn.
+        width: columns of the terminal. A cell takes two columns if there is room, else one; if even that is too wide,
+            neighbouring experts share a cell, which shows the largest of them, and the legend says so.
         ascii_only: for terminals without block characters.
     """
     glyphs = ASCII if ascii_only else UNICODE
@@ -61,7 +61,7 @@ def draw(vector: "SteeringVector", width: int, ascii_only: bool = False) -> Text
 
 
 def _largest(values: list[float]) -> float:
-    """The one furthest from 0."""
+    """The value furthest from 0."""
     return max(values, key=abs)
 
 
@@ -85,7 +85,7 @@ def _cell(value: float, bounds: list[float], glyphs: Glyphs) -> tuple[str, str]:
 
 
 def _scale(columns: int, share: int, cell: int) -> str:
-    """The numbers of experts above their columns, as often as they have room."""
+    """The numbers of experts above their columns, as many as fit."""
     step = 1
     while step * cell < max(TICK_GAP, len(str(columns * share)) + 1):
         step *= 2

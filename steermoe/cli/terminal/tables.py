@@ -1,7 +1,7 @@
-"""Tables and cards on stdout. Every text in them is made safe to show.
+"""Tables and cards on stdout, without control characters.
 
-In a terminal rich fits them to its width. In a pipe a row is one line, so that grep finds all of it: columns are as
-wide as their widest cell, nothing is folded, nothing is padded at the end, and brackets are no markup.
+In a terminal rich fits them to its width. In a pipe each row is one line, which grep finds as a whole: columns are as
+wide as their widest cell, nothing is folded or padded at the end, and brackets are not markup.
 """
 
 import sys
@@ -18,7 +18,7 @@ GAP = "  "
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], wrapping: int = 1) -> None:
-    """Rows under their titles; in a narrow terminal the cells of the last columns, `wrapping` many, are folded."""
+    """Rows under their titles; in a narrow terminal the cells of the last `wrapping` columns are folded."""
     if not sys.stdout.isatty():
         _print_lines([titles, *rows])
         return
@@ -31,7 +31,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], wrapping: 
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """A card: what a fact is called, and the fact."""
+    """A card: a label and a fact per line."""
     if not sys.stdout.isatty():
         _print_lines(list(facts.items()))
         return

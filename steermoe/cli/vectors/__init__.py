@@ -1,1 +1,1 @@
-"""The `steermoe vectors` group."""
+"""`steermoe vectors`: the group of commands about vectors."""

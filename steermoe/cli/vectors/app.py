@@ -1,4 +1,4 @@
-"""`steermoe vectors`: list, show, check and import vectors; `build`, `discover` and `mix` have files of their own."""
+"""`steermoe vectors`: list, show, check and import; `build`, `discover` and `mix` have their own files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +37,7 @@ steermoe vectors import matrix.json --domain chess
 steermoe vectors import matrix.json --domain chess --model ./my-model -o chess.safetensors
 """
 MAX_KEYWORDS = 3
-"""So many keywords a vector are listed."""
+"""Keywords that are listed per vector."""
 FACTS = {
     "title": "title",
     "keywords": "keywords",
@@ -58,11 +58,11 @@ FACTS = {
     "tensors_sha256": "sha256",
     "path": "file",
 }
-"""What `show` tells, and under which name."""
+"""The facts that `show` prints, by their keys in the record, with their labels."""
 
 Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or the path of a vector file.")]
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
@@ -74,7 +74,7 @@ app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(vectors: Folder = None, json: Json = False) -> None:
-    """List the vectors that can be steered with. Of several for a domain the first that fits the model is used."""
+    """List all vectors. If a domain has several, steering uses the first that fits the model."""
     from steermoe.cli.terminal import tables
     from steermoe.errors import VectorError
     from steermoe.vectors.file import read_header
@@ -86,7 +86,7 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
             header = read_header(file.path).as_dict()
             records.append({**header, "domain": file.domain, "path": str(file.path)})
         except VectorError as error:
-            console.err.print(f"steermoe: left out: {console.printable(str(error))}", soft_wrap=True)
+            console.err.print(f"steermoe: skipped: {console.printable(str(error))}", soft_wrap=True)
     if json:
         console.write_json(records)
     elif records:
@@ -111,16 +111,19 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
 def show(
     target: Target,
     threshold: Annotated[
-        float | None, typer.Option(help="Cut the frequencies at so many times their mean; 0 shows all.")
+        float | None,
+        typer.Option(help="Show only experts whose frequency exceeds this many times the mean; 0 shows all."),
     ] = None,
     relative: Annotated[
-        bool, typer.Option("--relative", help="Cut at the threshold times the corpus baseline.")
+        bool, typer.Option("--relative", help="Compare with the corpus baseline instead of the mean.")
     ] = False,
-    png: Annotated[Path | None, typer.Option(help="Also draw it as a picture, before and after the threshold.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Also draw the vector as a picture, before and after the threshold.")
+    ] = None,
     vectors: Folder = None,
     json: Json = False,
 ) -> None:
-    """Show a vector: its facts, and its map of layers x experts."""
+    """Show a vector: its facts, and a map of its layers and experts."""
     from dataclasses import replace
 
     from steermoe.vectors.file import read_header, read_vector
@@ -138,7 +141,7 @@ def show(
 
         with console.working("Drawing ..."):
             draw_vector(vector, png)
-        console.err.print(f"drawn in {png}", soft_wrap=True, style="dim")
+        console.err.print(f"picture in {png}", soft_wrap=True, style="dim")
     record = {**header.as_dict(), "path": str(path)}
     if json:
         console.write_json({**record, "experts": vector.chosen()})
@@ -156,13 +159,13 @@ def show(
 def check(
     targets: Annotated[list[str], typer.Argument(metavar="DOMAIN|FILE...", help="Domains, or paths of vector files.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also check that they fit this model; no weights are loaded.")
+        str | None, typer.Option("--model", "-m", help="Also check that they fit this model; loads no weights.")
     ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     vectors: Folder = None,
     json: Json = False,
 ) -> None:
-    """Read vector files fully and tell if they are right. The exit code is 1 if one isn't."""
+    """Check vector files: form, numbers, hash. The exit code is 1 if any of them is wrong."""
     description = _describe(model, trust_remote_code) if model is not None else None
     results = [_check(target, vectors, description) for target in targets]
     are_right = all(result["error"] is None for result in results)
@@ -183,20 +186,24 @@ def check(
 @app.command("import", epilog=IMPORT_EXAMPLES)
 def import_(
     matrix: Annotated[
-        Path, typer.Argument(metavar="MATRIX.json", help="A list of L lists (layers) of N numbers (experts).")
+        Path,
+        typer.Argument(
+            metavar="MATRIX.json", help="A JSON list with a list of N numbers (experts) for each of L layers."
+        ),
     ],
     domain: Annotated[str, typer.Option("--domain", "-d", help="Name of the vector.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model that it is for; its shape is checked.")
+        str | None, typer.Option("--model", "-m", help="Model that the vector is for; the shape is checked.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: steering_vectors/MODEL/DOMAIN.safetensors.")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. Default: steering_vectors/MODEL/DOMAIN.safetensors."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Make a vector file of a JSON matrix. The method's authors keep theirs so. Prints the file's path."""
+    """Convert a JSON matrix, the format of the method's authors, into a vector file. Prints the file's path."""
     from steermoe.errors import VectorError
     from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
     from steermoe.vectors.matrix import import_matrix
@@ -207,9 +214,9 @@ def import_(
     folder = Path(description.name).name if description else "imported"
     path = output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.suffix != SUFFIX:
-        raise VectorError(f"'{path}' can't be a vector file: end its name in {SUFFIX}")
+        raise VectorError(f"'{path}' is not the name of a vector file: end it in {SUFFIX}")
     if path.exists() and not force:
-        raise VectorError(f"'{path}' is there already: pass --force to overwrite it, or --output for another file")
+        raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another file")
     if description is None:
         vector = import_matrix(matrix, domain)
     else:
@@ -224,7 +231,7 @@ def import_(
 
 
 def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
-    """The model's shape.
+    """The description of a model that can be steered.
 
     Raises:
         ModelError: it can't be found. UnsupportedModel: no vector can fit it.
@@ -232,7 +239,7 @@ def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
     from steermoe.errors import UnsupportedModel
     from steermoe.models.description import describe
 
-    with console.working(f"Looking at {model} ..."):
+    with console.working(f"Inspecting {model} ..."):
         description = describe(model, trust_remote_code=trust_remote_code)
     if not description.steerable:
         raise UnsupportedModel(f"'{model}' can't be steered: {description.reason}")
@@ -240,7 +247,7 @@ def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
 
 
 def _check(target: str, folder: Path | None, description: "ModelDescription | None") -> dict[str, Any]:
-    """What `check` tells of one file; of a domain's several files, of the one that fits the model."""
+    """The record of one file for `check`; if a domain has several files, of the one that fits the model."""
     from steermoe.errors import CompatibilityError, VectorError
     from steermoe.vectors.file import read_vector
     from steermoe.vectors.library import find_vector, read_fitting
@@ -265,7 +272,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
 
 
 def _facts(record: dict[str, Any], has_threshold: bool) -> dict[str, str]:
-    """Facts as `show` prints them; what isn't known is left out."""
+    """The facts as `show` prints them; unknown ones are omitted."""
     from steermoe.vectors.vector import format_layers
 
     usual = "the corpus baseline" if record["relative"] else "the mean frequency"
@@ -285,7 +292,7 @@ def _shape(record: dict[str, Any]) -> str:
 
 
 def _short_path(path: Path) -> str:
-    """Seen from the current folder, or from home."""
+    """Relative to the current folder or the home folder."""
     for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
         if path.is_relative_to(start):
             return str(Path(sign) / path.relative_to(start))

@@ -1,4 +1,4 @@
-"""`steermoe vectors build`: steering vectors from texts whose domains are known."""
+"""`steermoe vectors build`: builds vectors from texts whose domains are known."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import tell_problems
+from steermoe.cli.embed import print_problems
 
 if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
@@ -27,21 +27,27 @@ steermoe vectors build --texts sport=news.csv --against news.csv --label-field k
 
 
 @dataclass(frozen=True)
-class Making:
-    """What of the texts' routing becomes part of a vector."""
+class Selection:
+    """Which experts become part of a vector."""
 
-    threshold: Annotated[float, typer.Option(min=0, help="Keep what exceeds so many times the usual frequency.")] = 3.0
+    threshold: Annotated[
+        float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
+    ] = 3.0
     relative: Annotated[
         bool | None,
         typer.Option(
             "--relative/--absolute",
-            help="Usual: the mean of the domains, or 1/N as in the paper. Default: the mean, of more than 3 domains.",
+            help="Usual frequency: the mean of all domains, or 1/N as in the paper. Default: the mean, if there are "
+            "more than 3 domains.",
         ),
     ] = None
     min_difference: Annotated[
-        float, typer.Option(min=0, max=1, help="With --against: keep experts so much more often active.")
+        float,
+        typer.Option(min=0, max=1, help="With --against: keep experts whose frequency is higher by more than this."),
     ] = 0.1
-    lists: Annotated[int, typer.Option(min=0, help="With --against: experts to force and to ban that are told.")] = 10
+    lists: Annotated[
+        int, typer.Option(min=0, help="With --against: length of the lists of experts to force and to ban.")
+    ] = 10
 
     def vectors(
         self,
@@ -51,7 +57,7 @@ class Making:
         max_tokens: int,
         progress: "TextProgress",
     ) -> "tuple[list[SteeringVector], list[Contrast]]":
-        """A vector a domain; against other texts, also the contrasts that they are the vectors of."""
+        """A vector per domain; with `others`, also the contrasts that the vectors come from."""
         from steermoe.discovery import labelled
 
         if others is None:
@@ -74,28 +80,33 @@ class Making:
 @o.spread
 def build(
     *,
-    texts: Annotated[list[str], typer.Option("--texts", help="A domain's texts, as name=PATH; repeat.")],
+    texts: Annotated[
+        list[str], typer.Option("--texts", help="Domain and path of its texts, as DOMAIN=PATH; repeat for several.")
+    ],
     against: Annotated[
-        Path | None, typer.Option(help="Other texts: build contrasts against them, with lists to force and ban.")
+        Path | None,
+        typer.Option(
+            help="Other texts: build vectors as contrasts against them, with lists of experts to force and to ban."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: steering_vectors/MODEL.")
+        Path | None, typer.Option("--output", "-o", help="Folder for the vectors. Default: steering_vectors/MODEL.")
     ] = None,
-    making: Making,
+    selection: Selection,
     text_field: o.TextField = "text",
     label_field: Annotated[
         str | None,
         typer.Option(
-            help="Take only the records in which this field is the domain's name; with --against, those of no domain.",
+            help="Use only records in which this field is the domain's name; for --against, those of no domain.",
             rich_help_panel="Corpus",
         ),
     ] = None,
     max_tokens: o.MaxTokens = 512,
     model: loading.Source,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Build a vector a domain from its texts. Prints the files' paths, and with --against the lists of experts."""
+    """Build a vector for each domain from its texts. Prints the paths, and with --against the lists of experts."""
     from steermoe.cli.terminal import console
     from steermoe.discovery.corpus import read_domains
     from steermoe.vectors import file
@@ -105,12 +116,12 @@ def build(
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
-            sources, against, text_field=text_field, label_field=label_field, on_read=tell_problems
+            sources, against, text_field=text_field, label_field=label_field, on_read=print_problems
         )
     loaded = model.source()
     total = sum(map(len, corpora.values())) + len(others)
     with console.counting("Embedding", "texts", total) as progress:
-        vectors, made = making.vectors(loaded, corpora, others if against else None, max_tokens, progress)
+        vectors, made = selection.vectors(loaded, corpora, others if against else None, max_tokens, progress)
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
     if json:
@@ -123,7 +134,7 @@ def build(
 
 
 def _parse_sources(texts: list[str]) -> dict[str, Path]:
-    """`sport=PATH` as a mapping.
+    """The paths of the domains' texts, from `sport=PATH`.
 
     Raises:
         VectorError: not of that form, a name that can't be a domain's, or a domain twice.
@@ -135,10 +146,12 @@ def _parse_sources(texts: list[str]) -> dict[str, Path]:
     for text in texts:
         domain, sign, path = text.partition("=")
         if not sign or not path:
-            raise VectorError(f"--texts '{text}': write a domain and where its texts are, such as sport=texts/sport")
+            raise VectorError(
+                f"--texts '{text}': write a domain and the path of its texts, for example sport=texts/sport"
+            )
         sources[check_domain_name(domain)] = Path(path)
     if len(sources) < len(texts):
-        raise VectorError(f"--texts names a domain twice ({', '.join(texts)}): join its texts in one folder")
+        raise VectorError(f"--texts names a domain twice ({', '.join(texts)}): put its texts into one folder")
     return sources
 
 
@@ -152,7 +165,7 @@ def _record(path: Path, contrast: "Contrast | None" = None) -> dict[str, Any]:
 
 
 def _print_lists(contrast: "Contrast") -> None:
-    """The lists as options that `generate` takes, with the differences on stderr."""
+    """Print the lists as options for `generate`, and the differences on stderr."""
     from steermoe.cli.terminal import console
 
     def options(name: str, experts: "list[Expert]") -> str:

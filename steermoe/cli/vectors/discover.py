@@ -1,4 +1,4 @@
-"""`steermoe vectors discover`: the domains of a corpus, found in the model's routing, and a vector of each."""
+"""`steermoe vectors discover`: finds the domains of a corpus in the model's routing and builds a vector for each."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,44 +22,44 @@ steermoe vectors discover embeddings -o report --threshold 2 --min-cluster-size 
 steermoe vectors discover embeddings -o report --name 0=football --name judge-law=law --force
 """
 EMBEDDINGS = "embeddings"
-"""Where in the report's folder a corpus's embeddings are kept."""
+"""The subfolder of the report for the embeddings of a corpus."""
 CLUSTERING = "Clustering"
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """How texts are clustered, under the names of `DiscoveryOptions`."""
+    """How texts are clustered, with the names of `DiscoveryOptions`."""
 
     min_cluster_size: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Texts a cluster has at least. Default: the square root of all, at most a tenth.",
+            help="Fewest texts of a cluster. Default: the square root of their number, at most a tenth.",
             rich_help_panel=CLUSTERING,
         ),
     ] = None
     neighbours: Annotated[
-        int, typer.Option(min=2, help="Texts near each one that UMAP looks at.", rich_help_panel=CLUSTERING)
+        int, typer.Option(min=2, help="Neighbours of each text that UMAP considers.", rich_help_panel=CLUSTERING)
     ] = 15
     cluster_dimensions: Annotated[
         int,
         typer.Option(
             "--dimensions",
             min=2,
-            help="Dimensions to cluster in; 2 is the map itself, as in the paper.",
+            help="Dimensions for clustering; 2 clusters on the map itself, as in the paper.",
             rich_help_panel=CLUSTERING,
         ),
     ] = 5
     metric: Annotated[
         Literal["hellinger", "euclidean", "cosine"] | None,
         typer.Option(
-            help="Distance of two texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
+            help="Distance between texts. Default: hellinger, or cosine with hidden states.", rich_help_panel=CLUSTERING
         ),
     ] = None
     assign_noise: Annotated[
         bool,
         typer.Option(
-            "--assign-noise", help="Put texts of no cluster into the nearest one.", rich_help_panel=CLUSTERING
+            "--assign-noise", help="Assign texts outside all clusters to the nearest one.", rich_help_panel=CLUSTERING
         ),
     ] = False
     seed: Annotated[
@@ -71,25 +71,28 @@ class Clustering:
 def discover(
     *,
     source: Annotated[
-        Path, typer.Argument(metavar="CORPUS|EMBEDDINGS", help="Texts, or a folder that `steermoe embed` made of them.")
+        Path, typer.Argument(metavar="CORPUS|EMBEDDINGS", help="Texts, or a folder that `steermoe embed` wrote.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the report; a corpus's embeddings are kept in it too.")
+        Path, typer.Option("--output", "-o", help="Folder for the report, and for the embeddings if CORPUS is given.")
     ],
-    threshold: Annotated[float, typer.Option(min=0, help="Keep what exceeds so many times the usual frequency.")] = 3.0,
+    threshold: Annotated[
+        float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
+    ] = 3.0,
     relative: Annotated[
-        bool, typer.Option("--relative/--absolute", help="Usual: the mean of all texts, or 1/N as in the paper.")
+        bool,
+        typer.Option("--relative/--absolute", help="Usual frequency: the mean of all texts, or 1/N as in the paper."),
     ] = True,
     name: Annotated[
-        list[str] | None, typer.Option(help="Rename a cluster, as NUMBER=NAME or OLD=NAME; repeat.")
+        list[str] | None, typer.Option(help="Rename a cluster, as NUMBER=NAME or OLD=NAME; repeat for several.")
     ] = None,
     clustering: Clustering,
     texts: o.CorpusOptions,
     model: loading.Loaded,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report; other files stay.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing report; other files stay.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Find the domains of a corpus: cluster its texts by their routing, name the clusters, build a vector of each.
+    """Find the domains of a corpus: cluster its texts by routing, name the clusters, build a vector for each.
 
     Writes a folder with pages, pictures and vectors. Prints the clusters.
     """
@@ -102,7 +105,7 @@ def discover(
     store = EmbeddingStore.open(source) if is_store(source) else _embed(source, output / EMBEDDINGS, texts, model)
     if not store.meta.complete:
         console.err.print(
-            f"steermoe: '{store.folder}' is not complete: only a part of its corpus is looked at", soft_wrap=True
+            f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used", soft_wrap=True
         )
     from steermoe.discovery.discover import DiscoveryOptions
     from steermoe.discovery.discover import discover as find_domains
@@ -126,7 +129,7 @@ def discover(
 
 
 def parse_names(names: list[str]) -> dict[int | str, str]:
-    """`3=football` and `old=new` as a mapping from a cluster's number or name to its new name.
+    """The new names of clusters by their number or old name, from `3=football` and `old=new`.
 
     Raises:
         VectorError: not of that form, a new name that can't be one, or a cluster named twice.
@@ -138,7 +141,9 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
     for text in names:
         old, sign, new = text.partition("=")
         if not sign or not old:
-            raise VectorError(f"--name '{text}': write a cluster's number or name and the new name, as 3=football")
+            raise VectorError(
+                f"--name '{text}': write a cluster's number or name and its new name, for example 3=football"
+            )
         key = int(old) if old.isdecimal() else old
         if key in parsed:
             raise VectorError(f"--name names cluster '{old}' twice: '{parsed[key]}' and '{new}'")
@@ -147,7 +152,7 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
 
 
 def _embed(source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions) -> "EmbeddingStore":
-    """Embed a corpus; what is there from an earlier run is gone on with."""
+    """Embed a corpus, or resume an earlier run."""
     corpus = texts.open(source)
     loaded = model.load()
     from steermoe.discovery.embedder import EmbeddingOptions

@@ -1,4 +1,4 @@
-"""`steermoe vectors mix`: one vector that steers toward several domains."""
+"""`steermoe vectors mix`: mixes several vectors into one."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,16 +16,16 @@ steermoe vectors mix law medicine=-0.5 -o ./law_without_doctors.safetensors
 
 
 def mix(
-    parts: Annotated[list[str], typer.Argument(metavar="DOMAIN|FILE[=WEIGHT]...", help="Vectors with their weights.")],
+    parts: Annotated[
+        list[str], typer.Argument(metavar="DOMAIN|FILE[=WEIGHT]...", help="Vectors with optional weights.")
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Name of the mixture, or the path of its file.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Take the parts from this model's folder of vectors.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Use the vectors of this model.")] = None,
     vectors: o.VectorsFolder = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Mix vectors into one file. It keeps what it was mixed from. Prints its path."""
+    """Mix vectors into one file, which records its parts. Prints the file's path."""
     from steermoe.cli.terminal import console
     from steermoe.errors import VectorError
     from steermoe.steering.spec import parse_domain
@@ -41,7 +41,7 @@ def mix(
     folder = group or Path(read_header(files[0]).info.model).name or files[0].parent.name
     path = Path(output) if is_path else Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.exists() and not force:
-        raise VectorError(f"'{path}' is there already: pass --force to overwrite it, or --output for another name")
+        raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another name")
     weighted = [(file, weight) for file, (_, weight) in zip(files, named, strict=True)]
     write_vector(mix_files(weighted, domain), path)
     if json:

@@ -175,7 +175,7 @@ def test_show_png(run, vectors, tmp_path):
     code, out, err = run("vectors", "show", "sport", "--json", "--png", tmp_path / "sport.png")
     assert code == 0
     assert json.loads(out)["domain"] == "sport"
-    assert one_line(err) == f"drawn in {tmp_path / 'sport.png'}"
+    assert one_line(err) == f"picture in {tmp_path / 'sport.png'}"
     assert (tmp_path / "sport.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -283,7 +283,7 @@ def test_import_refuses_to_overwrite(run, matrix):
     before = Path("mine.safetensors").stat().st_mtime_ns
     code, out, err = run(*output)
     assert (code, out) == (1, "")
-    assert "'mine.safetensors' is there already: pass --force" in one_line(err)
+    assert "'mine.safetensors' already exists: pass --force" in one_line(err)
     assert Path("mine.safetensors").stat().st_mtime_ns == before
     assert run(*output, "--force").code == 0
     assert Path("mine.safetensors").stat().st_mtime_ns != before
@@ -294,7 +294,7 @@ def test_import_refuses_to_overwrite(run, matrix):
     [
         ("[[1, 2", [], "is not JSON"),
         ("[[1, 2]]", ["-d", "../chess"], "domain name '../chess' is not allowed"),
-        ("[[1, 2]]", ["-o", "chess.json"], "'chess.json' can't be a vector file: end its name in .safetensors"),
+        ("[[1, 2]]", ["-o", "chess.json"], "'chess.json' is not the name of a vector file: end it in .safetensors"),
         ("[[1, 2]]", ["-m", "TINY"], "has 1 rows, expected one for each of 3 layers"),
         ("[[1, 2], [1, 2], [1, 2]]", ["-m", "TINY"], "tiny-mixtral has 8"),
         (f"[{', '.join([str([1] * 9)] * 3)}]", ["-m", "TINY"], "vector 'chess' has 3x9 experts, tiny-mixtral has 3x8"),

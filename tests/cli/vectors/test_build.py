@@ -41,8 +41,8 @@ def test_build_against_tells_lists_that_generate_takes(run, tiny_checkpoint, tex
     assert result.code == 0, result.err
     path, force, ban = result.out.splitlines()
     assert file.read_vector(path).weights is not None
-    told = run("generate", "Hi", "--model", tiny_checkpoint, *force.split(), *ban.split(), "--max-new-tokens", "3")
-    assert told.code == 0, told.err
+    result = run("generate", "Hi", "--model", tiny_checkpoint, *force.split(), *ban.split(), "--max-new-tokens", "3")
+    assert result.code == 0, result.err
     (record,) = json.loads(run(*arguments, "--min-difference", "0.02", "--lists", "2", "--force", "--json").out)
     assert force == " ".join(f"--force {e['layer']}:{e['expert']}" for e in record["force"])
 
@@ -61,7 +61,7 @@ def test_build_takes_the_records_of_a_label(run, tiny_checkpoint, labelled):
     result = run(*arguments, "--texts", "law=all.jsonl", "--threshold", "1.1")
     assert result.code == 0, result.err
     assert [library.load_vector(domain).info.texts for domain in ("sport", "law")] == [1, 2]
-    assert result.err.count("left out: all.jsonl:5: is not JSON") == 1
+    assert result.err.count("skipped all.jsonl:5: is not JSON") == 1
     (record,) = json.loads(
         run(*arguments, "--against", "all.jsonl", "--min-difference", "0.02", "--force", "--json").out
     )
@@ -136,7 +136,7 @@ def test_mix_keeps_where_it_comes_from(run, make_vector, bare_search_path):
     assert mixture.info.parts[0] == f"sport=0.7 sha256:{digest}"
     assert mixture.info.created_by == "steermoe vectors mix"
     assert "mixed from" in run("vectors", "show", "picnic").out
-    assert "is there already" in run("vectors", "mix", "sport", "-o", "picnic").err
+    assert "already exists" in run("vectors", "mix", "sport", "-o", "picnic").err
     assert run("vectors", "mix", "sport", "-o", "my/own.safetensors").out == "my/own.safetensors\n"
 
 

@@ -116,7 +116,7 @@ def test_clusters_are_renamed_in_a_second_run(run, embeddings, tmp_path):
     assert names == ["bread-butter", "football", "law"]
 
 
-def test_weak_vectors_are_told_on_stderr(run, embeddings, tmp_path):
+def test_weak_vectors_are_reported_on_stderr(run, embeddings, tmp_path):
     code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "7.5")
     assert code == 0
     assert err.count("no vector: no expert's share exceeds 7.5 x the baseline") == 3
@@ -128,7 +128,7 @@ def test_embeddings_that_are_not_complete_or_have_no_labels(run, tmp_path):
     folder = make_store(tmp_path / "emb", labels=False, complete=False).folder
     code, out, err = run("vectors", "discover", folder, "-o", tmp_path / "report")
     assert code == 0
-    assert f"steermoe: '{folder}' is not complete" in err
+    assert f"steermoe: '{folder}' is incomplete" in err
     assert "agreement" not in out
     assert "main source" not in out
 

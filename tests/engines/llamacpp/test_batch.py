@@ -18,8 +18,8 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 
 import llama_cpp
 
-from steermoe.batch.batch import Batch
-from steermoe.batch.jobs import PromptFile, Settings
+from steermoe.batch.batch import Batch, BatchOptions
+from steermoe.batch.jobs import BatchSettings, PromptFile
 from steermoe.batch.output import StoryFile
 from steermoe.engines.llamacpp.context import Context
 from steermoe.engines.llamacpp.engine import CELL_STEP, LlamaCppEngine
@@ -30,7 +30,7 @@ from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors.file import write_vector
 from steermoe.vectors.vector import SteeringVector
 
-SETTINGS = Settings(SteeringSpec(), ("",), Sampling(max_new_tokens=6, temperature=1.0), 1)
+SETTINGS = BatchSettings(SteeringSpec(), ("",), Sampling(max_new_tokens=6, temperature=1.0), 1)
 LINES = "\n".join(
     json.dumps({"prompt": prompt, "id": number, **more})
     for number, (prompt, more) in enumerate(
@@ -77,7 +77,7 @@ def tell(
     prompts = Path("p.jsonl")
     prompts.write_text(lines)
     with closing(PromptFile(prompts)) as source, StoryFile(Path(output), False) as stories:
-        batch = Batch(engine, source, settings, stories, **more)
+        batch = Batch(engine, source, settings, stories, BatchOptions(**more))
         batch.prepare()
         return batch.run(progress or (lambda stories, tokens: None))
 
@@ -232,7 +232,7 @@ def test_another_quantization_is_another_story(engine, file, tmp_path):
     other = tiny_ggufs.write(tiny_ggufs.build("mixtral"), tmp_path, "bf16").rename(tmp_path / file.name)
     quantized = LlamaCppEngine(str(other))
     assert (engine.dtype, quantized.dtype) == ("q8_0", "bf16")
-    with pytest.raises(BatchError, match=r"holds 11 stories .* was told with dtype q8_0, not bf16"):
+    with pytest.raises(BatchError, match=r"holds 11 stories .* was generated with dtype q8_0, not bf16"):
         tell(quantized)
     assert tell(LlamaCppEngine(str(file))).new == 0  # the same file again
 
