@@ -1,1 +1,1 @@
-"""Engines run requests: `base` is their common vocabulary, each other file the only importer of its library."""
+"""Engines run requests: `request` and `engine` are their vocabulary; only an engine's folder imports its library."""

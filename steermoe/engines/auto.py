@@ -1,6 +1,6 @@
-"""Choose the engine that runs a model, and open it. Imports no engine before it is chosen.
+"""Choose the engine that runs a model, and open it. Imports an engine only once it is chosen.
 
-A GGUF file of a Mixture-of-Experts model runs in llama.cpp where that is installed, everything else in transformers.
+A GGUF file of a Mixture-of-Experts model runs in llama.cpp if that is installed, everything else in transformers.
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 EngineName = Literal["auto", "hf", "llamacpp", "vllm"]
 
 LIBRARIES = ("llama_cpp", "numba")
-"""What the llamacpp engine needs beside steermoe's own dependencies."""
+"""What the llamacpp engine needs in addition to steermoe's own dependencies."""
 
 
 def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> EngineName:
     """The engine that will run a model: "hf" or "llamacpp".
 
     Raises:
-        ModelError: llama.cpp is asked for but not installed, or for a model that is no GGUF file.
+        ModelError: llama.cpp is asked for but not installed, or the model is not a GGUF file.
     """
     if engine == "hf":
         return "hf"
@@ -42,8 +42,8 @@ def choose_engine(model: str | Path | None, engine: EngineName = "auto") -> Engi
             )
         if missing:
             raise ModelError(
-                f"--engine llamacpp needs {' and '.join(missing)}: pip install 'steermoe[llamacpp]' (llama.cpp is then "
-                "compiled, about 6 minutes on 2 cores), or use --engine hf"
+                f"--engine llamacpp needs {' and '.join(missing)}: pip install 'steermoe[llamacpp]' (which compiles "
+                "llama.cpp, about 6 minutes on 2 cores), or use --engine hf"
             )
         return "llamacpp"
     if not is_gguf or missing:
@@ -57,13 +57,13 @@ def require_vllm() -> None:
     """Raise ModelError if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ModelError(
-            "vLLM is not installed: pip install 'steermoe[vllm]' on a machine with an accelerator, `make vllm` in a "
-            "checkout for processors (docs/serving.md), or use --engine hf"
+            "vLLM is not installed: pip install 'steermoe[vllm]' on a machine with a GPU, `make vllm` in a checkout "
+            "for CPUs (docs/serving.md), or use --engine hf"
         )
 
 
 def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
-    """The error of a GGUF file that transformers can't run, with what could run it; any other error as it is."""
+    """The error of a GGUF file that transformers can't run, with a hint at llama.cpp; any other error unchanged."""
     is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
     if not is_gguf or all(find_spec(name) for name in LIBRARIES):
         return error
@@ -76,14 +76,14 @@ def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a model is opened. An engine refuses what only another engine can do.
+    """How a model is opened. An engine refuses options that only another engine supports.
 
     Attributes:
-        dtype: as in `loading.load`; a GGUF file in llama.cpp has its own.
+        dtype: as in `loading.load`; for llama.cpp, the GGUF file determines it.
         device_map: as in `loading.load`, for transformers.
         trust_remote_code: as in `loading.load`.
         quantize: as in `loading.load`, for transformers.
-        compiled_steps: the `compiled` of `HFEngine`.
+        compiled_steps: `compiled` of `HFEngine`.
         vllm: further arguments of `VLLMEngine`, for example `tensor_parallel_size`.
     """
 
@@ -114,7 +114,7 @@ def open_engine(
         given = ", ".join(f"--{name.replace('_', '-').replace('compiled', 'compile')}" for name in options.vllm)
         raise ModelError(f"{given} need --engine vllm")
     if options.quantize is not None and chosen != "hf":
-        raise ModelError(f"--quantize belongs to --engine hf: {chosen} takes the weights as the checkpoint has them")
+        raise ModelError(f"--quantize belongs to --engine hf: {chosen} uses the weights as they are in the checkpoint")
     match chosen:
         case "vllm":
             return _open_vllm(None if model is None else str(model), options)
@@ -126,7 +126,7 @@ def open_engine(
 
 def _open_vllm(model: str | None, options: EngineOptions) -> "Engine":
     if options.device_map is not None:
-        raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size and its like")
+        raise ModelError("--device-map belongs to --engine hf: vLLM has --tensor-parallel-size instead")
     from steermoe.engines.vllm.engine import VLLMEngine
 
     return VLLMEngine(model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **options.vllm)
@@ -151,7 +151,7 @@ def _open_hf(model: str | Path | None, options: EngineOptions) -> "Engine":
 
 def _open_llamacpp(model: str, options: EngineOptions) -> "Engine":
     if options.dtype != "auto" or options.device_map is not None:
-        raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp takes the types of the file")
+        raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp uses the types in the file")
     from steermoe.engines.llamacpp.engine import LlamaCppEngine
 
     return LlamaCppEngine(model)

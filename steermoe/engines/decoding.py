@@ -1,4 +1,4 @@
-"""The loop that all engines share: requests become rows, rows take tokens until they end, then they are completions.
+"""The loop that all engines share: requests become rows, rows take tokens until they end, then become completions.
 
 Knows no model and no library that runs one: a decoder computes logits and draws tokens.
 """
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from steermoe.steering.plans import SteeringPlan
 
 S = TypeVar("S")
-"""What draws the tokens of a row: each engine has its own."""
+"""What draws the tokens of a row; each engine has its own."""
 
 
 @dataclass(eq=False)
 class Row(Generic[S]):
-    """One text being written.
+    """One text being generated.
 
     Attributes:
         prompt: tokens of the request's prompt.
         tokenizer: turns its tokens into text.
-        ends: tokens that end a text and are no part of it.
-        sampler: draws its tokens; None where the library that runs the model does.
+        ends: tokens that end a text and are not part of it.
+        sampler: draws its tokens; None if the library that runs the model does.
         on_text: called with each piece of text as it comes.
-        number: tells the rows of a decoder apart, where it keeps something by their numbers.
-        started: when it was made, as `time.perf_counter` has it.
-        new: tokens written so far.
-        finish_reason: as in `Completion`; empty while it is being written.
+        number: identifies the row in a decoder that keeps something by number.
+        started: when it was created, by `time.perf_counter`.
+        new: tokens generated so far.
+        finish_reason: as in `Completion`; empty while it is being generated.
     """
 
     request: Request
@@ -54,16 +54,16 @@ class Row(Generic[S]):
 
     @property
     def cached(self) -> int:
-        """Tokens that the model has read, once it has written one: all but the last one."""
+        """Tokens that the model has read, once it has generated one: all but the last one."""
         return len(self.prompt) + len(self.new) - 1
 
     @property
     def most(self) -> int:
-        """Tokens that it can grow to, prompt included."""
+        """The most tokens that it can have, prompt included."""
         return len(self.prompt) + self.request.sampling.max_new_tokens
 
     def take(self, token: int) -> None:
-        """Add a token, or end the row if it is an end token; the last token allowed ends it too."""
+        """Add a token, or end the row at an end token; the last token allowed also ends it."""
         if token in self.ends:
             self.end("stop")
             return
@@ -74,7 +74,7 @@ class Row(Generic[S]):
             self.end("length")
 
     def end(self, reason: str) -> None:
-        """Take no more tokens; a row that has ended keeps its reason."""
+        """Take no more tokens. A row that has already ended keeps its reason."""
         if self.finish_reason:
             return
         self.finish_reason = reason
@@ -90,7 +90,7 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
     """The completion of a row that has ended, with its own seconds.
 
     Args:
-        row: what was written.
+        row: the row.
         frequency: the routing embedding F [L, N] of its new tokens, if it was recorded.
     """
     return Completion(
@@ -124,16 +124,16 @@ def complete(
     prompts: Sequence[list[int]],
     on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
-    """`Engine.generate`: bring requests through a decoder, and close it.
+    """`Engine.generate`: run requests through a decoder, and close it.
 
     Args:
-        decoder: begins all requests at once, as far as it has room.
+        decoder: is given all requests at once; it starts as many as it has room for.
         requests: texts to continue.
         prompts: tokens of each one's prompt, as `Engine.encode` gives them.
         on_text: called with each piece of text as it comes; for a single request only.
 
     Returns:
-        completions in the requests' order, with the seconds and the steering report of all of them together.
+        completions in the requests' order, each with the seconds and the steering report of the whole batch.
 
     Raises:
         GenerationError, SteeringError: as `Engine.generate`.

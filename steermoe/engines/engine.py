@@ -1,6 +1,4 @@
-"""What engines have in common: a request, its sampling, the completion, and the protocol. Knows no
-library that runs models.
-"""
+"""The protocols of engines and decoders. Knows no library that runs models."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -14,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Decoder(Protocol):
-    """Takes requests whenever it has room, and gives completions as they are finished."""
+    """Takes requests whenever it has room, and returns completions as they finish."""
 
     def __len__(self) -> int:
-        """Requests that are begun and not finished."""
+        """Requests that have started and not finished."""
 
     def start(
         self,
@@ -25,11 +23,11 @@ class Decoder(Protocol):
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
     ) -> None:
-        """Begin requests, each with the tokens of its prompt.
+        """Start requests, each with the tokens of its prompt.
 
         Args:
             requests: texts to continue.
-            prompts: tokens of each one's prompt.
+            prompts: the tokens of each request's prompt.
             on_text: called with each piece of their text as it comes.
 
         Raises:
@@ -37,13 +35,13 @@ class Decoder(Protocol):
         """
 
     def step(self) -> list[Completion]:
-        """Go on by a token or more; the completions that are finished with it, perhaps none."""
+        """Advance by one or more tokens; returns the completions that this finishes, perhaps none."""
 
     def clear(self) -> None:
-        """Forget what is begun, as after an error; the next `start` begins anew."""
+        """Drop what has started, for example after an error; the next `start` begins afresh."""
 
     def report(self) -> "SteeringReport | None":
-        """What was steered so far; None if nothing was to be."""
+        """What was steered so far; None if nothing was to be steered."""
 
     def close(self) -> None:
         """Take the steering off the model."""
@@ -62,11 +60,11 @@ class Engine(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What the model's numbers are kept as: equal requests may give other texts in another."""
+        """How the model's numbers are stored. Equal requests may give different texts in another dtype."""
 
     @property
     def most_rows(self) -> int:
-        """Requests that are worth running together."""
+        """How many requests are worth running together."""
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """The prompt's tokens; text that looks like a special token stays text.
@@ -90,14 +88,14 @@ class Engine(Protocol):
             record: also fill `Completion.frequency`.
 
         Raises:
-            GenerationError: a request can't be carried out. SteeringError: steering was asked for and did not happen.
+            GenerationError: a request can't be run. SteeringError: steering was asked for and did not happen.
         """
 
     def decoder(self, rows: int) -> Decoder:
-        """What runs many requests, so many at once at most. One at a time, and not beside `generate`."""
+        """Runs many requests, at most `rows` at once. Use one decoder at a time, and not during `generate`."""
 
     def room(self) -> "Room | None":
-        """How many of them fit into the memory that is free now; None if the engine sees to that itself."""
+        """How many rows fit into the memory that is free now; None if the engine manages its memory itself."""
 
     def fingerprint(self) -> str:
-        """A hash that tells the model from others of its name."""
+        """A hash that distinguishes the model from others with the same name."""

@@ -1,4 +1,4 @@
-"""How much memory there is, what a row of a batch takes of it, and which errors mean that there was not enough."""
+"""How much memory is free, how much a row of a batch takes, and which errors mean that it was not enough."""
 
 import os
 import re
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 SHARE = 0.5
-"""Of the free memory, what a batch may take."""
+"""The share of the free memory that a batch may take."""
 UNKNOWN_FREE = 4 << 30
-"""Where a device does not tell."""
+"""Assumed where a device does not report its free memory."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Room:
 
     Attributes:
         free: bytes that they may take.
-        row_bytes, token_bytes: of a row, and of each of its tokens.
+        row_bytes, token_bytes: bytes of a row, and of each of its tokens.
     """
 
     free: int
@@ -29,12 +29,12 @@ class Room:
     token_bytes: int
 
     def rows(self, tokens: int) -> int:
-        """Rows of so many tokens each, at least 1."""
+        """How many rows of this many tokens fit, at least 1."""
         return max(1, self.free // (self.row_bytes + tokens * self.token_bytes))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken: of an accelerator, or of this machine, its container and this process."""
+    """Bytes that are still free: on a GPU, or within the limits of this machine, its container and this process."""
     if device.type != "cpu":
         module: Any = getattr(torch, device.type, None)
         free = module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else UNKNOWN_FREE
@@ -57,7 +57,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was not enough: of an accelerator, of torch on a CPU, or of Python."""
+    """Whether an error says that memory was not enough: on a GPU, for torch on a CPU, or for Python."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()

@@ -1,4 +1,4 @@
-"""What engines are asked and what they answer: a request, its sampling, its completion. Knows no engine."""
+"""What goes into an engine and what comes out: a request, its sampling, its completion. Knows no engine."""
 
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from steermoe.steering.report import SteeringReport
 
 LISTS = ("force", "ban")
-"""Fields of a plan that a completion leaves out, since lists can be long; stories have them at their end."""
+"""Fields of a plan that a completion leaves out, since lists can be long; stories have them at the end."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked, under transformers' own names; a field with "help" is an option of commands.
+    """How the next token is picked, by transformers' own names; a field with "help" is a command-line option.
 
     Attributes:
-        top_k, top_p: 0 and 1.0 switch them off.
+        top_k, top_p: 0 and 1.0 turn them off.
         seed: a row's text depends on its own seed, not on the rows beside it.
 
     Raises:
@@ -65,15 +65,15 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What came of a request.
+    """The result of a request.
 
     Attributes:
         text: the continuation, without the prompt.
         prompt_tokens, new_tokens: counts.
         finish_reason: "stop" where the model ended the text itself, "length" at max_new_tokens.
-        seconds: of the whole batch that it was generated in.
-        report: of the steering in that batch; None if nothing in it was steered.
-        frequency: routing embedding F [L, N] of the generated tokens, if it was asked for and there are any.
+        seconds: the time of the whole batch that it was generated in.
+        report: the steering report of that batch; None if nothing in it was steered.
+        frequency: routing embedding F [L, N] of the generated tokens, if it was requested and there are any.
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""A continuation's text from its tokens: the same whether it is decoded at the end or streamed while it comes."""
+"""A continuation's text from its tokens: the same whether it is decoded at the end or streamed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -7,11 +7,11 @@ from steermoe.engines.request import Request
 from steermoe.errors import GenerationError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What bytes read like while the rest of their character is missing."""
+"""What bytes decode to while the rest of their character is missing."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer, be it of transformers or of llama.cpp."""
+    """What is needed of a tokenizer, whether it is from transformers or llama.cpp."""
 
     def decode(self, tokens: Sequence[int], **options: Any) -> str:
         """The text of tokens; `options` are transformers' own."""
@@ -30,14 +30,16 @@ def encode_prompt(
         tokenize: gives the tokens of a text; what looks like a special token must stay text.
         request: what to check and encode.
         model: the model's name, for the message.
-        limit: tokens of its context; None if that is not known.
+        limit: the size of its context, in tokens; None if unknown.
         known: the tokens, if another request had the same prompt.
 
     Raises:
         GenerationError: an empty prompt, or one that leaves no room in the model's context.
     """
     if not request.prompt.strip():
-        raise GenerationError("the prompt is empty: give the beginning of a text (without PROMPT a story is told)")
+        raise GenerationError(
+            "the prompt is empty: give the beginning of a text (without PROMPT, a story is generated)"
+        )
     ids = tokenize(request.prompt) if known is None else known
     if not ids:
         raise GenerationError(f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another")
@@ -50,7 +52,7 @@ def encode_prompt(
 
 
 def literal_tokens(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens by a tokenizer of transformers; what looks like a special token stays text."""
+    """A text's tokens, by a transformers tokenizer; what looks like a special token stays text."""
     return list(tokenizer(text, split_special_tokens=True)["input_ids"])
 
 
@@ -66,10 +68,10 @@ def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:
 
 
 class Pieces:
-    """Turns tokens into text piece by piece, a character not before it is complete.
+    """Turns tokens into text piece by piece, and emits a character only when it is complete.
 
-    What a token reads like may depend on the one before: many tokenizers drop the space before a text's first word, and
-    read a row of bytes as a whole. So each piece is decoded together with the one before, whose text is then cut off.
+    What a token decodes to may depend on the one before: many tokenizers drop the space before a text's first word, and
+    decode a run of bytes as a whole. So each piece is decoded together with the one before, whose text is then cut off.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -78,7 +80,7 @@ class Pieces:
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
-        """The text that is complete with this token, or ""."""
+        """The text that this token completes, or ""."""
         self._pending.append(token)
         text = self.rest()
         if not text or text.endswith(INCOMPLETE):
@@ -87,7 +89,7 @@ class Pieces:
         return text
 
     def rest(self) -> str:
-        """What is held back so far."""
+        """The text that is still held back."""
         before, both = self._decode(self._before), self._decode(self._before + self._pending)
         return both[len(before) :] if both.startswith(before) else self._decode(self._pending)
 
@@ -96,6 +98,6 @@ class Pieces:
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> str:
-    """What `new` tokens add to the text of the prompt's."""
+    """The text that the `new` tokens add to that of the prompt."""
     pieces = Pieces(tokenizer, prompt)
     return "".join(map(pieces.add, new)) + pieces.rest()

@@ -1,1 +1,1 @@
-"""Steering: plans, what a user writes of them, and the edits of logits that carry them out."""
+"""Steering: plans, how users write them, and the edits of router logits that carry them out."""

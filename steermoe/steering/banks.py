@@ -1,4 +1,4 @@
-"""Whether plans fit a model, and what they come to in each of its layers."""
+"""Check that plans fit a model, and lay them out as tensors for each of its layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -110,14 +110,14 @@ def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
         forced = {expert for layer, expert in plan.force if layer == router.layer}
         if len(forced) > router.top_k:
             raise SteeringError(
-                f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} a token: "
-                f"force {router.top_k} at most"
+                f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} per token: "
+                f"force at most {router.top_k}"
             )
         banned = {expert for layer, expert in plan.ban if layer == router.layer}
         if len(banned) > router.num_experts - router.top_k:
             raise SteeringError(
                 f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
-                f"{router.top_k} a token: ban {router.num_experts - router.top_k} at most"
+                f"{router.top_k} per token: ban at most {router.num_experts - router.top_k}"
             )
 
 

@@ -1,9 +1,9 @@
 """How one router's logits are edited: the plans as tensors, what a forward call does to which token, and the tally.
 
-It knows plans and routers, but not where tokens come from: `steering` works that out once for each forward call.
+It knows plans and routers, but not where tokens come from: `handle` works that out once per forward call.
 
 Shapes: T tokens as routers see them (rows after rows), P distinct plans, N experts of a layer, W columns of its logits,
-k experts chosen a token, C router calls.
+k experts chosen per token, C router calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from steermoe.steering.banks import Bank
 from steermoe.steering.plans import SteeringPlan
 
 PENDING_LIMIT = 1 << 16
-"""Choices that the tally keeps before it counts them: a decode step stays far below, a long prompt goes at once."""
+"""Choices that the tally collects before it counts them. A decode step stays far below; a long prompt exceeds it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class RowLayout:
 
     Attributes:
         plan_T: the plan's number; 0 where there is none.
-        factor_T1: what to multiply its strength with.
-        ways: each formula and scale in use, with [T, 1] marks of the tokens that it is for.
+        factor_T1: the factor for its strength.
+        ways: each formula and scale in use, with [T, 1] marks of the tokens that use it.
     """
 
     plan_T: Tensor
@@ -41,7 +41,7 @@ class RowLayout:
 
     @classmethod
     def of(cls, plans: Sequence[SteeringPlan], numbers: Sequence[int], factor_BS: Tensor) -> "RowLayout":
-        """For rows that follow the plans of these numbers; -1 is no plan, and its factors are 0."""
+        """The layout of rows that follow the plans with these numbers; -1 is no plan, with factors of 0."""
         plan_T = torch.tensor(numbers).clamp(min=0).repeat_interleave(factor_BS.shape[1])
         factor_T = factor_BS.flatten()
         ways = []
@@ -65,10 +65,10 @@ class Step:
     """How one forward call is steered.
 
     Attributes:
-        tokens: how many are steered and count.
-        counted_T: which they are; None for all.
-        plan: what all tokens follow alike, with `factor` times its strength; None if
-        layout: says which token follows what.
+        tokens: how many tokens are steered and counted.
+        counted_T: which ones; None for all.
+        plan: the plan that all tokens follow, at `factor` times its strength; None if they differ.
+        layout: then, which token follows which plan.
     """
 
     tokens: int | Tensor
@@ -79,16 +79,16 @@ class Step:
 
 
 class Editor:
-    """Edits one router's logits and notes what it chose.
+    """Edits one router's logits and records what it chose.
 
     Args:
         name: for messages.
-        router: how many experts it has.
+        router: its shape.
         tally: counts what it chose.
-        chosen: reads the chosen experts [T, k] off what the router returned; None where nothing calls `observe`.
+        chosen: extracts the chosen experts [T, k] from the router's output; None if nothing calls `observe`.
 
     Attributes:
-        step: how the forward call that is running is steered in this layer; None if it is not.
+        step: how the current forward call is steered in this layer; None if it is not.
         calls: edited calls of the router that the tally has counted.
     """
 
@@ -128,13 +128,13 @@ class Editor:
         self._tally.add(self, self.step, self._chosen(output))
 
     def _edit_rows(self, logits: Tensor, bank: Bank, step: Step) -> Tensor:
-        """Each formula once over all tokens, with every token's own expert vector and strength."""
+        """Apply each formula once to all tokens, with every token's own expert vector and strength."""
         assert step.layout is not None
         layout = step.layout.on(logits.device)
         if len(logits) != len(layout.plan_T):
             raise SteeringError(
                 f"router '{self.name}' saw {len(logits)} tokens where the batch has {len(layout.plan_T)}: "
-                "rows can't be told apart in this model; steer all rows alike"
+                "this model does not keep rows apart; steer all rows alike"
             )
         plan_T, out = layout.plan_T, logits
         push, raised = bank.push[plan_T] * layout.factor_T1, bank.raised[plan_T]
@@ -147,7 +147,7 @@ class Editor:
 
 
 def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float) -> Tensor:
-    """The same for all tokens; the bank's one row serves them all."""
+    """Edit all tokens alike, by the bank's only row."""
     push = bank.push if factor == 1 else bank.push * factor
     steered = formulas.apply(plan.formula, logits, push, bank.raised, plan.scale, bank.may_lower)
     if bank.has_lists:

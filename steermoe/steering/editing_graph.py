@@ -1,8 +1,8 @@
-"""Steering as tensors that a compiled step takes beside its tokens: one step serves every plan and any mix of them.
+"""Steering as tensors that a compiled step takes along with its tokens: one step serves any mix of plans.
 
-A row without a plan gets zeros, and its logits come out as they went in.
+A row without a plan gets zeros, and its logits come out unchanged.
 
-Shapes: R routers, B rows, N experts, k experts chosen a token, P distinct plans.
+Shapes: R routers, B rows, N experts, k experts chosen per token, P distinct plans.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Edits:
         push: [R, B, N], strength times schedule times expert vector.
         zeroed: [R, B, N], logits that are set to 0 first, as in (5).
         forced, banned: [R, B, N], experts of the lists.
-        additive: [B, 1], rows whose push is not multiplied with the largest logit, as in (3).
+        additive: [B, 1], rows whose push is not multiplied by the largest logit, as in (3).
         magnitude: [B, 1], rows that take the largest logit without its sign.
         only_lower: [B, 1], rows where a negative push may never raise a logit.
     """
@@ -42,7 +42,7 @@ class Edits:
 
     @classmethod
     def none(cls, routers: int, rows: int, experts: int) -> "Edits":
-        """That leave every row alone."""
+        """Edits that leave every row alone."""
         marks = torch.zeros(routers, rows, experts, dtype=torch.bool)
         flags = torch.zeros(rows, 1, dtype=torch.bool)
         return cls(
@@ -59,12 +59,12 @@ class Edits:
     def of(
         cls, plans: Sequence[SteeringPlan], banks: Sequence[Bank], numbers: Sequence[int], factor_B: Tensor
     ) -> "Edits":
-        """For rows that follow the plans of these numbers, with -1 for none, each with a multiple of its strength.
+        """Edits of rows that follow the plans with these numbers (-1 for none), each at a multiple of its strength.
 
         Args:
             plans: the distinct plans.
-            banks: of those plans, one a router.
-            numbers: one a row.
+            banks: the banks of those plans, one per router.
+            numbers: one per row.
             factor_B: 0 for rows that are not steered now.
         """
         plan_B = torch.tensor(numbers).clamp(min=0)
@@ -94,9 +94,9 @@ def edit(logits_BN: Tensor, router: int, tensors: Sequence[Tensor]) -> Tensor:
     """What `formulas.apply`, `force` and `ban` do, for rows of different plans at once, float32.
 
     Args:
-        logits_BN: of one router.
+        logits_BN: one router's logits.
         router: its number.
-        tensors: of the `Edits`.
+        tensors: as `Edits.tensors` returns them.
     """
     push, zeroed, forced, banned, additive, magnitude, only_lower = tensors
     push_BN = push[router]

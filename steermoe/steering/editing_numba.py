@@ -1,11 +1,11 @@
-"""Router logits edited by machine code, for processors; compiled by numba and kept on disk.
+"""Edit router logits on a CPU by kernels that numba compiles and keeps on disk.
 
-Between two routers a processor reads weights that push all else out of its caches. Each of torch's small operations
-costs 15 microseconds then, and an edit is seven of them or more; this is one call. It does what `formulas` does, which
-the tests hold it to.
+Between two routers, a CPU reads weights that push everything else out of its caches. After that, each of torch's small
+operations costs 15 microseconds, and an edit takes seven or more; this is one call. It does what `formulas` does, and
+the tests hold it to that.
 
-numba doesn't notice that a function was changed which code from another file was compiled with: after a change here,
-remove the folders __pycache__.
+numba keeps kernels of other files that have these functions compiled in, and does not notice when this file changes:
+after a change here, delete the __pycache__ folders.
 
 Shapes: T tokens of a forward call, W columns of logits, N experts of a layer, P plans.
 """
@@ -40,7 +40,7 @@ class TokenPlans:
 
     Args:
         plan_T: its number, int64.
-        factor_T: what to multiply its strength with, float32; a token of factor 0 stays bit for bit.
+        factor_T: the factor for its strength, float32; the logits of a token with factor 0 keep their bits.
     """
 
     def __init__(self, plan_T: NDArray[np.int64], factor_T: NDArray[np.float32]) -> None:
@@ -52,7 +52,7 @@ class LayerEditor:
     """Edits the logits of one layer.
 
     Args:
-        bank: its plans, on the processor; `push` is read at each call, what else it has only now and by `install`.
+        bank: its plans, on the CPU. `push` is read at each call, the marks only now and by `install`.
         formula_P: the number of each plan's formula in FORMULAS, for all layers.
         paper_P: whether its scale is `paper`, for all layers.
     """
@@ -65,13 +65,13 @@ class LayerEditor:
         self._place = _address(self._state, np.int64)
 
     def install(self, number: int, bank: Bank) -> None:
-        """Take the marks of the plan of this number from another bank, which has that plan alone."""
+        """Take the marks of the plan with this number from another bank, which holds only that plan."""
         self._marks_PN[number] = marks_of(bank)[0]
 
     def edit(self, logits: Tensor, tokens: TokenPlans) -> Tensor:
         """Logits [T or more, W], computed in float32, as a new tensor of the same type.
 
-        Rows beyond T and columns beyond N stay bit for bit.
+        Rows beyond T and columns beyond N keep their bits.
 
         Raises:
             ValueError: fewer rows than T, or fewer columns than N.
@@ -115,7 +115,7 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
         marks_N: RAISED, FORCED and BANNED, uint8.
         formula: its number in FORMULAS.
         paper: whether the scale is `paper` and not `magnitude`.
-        factor: what to multiply the push with.
+        factor: multiplies the push.
     """
     largest = np.float32(-np.inf)
     listed = np.uint8(0)
@@ -165,7 +165,7 @@ def narrow(z_N, bits_N):
 
 @njit(types.void(*[types.int64] * 2, types.boolean, *[types.int64] * 4), cache=True, error_model="numpy")
 def _edit(logits, columns, is_bfloat16, layer, plans, factors, tokens):
-    """In place. Everything by its address: to look at an array that Python passes costs more than to steer it."""
+    """In place. Arguments are addresses: unpacking an array that Python passes costs more than steering it."""
     state = carray(pointer(layer), (5,), np.int64)
     experts = state[0]
     plan_T = carray(pointer(plans), (tokens,), np.int64)

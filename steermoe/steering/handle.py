@@ -1,4 +1,4 @@
-"""Attach steering to a model: the handle that swaps, reports and removes plans, one for all rows or one a row.
+"""Attach steering to a model: the handle that swaps, reports and removes plans, one for all rows or one per row.
 
 Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see them.
 """
@@ -46,13 +46,13 @@ __all__ = [
 ]
 
 _STEERED: "weakref.WeakKeyDictionary[nn.Module, SteeringHandle]" = weakref.WeakKeyDictionary()
-"""The handle that is attached to a model, by the model's first router, which no wrapper around the model hides."""
+"""Attached handles, by the first router of their model, which no wrapper around the model hides."""
 
 
 class SteeringHandle:
     """Steering that is attached to a model. `set` changes it between tokens, `remove` takes it off.
 
-    Made by `attach`; not by hand. One forward call at a time: threads that share a model must take turns.
+    Create it with `attach`. One forward call at a time: threads that share a model must take turns.
     """
 
     def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
@@ -91,7 +91,7 @@ class SteeringHandle:
 
     @property
     def plans(self) -> tuple[SteeringPlan | None, ...]:
-        """One plan for all rows, or one a row; None leaves a row alone."""
+        """One plan for all rows, or one per row; None leaves a row alone."""
         return self._plans
 
     def set(
@@ -102,16 +102,16 @@ class SteeringHandle:
         prompt_length: int | None = None,
         **changes: Any,
     ) -> None:
-        """Change the steering from the next forward call on, without attaching anew.
+        """Change the steering from the next forward call on, without attaching again.
 
         Args:
             plan: a new plan for all rows.
-            rows: new plans, one a row; `[None]` pauses steering.
-            prompt_length: columns to take for the prompt when the model is called directly and not by `generate`.
+            rows: new plans, one per row; `[None]` pauses steering.
+            prompt_length: columns that count as the prompt when the model is called directly, not by `generate`.
             changes: fields of the plans to replace, such as `strength=2.0`.
 
         Raises:
-            SteeringError: a wrong plan; the steering stays as it was.
+            SteeringError: an invalid plan; the steering stays as it was.
         """
         if plan is not None and rows is not None:
             raise SteeringError("pass either one plan or plans for the rows, not both")
@@ -127,19 +127,19 @@ class SteeringHandle:
             self._tracker.prompt_length = prompt_length
 
     def expect(self, window: Window | None) -> None:
-        """Say which tokens the forward calls that follow are of, for a caller whose rows begin at different times.
+        """Say which tokens the next forward calls hold, for a caller whose rows begin at different times.
 
         Args:
-            window: as `tracking.Window`, with an `index` a row; None finds out by itself again, as at first.
+            window: with an `index` per row; None to infer it again, as at first.
         """
         self._tracker.known_window = window
 
     def remove(self) -> None:
-        """Take the steering off; the model is as it was. Does nothing the second time."""
+        """Take the steering off and leave the model as it was. Does nothing the second time."""
         self._undo.close()
 
     def report(self) -> SteeringReport:
-        """What has been steered since attaching."""
+        """What has been steered since `attach`."""
         self._tally.count()
         return SteeringReport(
             router_calls=sum(editor.calls for editor in self._editors),
@@ -164,7 +164,7 @@ class SteeringHandle:
             )
 
     def require_steered_tokens(self) -> None:
-        """As `verify`, and raise too if no token was there to be steered at all."""
+        """As `verify`, and also raise if there was no token to steer."""
         self.verify()
         if self._was_wanted or not any(plan and plan.does_something for plan in self._plans):
             return
@@ -184,7 +184,7 @@ class SteeringHandle:
 
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
         if not plans:
-            raise SteeringError("no plans given: pass a plan, or one a row (None for rows to leave alone)")
+            raise SteeringError("no plans given: pass a plan, or one per row (None for rows to leave alone)")
         if not (self._mapping.plans and self._mapping.knows(plans)):
             mapping = PlanMapping(plans)
             banks = banks_for(self._shape, mapping.plans)
@@ -243,13 +243,13 @@ class SteeringHandle:
         repeats, rest = divmod(rows, len(self._numbers))
         if rest:
             raise SteeringError(
-                f"{len(self._numbers)} row plans can't be laid over {rows} rows: give one plan a row, or one for all"
+                f"{len(self._numbers)} row plans can't be laid over {rows} rows: give one plan per row, or one for all"
             )
         # beams and return sequences repeat each row
         return [number for number in self._numbers for _ in range(repeats)]
 
     def _layout_for(self, numbers: list[int], factor_BS: Tensor) -> RowLayout:
-        """The layout, or the last one if nothing changed, as from token to token while strengths are constant."""
+        """The layout; the last one if nothing changed, as between tokens while strengths are constant."""
         key = (numbers, factor_BS.tolist()) if factor_BS.shape[1] == 1 else None
         if key is None:
             return RowLayout.of(self._mapping.plans, numbers, factor_BS)
@@ -270,16 +270,16 @@ def attach(
     happens in notebooks, would go unnoticed. `handle.set` changes a steering, `mix` steers toward several domains.
 
     Args:
-        model: any model of transformers with routers, or remote code that is built alike.
+        model: any transformers model with routers, or remote code that is built like one.
         plan: one plan for all rows of every batch.
-        rows: instead, one plan a row; None leaves the row exactly as it would be without steering.
+        rows: instead, one plan per row; None leaves the row exactly as it would be without steering.
 
     Returns:
         the handle. If attaching fails, nothing is left behind.
 
     Raises:
         UnsupportedModel: no router to steer. CompatibilityError: a vector of another model.
-        SteeringError: a wrong plan, or a model that is steered already.
+        SteeringError: an invalid plan, or a model that is already steered.
     """
     if (plan is None) == (rows is None):
         raise SteeringError("pass either one plan or plans for the rows, not both and not neither")
@@ -300,12 +300,12 @@ def steer(
     Args:
         model: as in `attach`.
         vector: the domain's vector.
-        strength: c; by default the strength that the vector was calibrated to.
-        rows: plans a row instead of a vector for all.
+        strength: c; by default the strength that the vector was calibrated with.
+        rows: instead of a vector for all, one plan per row.
         plan: further fields of `SteeringPlan`.
 
     Raises:
-        SteeringError: as `attach`; and at the end of the block, if no token was steered though it was asked for.
+        SteeringError: as `attach`; at the end of the block, if steering was asked for but no token was steered.
     """
     if rows is not None and (vector is not None or strength is not None or plan):
         raise SteeringError("pass either a vector with its settings or plans for the rows, not both")

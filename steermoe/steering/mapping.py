@@ -1,6 +1,6 @@
 """Which plan each row of a batch follows, and how strongly that plan steers each of the row's tokens.
 
-Pure arithmetic on plans: it knows no model, no engine, and nothing of how logits are edited.
+Pure arithmetic on plans: it knows no model and no engine, and not how logits are edited.
 
 Shapes: B rows, S columns of a forward call, P plans.
 """
@@ -23,7 +23,7 @@ class PlanMapping:
     Equal plans share a number.
 
     Args:
-        rows: one plan a row; None for an unsteered row.
+        rows: one plan per row; None for an unsteered row.
 
     Attributes:
         plans: the distinct plans; a plan's number is its index here.
@@ -36,7 +36,7 @@ class PlanMapping:
         self._kept: _Entries | None = None
 
     def knows(self, rows: Iterable[SteeringPlan | None]) -> bool:
-        """Whether other rows follow no further plan, so that whatever was made from the plans serves them too."""
+        """Whether these rows follow no other plans, so that what was built from the plans serves them too."""
         return self._numbers.keys() >= set(rows)
 
     def numbers(self, rows: Iterable[SteeringPlan | None]) -> list[int]:
@@ -48,13 +48,13 @@ class PlanMapping:
         return [self._numbers[plan] for plan in rows]
 
     def factors(self, numbers: list[int], index: Tensor) -> Tensor:
-        """[B, S], by how much each token's strength is multiplied: 0 where it is not steered.
+        """[B, S], the factor for each token's strength; 0 where the token is not steered.
 
-        The rows of the result may share memory. What depends on the numbers alone is kept for the next call: rows
-        seldom change from token to token.
+        The rows of the result may share memory. What depends only on the numbers is kept for the next call, since
+        rows seldom change from token to token.
 
         Args:
-            numbers: one a row, as of `numbers`.
+            numbers: one per row, as `numbers` returns them.
             index: each token's index among the generated ones, negative in the prompt; [S] for all rows, or [B, S].
         """
         if self._kept is None or self._kept.numbers != numbers:
@@ -75,11 +75,11 @@ class PlanMapping:
 
 
 class _Entries(NamedTuple):
-    """Where rows find their factors in a table of only those plans that they follow.
+    """Where rows find their factors in a table that holds only the plans they follow.
 
     Attributes:
-        numbers: of the rows' plans, in the mapping.
-        plans: of the table.
+        numbers: each row's plan, by its number in the mapping.
+        plans: the plans of the table.
         entries, entry_B: each row's entry of the table, as a list and as a tensor.
     """
 
@@ -90,10 +90,10 @@ class _Entries(NamedTuple):
 
 
 def factor_table(plans: Sequence[SteeringPlan], index: Tensor) -> list[Tensor]:
-    """By how much each plan multiplies the strength of each token, shaped as `index`; zeros at the end, for UNSTEERED.
+    """Each plan's factors for the strength, in the shape of `index`; the last entry is zeros, for UNSTEERED.
 
     Args:
-        plans: [P]; P + 1 tensors come of them.
+        plans: [P]; the result has P + 1 tensors.
         index: each token's index among the generated ones, negative in the prompt, in any shape.
     """
     return [*(plan.factor(index) for plan in plans), torch.zeros(index.shape)]

@@ -1,5 +1,6 @@
-"""Plans: everything that decides how tokens are steered, and how to make one from what a user writes. Knows no
-model's insides.
+"""Plans: everything that decides how tokens are steered, with a vector's own values as defaults.
+
+Knows nothing about models.
 """
 
 import re
@@ -28,10 +29,10 @@ LayerExpert = tuple[int, int]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How strength changes over the generated tokens; prompt tokens, where they are steered, take the full strength.
+    """How the strength changes over the generated tokens. Prompt tokens, if they are steered, get the full strength.
 
-    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers tokens A
-    to B-1 only.
+    `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers only
+    tokens A to B-1.
     """
 
     kind: Literal["constant", "decay", "window"] = "constant"
@@ -51,7 +52,7 @@ class Schedule:
         )
 
     def factor(self, index: Tensor) -> Tensor:
-        """What to multiply the strength with, for generated token number `index` (negative in the prompt)."""
+        """The factor for the strength at generated token number `index` (negative in the prompt)."""
         if self.kind == "constant":
             return torch.ones(index.shape)
         if self.kind == "decay":
@@ -77,7 +78,7 @@ class SteeringPlan:
         scale: see `formulas.Scale`.
         positions: `generated` tokens (the default), `prompt` or `all`.
         schedule: a Schedule or its text.
-        layers: decoder layers (first, last), both included, to restrict steering to; None for all.
+        layers: steer only decoder layers (first, last), both included; None for all.
         force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
 
     Raises:
@@ -108,7 +109,7 @@ class SteeringPlan:
             object.__setattr__(self, "layers", _pair("layers", self.layers))
             if not 0 <= self.layers[0] <= self.layers[1]:
                 raise SteeringError(
-                    f"layers {self.layers[0]}-{self.layers[1]} is no range: give first and last, counted from 0"
+                    f"layers {self.layers[0]}-{self.layers[1]} is not a range: give first and last, counted from 0"
                 )
         if self.vector is None and not self.force and not self.ban:
             raise SteeringError("a plan needs a vector, or experts to force or ban")
@@ -116,9 +117,9 @@ class SteeringPlan:
             raise SteeringError(f"experts {sorted(both)} are both forced and banned: keep each in one of the lists")
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it but the vector's numbers, in JSON: completions, vLLM's wire and the keys of stories are made of it.
+        """Everything but the vector's numbers, as JSON values, for completions, vLLM's wire format and story keys.
 
-        The first four keep the order that completions have always had.
+        The first four keys keep the order that completions have always had.
         """
         named = {"domain": None if self.vector is None else self.vector.domain, "formula": None, "scale": None}
         return {**named, **{f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "vector"}}
@@ -147,11 +148,11 @@ def _plain(value: Any) -> Any:
 
 
 UNSTEERED = {**dict.fromkeys(SteeringPlan(ban=((0, 0),)).as_dict()), "strength": 0.0}
-"""What `SteeringPlan.as_dict` would say of no plan."""
+"""What `SteeringPlan.as_dict` would return for no plan."""
 
 
 def plan_for(vector: SteeringVector | None, strength: float | None = None, **fields: Any) -> SteeringPlan:
-    """A plan whose strength, formula and scale are, where not given, the ones the vector was calibrated with."""
+    """A plan; strength, formula and scale default to those that the vector was calibrated with."""
     info = vector.info if vector is not None else None
     if strength is None:
         strength = info.strength if info and info.strength is not None else DEFAULT_STRENGTH
@@ -162,9 +163,9 @@ def plan_for(vector: SteeringVector | None, strength: float | None = None, **fie
 
 
 def beyond_safe_range(plan: SteeringPlan) -> str:
-    """A warning if the strength is outside the range that the vector was calibrated to; "" if not, or if none is known.
+    """A warning if the strength is outside the range that the vector was calibrated to; "" otherwise.
 
-    The range holds for the formula and scale that it was measured with.
+    Also "" if no range is known, or if the plan's formula or scale is not the one that the range was measured with.
     """
     info = plan.vector.info if plan.vector is not None else None
     if plan.vector is None or info is None or info.safe_range is None:

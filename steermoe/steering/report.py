@@ -1,19 +1,19 @@
-"""What steering did, as counts that add up. Knows no model and no plan."""
+"""The steering report: counts that add up. Knows no model and no plan."""
 
 from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, repr=False)
 class SteeringReport:
-    """What steering did. Reports of parts add up to the report of the whole: `sum(reports, SteeringReport())`.
+    """What was steered. Reports of parts add up to the report of the whole: `sum(reports, SteeringReport())`.
 
     Attributes:
         router_calls: calls of a router whose logits were changed.
-        tokens_seen: tokens that the model processed, prompt included. Padding is not counted, nor what fills a row that
-            ended before its neighbours, nor what is computed again where there is no cache; drafts of assisted
+        tokens_seen: tokens that the model processed, prompt included. Padding, the filler in rows that ended before
+            their neighbours, and tokens computed again for lack of a cache are not counted; drafts of assisted
             decoding are.
         tokens_steered: those of them that were steered.
-        hits: top-k slots of the steered tokens that went to experts which their plans raise or force.
+        hits: top-k slots of the steered tokens that went to experts that their plans raise or force.
         slots: all top-k slots of the steered tokens, in all routers that were steered.
     """
 
@@ -25,7 +25,7 @@ class SteeringReport:
 
     @property
     def vector_share(self) -> float:
-        """Share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1; 0 without any slot."""
+        """Share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1; 0 without slots."""
         return self.hits / self.slots if self.slots else 0.0
 
     def __add__(self, other: "SteeringReport") -> "SteeringReport":
@@ -35,7 +35,7 @@ class SteeringReport:
         return f"SteeringReport({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
 
     def as_dict(self) -> dict[str, float]:
-        """What users read: the share in place of the counts that it is made of."""
+        """What users read: the share instead of the counts behind it."""
         return {
             "router_calls": self.router_calls,
             "tokens_seen": self.tokens_seen,

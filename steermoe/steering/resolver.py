@@ -1,6 +1,6 @@
 """Turns a `SteeringSpec` into a plan for one model: finds its vectors, mixes them, and checks that they fit.
 
-Knows the model's shape, and no engine.
+Knows the model's shape, but no engine.
 """
 
 from collections.abc import Hashable
@@ -22,14 +22,14 @@ KEPT_VECTORS, KEPT_PLANS = 64, 1024
 
 
 class PlanResolver:
-    """Makes the plans of specs for one model; equal specs share one plan, and equal mixtures one vector.
+    """Turns specs into plans for one model; equal specs share one plan, and equal mixtures one vector.
 
     Args:
         shape: what vectors must fit.
         vectors: a folder of vectors to search first.
-        watch: search again at each spec and read a file anew that changed, as a server must; otherwise what was read
-            once stays, as a batch must that knows its stories by it.
-        names_only: refuse paths of files, and name no folders, as for strangers.
+        watch: for each spec, search again and reread files that changed, as a server must. Otherwise what was read
+            once stays, as in a batch, whose stories are keyed by it.
+        names_only: refuse file paths, and name no folders in messages, as for remote clients.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class PlanResolver:
         self._check = lru_cache(KEPT_PLANS)(partial(check_plan, shape))
 
     def plan(self, spec: SteeringSpec) -> SteeringPlan | None:
-        """The plan; None if nothing is asked for, or no steering.
+        """The plan; None if the spec asks for nothing, or for no steering.
 
         Raises:
-            SteerMoEError: anything in it that can't be read, found, or fitted to the model.
+            SteerMoEError: something in it can't be read or found, or does not fit the model.
         """
         return self._plan(spec, self._stamps(spec.domain))
 
     def check(self, plan: SteeringPlan) -> None:
-        """Raise if a plan does not fit the model; what decides that is looked at once for all.
+        """Raise if a plan does not fit the model. Plans that differ only in what cannot matter are checked once.
 
         Raises:
             SteerMoEError: as `check_plan`.
@@ -80,12 +80,12 @@ class PlanResolver:
         return plan
 
     def _find_vector(self, domain: tuple[str, ...], stamps: Hashable) -> SteeringVector:
-        """A vector or mixture; `stamps` only tell one state of its files from another."""
+        """A vector or mixture; `stamps` only distinguish states of its files."""
         parts = map(parse_domain, self._parts(domain))
         return mix([(read_fitting(self._find(name), self.shape)[1], weight) for name, weight in parts])
 
     def _parts(self, domain: tuple[str, ...]) -> list[str]:
-        """Each domain or vector file by itself, with its weight: a path may hold the + of a mixture."""
+        """Each domain or vector file separately, with its weight; a path may contain the + of a mixture."""
         parts: list[str] = []
         for text in domain:
             path = text if text.endswith(SUFFIX) else text.rpartition("=")[0]
@@ -99,12 +99,12 @@ class PlanResolver:
         check_domain_name(name)
         try:
             return find_vector(name, folder=self._folder)
-        except VectorNotFound:  # which names the folders that were searched: nothing for strangers
+        except VectorNotFound:  # its message names the folders that were searched: not for remote clients
             known = ", ".join(self.domains()) or "none"
             raise VectorNotFound(f"no vector '{name}'; there are {known}") from None
 
     def _stamps(self, domain: tuple[str, ...]) -> Hashable:
-        """What changes when a vector's files do; nothing where files are not watched, or none is read."""
+        """A value that changes when a vector's files do; None if files are not watched or none is read."""
         if not self._watch or domain == (NO_DOMAIN,):
             return None
         stamps = []
@@ -114,6 +114,6 @@ class PlanResolver:
                 try:
                     status = path.stat()
                 except OSError:
-                    continue  # reading it will say what is wrong
+                    continue  # reading it will raise what is wrong
                 stamps.append((str(path), status.st_mtime_ns, status.st_size))
         return tuple(stamps)

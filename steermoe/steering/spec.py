@@ -1,7 +1,7 @@
-"""What a user writes about steering, be it options, a JSON line, a server's field or a model's name. Looks nothing up.
+"""What a user writes about steering: options, a JSON line, a server field or a model name. Looks nothing up.
 
-`SteeringSpec` has one field for each thing that can be said, and the field says all about itself: the options, the
-reading of JSON and the table of the docs follow from it. Imports no torch, so that the options can be built from it.
+`SteeringSpec` has one field per setting, and each field describes itself completely: the command-line options, the JSON
+reader and the table in the docs follow from it. Imports no torch, so that the options can be built from it.
 """
 
 import json
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 NO_DOMAIN = "none"
 """The domain that leaves a text unsteered."""
 MOST_DOMAINS = 32
-"""Domains that a spec in JSON mixes at most: a request makes a server read all of their files."""
+"""How many domains a spec in JSON may mix: a server reads all of their files for one request."""
+EXAMPLE = '{"domain": "sport"}'
 QUOTED = 60
-"""Characters of a wrong value that its message quotes."""
+"""How many characters of a wrong value its message quotes."""
 
 # ---- the notations of single values ----
 
@@ -35,7 +36,9 @@ def parse_domain(text: str) -> tuple[str, float]:
     try:
         number = float(weight)
     except ValueError as error:
-        raise SteeringError(f"domain '{text}': '{weight}' is no weight; write such as sport=0.7") from error
+        raise SteeringError(
+            f"domain '{text}': '{weight}' is not a weight; write a number, such as sport=0.7"
+        ) from error
     if not name or not abs(number) < float("inf"):
         raise SteeringError(f"domain '{text}': write a domain and a finite weight, such as sport=0.7")
     return name, number
@@ -45,7 +48,7 @@ def parse_layers(text: str) -> tuple[int, int]:
     """`10-20` or `12`, decoder layers counted from 0, both ends included."""
     if match := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
         return int(match[1]), int(match[2] or match[1])
-    raise SteeringError(f"layers '{text}' is no range: write first-last, such as 10-20")
+    raise SteeringError(f"layers '{text}' is not a range: write first-last, such as 10-20")
 
 
 def parse_expert(text: str) -> "LayerExpert":
@@ -70,7 +73,7 @@ def _experts(texts: tuple[str, ...]) -> tuple["LayerExpert", ...]:
     return tuple(map(parse_expert, texts))
 
 
-# ---- from JSON: each takes a value of the right kind, and raises ValueError if it is wrong nevertheless ----
+# ---- from JSON: each takes a value of the right type, and raises ValueError if it is still wrong ----
 
 
 def _domain_of_json(value: str | dict[str, Any] | list[Any]) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ def _domain_of_json(value: str | dict[str, Any] | list[Any]) -> tuple[str, ...]:
         value = [f"{name}={weight!r}" for name, weight in value.items()]
     parts = _texts([value] if isinstance(value, str) else value)
     if (mixed := sum(part.count("+") + 1 for part in parts)) > MOST_DOMAINS:
-        raise SteeringError(f"{mixed} domains are too many to mix: name {MOST_DOMAINS} at most")
+        raise SteeringError(f"{mixed} domains are too many to mix: name at most {MOST_DOMAINS}")
     return () if value == "" else parts
 
 
@@ -120,16 +123,16 @@ def about(
     unset: str = "",
     flags: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """All that is known about a field of `SteeringSpec`, as its metadata.
+    """Everything known about a field of `SteeringSpec`, as its metadata.
 
     Args:
-        help: one line, for `--help` and the docs; what follows "Default:" is left out in the docs.
+        help: one line, for `--help` and the docs; the docs leave out what follows "Default:".
         example: a value in JSON, for the docs and the tests; not the default.
-        kind: the types that JSON may bring, and these in words for messages; under "kinds" and "wanted".
-        read: makes the field's value of a value in JSON of such a kind.
-        plan: makes the value of the field of `SteeringPlan` that has the same name.
-        unset: the default in words, where it is None or empty.
-        flags: of the option, where it has others than its own name.
+        kind: the accepted JSON types, and their description for messages; stored as "kinds" and "wanted".
+        read: turns a JSON value of such a type into the field's value.
+        plan: turns the field's value into that of the `SteeringPlan` field with the same name.
+        unset: the default in words, if it is None or empty.
+        flags: the option's flags, if they are not just its name.
     """
     kinds, wanted = kind
     return {
@@ -156,14 +159,14 @@ EXPERTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SteeringSpec:
-    """A steering as it is asked for, not yet looked up; texts are as the options take them.
+    """Steering as the user asked for it, before anything is looked up; texts are as the options take them.
 
-    To add a field: write it here, and a field of the same name in `SteeringPlan`, where it has its effect.
+    To add a field, add it here and, under the same name, in `SteeringPlan`, where it takes effect.
 
     Attributes:
         domain: domains and vector files with their weights, such as ("sport=0.7", "food=0.3") or the same as one text
-            "sport=0.7+food=0.3"; empty where nothing is said, ("none",) to steer nothing.
-        strength, formula, scale: None for what the vector was calibrated with.
+            "sport=0.7+food=0.3"; empty if none is given, ("none",) to steer nothing.
+        strength, formula, scale: None for the values that the vector was calibrated with.
     """
 
     domain: tuple[str, ...] = field(
@@ -253,7 +256,7 @@ NAMES = tuple(one.name for one in FIELDS)
 
 
 def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
-    """What is wrong with the kind of a value in JSON; "" if nothing is."""
+    """What is wrong with the type of a JSON value; "" if nothing is."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         return f"field '{name}' is {_short(value)}, expected {wanted}"
     if isinstance(value, int) and abs(value) >= 1 << 63:
@@ -262,10 +265,10 @@ def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
 
 
 def read_field(name: str, value: Any) -> Any:
-    """A field's value, out of JSON.
+    """A field's value, from JSON.
 
     Raises:
-        SteeringError: the value is none of this field's.
+        SteeringError: the field does not accept the value.
     """
     metadata = SteeringSpec.__dataclass_fields__[name].metadata
     if wrong := misfit(name, value, metadata["kinds"], metadata["wanted"]):
@@ -277,12 +280,12 @@ def read_field(name: str, value: Any) -> Any:
 
 
 def expected(name: str, value: Any) -> str:
-    """That a field's value is not what was expected."""
+    """The message that a field's value is not what was expected."""
     return f"field '{name}' is {_short(value)}, expected {SteeringSpec.__dataclass_fields__[name].metadata['wanted']}"
 
 
 def read_spec(spec: Any) -> SteeringSpec:
-    """A spec out of JSON text or an object; what is null is what isn't said.
+    """A spec from JSON text or an object; null is the same as leaving the field out.
 
     Raises:
         SteeringError: it is not such an object, or asks for nothing.
@@ -291,14 +294,14 @@ def read_spec(spec: Any) -> SteeringSpec:
         try:
             spec = json.loads(spec)
         except (ValueError, RecursionError) as error:
-            raise SteeringError(f'{spec!r:.80} is not JSON ({error}): write such as {{"domain": "sport"}}') from error
+            raise SteeringError(f"{spec!r:.80} is not JSON ({error}): write an object such as {EXAMPLE}") from error
     if not isinstance(spec, Mapping):
-        raise SteeringError(f'{spec!r:.80} is no object: write such as {{"domain": "sport"}}')
+        raise SteeringError(f"{spec!r:.80} is not a JSON object: write one such as {EXAMPLE}")
     if unknown := sorted(set(map(str, spec)) - set(NAMES)):
-        raise SteeringError(f"a steering has no {', '.join(unknown)}: it has {', '.join(NAMES)}")
+        raise SteeringError(f"steering has no field {', '.join(unknown)}: its fields are {', '.join(NAMES)}")
     read = SteeringSpec(**{name: read_field(name, value) for name, value in spec.items() if value is not None})
     if not (read.domain or read.force or read.ban):
-        raise SteeringError('it names no domain, and no experts to force or ban: write such as {"domain": "sport"}')
+        raise SteeringError(f"it names no domain, and no experts to force or ban: write an object such as {EXAMPLE}")
     return read
 
 

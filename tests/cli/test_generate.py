@@ -84,7 +84,7 @@ def test_odd_prompts_stay_text(run, tiny_checkpoint, vectors, prompt):
         (["generate", "x" * 300], 1, "context of tiny-mixtral is 256"),
         (["generate", "x", "-d", "nosuch"], 1, "no vector 'nosuch'"),
         (["generate", "x", "-d", "../etc"], 1, "not allowed"),
-        (["generate", "x", "-d", "sport=abc"], 1, "'abc' is no weight"),
+        (["generate", "x", "-d", "sport=abc"], 1, "'abc' is not a weight"),
         (["generate", "x", "-d", "sport", "--schedule", "later"], 1, "schedule 'later' is unknown"),
         (["generate", "x", "-d", "sport", "--layers", "9-11"], 1, "hold no router"),
         (["generate", "x", "--ban", "0:99"], 1, "does not exist"),

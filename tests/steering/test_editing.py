@@ -46,7 +46,7 @@ def test_one_plan_is_the_formula(model, formula, scale):
 
 
 def test_columns_beyond_the_experts_stay(model):
-    """Some routers have columns more than a vector has, for experts that always run."""
+    """Some routers have more columns than a vector, for experts that always run."""
     plan = tiny.plan_for_experts(model, 2)
     wide = torch.cat([LOGITS, LOGITS[:, :2] + 100], -1)
     editor = editor_for([plan], Step(6, None, plan=plan), width=tiny.EXPERTS + 2)
@@ -75,7 +75,7 @@ def test_rows_get_their_own_formula_strength_and_none(model):
     expected[6:, 4] = logits[6:].amax(-1) + formulas.FORCE_MARGIN
     expected[6:, 5] = expected[6:].amax(-1) - formulas.BAN_DEPTH
     assert torch.equal(edited, expected)
-    assert torch.equal(edited[2:5], logits[2:5])  # no plan, and a factor of 0: the very same
+    assert torch.equal(edited[2:5], logits[2:5])  # no plan, and a factor of 0: unchanged
 
 
 def test_bank_marks_what_is_idle(model):
@@ -115,7 +115,7 @@ def test_tally_counts_long_prompts_at_once(model, monkeypatch):
 
 
 def share_by_hand(calls: list[list[torch.Tensor]], experts: list[set[int]], steered: list[list[bool]]) -> float:
-    """Of each layer's calls, tokens in the order of routers, over those that were steered."""
+    """The share of wanted experts in each layer's calls, over the tokens that were steered."""
     hits = slots = 0
     for layer in calls:
         for call, mask in zip(layer, steered, strict=True):
@@ -177,7 +177,7 @@ def test_report_adds_up_over_calls_and_swaps(model):
 
 
 def test_report_of_finished_rows(model):
-    """A row that ends early is filled up by generate; the filling is no token."""
+    """`generate` fills up a row that ends early; the filler does not count as tokens."""
     ids = tiny.prompt(5, rows=2)
     plan = tiny.plan_for_experts(model, 1)
     with steer(model, rows=[plan]):

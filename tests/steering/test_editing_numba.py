@@ -1,4 +1,4 @@
-"""Logits edited by machine code, against the formulas and against the editor of the hf engine."""
+"""Logits edited by compiled kernels, against the formulas and against the editor of the hf engine."""
 
 from dataclasses import replace
 

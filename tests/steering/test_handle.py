@@ -156,7 +156,7 @@ def test_mixture_raises_all_its_experts(model):
     assert handle.report().vector_share == 1.0
 
 
-# ---- a plan a row ----
+# ---- one plan per row ----
 
 
 def row_plans(model) -> list[SteeringPlan | None]:
@@ -216,7 +216,7 @@ def test_rows_under_beams(model, options):
 
 
 def test_equal_plans_are_one(model):
-    """Equal plans, though made apart, take the quick way of one plan for all."""
+    """Equal plans, though separate objects, take the fast path of one plan for all."""
     vector = tiny.vector_for(model, 1)
     with steer(model, rows=[SteeringPlan(vector, 3.0), SteeringPlan(vector, 3.0)]) as by_row:
         rows = tiny.continued(model, tiny.prompt(4, rows=2))

@@ -17,7 +17,7 @@ ROWS = [DECAY, None, CONSTANT, DECAY, WINDOW, PROMPT]
 
 
 def one_by_one(rows, index_BS):
-    """Each token's factor, asked of its row's plan alone."""
+    """Each token's factor, from its row's plan alone."""
     return torch.tensor(
         [
             [0.0 if plan is None else float(plan.factor(torch.tensor([index]))) for index in indices]
@@ -74,7 +74,7 @@ def test_factors_of_rows_that_began_at_different_times():
 @pytest.mark.parametrize("plan", [CONSTANT, DECAY, WINDOW, PROMPT])
 @pytest.mark.parametrize("index", [torch.arange(-3, 6), torch.tensor([[-1, 0], [3, 4], [2, 3]])])
 def test_factors_of_rows_that_follow_one_plan(plan, index):
-    """It may know further plans."""
+    """The mapping may know other plans as well."""
     mapping = PlanMapping([CONSTANT, DECAY, WINDOW, PROMPT])
     found = mapping.factors(mapping.numbers([plan] * 3), index)
     assert torch.equal(found, one_by_one([plan] * 3, index.expand(3, -1) if index.dim() == 1 else index))
@@ -87,7 +87,7 @@ def test_a_table_holds_every_plan_s_factors_and_ends_with_zeros():
 
 
 def test_other_rows_and_tokens_get_factors_of_their_own():
-    """Nothing that is kept from call to call stays when rows change."""
+    """Nothing that is kept between calls survives a change of rows."""
     mapping = PlanMapping(ROWS)
     for rows in (ROWS, ROWS, ROWS[::-1], [DECAY, None], [DECAY, DECAY], [None], ROWS):
         for index in (torch.arange(2, 5), torch.arange(3, 6)):

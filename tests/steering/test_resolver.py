@@ -1,4 +1,4 @@
-"""From specs to plans: vectors are found, mixed and checked; what is kept, and what a server must not give away."""
+"""From specs to plans: vectors are found, mixed and checked; what is kept, and what a server must not reveal."""
 
 import os
 from pathlib import Path

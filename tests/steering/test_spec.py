@@ -1,4 +1,4 @@
-"""What users write about steering, and what is said of it if it can't be read."""
+"""What users write about steering, and the messages if it can't be read."""
 
 import json
 import subprocess
@@ -115,7 +115,7 @@ def test_values_of_json(name, value, expected):
         ("domain", {"sport": "much"}, ["field 'domain'", "names and weights"]),
         ("domain", {"sport": True}, ["names and weights"]),
         ("domain", [["sport"]], ["names and weights"]),
-        ("domain", ["sport+food"] * 17, ["34 domains", "32 at most"]),
+        ("domain", ["sport+food"] * 17, ["34 domains", "at most 32"]),
         ("strength", "4", ["field 'strength' is \"4\", expected a number"]),
         ("strength", True, ["field 'strength' is true"]),
         ("strength", 10**400, ["field 'strength' is too large a number"]),
@@ -138,7 +138,7 @@ def test_wrong_values_of_json_are_named_with_what_was_expected(name, value, part
 def test_specs_out_of_json():
     asked = {"domain": "sport", "strength": None, "layers": 3}
     assert read_spec(asked) == read_spec(json.dumps(asked)) == SteeringSpec("sport", layers="3")
-    with pytest.raises(SteeringError, match="a steering has no volume: it has domain, strength, formula"):
+    with pytest.raises(SteeringError, match="steering has no field volume: its fields are domain, strength, formula"):
         read_spec({"domain": "sport", "volume": 11})
     with pytest.raises(SteeringError, match="names no domain, and no experts to force or ban"):
         read_spec({"domain": "", "strength": 3})

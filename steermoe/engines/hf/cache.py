@@ -1,10 +1,10 @@
-"""A cache of keys and values whose rows come and go: room is kept in both directions, nothing is copied a step.
+"""A cache of keys and values whose rows come and go: it has spare room on both sides, so that no step copies it.
 
-All rows end at the same column, and a shorter one begins further right, so that the distance of two columns is the
-distance of two tokens in every row. What is left of a row's beginning belongs to nobody and has to be masked.
+All rows end at the same column, and shorter ones begin further right, so that the distance between two columns is the
+distance between two tokens in every row. Columns left of a row's beginning belong to no row and have to be masked.
 
 Shapes: R rows that there is room for, B rows in use, H heads, C columns that there is room for, W columns in use, S
-columns of new states, D size of a head (keys and values may differ in it).
+columns of new states, D size of a head (may differ between keys and values).
 """
 
 import inspect
@@ -18,17 +18,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", type("NoDummyLayer", (), {}))
-"""Stands for a layer that keeps nothing; transformers before 5.20 has none."""
+"""The class of layers that keep nothing; transformers before 5.20 does not have it."""
 
 SPARE_COLUMNS = 64
-"""Columns of room, at least, that a layer makes whenever it has to move."""
+"""The least spare columns that a layer adds whenever it has to move."""
 
 
 class RowLayer(CacheLayerMixin):
     """The keys and values of one attention layer.
 
     Args:
-        window: tokens that a sliding layer sees, itself included; None for all.
+        window: how many tokens a sliding layer sees, the current one included; None for all.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -39,7 +39,7 @@ class RowLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.rows = 0
         self.width = 0
-        """Columns of the whole batch, those that a sliding layer forgot included."""
+        """Columns of the whole batch, including those that a sliding layer has forgotten."""
         self._end = 0
 
     # ---- what transformers calls ----
@@ -48,7 +48,7 @@ class RowLayer(CacheLayerMixin):
         raise NotImplementedError("rows are placed before anything is added")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add columns [B, H, S, D] for all rows and give back what they may see."""
+        """Add columns [B, H, S, D] for all rows and return what they may see."""
         before = self._kept(self.width)
         here = self.claim(key_states.shape[-2])
         assert self.keys is not None
@@ -58,7 +58,7 @@ class RowLayer(CacheLayerMixin):
         return self.keys[: self.rows, :, seen], self.values[: self.rows, :, seen]
 
     def claim(self, columns: int) -> slice:
-        """So many new columns, for who writes them."""
+        """Where the caller is to write this many new columns."""
         assert self.keys is not None
         if self._end + columns > self.keys.shape[-2]:
             spare = columns + max(SPARE_COLUMNS, self.width // 4)
@@ -84,10 +84,10 @@ class RowLayer(CacheLayerMixin):
         """Put rows of a computed prompt behind the others, aligned at the end.
 
         Args:
-            first: the row to begin with.
+            first: the first new row.
             source: rows of `keys` and `values` to take, one for each new row.
             keys: [*, H, S, D].
-            values: likewise.
+            values: [*, H, S, D].
         """
         columns, self.rows = keys.shape[-2], first + len(source)
         room = 0 if self.keys is None else len(self.keys)
@@ -111,11 +111,11 @@ class RowLayer(CacheLayerMixin):
             self.values[row, :, here] = self.values[self.rows, :, here]
 
     def _kept(self, width: int) -> int:
-        """Columns of so many that the next token sees."""
+        """How many of the last `width` columns the next token sees."""
         return width if self.window is None else min(width, self.window - 1)
 
     def _move(self, rows: int, kept: int, before: int, after: int) -> None:
-        """Into tensors of so many rows, with room before and after the columns that are kept."""
+        """Move into tensors of `rows` rows, with room before and after the columns that are kept."""
         moved = []
         for states in (self.keys, self.values):
             assert states is not None
@@ -138,7 +138,7 @@ class RowCache(Cache):
         super().__init__(layers=[_like(layer) for layer in template.layers])
 
     def place(self, first: int, source: Sequence[int], computed: Cache, width: int) -> None:
-        """As `RowLayer.place`, in every layer; `width` is the widest row's number of columns from now on."""
+        """As `RowLayer.place`, in every layer; `width` is how many columns the widest row has from now on."""
         for layer, other in zip(self._row_layers(), _with_states(computed), strict=True):
             layer.place(first, source, other.keys, other.values)
         self.set_width(width)
@@ -148,14 +148,14 @@ class RowCache(Cache):
             layer.drop(row)
 
     def set_width(self, width: int) -> None:
-        """Say how many columns the widest row has: those further left belong to rows that are gone."""
+        """Set how many columns the widest row has; those further left belong to rows that are gone."""
         for layer in self._row_layers():
             layer.width = width
 
     def claim(self) -> tuple[int, list[Tensor]]:
-        """A new column for who writes it; its number, and the keys and values [B, H, C, D] of each layer in turn.
+        """A new column for the caller to write: its number, and the keys and values [B, H, C, D] of each layer in turn.
 
-        Only where no layer forgets, so that it has the same number in all of them.
+        Only if no layer forgets columns, so that the number is the same in all layers.
         """
         states: list[Tensor] = []
         column = 0
@@ -181,11 +181,11 @@ def _with_states(cache: Cache) -> list[Any]:
 
 
 def empty_cache(model: PreTrainedModel, forgets: bool = True) -> DynamicCache:
-    """What `generate` would begin with.
+    """The empty cache that `generate` would begin with.
 
     Args:
-        model: whose cache it is.
-        forgets: whether sliding layers forget what they no longer see; else all layers keep all columns.
+        model: the model.
+        forgets: whether sliding layers forget what they no longer see; if not, all layers keep all columns.
     """
     config: Any = model.config
     cache = DynamicCache(config=config.get_text_config(decoder=True))
@@ -195,9 +195,9 @@ def empty_cache(model: PreTrainedModel, forgets: bool = True) -> DynamicCache:
 
 
 def rows_can_change(model: PreTrainedModel) -> bool:
-    """Whether the model's cache is made of keys and values a token alone, so that rows may begin at different times.
+    """Whether the model's cache is only keys and values per token, so that rows may begin at different times.
 
-    It is not where layers are recurrent or convolutional, index their keys, or belong to an encoder-decoder.
+    It is not if layers are recurrent or convolutional, index their keys, or belong to an encoder-decoder.
     """
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
@@ -212,7 +212,7 @@ def rows_can_change(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def bytes_of_a_token(model: Any) -> int:
-    """What a token takes in the cache: measured, for every kind of cache; 0 where there is none."""
+    """Bytes that a token takes in the cache, measured, for any kind of cache; 0 if there is none."""
     cache = None if model.config.is_encoder_decoder else empty_cache(model)
     given: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}
     if cache is None:

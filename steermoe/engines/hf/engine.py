@@ -1,6 +1,6 @@
-"""The default engine: any model and device that transformers reaches.
+"""The default engine: any model and device that transformers supports.
 
-It chooses what decodes: `RollingDecoder` where rows may come and go or compiled steps are there, else `StaticDecoder`.
+It picks the decoder: `RollingDecoder` if rows may come and go or compiled steps exist, otherwise `StaticDecoder`.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
 
 MOST_ROWS, MOST_ROWS_ON_CPU = 256, 64
-"""Beyond these, rows add little speed and much memory."""
+"""More rows add little speed and take much memory."""
 LOGITS_BYTES = 40
-"""A token of the vocabulary and row: logits as the model gives them, in float32, warped, and twice in float64."""
+"""Per row and token of the vocabulary: logits as the model returns them, in float32, warped, and twice in float64."""
 SAMPLED_WEIGHTS = 8
-"""Numbers of each tensor of a model that its fingerprint looks at."""
+"""How many numbers of each tensor go into a model's fingerprint."""
 
 
 class HFEngine:
@@ -37,7 +37,7 @@ class HFEngine:
 
     Args:
         loaded: the model.
-        compiled: take the steps that `steermoe models compile` made, where there are any for this model.
+        compiled: use the steps that `steermoe models compile` made, if there are any for this model.
     """
 
     def __init__(self, loaded: LoadedModel, compiled: bool = True) -> None:
@@ -67,7 +67,7 @@ class HFEngine:
         return Room(int(free_memory(model.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
 
     def decoder(self, rows: int) -> Decoder:
-        """As `Engine.decoder`: the best that the model allows."""
+        """As `Engine.decoder`: the best one that the model allows."""
         if rows_can_change(self.loaded.model):
             return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps())
         return StaticDecoder(self.loaded, self.end_tokens())
@@ -82,7 +82,7 @@ class HFEngine:
         return end_tokens(self.loaded.model.generation_config.eos_token_id, self.loaded.tokenizer)
 
     def fingerprint(self) -> str:
-        """Class and dtype, and a few numbers of every tensor."""
+        """A hash of class, dtype and a few numbers of every tensor."""
         model: Any = self.loaded.model
         digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
         for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ class HFEngine:
         return complete(decoder, requests, prompts, on_text)
 
     def compiled_steps(self) -> "CompiledSteps | None":
-        """The model's compiled steps; None where they are not wanted, or would pass by what else is attached to it."""
+        """The model's compiled steps; None if unwanted, or if they would bypass something attached to the model."""
         if not self.compiled or self.loaded.model.device.type != "cpu" or not _is_plain(self.loaded.model):
             return None
         from steermoe.engines.hf.compiled.steps import CompiledSteps
@@ -115,7 +115,7 @@ class HFEngine:
 
 
 def _is_plain(model: torch.nn.Module) -> bool:
-    """Whether nothing hangs on to a module that a compiled step would not call."""
+    """Whether no module has a hook or a replaced forward, which a compiled step would not call."""
     return not any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
     )

@@ -1,8 +1,8 @@
-"""Many requests at once: a row that is finished makes room for the next request, while the others go on.
+"""Many requests at once: a row that is finished makes room for the next request, while the others continue.
 
-For models whose cache is keys and values; `static` takes any model. Transformers' own continuous batching gives no
-seeds a request and packs all tokens into one row, where steering can't tell prompts from texts; `docs/batch.md` says
-what else stood against it.
+For models whose cache is keys and values; `static` takes any model. Transformers' own continuous batching has no seeds
+per request and packs all tokens into one row, where steering can't distinguish prompts from texts; `docs/batch.md`
+gives the other reasons against it.
 
 Shapes: B rows in flight, M prompts that are computed together, S columns of them, W columns of the cache, V tokens of
 the vocabulary.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
 
 PROMPT_TOKENS = 4096
-"""Tokens of new prompts that one forward pass takes, padding included; a longer prompt goes alone."""
+"""Tokens of new prompts per forward pass, padding included; a longer prompt gets a pass of its own."""
 
 HFRow = Row[torch.Generator]
 
@@ -37,12 +37,12 @@ HFRow = Row[torch.Generator]
 class RollingDecoder:
     """Continuous batching with one cache for all rows, on any device.
 
-    Requests that begin together and share a prompt share its computation, unless steering changes the prompt.
+    Requests that start together with the same prompt share its computation, unless they steer it differently.
 
     Args:
         loaded: the model, whose rows can change (see `cache.rows_can_change`), and its tokenizer.
         ends: tokens that end a text.
-        compiled: the model's compiled steps, taken where they serve the rows in flight.
+        compiled: the model's compiled steps, used when they serve the number of rows in flight.
     """
 
     def __init__(self, loaded: LoadedModel, ends: set[int], compiled: "CompiledSteps | None" = None) -> None:
@@ -124,7 +124,7 @@ class RollingDecoder:
 
     @torch.inference_mode()
     def _compute_prompts(self, groups: list[list[HFRow]]) -> None:
-        """Compute the prompt of each group once, and pick all its rows' first tokens."""
+        """Compute the prompt of each group once, and pick the first tokens of all its rows."""
         prompts = [group[0].prompt for group in groups]
         lengths = torch.tensor([len(ids) for ids in prompts])
         width, pad = int(lengths.max()), self._tokenizer.pad_token_id
@@ -199,7 +199,7 @@ class RollingDecoder:
 
 
 def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:
-    """Groups in their order, as many as a forward pass takes."""
+    """Groups in their order, as many at a time as a forward pass takes."""
     chunk: list[list[HFRow]] = []
     width = 0
     for group in groups:

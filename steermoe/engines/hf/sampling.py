@@ -1,8 +1,8 @@
 """Sampling in which every row of a batch has a random generator of its own: no row's text depends on its neighbours.
 
-Rows of equal settings are treated together, with the same numbers as one by one.
+Rows with equal settings are processed together, with the same results as one by one.
 
-Shapes: B rows, V tokens of the vocabulary, G rows of equal settings, S tokens of a row's history.
+Shapes: B rows, V tokens of the vocabulary, G rows with equal settings, S tokens of a row's history.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -24,10 +24,10 @@ from transformers import (
 from steermoe.engines.request import Sampling
 
 BLOCK = 1 << 18
-"""Scores that are treated at once on a CPU: 2 MB of probabilities stay in its cache, where 25 MB would not."""
+"""Scores that are processed at once on a CPU: 2 MB of probabilities stay in its cache, 25 MB would not."""
 
 History = Callable[[int], Tensor]
-"""A row's own tokens so far, [S], prompt and all, no padding."""
+"""A row's own tokens so far, [S], prompt included, without padding."""
 
 
 def next_tokens(
@@ -54,16 +54,16 @@ def _shifted(history: History, first: int, row: int) -> Tensor:
 
 
 def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends: Tensor, history: History) -> Tensor:
-    """The scores [B, V] that tokens are drawn from, float32: each row under its own settings.
+    """The scores [B, V] that tokens are drawn from, float32, each row with its own settings.
 
     Args:
         scores: [B, V], the model's logits.
-        samplings: one a row.
+        samplings: one per row.
         new: tokens that each row has so far.
-        ends: tokens that end a text, kept away until a row has its `min_new_tokens`.
-        history: asked of rows with a repetition penalty only.
+        ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
+        history: called only for rows with a repetition penalty.
     """
-    # a copy where none is needed otherwise: what `generate` hands over is not ours to change
+    # always a copy: the scores that `generate` passes are not ours to change
     warped = scores.to(torch.float32, copy=True)
     if early := [row for row, sampling in enumerate(samplings) if new[row] < sampling.min_new_tokens]:
         warped[torch.tensor(early, device=warped.device)[:, None], ends.to(warped.device)] = float("-inf")
@@ -82,7 +82,7 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
 
 
 def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row, [B], drawn from the warped scores [B, V]; the likeliest where it is not sampled."""
+    """The next token of each row, [B], drawn from the warped scores [B, V]; the likeliest unless the row samples."""
     drawing = [row for row, is_drawn in enumerate(samples) if is_drawn]
     if len(drawing) < len(samples):
         token_B = warped.argmax(-1)
@@ -94,7 +94,7 @@ def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Gen
     scores = warped if len(drawing) == len(samples) else warped[index]
     numbers = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawing]
     number = torch.stack(numbers).to(warped.device)
-    # float64: the sum of a large vocabulary's probabilities is not exact enough in float32
+    # float64: float32 sums the probabilities of a large vocabulary too inexactly
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
     token_B[index] = drawn.clamp(max=warped.shape[-1] - 1)[:, 0]
@@ -102,17 +102,17 @@ def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Gen
 
 
 def generators_of(samplings: Sequence[Sampling]) -> list[torch.Generator]:
-    """A row's random numbers, from its own seed."""
+    """A random generator per row, from its own seed."""
     return [torch.Generator().manual_seed(sampling.seed) for sampling in samplings]
 
 
 class RowSampler(LogitsProcessor):
-    """Draws each row's token and leaves only it possible, so that greedy decoding then takes it.
+    """Draws each row's token and makes it the only possible one, so that greedy decoding takes it.
 
     Args:
-        samplings: one a row, [B].
-        prompt_lengths: [B], tokens of each row's prompt, padding not counted.
-        ends: tokens that end a text, kept away until a row has its `min_new_tokens`.
+        samplings: one per row, [B].
+        prompt_lengths: [B], tokens of each row's prompt, without padding.
+        ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
     """
 
     def __init__(self, samplings: Sequence[Sampling], prompt_lengths: Sequence[int], ends: Sequence[int]) -> None:
@@ -127,7 +127,7 @@ class RowSampler(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
 
     def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores [B, V] that tokens are drawn from, padding left out of each row's history."""
+        """The scores [B, V] that tokens are drawn from; no row's history includes padding."""
         return warp(scores, self.samplings, *self._given(input_ids))
 
     def _given(self, input_ids: Tensor) -> tuple[list[int], Tensor, History]:
@@ -141,7 +141,7 @@ class RowLimits(StoppingCriteria):
     """Ends each row at its own number of new tokens.
 
     Args:
-        limits: one a row, [B].
+        limits: one per row, [B].
         width: columns of the padded prompts.
     """
 
@@ -154,10 +154,9 @@ class RowLimits(StoppingCriteria):
 
 
 class _TopP(TopPLogitsWarper):
-    """Transformers' own, found from sorted values alone on a CPU: sorting with their places costs 40 times as much.
+    """Transformers' own; on a CPU, from sorted values alone, since sorting with indices costs 40 times as much.
 
-    Only where several tokens tie at the border does it matter which place each came from; such rows are left to the
-    original.
+    Indices only matter if several tokens tie at the border; such rows are left to the original.
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -179,7 +178,7 @@ class _TopP(TopPLogitsWarper):
 
 
 def _warping(sampling: Sampling) -> tuple[float, bool, float, int, float]:
-    """All that decides how a row's scores are warped."""
+    """Everything that decides how a row's scores are warped."""
     return (
         sampling.repetition_penalty,
         sampling.do_sample,
@@ -191,7 +190,7 @@ def _warping(sampling: Sampling) -> tuple[float, bool, float, int, float]:
 
 @lru_cache(maxsize=256)
 def _warpers(penalty: float, do_sample: bool, temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    """Transformers' own, in its own order."""
+    """Transformers' own warpers, in its order."""
     found = LogitsProcessorList()
     if penalty != 1:
         found.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
@@ -206,7 +205,7 @@ def _warpers(penalty: float, do_sample: bool, temperature: float, top_k: int, to
 
 
 def _alike(samplings: Sequence[Sampling]) -> dict[Hashable, list[int]]:
-    """The rows whose scores are warped alike."""
+    """The rows in groups whose scores are warped alike."""
     groups: dict[Hashable, list[int]] = {}
     for row, sampling in enumerate(samplings):
         groups.setdefault(_warping(sampling), []).append(row)
@@ -214,6 +213,6 @@ def _alike(samplings: Sequence[Sampling]) -> dict[Hashable, list[int]]:
 
 
 def _stacked(histories: Sequence[Tensor]) -> Tensor:
-    """[G, S]; short ones begin with their first token over again, which no penalty counts twice."""
+    """[G, S]; short ones are padded with their first token, which no penalty counts twice."""
     longest = max(map(len, histories))
     return torch.stack([torch.cat([own[:1].expand(longest - len(own)), own]) for own in histories])

@@ -1,4 +1,4 @@
-"""Requests through transformers' own `generate`: any model, one padded batch after the other.
+"""Requests through transformers' own `generate`: any model, one padded batch after another.
 
 Shapes: B rows, S columns of their padded prompts.
 """
@@ -22,7 +22,7 @@ from steermoe.steering.report import SteeringReport
 
 
 class StaticDecoder:
-    """Runs all that has been started as one batch, which takes as long as its longest.
+    """Runs everything that has been started as one batch, which takes as long as its longest row.
 
     Args:
         loaded: the model and its tokenizer.
@@ -74,7 +74,7 @@ class StaticDecoder:
                 handle = attach(model, plans[0]) if len(set(plans)) == 1 else attach(model, rows=plans)
                 undo.callback(handle.remove)
             routing = undo.enter_context(record_routing(model, "generated")) if self._record else None
-            # `generate` fills what a configuration leaves open from the checkpoint's own, sampling and penalties too
+            # `generate` takes what a configuration leaves open from the model's own, sampling and penalties included
             undo.callback(setattr, model, "generation_config", model.generation_config)
             model.generation_config = self._config(rows)
             self._generate(rows)
@@ -110,7 +110,7 @@ class StaticDecoder:
                 row.take(token)
 
     def _config(self, rows: Sequence[Row[None]]) -> GenerationConfig:
-        """Greedy for `generate`, since RowSampler has drawn the token by then."""
+        """Greedy, since RowSampler has drawn the token by the time `generate` picks it."""
         return GenerationConfig(
             max_new_tokens=max(row.request.sampling.max_new_tokens for row in rows),
             do_sample=False,
@@ -120,18 +120,18 @@ class StaticDecoder:
 
 
 class RowStreamer(BaseStreamer):
-    """Lets a row, alone in its batch, take its tokens while `generate` goes on."""
+    """Passes tokens to a row, the only one of its batch, while `generate` runs."""
 
     def __init__(self, row: Row[None]) -> None:
         self._row = row
         self._saw_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """Pass over the prompt, which comes first, then take token after token."""
+        """Skip the prompt, which comes first, then pass on each token."""
         if self._saw_prompt:
             for token in value.flatten().tolist():
                 self._row.take(token)
         self._saw_prompt = True
 
     def end(self) -> None:
-        """The row ends by itself."""
+        """Nothing to do: the row knows when it ends."""

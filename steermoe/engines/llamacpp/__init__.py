@@ -1,4 +1,4 @@
-"""The llama.cpp engine: quantised models of GGUF files, steered inside llama.cpp's own graph.
+"""The llama.cpp engine: quantised models in GGUF files, steered inside llama.cpp's own graph.
 
-Only `engine`, `context` and `tokenizer` import llama_cpp; the rest runs where it is not installed.
+Only `engine`, `context` and `tokenizer` import llama_cpp; the rest runs without it.
 """

@@ -1,14 +1,14 @@
 """What runs inside llama.cpp while it computes: the compiled callback that changes router logits and counts choices.
 
-llama.cpp asks a callback of every node of its graph, about 1,800 a token, whether it wants to see the node's data once
-it is computed. Python would cost as much as a tenth of the time, so this is machine code, compiled by numba and kept on
-disk. It knows nothing of models and does not import llama.cpp: where things are in a ggml tensor is in `TensorLayout`,
-what is to be done in the arrays of `CallbackState`.
+For every node of its graph, about 1,800 per token, llama.cpp asks a callback whether it wants to see the node's data
+once it is computed. In Python that would cost up to a tenth of the time, so this is a compiled kernel, which numba
+keeps on disk. It knows nothing about models and does not import llama.cpp: `TensorLayout` says where things are in a
+ggml tensor, and the arrays of `CallbackState` say what to do.
 
-There are two ways to reach the logits. On any backend, the callback asks for the node of the logits, gets them when
-they are computed, and writes them back; the graph then runs in pieces, one a steered layer. On the CPU the node that
-turns logits into probabilities is made a custom operation instead, which edits the logits and then does the same; the
-graph stays whole.
+There are two ways to reach the logits. On any backend, the callback asks for the node of the logits, gets them once
+they are computed, and writes them back; the graph then runs in pieces, one per steered layer. On the CPU, the node that
+turns logits into probabilities becomes a custom operation instead, which edits the logits and then does what the node
+did; the graph stays whole.
 
 Shapes: T tokens of a forward call, N experts of a layer, L routers, P distinct plans, B texts, k experts chosen.
 """
@@ -24,9 +24,9 @@ from steermoe.steering.editing_numba import FORCED, RAISED, edit_row, pointer
 NAME_BYTES = 64
 FFN_MOE = int.from_bytes(b"ffn_moe_", "little")
 LOGITS, BIASED, PROBABILITIES, TOP_K = 0, 1, 2, 3
-"""What a node of the graph is, by its name; others are -1."""
+"""Kinds of nodes of the graph, by name; others are -1."""
 
-# Where things stand in the state's header, an array of 64-bit integers that the callback gets as its user data.
+# Positions in the state's header, an array of 64-bit integers that the callback gets as its user data.
 _FIELDS = (
     *("at_name", "at_op", "at_op_params", "at_src", "at_data", "at_ne", "at_nb", "at_buffer"),
     *("op_custom", "op_softmax", "op_unary", "unary_sigmoid", "custom_edit"),
@@ -46,14 +46,14 @@ _A_COUNTS, _A_CALLS, _A_SAVED, _A_SCRATCH, _A_STATE = range(40, 45)
 
 PROBLEM_SHAPE, PROBLEM_TYPE = 1, 2
 PARAMETERS = 6
-"""32-bit words of a node's parameters that a custom operation has: function, tasks, user data."""
+"""32-bit words that a custom operation takes of a node's parameters: function, tasks, user data."""
 SAVED = 1 + PARAMETERS
-"""Numbers kept of a node that was made a custom operation: its operation and parameters."""
+"""Numbers saved of a node that becomes a custom operation: its operation and parameters."""
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Byte offsets in ggml's tensor struct, and numbers of its operations; `layout` finds them out."""
+    """Byte offsets in ggml's tensor struct, and numbers of its operations; `layout` finds them."""
 
     name: int
     op: int
@@ -74,7 +74,7 @@ class TensorLayout:
 
 @njit(error_model="numpy")
 def _next_chosen(z_N, last):
-    """The expert that comes after `last` in the order of falling logits; the first of all for -1."""
+    """The expert after `last` in descending order of logits; the first one for -1."""
     found = -1
     for n in range(len(z_N)):
         if last >= 0 and (z_N[n] > z_N[last] or (z_N[n] == z_N[last] and n <= last)):
@@ -86,7 +86,7 @@ def _next_chosen(z_N, last):
 
 @njit(error_model="numpy")
 def _edit_node(state, row, z_TN):
-    """Steer the rows of one layer's logits, and count what is chosen from them where nothing else tells."""
+    """Steer the rows of one layer's logits, and count the choices unless llama.cpp's own are read."""
     tokens, experts = z_TN.shape
     every, outputs, routers = state[_TOKENS], state[_OUTPUTS], state[_ROUTERS]
     if experts != state[_EXPERTS] or tokens not in (every, outputs):
@@ -159,7 +159,7 @@ def _buffer(state, tensor):
 
 @njit(error_model="numpy")
 def _kind_of(state, tensor):
-    """What a node is (LOGITS, BIASED, ...) and its decoder layer, read off its name; (-1, -1) for all others."""
+    """A node's kind (LOGITS, BIASED, ...) and decoder layer, from its name; (-1, -1) for all others."""
     start = tensor + state[_AT_NAME]
     if word(start) != FFN_MOE:
         return -1, -1
@@ -187,9 +187,9 @@ def _kind_of(state, tensor):
 
 @njit(error_model="numpy")
 def _router_of(state, tensor):
-    """What a node is and which router it belongs to; -1 and -1 where it is of no use here."""
+    """A node's kind and the router that it belongs to; (-1, -1) if it is of no use here."""
     if state[_IN_GRAPH] != 0 and state[_FROM_TOPK] == 0:
-        # the operation stands where llama.cpp looks anyway, a node's name does not: it would have to come from memory
+        # llama.cpp reads the operation anyway, but not the name, which would have to come from memory
         op = half_word(tensor + state[_AT_OP])
         if op != state[_OP_SOFTMAX] and op != state[_OP_UNARY] and op != state[_OP_CUSTOM]:
             return -1, -1
@@ -223,7 +223,7 @@ def _on_node(tensor, asks, state):
 
 @njit(error_model="numpy")
 def _edit_computed(state, row, tensor):
-    """Steer logits that have just been computed, where they are or through the backend."""
+    """Steer logits that have just been computed, in place or through the backend."""
     experts = word(tensor + state[_AT_NE])
     tokens = word(tensor + state[_AT_NE] + 8)
     if word(tensor + state[_AT_NB]) != 4 or word(tensor + state[_AT_NB] + 8) != 4 * experts:
@@ -243,14 +243,14 @@ def _edit_computed(state, row, tensor):
 
 @njit(error_model="numpy")
 def _write_address(words, at, number):
-    """64 bits into two words, since ggml aligns a node's parameters to 32."""
+    """Write 64 bits as two words, since ggml aligns a node's parameters to 32 bits."""
     words[at] = np.int32(number & 0xFFFFFFFF)
     words[at + 1] = np.int32(number >> 32)
 
 
 @njit(error_model="numpy")
 def _switch(state, row, tensor, active):
-    """Make the node that computes probabilities a custom operation if its layer is steered, and itself again if not."""
+    """Turn the node that computes probabilities into a custom operation if its layer is steered, and back if not."""
     op = carray(pointer(tensor + state[_AT_OP]), (1,), np.int32)
     saved = carray(pointer(state[_A_SAVED] + 8 * SAVED * row), (SAVED,), np.int64)
     params = carray(pointer(tensor + state[_AT_OP_PARAMS]), (PARAMETERS,), np.int32)
@@ -269,7 +269,7 @@ def _switch(state, row, tensor, active):
         saved[1 + i] = params[i]
     op[0] = state[_OP_CUSTOM]
     _write_address(params, 0, state[_CUSTOM_EDIT])
-    _write_address(params, 2, 1)  # one task: a router's logits are too few to share
+    _write_address(params, 2, 1)  # one task: a router's logits are too few to split
     _write_address(params, 4, state[_A_STATE])
 
 

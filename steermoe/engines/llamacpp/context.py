@@ -1,4 +1,4 @@
-"""What llama.cpp computes in: the cache of some texts, and the batch of tokens that is handed to it."""
+"""What llama.cpp computes in: the cache of several texts, and the batch of tokens that is passed to it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.errors import GenerationError
 
 messages: list[str] = []
-"""What llama.cpp said of late."""
+"""The latest messages of llama.cpp."""
 
 
 class NoRoom(GenerationError, MemoryError):
-    """The memory is not enough for the cache."""
+    """There is not enough memory for the cache."""
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -28,7 +28,7 @@ def on_message(level: int, text: bytes, data: Any) -> None:
 
 
 def last_message() -> str:
-    """What llama.cpp said last of an error."""
+    """llama.cpp's message about its last error."""
     said = [text for text in messages if text]
     errors = [text for text in said if "error" in text.lower() or "fail" in text.lower()]
     # the first error is the cause, later ones only pass it on
@@ -36,7 +36,7 @@ def last_message() -> str:
 
 
 class Context:
-    """One llama.cpp context with room for some texts, and the batch that is handed to it."""
+    """One llama.cpp context with room for several texts, and the batch that is passed to it."""
 
     def __init__(
         self, model: Any, texts: int, cells: int, threads: int, state: CallbackState | None, cache: str
@@ -76,7 +76,7 @@ class Context:
         llama_cpp.llama_memory_clear(self._memory, False)
 
     def copy(self, text: int, to: int) -> None:
-        """Let another text go on as this one does, without computing it again."""
+        """Let another text continue as this one does, without computing it again."""
         llama_cpp.llama_memory_seq_cp(self._memory, text, to, -1, -1)
 
     def forget(self, text: int) -> None:
@@ -91,11 +91,11 @@ class Context:
         Args:
             tokens: [T].
             positions: [T], each token's place in its text.
-            texts: [T], which text each is of: in groups, one number after the other.
+            texts: [T], the text of each token; tokens of one text together, texts in ascending order.
             wanted: which tokens' logits are wanted; None for all.
 
         Raises:
-            GenerationError: llama.cpp can't.
+            GenerationError: llama.cpp can't compute them.
         """
         count = len(tokens)
         self._token[:count] = tokens
@@ -110,6 +110,6 @@ class Context:
             raise GenerationError(f"llama.cpp can't compute {count} tokens (code {code}): {last_message()}")
 
     def logits(self, token: int) -> NDArray[np.float32]:
-        """[V], of a token of the last call, a view that the next call overwrites."""
+        """[V], the logits of a token of the last call: a view that the next call overwrites."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, token)
         return np.ctypeslib.as_array(pointer, (self._vocabulary,))

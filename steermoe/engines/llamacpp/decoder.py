@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class RollingDecoder:
-    """As `engine.Decoder`. The cache has room for so many tokens a row: one that may become longer waits until none is
-    in flight, and it is made larger.
+    """As `engine.Decoder`. The cache has room for a fixed number of tokens per row. A row that may need more waits
+    until no row is in flight; then the cache is made larger.
 
     Args:
-        context: makes an empty context with room for some texts of some tokens each.
-        state: of the callback; nothing else may use it meanwhile.
-        tokenizer: of the model.
-        rows: that go on together at most.
-        recorded: how many requests there will be, to fill `Completion.frequency` too; 0 leaves it out.
+        context: creates an empty context, given how many texts it needs room for and how many tokens of each.
+        state: the callback's state; nothing else may use it in the meantime.
+        tokenizer: the model's tokenizer.
+        rows: at most this many run together.
+        recorded: how many requests there will be, to also fill `Completion.frequency`; 0 leaves it empty.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RollingDecoder:
         return [finish(row, frequency_of(self._state.counts[row.number])) for row in finished]
 
     def _begin(self) -> list[LlamaRow]:
-        """Begin as many rows as there is room for, in their order; those that are finished with their first token."""
+        """Start as many rows as there is room for, in order; returns those that end with their first token."""
         if not self._waiting:
             return []
         if self._run is None or not self._run.rows:
@@ -92,7 +92,7 @@ class RollingDecoder:
         return self._run.begin(beginning) if beginning else []
 
     def _make_room(self) -> None:
-        """Where nothing is in flight, a cache for all that could go on together."""
+        """Get a cache for all rows that can run together; only while none is in flight."""
         rows = list(self._waiting)[: self._most]
         context = self._context(len(rows), max(row.most for row in rows))
         if self._run is None:

@@ -1,4 +1,4 @@
-"""Generates with llama.cpp, each text under its own plan, any number of them together."""
+"""Generates with llama.cpp, many texts together, each with its own plan."""
 
 import hashlib
 import re
@@ -26,28 +26,28 @@ from steermoe.models.gguf.header import GGUFModel, read_gguf
 from steermoe.steering.plans import SteeringPlan
 
 MOST_ROWS = 128
-"""Texts that go on together; more of `generate` follow as there is room. Beyond these, rows add little speed."""
+"""Texts that run together; `generate` starts further ones as others finish. More rows would add little speed."""
 CELL_STEP = 256
-"""The cache of a text grows by so many tokens."""
+"""The cache of a text grows in steps of this many tokens."""
 NO_LIBRARY_GPU_LAYERS = 0
 ALL_LAYERS = -1
 LOGITS_BYTES = 16
-"""A token of the vocabulary and row: logits in float32, and their weights, once in float32 and once in float64."""
+"""Per row and token of the vocabulary: logits in float32, and their weights in float32 and in float64."""
 SAMPLED_BYTES, SAMPLES = 4096, 256
-"""Pieces of a file that its fingerprint looks at, and how many."""
+"""The size in bytes of the pieces of a file that go into its fingerprint, and their number."""
 
 
 class LlamaCppEngine:
     """A GGUF file in llama.cpp.
 
     Args:
-        model: the GGUF file, or what `read_gguf` says of it.
+        model: the GGUF file, or what `read_gguf` returned for it.
         threads: by default as many as torch has.
-        gpu_layers: layers on an accelerator; by default all if this llama.cpp has one. There the logits go through
-            ggml's get and set, which is not tested.
+        gpu_layers: layers on a GPU; by default all if this llama.cpp supports one. There the logits go through ggml's
+            get and set, which is not tested.
         reach: how logits are reached (see `callback`); by default inside the graph on the CPU.
         cache: ggml's type of the attention cache, "f16" or "f32".
-        callback: False leaves it away, to measure what it costs; nothing can be steered or recorded then.
+        callback: False leaves it out, to measure its cost; then nothing can be steered or recorded.
 
     Raises:
         ModelError: the file can't be loaded. UnsupportedModel: it has no routers.
@@ -79,7 +79,7 @@ class LlamaCppEngine:
         messages.clear()
         self._model = llama_cpp.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not self._model:
-            raise ModelError(f"llama.cpp can't load '{self.file.path}': {last_message()}; get or export it again")
+            raise ModelError(f"llama.cpp can't load '{self.file.path}': {last_message()}; download or export it again")
         self.tokenizer = GGUFTokenizer(llama_cpp.llama_model_get_vocab(self._model))
         library = llama_cpp.llama_cpp._lib
         functions = tuple(
@@ -121,7 +121,7 @@ class LlamaCppEngine:
             self._model = None
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the end of Python the library may be gone
+        with suppress(Exception):  # the library may be gone when Python exits
             self.close()
 
     # ---- Engine ----
@@ -154,7 +154,7 @@ class LlamaCppEngine:
         )
 
     def fingerprint(self) -> str:
-        """The file's size, and pieces of it from beginning to end."""
+        """A hash of the file's size and of pieces from its beginning to its end."""
         size = self.file.path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with self.file.path.open("rb") as file:
@@ -164,7 +164,7 @@ class LlamaCppEngine:
         return digest.hexdigest()
 
     def context(self, texts: int, cells: int) -> Context:
-        """An empty context with room for so many texts of so many tokens each; the last one if that has it."""
+        """An empty context with room for `texts` texts of `cells` tokens each; the last one if it is large enough."""
         if self._context is None or self._context.texts < texts or self._context.cells < cells:
             if self._context is not None:
                 self._context.close()
@@ -184,7 +184,7 @@ class LlamaCppEngine:
 
         Args:
             token_ids: the text's tokens.
-            plan: steers them; they are all taken for the prompt.
+            plan: steers them; all of them count as prompt.
         """
         context = self.context(1, len(token_ids))
         self.state.install([] if plan is None else [plan])

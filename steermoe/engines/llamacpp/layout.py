@@ -1,7 +1,7 @@
-"""ggml's own functions by ctypes, and where things stand in its tensors, found out from tensors that ggml makes.
+"""ggml's own functions through ctypes, and the layout of its tensors, found from tensors that ggml makes.
 
-The callback reads and writes tensors by address. Their layout is no part of ggml's interface and changes with
-versions, so it is not written down here but looked up at run time. Knows no models; `llamacpp` hands it the library.
+The callback reads and writes tensors by address. Their layout is not part of ggml's interface and changes between
+versions, so it is looked up at run time. Knows no models; `engine` passes in the library.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ NAME = b"ffn_moe_layout"
 ROWS, COLUMNS = 7, 5
 MEMORY, ALIGNMENT = 1 << 20, 64
 MARK_FUNCTION, MARK_DATA = 0x1122334455667788, 0x1020304050607080
-"""Numbers that are unlikely to stand anywhere else."""
+"""Numbers that are unlikely to appear anywhere else."""
 
 
 class _InitParams(ctypes.Structure):
@@ -46,29 +46,31 @@ def function(library: ctypes.CDLL, name: str) -> Any:
     """A function of ggml, ready to be called.
 
     Raises:
-        ModelError: the library has none of that name.
+        ModelError: the library has no function of that name.
     """
     try:
         found = getattr(library, name)
     except AttributeError as error:
-        raise ModelError(f"this llama.cpp has no {name}: install the llama-cpp-python that is tested here") from error
+        raise ModelError(
+            f"this llama.cpp has no {name}: install a llama-cpp-python that steermoe was tested with"
+        ) from error
     if name in SIGNATURES:
         found.restype, found.argtypes = SIGNATURES[name]
     return found
 
 
 def address(library: ctypes.CDLL, name: str) -> int:
-    """Where a function of ggml begins."""
+    """The address of a ggml function."""
     return ctypes.cast(function(library, name), ctypes.c_void_p).value or 0
 
 
 def find_layout(library: ctypes.CDLL) -> TensorLayout:
-    """Make a few tensors and look where ggml put what is known of them.
+    """Make a few tensors and find where ggml put their known values.
 
     Raises:
-        ModelError: something is not found where tensors of any known version have it.
+        ModelError: a value is not where tensors of any known version have it.
     """
-    room = ctypes.create_string_buffer(MEMORY + ALIGNMENT)  # zeros: what lies in used memory could look like an address
+    room = ctypes.create_string_buffer(MEMORY + ALIGNMENT)  # zeros: leftovers in used memory could look like an address
     start = -(-ctypes.addressof(room) // ALIGNMENT) * ALIGNMENT
     context = function(library, "ggml_init")(_InitParams(MEMORY, start, False))
     if not context:
@@ -107,7 +109,7 @@ def _find_in(library: ctypes.CDLL, context: int) -> TensorLayout:
     params = place("parameters", custom, MARK_FUNCTION)
     op = params - 4
     if name < 0 or name % 8 or place("parameters", custom, MARK_DATA) != params + 16 or op < nb + 32:
-        raise ModelError("names or operations stand elsewhere in this ggml's tensors: its version is not known here")
+        raise ModelError("names or operations are elsewhere in this ggml's tensors: its version is not known here")
     return TensorLayout(
         name=name,
         op=op,

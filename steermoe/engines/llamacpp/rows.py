@@ -1,6 +1,6 @@
-"""Texts that llama.cpp writes together: prompts are read one after the other, then all go on, a token a call.
+"""Texts that llama.cpp generates together: it reads prompts one after another, then each call adds a token to all.
 
-Imports no llama.cpp: a context that computes is handed in.
+Imports no llama.cpp: it is passed the context that computes.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 
 CALL_TOKENS = 256
-"""Tokens of a forward call at most; longer prompts are read in several."""
+"""The most tokens of a forward call; longer prompts are read in several."""
 
 
 class Context(Protocol):
-    """What computes; see `context`.
+    """The part of `context.Context` that is needed here.
 
     Attributes:
-        texts, cells: how many texts have room for how many tokens each.
+        texts, cells: room for this many texts, with this many tokens each.
     """
 
     texts: int
@@ -41,7 +41,7 @@ class Context(Protocol):
         """[V], of a token of the last call."""
 
     def copy(self, text: int, to: int) -> None:
-        """Let another text go on as this one does."""
+        """Let another text continue as this one does."""
 
     def forget(self, text: int) -> None:
         """Free the cache of one text."""
@@ -52,14 +52,14 @@ LlamaRow = Row[TokenSampler]
 
 
 class Run:
-    """Writes texts together, each from its own beginning to its own end, and keeps count of what was steered.
+    """Generates texts together, each from its own beginning to its own end, and counts what is steered.
 
-    Each has a cache of its own, so what it reads does not depend on the others. llama.cpp computes those texts in one
-    go whose places in the cache follow each other, so the last one takes the place of one that is finished.
+    Each text has a cache of its own, so what it reads does not depend on the others. llama.cpp computes texts in one go
+    if their places in the cache are adjacent, so the last one takes the place of one that is finished.
 
     Attributes:
-        context: what computes; to be changed only when no row is in flight.
-        rows: in flight; a row's index here is its place in the context's cache.
+        context: computes; change it only while no row is in flight.
+        rows: the rows in flight; a row's index here is its place in the context's cache.
     """
 
     def __init__(self, context: Context, state: CallbackState) -> None:
@@ -78,10 +78,10 @@ class Run:
         self._factors: dict[LlamaRow, NDArray[np.float32]] = {}
 
     def begin(self, rows: Sequence[LlamaRow]) -> list[LlamaRow]:
-        """Read the prompts, one after the other, equal ones once, and draw each row's first token.
+        """Read the prompts one after another, equal ones once, and draw each row's first token.
 
         Returns:
-            the rows that are finished with it.
+            the rows that end with it.
         """
         self._install([row.request.plan for row in [*self.rows, *rows]])
         self.rows += rows
@@ -97,7 +97,7 @@ class Run:
         return self._drop()
 
     def step(self) -> list[LlamaRow]:
-        """Add a token to every row in flight; those that are finished with it."""
+        """Add a token to every row in flight; returns the rows that end with it."""
         rows = self.rows
         if not rows:
             return []
@@ -128,7 +128,7 @@ class Run:
         return finished
 
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
-        """Let the callback know the plans of all rows."""
+        """Pass the plans of all rows to the callback."""
         if not self._plans.knows(plans):
             mapping = PlanMapping(plans)
             self._state.install(mapping.plans)
@@ -140,7 +140,7 @@ class Run:
         for start in range(0, len(prompt), CALL_TOKENS):
             part = prompt[start : start + CALL_TOKENS]
             count = len(part)
-            # the last token's logits are wanted each time: without any, the last layer would not be computed
+            # ask for the last token's logits each time: without any, the last layer would not be computed
             self._forward([place] * count, part, range(start, start + count), [count - 1])
         return self.context.logits(count - 1)
 

@@ -15,15 +15,15 @@ from steermoe.engines.request import Sampling
 
 Floats = NDArray[np.float32]
 BLOCK = 256
-"""Tokens whose weights are added up together."""
+"""How many tokens' weights are summed together."""
 
 
 class TokenSampler:
-    """One row's draws, one after the other.
+    """One row's draws, one after another.
 
     Args:
         sampling: its settings and seed.
-        ends: tokens that end a text, kept away until the row has its `min_new_tokens`.
+        ends: tokens that end a text, excluded until the row has its `min_new_tokens`.
     """
 
     def __init__(self, sampling: Sampling, ends: Sequence[int]) -> None:
@@ -44,12 +44,12 @@ class TokenSampler:
         if not self.sampling.do_sample:
             return int(warped.argmax())
         drawn = torch.rand(1, generator=self._generator, dtype=torch.float64).item()
-        # memory that is used again: this much anew for every token would cost more than the arithmetic
+        # reused memory: allocating this much for every token would cost more than the arithmetic
         if len(self._weights) - len(warped) not in range(BLOCK):
             self._weights = np.zeros(-(-len(warped) // BLOCK) * BLOCK, dtype=np.float32)
         weights = self._weights[: len(warped)]
         np.exp(np.subtract(warped, warped.max(), out=weights), out=weights)
-        # the sums of blocks first, then those within the block that is met: adding all up one by one is slow
+        # sums of blocks first, then sums within the block that is hit: a cumulative sum of everything is slow
         blocks = self._weights.reshape(-1, BLOCK)
         ends = blocks.sum(1, dtype=np.float64).cumsum()
         target = drawn * ends[-1]

@@ -1,4 +1,4 @@
-"""What the compiled callback is to do with each token, as arrays that it reads by address.
+"""What the compiled callback has to do with each token, as arrays that it reads by address.
 
 Shapes: T tokens of a forward call, L routers, N experts of each, P distinct plans, B texts.
 """
@@ -33,13 +33,13 @@ class CallbackState:
 
     Args:
         model: whose routers are steered.
-        layout: of this ggml's tensors.
+        layout: where things are in this ggml's tensors.
         functions: addresses of ggml_backend_tensor_get, ggml_backend_tensor_set and ggml_backend_buffer_is_host.
-        capacity: tokens of a forward call at most.
-        reach: see there; "graph" needs all layers on the CPU.
+        capacity: the most tokens of a forward call.
+        reach: as `Reach`; "graph" needs all layers on the CPU.
 
     Attributes:
-        counts: [B, L, N] int64, choices of the tokens that were to be counted (see `record`).
+        counts: [B, L, N] int64, choices of the tokens that are counted (see `record`).
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class CallbackState:
         """Take the plans that tokens will follow, by their numbers in this list.
 
         Raises:
-            CompatibilityError: a vector of another model. SteeringError: layers or experts that the model has not.
+            CompatibilityError: a vector of another model. SteeringError: layers or experts that it does not have.
         """
         banks = banks_for(self._model.shape, plans)
         push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
@@ -111,11 +111,11 @@ class CallbackState:
         self.steer([], [])
 
     def record(self, texts: int, stop: bool = False) -> None:
-        """Count choices from now on, of so many texts; 0 counts none.
+        """Count choices from now on, for this many texts; 0 counts none.
 
         Args:
             texts: B.
-            stop: end each forward call once the last router has chosen, where nothing after it is wanted.
+            stop: end each forward call once the last router has chosen, if nothing after it is needed.
         """
         header = self.header
         self.counts = np.zeros((texts, int(header[FIELD["routers"]]), int(header[FIELD["experts"]])), dtype=np.int64)
@@ -131,11 +131,11 @@ class CallbackState:
         outputs: Sequence[int] | NDArray[np.int32] = (),
         texts: Sequence[int] | NDArray[np.int32] | None = None,
     ) -> int:
-        """Say what is to be done with the tokens of the next forward call, in their order.
+        """Set what happens to the tokens of the next forward call, in their order.
 
         Args:
             slots: [T], each token's plan, or -1.
-            factors: [T], what to multiply its strength with; 0 leaves it alone.
+            factors: [T], the factor for its strength; 0 leaves the token alone.
             outputs: which tokens' logits are wanted: the last layer sees only those.
             texts: [T], which text a token's choices count for, or -1; by default none.
 
@@ -156,23 +156,23 @@ class CallbackState:
         return int(steered_T.sum())
 
     def verify(self) -> int:
-        """Make sure that the forward call was steered as it was to be.
+        """Make sure that the forward call was steered as requested.
 
         Returns:
-            routers whose logits were changed.
+            how many routers' logits were changed.
 
         Raises:
-            SteeringError: a router was passed by, or its logits have another shape or type.
+            SteeringError: a router was bypassed, or its logits have another shape or type.
         """
         problem, self.header[FIELD["problem"]] = int(self.header[FIELD["problem"]]), 0
         if problem == callback.PROBLEM_SHAPE:
             raise SteeringError(
-                f"{self._model.architecture}'s router logits in llama.cpp have other rows than the tokens given: "
+                f"{self._model.architecture}'s router logits in llama.cpp do not match the tokens of the call: "
                 "this architecture can't be steered here; use --engine hf"
             )
         if problem == callback.PROBLEM_TYPE:
             raise SteeringError(
-                f"{self._model.architecture}'s router logits in llama.cpp are stored or used otherwise than known: "
+                f"{self._model.architecture}'s router logits in llama.cpp are stored or used in an unknown way: "
                 "this architecture can't be steered here; use --engine hf"
             )
         calls_L, active_L = self._kept["calls"], self._kept["active"] != 0
@@ -181,7 +181,7 @@ class CallbackState:
             layer = self._model.layers[int(missed.argmax())]
             raise SteeringError(
                 f"{int(missed.sum())} of {int(active_L.sum())} routers were to be steered but llama.cpp computed no "
-                f"node '{self._model.node}-{layer}' in a way that is known: this architecture can't be steered here; "
+                f"node '{self._model.node}-{layer}' in a known way: this architecture can't be steered here; "
                 "use --engine hf"
             )
         return int(calls_L.sum())

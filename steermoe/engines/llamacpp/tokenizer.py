@@ -10,7 +10,7 @@ from steermoe.errors import GenerationError
 
 
 class GGUFTokenizer:
-    """Has what `engines.text` needs of transformers' tokenizers."""
+    """The part of transformers' tokenizer interface that `engines.text` needs."""
 
     def __init__(self, vocabulary: Any) -> None:
         self._vocabulary = vocabulary
@@ -24,11 +24,11 @@ class GGUFTokenizer:
         tokens = (llama_cpp.llama_token * room)()
         count = llama_cpp.llama_tokenize(self._vocabulary, raw, len(raw), tokens, room, True, False)
         if count < 0:
-            raise GenerationError(f"llama.cpp can't tokenize the text {text[:40]!r}: it gave {count}")
+            raise GenerationError(f"llama.cpp can't tokenize the text {text[:40]!r}: it returned {count}")
         return list(tokens[:count])
 
     def decode(self, tokens: Sequence[int], **options: Any) -> str:
-        """The text of tokens, special ones left out; bytes of a character that is not complete become U+FFFD."""
+        """The text of tokens, without special ones; bytes of an incomplete character become U+FFFD."""
         given = (llama_cpp.llama_token * len(tokens))(*tokens)
         room = 16 * len(tokens) + 64
         while True:

@@ -1,6 +1,6 @@
-"""Requests go to vLLM, which batches, samples and ends them; completions come back as they are finished.
+"""Requests go to vLLM, which batches, samples and ends them; completions come back as they finish.
 
-Knows vLLM only by the calls of its `LLMEngine`, which `copies` offers too.
+Knows vLLM only by the calls of its `LLMEngine`, which `replicas` offers too.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,16 @@ from steermoe.steering.banks import check_plan
 from steermoe.steering.report import SteeringReport
 
 _numbers = count()
-"""vLLM knows requests by names, which must differ as long as it runs."""
+"""vLLM identifies requests by names, which must be unique as long as it runs."""
 
 
 class VLLMDecoder:
-    """As `engine.Decoder`; what there is no room for waits in vLLM's own queue.
+    """As `engine.Decoder`; requests that there is no room for wait in vLLM's own queue.
 
     Args:
         vllm: runs the model.
-        shape: of the model, which plans must fit.
-        tokenizer: of the model.
+        shape: the model's shape, which plans must fit.
+        tokenizer: the model's tokenizer.
         ends: tokens that end a text.
         record: also fill `Completion.frequency`.
     """
@@ -84,7 +84,7 @@ class VLLMDecoder:
         return [finish(row, _frequency_of(counts.get(name))) for name, row in finished.items()]
 
     def _params(self, request: Request) -> Any:
-        """How vLLM is to sample the request's tokens, and what its workers must know to steer or record it."""
+        """How vLLM samples the request's tokens, and what its workers must know to steer or record it."""
         params = sampling_params(request.sampling, sorted(self._ends))
         extra: dict[str, Any] = {RECORD: b"1"} if self._record else {}  # bytes, which no client of a server can send
         if request.plan is not None and request.plan.does_something:
@@ -94,7 +94,7 @@ class VLLMDecoder:
         return params
 
     def _recorded(self) -> dict[str, Tensor]:
-        """Counts [L, N] of what requests chose that were to be recorded, since this was asked last."""
+        """Counts [L, N] of the experts that each recorded request chose, since the last call."""
         found: dict[str, Tensor] = {}
         for worker in self._vllm.collective_rpc("steermoe_recorded"):
             for name, rows in worker.items():
@@ -105,7 +105,7 @@ class VLLMDecoder:
 
 
 def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
-    """The same in vLLM's words: a text ends at `ends` and nowhere else."""
+    """The same for vLLM: a text ends at `ends` and nowhere else."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -125,14 +125,14 @@ def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
 def report_of(vllm: Any) -> SteeringReport:
     """What all workers together have steered since the last report.
 
-    The workers that share a stage's layers count the same tokens and choices: one of them answers for all. All stages
-    of a replica see the same tokens: its first stage counts them, while each counts the calls and slots of its own
-    layers.
+    Workers that split the layers of a stage count the same tokens and choices, so one of them answers for all. All
+    stages of a replica see the same tokens, so only its first stage counts them, while each stage counts the calls and
+    slots of its own layers.
     """
     parts: dict[tuple[int, tuple[int, ...]], SteeringReport] = {}
     for worker in vllm.collective_rpc("steermoe_report"):
-        counts = {name: number for name, number in worker.items() if name not in ("copy", "rows")}
-        parts[worker["copy"], tuple(worker["rows"])] = SteeringReport(**counts)
+        counts = {name: number for name, number in worker.items() if name not in ("replica", "rows")}
+        parts[worker["replica"], tuple(worker["rows"])] = SteeringReport(**counts)
     first = min(rows for _, rows in parts)
     whole = (
         report if rows == first else replace(report, tokens_seen=0, tokens_steered=0)

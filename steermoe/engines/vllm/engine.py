@@ -1,7 +1,7 @@
-"""The vLLM engine: many texts at once on one machine or several accelerators, each text under its own plan.
+"""The vLLM engine: many texts at once on one machine or several GPUs, each text with its own plan.
 
-Sampling is vLLM's own: a seed gives the same text again, but another one than the same seed in transformers. Greedy
-texts are the same.
+Sampling is vLLM's own: a seed always gives the same text, but not the text that it gives in transformers. Greedy texts
+are the same.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from steermoe.models.description import shape_of_config
 from steermoe.steering.report import SteeringReport
 
 MAX_TEXTS = 64
-"""Texts that go on together, at most; vLLM takes more as they are finished."""
+"""The most texts that run together; vLLM starts further ones as others finish."""
 
 
 class VLLMEngine:
     """Generates with vLLM.
 
     Args:
-        model: as in `models.load`, but no GGUF file.
-        dtype: likewise.
-        trust_remote_code: likewise.
-        compiled: let vLLM compile the model: a minute or more at the start, more tokens a second after it. Then the
-            share of the vector's experts is not counted, nor can routing be recorded.
+        model: as in `loading.load`, but not a GGUF file.
+        dtype: as in `loading.load`.
+        trust_remote_code: as in `loading.load`.
+        compiled: let vLLM compile the model, which takes a minute or more at the start and gives more tokens per second
+            afterwards. The share of the vector's experts is then not counted, and routing can't be recorded.
         max_texts: at most this many texts run together.
         options: further arguments of vLLM's `EngineArgs`, among them the sizes of `parallel_sizes`.
 
@@ -79,15 +79,15 @@ class VLLMEngine:
         return str(self._vllm.model_config.dtype).removeprefix("torch.")
 
     def ask(self, method: str, *args: Any) -> list[Any]:
-        """What each worker answers (see `plugin.WorkerReport`)."""
+        """Each worker's answer to a method of `plugin.WorkerReport`."""
         return self._vllm.collective_rpc(method, args=args)
 
     def fingerprint(self) -> str:
-        """Tells the model, its type and this engine from others; texts that are sampled differ between engines."""
+        """A hash of the model, its dtype and this engine, since sampled texts differ between engines."""
         return hashlib.sha256(f"vllm {self.dtype} {self._source.fingerprint()}".encode()).hexdigest()
 
     def close(self) -> None:
-        """End vLLM's processes and free its memory."""
+        """Stop vLLM's processes and free its memory."""
         if self._vllm is not None:
             self._vllm.engine_core.shutdown()
             self._vllm = None
@@ -95,7 +95,7 @@ class VLLMEngine:
     # ---- Engine ----
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
-        """As `HFEngine.encode`."""
+        """As `Engine.encode`."""
         limit = self._vllm.model_config.max_model_len
         return encode_prompt(partial(literal_tokens, self.tokenizer), request, self.name, limit, known)
 
@@ -113,10 +113,10 @@ class VLLMEngine:
         return self.max_texts
 
     def room(self) -> None:
-        """Memory is vLLM's own affair."""
+        """None: vLLM manages its own memory."""
 
     def decoder(self, rows: int = MAX_TEXTS, *, record: bool = False) -> VLLMDecoder:
-        """As `Engine.decoder`; vLLM itself sees to how many go on together."""
+        """As `Engine.decoder`; vLLM itself decides how many requests run together."""
         return VLLMDecoder(self._vllm, self.shape, self.tokenizer, self.ends, record)
 
     def report(self) -> SteeringReport:

@@ -3,13 +3,13 @@
 Where vLLM is touched, and nowhere else:
 - every MoE layer is run by `MoERunner`; its replacement (`register_oot`, vLLM's own way) edits the router's logits
   right before they are dispatched and top-k reads them;
-- a worker's model runner says which tokens each forward call holds (`_prepare_inputs`), and when it is over;
+- a worker's model runner knows which tokens each forward call holds (`_prepare_inputs`), and when it is over;
 - a request's steering is read, checked and packed where requests come in (`InputProcessor.process_inputs`);
 - the prefix cache keeps apart what was computed under different steering (the hash of each block of keys and values);
-- vLLM's search for kernels that it replaces, which trips over numba's library, is kept from it.
+- vLLM's search for kernels to replace, which fails on numba's library, does not see that library.
 
-A method that is not there any more, or another version than those that were tested, is an error at the start: a request
-that asks for steering never runs without it.
+A missing method or an untested version is an error at the start: a request that asks for steering never runs without
+it.
 """
 
 import functools
@@ -34,16 +34,16 @@ from steermoe.routing.shape import RouterShape
 from steermoe.steering.resolver import PlanResolver
 
 TESTED = "0.32."
-"""Releases of vLLM that this was tested with begin so."""
+"""What the versions of vLLM that this was tested with begin with."""
 ANY_VERSION = "STEERMOE_ANY_VLLM"
 SALT = "steermoe-1"
-"""Tells compiled artefacts with steering in them from those without; changes with what the compiled op does."""
+"""Distinguishes compiled artifacts with steering from those without; must change when the compiled op does."""
 NUMBAS_LIBRARY = "llvmlite.binding.ffi"
 PADDING = 1024
-"""Tokens by which a call may be padded beyond those that the scheduler allows."""
+"""How many tokens padding may add to a call beyond those that the scheduler allows."""
 
 _active: Steps | None = None
-"""The steering of the model that runs in this process, for the compiled op, which can't be handed it."""
+"""The steering of the model that runs in this process, for the compiled op, which can't take it as an argument."""
 
 
 def register() -> None:
@@ -77,12 +77,12 @@ def check_version() -> None:
     if not found.startswith(TESTED) and not os.environ.get(ANY_VERSION):
         raise UnsupportedModel(
             f"vLLM {found} was not tested with steermoe, {TESTED}* was: install that, set {ANY_VERSION}=1 to try it "
-            "all the same, or VLLM_PLUGINS to load vLLM without steermoe"
+            "anyway, or VLLM_PLUGINS to load vLLM without steermoe"
         )
 
 
 def steering_of(params: Any) -> Any:
-    """What a request's sampling parameters say of steering; None if nothing."""
+    """What a request's sampling parameters say about steering; None if nothing."""
     return (getattr(params, "extra_args", None) or {}).get(KEY)
 
 
@@ -105,7 +105,7 @@ def _steer(logits: Tensor, router: int) -> Tensor:
 
 def _steered(runner: type) -> type:
     class SteeredMoERunner(runner):  # type: ignore[misc]
-        """vLLM's own, whose router's logits are edited before they are used."""
+        """vLLM's runner, with the router's logits edited before they are used."""
 
         steering: Steps | None = None
         router_number = -1
@@ -130,7 +130,7 @@ def _around_load(load: Callable[..., Any]) -> Callable[..., Any]:
         loaded = load(self, *args, **kwargs)
         try:
             self.steermoe, self.steermoe_reason = _attach(self), ""
-        except SteerMoEError as error:  # vLLM runs other models too: only those who ask for steering are refused
+        except SteerMoEError as error:  # vLLM runs other models too: only requests for steering are refused
             self.steermoe, self.steermoe_reason = None, str(error)
         return loaded
 
@@ -190,7 +190,7 @@ def _own_layers(config: Any) -> range:
 
 
 def _refuse_layer(router: RouterShape, module: Any) -> None:
-    """Raise UnsupportedModel unless the module's top-k reads logits that are ours to change."""
+    """Raise UnsupportedModel unless the module's top-k reads logits that we can edit."""
     if module is None:
         raise UnsupportedModel(
             f"layer {router.layer} is not run by vLLM's MoERunner (a fused mega-MoE kernel, or routing outside of it): "
@@ -200,7 +200,7 @@ def _refuse_layer(router: RouterShape, module: Any) -> None:
     if getattr(module.router, "_hash_indices_table", None) is not None or "Simulator" in kind:
         raise UnsupportedModel(f"layer {router.layer} is routed by {kind}, which reads no logits: nothing to steer")
     if module.moe_config.is_sequence_parallel:
-        raise UnsupportedModel("sequence parallelism divides tokens among workers: run without expert parallelism")
+        raise UnsupportedModel("sequence parallelism splits tokens across workers: run without expert parallelism")
     experts, top_k = module.moe_config.num_logical_experts, module.router.top_k
     if (experts, top_k) != (router.num_experts, router.top_k):
         raise UnsupportedModel(
@@ -246,7 +246,7 @@ def _around_execute(execute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class WorkerReport:
-    """What workers can be asked for by `collective_rpc` (vLLM mixes it into its worker class)."""
+    """Methods of workers for `collective_rpc` (vLLM mixes this class into its worker class)."""
 
     model_runner: Any
 
@@ -257,15 +257,15 @@ class WorkerReport:
         return getattr(self.model_runner, "steermoe_reason", "its plugin was not loaded")
 
     def steermoe_recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
-        """As `Steps.recorded`, under the numbers that requests were given from outside."""
+        """As `Steps.recorded`, by the names that callers gave to the requests."""
         found = self.model_runner.steermoe.recorded()
         return {number.rpartition("-")[0]: counts for number, counts in found.items()}
 
     def steermoe_report(self) -> dict[str, Any]:
-        """The counts of `SteeringReport`, the rows of the routers that they are of, and which copy of the model."""
+        """The counts of `SteeringReport`, the rows of the counted routers, and the number of the replica."""
         steps: Steps = self.model_runner.steermoe
-        copy = self.model_runner.vllm_config.parallel_config.data_parallel_index
-        return {**asdict(steps.report()), "rows": steps.rows, "copy": copy}
+        replica = self.model_runner.vllm_config.parallel_config.data_parallel_index
+        return {**asdict(steps.report()), "rows": steps.rows, "replica": replica}
 
 
 # ---- requests ----
@@ -292,9 +292,9 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:
-    """A block of keys and values is shared by requests that steer all its tokens alike, and by no others.
+    """A block of keys and values is shared only by requests that steer all its tokens alike.
 
-    Blocks of unsteered tokens, such as a prompt of which only the continuation is steered, are shared with everybody.
+    Blocks of unsteered tokens, for example of a prompt when only its continuation is steered, are shared by all.
     """
 
     def extra_keys(request: Any, start: int, end: int) -> list[Any]:
@@ -320,7 +320,7 @@ def _around_hash(compute: Callable[..., str]) -> Callable[..., str]:
 
 
 def _around_rebind(rebind: Callable[..., None]) -> Callable[..., None]:
-    """Every object of every module is read by vLLM there, and one of llvmlite's has something else for a dictionary."""
+    """There, vLLM reads every object of every module, and an object of llvmlite has no ordinary dictionary."""
 
     def _rebind_kernels(*args: Any) -> None:
         hidden = sys.modules.pop(NUMBAS_LIBRARY, None)

@@ -1,6 +1,7 @@
 """vLLM's OpenAI-compatible server with steering: by a field of the request, or by the name of the model it asks for.
 
-Requests are read here before vLLM sees them, so that a wrong steering is refused with 400 also where text is streamed.
+Requests are read here before vLLM sees them, so that wrong steering is refused with status 400 even if the text is
+streamed.
 """
 
 import json
@@ -23,7 +24,7 @@ from steermoe.models.description import shape_of_config
 from steermoe.steering.resolver import PlanResolver
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-"""Where texts are asked for."""
+"""Paths of requests for texts."""
 PLUGIN_GROUPS = ("general", "io_processor", "platform", "stat_logger")
 
 Scope = MutableMapping[str, Any]
@@ -36,9 +37,9 @@ class ServerOptions:
     """Where the server listens, whom it lets in, and where it finds vectors.
 
     Attributes:
-        host: the address; 127.0.0.1 is for this machine alone.
+        host: the address; 127.0.0.1 admits only this machine.
         port: the port.
-        api_keys: a request must show one of these keys; without any, everyone who reaches the port is let in.
+        api_keys: a request must carry one of these keys; if there are none, everyone who reaches the port is let in.
         vectors: a folder of vectors to search first. The server searches it at each request, so vectors may be added
             while it runs.
     """
@@ -71,7 +72,7 @@ def serve(
         arguments: further arguments of vLLM's server, as on its command line.
 
     Raises:
-        ModelError: the model can't be found, or vLLM not be started. UnsupportedModel: it can't be steered.
+        ModelError: the model can't be found, or vLLM can't be started. UnsupportedModel: it can't be steered.
     """
     source = find_source(model, dtype)
     server = server or ServerOptions()
@@ -113,7 +114,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _allow_plugins() -> None:
-    """Name our plugin to vLLM, which loads what adds to the server only by name; all others stay as they were."""
+    """Allow our plugin by name, as vLLM requires of plugins that extend the server; the others stay allowed."""
     if "VLLM_PLUGINS" not in os.environ:
         names = {point.name for kind in PLUGIN_GROUPS for point in entry_points(group=f"vllm.{kind}_plugins")}
         os.environ["VLLM_PLUGINS"] = ",".join(sorted({*names, "steermoe"}))
@@ -149,7 +150,7 @@ class SteeringEndpoint:
 
 
 async def list_models(request: Request) -> Any:
-    """The served models, and each with every domain that there are vectors of."""
+    """The served models, and each of them with every domain that has a vector."""
     from fastapi.responses import JSONResponse
 
     listed = (await request.app.state.openai_serving_models.show_available_models()).model_dump()
@@ -185,10 +186,10 @@ class SteeringMiddleware:
 
 
 def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> bytes:
-    """A request's body as vLLM is to see it: the served model's name, and the steering in `vllm_xargs`, checked.
+    """A request's body as vLLM gets it: the served model's name, and the steering in `vllm_xargs`, checked.
 
     Raises:
-        SteerMoEError: a steering that can't be read, found, or fitted to the model, or would not happen.
+        SteerMoEError: steering that can't be read or found, does not fit the model, or would not happen.
     """
     try:
         asked = json.loads(body)
@@ -199,7 +200,7 @@ def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> byte
     name, extra = asked.get("model"), asked.get("vllm_xargs")
     if KEY in asked or (isinstance(asked.get("extra_body"), dict) and KEY in asked["extra_body"]):
         raise SteeringError(
-            f"the field '{KEY}' belongs into vllm_xargs, as text: "
+            f"the field '{KEY}' belongs in vllm_xargs, as text: "
             '{"vllm_xargs": {"steering": "{\\"domain\\": \\"sport\\"}"}}'
         )
     found = spec_of_name(name, served) if isinstance(name, str) else None
@@ -207,7 +208,7 @@ def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> byte
     if found is None and spec is None:
         return body
     if found is not None and spec is not None:
-        raise SteeringError(f"model '{name}' names a steering and vllm_xargs another: leave one of them out")
+        raise SteeringError(f"both model '{name}' and vllm_xargs ask for steering: leave one of them out")
     if asked.get("use_beam_search"):
         raise SteeringError("vLLM's beam search can't be steered: leave use_beam_search out")
     if found is not None:
@@ -231,7 +232,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Hands the body over once, then goes on with what the client says, such as that it is gone."""
+    """Delivers the body once, then the client's own messages, such as a disconnect."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> MutableMapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What a user of vLLM writes about steering, JSON or the name of a model, and the packed plan that comes of it.
+"""Steering as users of vLLM write it, in JSON or a model name, and the packed plan that it becomes.
 
 Imports no vLLM.
 """
@@ -12,10 +12,10 @@ from steermoe.steering.spec import read_spec
 
 
 def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
-    """The packed plan of a spec, JSON text or an object, or of bytes that were packed already; None if it does nothing.
+    """The packed plan of a spec (JSON text, an object, or an already packed plan); None if it does nothing.
 
     Raises:
-        SteerMoEError: anything in it that can't be read, found, or fitted to the model.
+        SteerMoEError: something in it can't be read or found, or does not fit the model.
     """
     if isinstance(asked, bytes):
         resolver.check(unpack(asked))
@@ -27,15 +27,15 @@ def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
 def spec_of_name(name: str, served: list[str]) -> tuple[str, dict[str, Any]] | None:
     """The served model and the spec of a name such as "smollm2-moe:sport=4,food=1"; None if it names no steering.
 
-    A weight is what it is for `--domain`: its share in the mixture, or with one domain a multiple of its own strength.
+    A weight is what it is for `--domain`: the share in a mixture, or with one domain a multiple of its own strength.
 
     Raises:
-        SteeringError: a served model with a colon and nothing behind it.
+        SteeringError: the name ends at the colon, or a domain is missing.
     """
     for base in sorted(served, key=len, reverse=True):
         if name.startswith(f"{base}:") and name not in served:
             domains = [part.strip() for part in name[len(base) + 1 :].split(",")]
             if not all(domains):
-                raise SteeringError(f"model '{name}' names no domain behind its colon: write such as {base}:sport")
+                raise SteeringError(f"model '{name}' names no domain after its colon: write, for example, {base}:sport")
             return base, {"domain": domains}
     return None

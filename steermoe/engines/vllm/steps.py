@@ -1,11 +1,11 @@
-"""What each forward call of a vLLM worker does to which token, on the package's own editors.
+"""What each forward call of a vLLM worker does to which token, with the package's own editors.
 
-It knows no vLLM: `plugin` tells it the routers, the rows of each call and the logits. Where graphs are captured, all
-that the edit reads lies in tensors that stay where they are, so that they can be replayed over new contents. On a
-processor logits are edited by machine code (`engines.rows`). What a call needs is kept for the calls after it, while
-they need the same, as from token to token.
+It knows no vLLM: `plugin` passes it the routers, the rows of each call and the logits. If graphs are captured,
+everything that the edit reads is in tensors that stay in place, so that graphs can be replayed over new contents. On a
+CPU, compiled kernels edit the logits (`steering.editing_numba`). What a call needs is kept for the next calls while
+they need the same, as between tokens.
 
-Shapes: R rows, T tokens of a forward call, C tokens and P plans that there is room for, N experts of a layer.
+Shapes: R rows, T tokens of a forward call, C tokens and P plans of room, N experts of a layer.
 """
 
 from collections.abc import Container, Sequence
@@ -28,7 +28,7 @@ from steermoe.steering.report import SteeringReport
 
 WAYS: tuple[tuple[Formula, Scale], ...] = tuple((formula, scale) for formula in FORMULAS for scale in SCALES)
 RECORD = "steermoe_record"
-"""Under which a request in `extra_args` asks for its choices to be counted."""
+"""The key in `extra_args` by which a request asks for its choices to be counted."""
 BANK_TENSORS = ("push", "raised", "forced", "banned", "wanted")
 
 
@@ -37,11 +37,11 @@ class Row(NamedTuple):
 
     Attributes:
         request: its id.
-        plan: what `wire.pack` made of its plan; None if it is not steered.
+        plan: its plan, packed by `wire.pack`; None if it is not steered.
         first: position of its first token in this call, counted from the beginning of its prompt.
-        tokens: how many tokens of it the call holds.
-        prompt: tokens of its prompt.
-        is_recorded: whether what its generated tokens choose is counted.
+        tokens: how many of its tokens the call holds.
+        prompt: how many tokens its prompt has.
+        is_recorded: whether the choices of its generated tokens are counted.
     """
 
     request: str
@@ -54,10 +54,10 @@ class Row(NamedTuple):
 
 @dataclass(eq=False)
 class _Installed:
-    """A plan that lies in the banks.
+    """A plan in the banks.
 
     Attributes:
-        number: where it lies there.
+        number: its place there.
         way: its formula and scale, by their place in WAYS.
         used: the last forward call in which a row followed it.
     """
@@ -73,14 +73,14 @@ class Steps:
 
     Args:
         routers: those whose logits this worker computes, in the order of their layers.
-        rows: the row of a vector that each of them follows; a stage of a pipeline has only some of a model's layers.
-        capacity: tokens of a forward call at most, where calls are captured.
-        plans: plans in a forward call at most.
+        rows: each router's row in a vector; a pipeline-parallel stage has only some of a model's layers.
+        capacity: the most tokens of a forward call, if calls are captured.
+        plans: the most plans of a forward call.
         device: where logits are.
-        graphs: whether calls may be captured and replayed: then nothing that is known on the host may decide anything.
+        graphs: whether calls may be captured and replayed; then no decision may depend on values of the host.
 
     Attributes:
-        machine_code: whether `engines.rows` edits, and not torch.
+        uses_kernels: whether compiled kernels edit the logits, and not torch.
     """
 
     def __init__(
@@ -105,27 +105,27 @@ class Steps:
         self._free = list(range(plans))
         self._filled = self._calls = 0
         self._last: tuple[list[Any], Step] | None = None
-        self.machine_code = device.type == "cpu" and not graphs
+        self.uses_kernels = device.type == "cpu" and not graphs
         self._formula_P = np.zeros(plans, dtype=np.int64)
         self._paper_P = np.zeros(plans, dtype=np.bool_)
         self._tokens_seen = self._tokens_steered = 0
         self._counts: dict[str, Tensor] = {}
         self._noted: list[tuple[str, slice]] = []
-        if self.machine_code:
+        if self.uses_kernels:
             try:
                 from steermoe.steering import (
-                    editing_numba as machine,  # not before: vLLM's start trips over numba's library
+                    editing_numba as kernels,  # not earlier: vLLM's start fails on numba's library
                 )
-            except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may keep code in
-                self.machine_code = False
-        if self.machine_code:
-            self._machine = machine
-            self._layers = [machine.LayerEditor(editor.bank, self._formula_P, self._paper_P) for editor in self.editors]
+            except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to keep code in
+                self.uses_kernels = False
+        if self.uses_kernels:
+            self._kernels = kernels
+            self._layers = [kernels.LayerEditor(editor.bank, self._formula_P, self._paper_P) for editor in self.editors]
 
     # ---- around a forward call ----
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Take the rows of the forward call that comes, in the order of their tokens."""
+        """Take the rows of the next forward call, in the order of their tokens."""
         self._calls += 1
         tokens = sum(row.tokens for row in rows)
         self._tokens_seen += tokens
@@ -140,12 +140,12 @@ class Steps:
             self._set(step if step.tokens else None)
 
     def end(self) -> None:
-        """The forward call is over: what else the model computes, such as dummy runs, is left alone."""
+        """End the forward call: whatever else the model computes, such as dummy runs, is left alone."""
         self._set(None)
         self._noted = []
 
     def edit(self, number: int, logits: Tensor) -> Tensor:
-        """The logits [T, W] of the `number`-th router as they are to be; the same tensor if nothing is to be done."""
+        """The edited logits [T, W] of the `number`-th router; the same tensor if there is nothing to do."""
         editor = self.editors[number]
         if self._graphs:
             editor.step = Step(0, None, layout=self._filled_layout(len(logits)))
@@ -158,16 +158,16 @@ class Steps:
         if len(logits) < tokens:
             raise SteeringError(
                 f"the router of {editor.name} saw {len(logits)} tokens where the batch has {tokens}: tokens are "
-                "divided among workers here, which steermoe can't follow; run without expert or sequence parallelism"
+                "split across workers here, which steermoe can't follow; run without expert or sequence parallelism"
             )
-        if self.machine_code:
+        if self.uses_kernels:
             return self._layers[number].edit(logits, self._token_plans)
         if len(logits) == tokens:
             return editor.edit(logits)
         return torch.cat([editor.edit(logits[:tokens]), logits[tokens:]])
 
     def chose(self, number: int, chosen_Tk: Tensor) -> None:
-        """Take note of the experts that the `number`-th router chose; only where calls are not compiled."""
+        """Count the experts that the `number`-th router chose; only if calls are not compiled."""
         editor = self.editors[number]
         step = editor.step
         if step is not None and not editor.bank.is_idle:
@@ -180,10 +180,10 @@ class Steps:
             chosen = chosen_Tk[tokens].flatten().long().cpu()
             self._counts[request][number].scatter_add_(0, chosen, torch.ones_like(chosen))
 
-    # ---- what is asked of it ----
+    # ---- results ----
 
     def recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
-        """By request, what its generated tokens chose since this was asked last: each row's number, and counts [N]."""
+        """By request, what its generated tokens chose since the last call: for each router its row and counts [N]."""
         found, self._counts = self._counts, {}
         return {name: list(zip(self.rows, counts.tolist(), strict=True)) for name, counts in found.items()}
 
@@ -202,7 +202,7 @@ class Steps:
     # ---- the rows of a call as tensors ----
 
     def _step(self, rows: Sequence[Row]) -> Step:
-        """What the call does; the step of the call before, if that was the same."""
+        """What the call does; the last call's step if that was the same."""
         key = [(row.plan, row.tokens, self._place(row)) for row in rows]
         if self._last is None or self._last[0] != key:
             plan_T, factor_T, way_T = self._lay_out(rows)
@@ -210,12 +210,12 @@ class Steps:
             ways = tuple((*WAYS[way], (way_T == way)[:, None]) for way in way_T[steered_T].unique().tolist())
             layout = RowLayout(plan_T, factor_T[:, None], ways)
             self._last = key, Step(int(steered_T.sum()), steered_T, layout=layout)
-            if self.machine_code:
-                self._token_plans = self._machine.TokenPlans(plan_T.numpy(), factor_T.numpy())
+            if self.uses_kernels:
+                self._token_plans = self._kernels.TokenPlans(plan_T.numpy(), factor_T.numpy())
         return self._last[1]
 
     def _place(self, row: Row) -> int:
-        """What of a row's place decides its factors: nothing, where all generated tokens are steered alike."""
+        """The part of a row's position that decides its factors: 0 where all generated tokens are steered alike."""
         index = row.first - row.prompt
         if row.plan is None:
             return 0
@@ -223,7 +223,7 @@ class Steps:
         return 0 if index > 0 and known is not None and known.plan.schedule.kind == "constant" else index
 
     def _lay_out(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """Plan number, factor and way of each token, [T]; way -1 where nothing is done."""
+        """Plan number, factor and way of each token, [T]; way -1 for tokens that are not steered."""
         tokens_R = torch.tensor([row.tokens for row in rows])
         start_R = tokens_R.cumsum(0) - tokens_R
         index_R = torch.tensor([row.first - row.prompt for row in rows])
@@ -241,7 +241,7 @@ class Steps:
         return plan_T, factor_T, way_T
 
     def _fill(self, plan_T: Tensor, factor_T: Tensor, way_T: Tensor) -> int:
-        """Put a call where graphs read it; how many of its tokens are steered."""
+        """Copy a call to where graphs read it; returns how many of its tokens are steered."""
         tokens = len(plan_T)
         self._check_room(tokens)
         self._plan_C[:tokens].copy_(plan_T, non_blocking=True)
@@ -264,7 +264,7 @@ class Steps:
 
     def _check_room(self, tokens: int) -> None:
         if tokens > len(self._plan_C):
-            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._plan_C)} that were announced")
+            raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._plan_C)} that vLLM announced")
 
     def _set(self, step: Step | None) -> None:
         for editor in self.editors:
@@ -273,7 +273,7 @@ class Steps:
     # ---- plans in the banks ----
 
     def _find(self, data: bytes, keep: Container[bytes]) -> _Installed:
-        """A plan in the banks; one that no row of this call follows may have to go for it."""
+        """A plan's place in the banks; if they are full, it replaces a plan that no row of this call follows."""
         found = self._installed.get(data)
         if found is None:
             known = self._installed
@@ -288,7 +288,7 @@ class Steps:
         return found
 
     def _install(self, new: _Installed) -> None:
-        self._tally.count()  # it reads the plans that lie in the banks now
+        self._tally.count()  # it reads the plans that are in the banks now
         self._last = None
         plans = [other.plan for other in self._installed.values()] + [new.plan]
         self._formula_P[new.number] = FORMULAS.index(new.plan.formula)
@@ -297,7 +297,7 @@ class Steps:
             own = Bank.of(editor.router, row, [new.plan])
             for name in BANK_TENSORS:
                 getattr(editor.bank, name)[new.number] = getattr(own, name)[0].to(editor.bank.push.device)
-            if self.machine_code:
+            if self.uses_kernels:
                 self._layers[number].install(new.number, own)
             if not self._graphs:
                 editor.bank = replace(
@@ -309,7 +309,7 @@ class Steps:
 
 
 def _empty_bank(router: RouterShape, plans: int, device: torch.device, *, all_flags: bool) -> Bank:
-    """Room for plans that do nothing yet; `all_flags` for where no flag may decide anything."""
+    """Room for plans that do nothing yet; `all_flags` if no decision may depend on a flag."""
     marks_PN = torch.zeros(plans, router.num_experts, dtype=torch.bool, device=device)
     return Bank(
         push=torch.zeros(plans, router.num_experts, device=device),
@@ -324,7 +324,7 @@ def _empty_bank(router: RouterShape, plans: int, device: torch.device, *, all_fl
 
 
 def _generated_tokens(rows: Sequence[Row]) -> list[tuple[str, slice]]:
-    """Which tokens of a call are generated ones, by request, of those that are recorded."""
+    """The generated tokens of each recorded request in a call."""
     found, at = [], 0
     for row in rows:
         start = at + max(0, row.prompt - row.first)

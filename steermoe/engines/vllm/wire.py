@@ -1,4 +1,4 @@
-"""A plan on its way to vLLM's workers: bytes that hold all of it, its vector's numbers too: workers read no files.
+"""A plan on its way to vLLM's workers: bytes that hold all of it, vector included, since workers read no files.
 
 Equal plans are equal bytes. No pickle: a safetensors file in memory, with the plan's fields as JSON in its header.
 """
@@ -17,14 +17,14 @@ from steermoe.vectors.vector import SteeringVector
 
 WIRE_VERSION = 1
 KEY = "steering"
-"""Under which a request carries its steering in `SamplingParams.extra_args`, `vllm_xargs` of the server."""
+"""The key of a request's steering in `SamplingParams.extra_args`, which is `vllm_xargs` at the server."""
 
 KEPT = 1024
 
 
 @lru_cache(KEPT)
 def pack(plan: SteeringPlan) -> bytes:
-    """All of a plan that decides what it does."""
+    """Everything in a plan that decides what it does."""
     vector = plan.vector
     header = {
         **plan.as_dict(),
@@ -40,7 +40,7 @@ def pack(plan: SteeringPlan) -> bytes:
 
 @lru_cache(KEPT)
 def unpack(data: bytes) -> SteeringPlan:
-    """The plan again.
+    """The plan that was packed.
 
     Raises:
         SteeringError: bytes that `pack` of this version did not write.

@@ -155,7 +155,7 @@ def test_mixtures_go_to_the_folder_of_their_model(run, make_vector, bare_search_
     [
         (["sport=1", "-o", "../x"], "is not allowed"),
         (["none=1", "-o", "x"], "no vector 'none'"),
-        (["sport=a", "-o", "x"], "is no weight"),
+        (["sport=a", "-o", "x"], "is not a weight"),
         (["sport=0", "-o", "x"], "not all 0"),
     ],
 )

@@ -19,7 +19,7 @@ FAMILIES = ("mixtral", "qwen3_moe", "granitemoeshared", "gpt_oss", "deepseek_v3"
 
 @functools.cache
 def alone(family):
-    """The requests of a family's model, each with what `generate` gives for it by itself."""
+    """The requests of a family's model, each with what `generate` gives for it alone."""
     engine = HFEngine(tiny.loaded(build(family)))
     return [(request, engine.generate([request])[0]) for request in requests_for(build(family))]
 
@@ -47,7 +47,7 @@ def test_every_text_is_what_it_is_alone(family, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family.family for family in list_families() if family.steerable])
 def test_every_family(family):
-    """Those that can refill rows do so with the texts of single calls; the others go batch by batch, likewise."""
+    """Those that can refill rows do so with the texts of single calls; the others, batch by batch, have them too."""
     model = tiny_models.build(family, vocab_size=tiny.VOCABULARY)
     if not hasattr(model, "generate") or model.config.is_encoder_decoder:
         pytest.skip("nothing that continues a text")
@@ -61,7 +61,7 @@ def test_every_family(family):
 
 
 def test_rows_that_end_at_once_and_prompts_that_share():
-    """Text ends at the first token: nothing is placed in the cache, and the others go on."""
+    """Text ends at the first token: nothing is placed in the cache, and the others continue."""
     model = build("mixtral")
     engine = HFEngine(tiny.loaded(model))
     short = Request("It", None, Sampling(max_new_tokens=1, do_sample=False))
@@ -104,7 +104,7 @@ def test_steering_that_did_not_happen_is_an_error(monkeypatch):
     assert tiny.traces(model) == []
 
 
-def test_after_clear_it_begins_anew():
+def test_after_clear_it_starts_afresh():
     model = build("gpt_oss")
     engine = HFEngine(tiny.loaded(model))
     expected = alone("gpt_oss")[:6]

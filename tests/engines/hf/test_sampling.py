@@ -1,4 +1,4 @@
-"""Sampling against transformers' own processors and against the distribution that it should follow."""
+"""Sampling against transformers' own logits processors and against the distribution that it should follow."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Batches in llama.cpp on a tiny GGUF: the same text however it is told, interruptions, a cache that is too small."""
+"""Batches in llama.cpp on a tiny GGUF: the same text in any batch, interruptions, a cache that is too small."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def place(bare_search_path):
     return bare_search_path
 
 
-def tell(
+def run_batch(
     engine, lines: str = LINES, output="s.jsonl", settings=SETTINGS, progress=lambda stories, tokens: None, **more
 ):
     prompts = Path("p.jsonl")
@@ -93,7 +93,7 @@ def texts(path="s.jsonl") -> dict:
 
 
 def test_each_story_is_what_generate_gives_for_its_record(engine):
-    summary = tell(engine, rows=3)
+    summary = run_batch(engine, rows=3)
     assert (summary.stories, summary.new, summary.already, summary.failed) == (STORIES, STORIES, 0, 0)
     assert summary.report.tokens_steered > 0
     assert 0 < summary.report.vector_share < 1
@@ -117,44 +117,44 @@ def test_steering_is_each_rows_own(engine):
     lines = "\n".join(
         json.dumps({"prompt": "A dog.", "domain": name, "strength": 9}) for name in ("sport", "food", None)
     )
-    tell(engine, lines, settings=replace(SETTINGS, sampling=Sampling(max_new_tokens=20, do_sample=False)))
+    run_batch(engine, lines, settings=replace(SETTINGS, sampling=Sampling(max_new_tokens=20, do_sample=False)))
     assert len({story["text"] for story in stories()}) == 3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 def test_no_story_depends_on_the_batch(engine, rows):
-    tell(engine, output="all.jsonl")
-    tell(engine, rows=rows)
+    run_batch(engine, output="all.jsonl")
+    run_batch(engine, rows=rows)
     assert texts() == texts("all.jsonl")
     shuffled = LINES.splitlines()
     random.Random(rows).shuffle(shuffled)
-    tell(engine, "\n".join(shuffled), "shuffled.jsonl", rows=rows)
+    run_batch(engine, "\n".join(shuffled), "shuffled.jsonl", rows=rows)
     assert Counter(texts("shuffled.jsonl").values()) == Counter(texts().values())
 
 
 @pytest.mark.parametrize("after", [1, 4, 10])
-def test_an_interrupted_batch_goes_on(engine, after):
-    tell(engine, output="all.jsonl")
-    told = 0
+def test_an_interrupted_batch_resumes(engine, after):
+    run_batch(engine, output="all.jsonl")
+    written = 0
 
     def progress(done, tokens):
-        nonlocal told
-        told += done
-        if told == after:
+        nonlocal written
+        written += done
+        if written == after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tell(engine, rows=3, progress=progress)
+        run_batch(engine, rows=3, progress=progress)
     with Path("s.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"job": "torn')
-    summary = tell(engine, rows=3)
+    summary = run_batch(engine, rows=3)
     assert (summary.already, summary.new) == (after, STORIES - after)
     assert texts() == texts("all.jsonl")
 
 
 def test_a_cache_that_is_too_small_for_what_comes_grows(tmp_path, monkeypatch):
     """Rows wait while others fill it, and it is made larger when they are done."""
-    monkeypatch.setattr("steermoe.batch.worker.WINDOW", 4)  # the longest are first only among so many
+    monkeypatch.setattr("steermoe.batch.worker.WINDOW", 4)  # the longest are first only among this many
     sizes, most = [], []
     make, forward = Context.__init__, Context.forward
 
@@ -172,12 +172,12 @@ def test_a_cache_that_is_too_small_for_what_comes_grows(tmp_path, monkeypatch):
     lines += [json.dumps({"prompt": "It rained. " * 8, "seed": seed, "max_new_tokens": 200}) for seed in range(12)]
     path = tiny_ggufs.write(tiny_ggufs.build("mixtral", max_position_embeddings=1024), tmp_path, "q8_0")
     fresh = LlamaCppEngine(str(path))
-    summary = tell(fresh, "\n".join(lines), rows=8)
+    summary = run_batch(fresh, "\n".join(lines), rows=8)
     assert summary.new == 52
     assert (len(sizes), sizes[0]) == (2, CELL_STEP)
     assert sizes[1] == 2 * CELL_STEP
     assert max(most) == 8
-    tell(fresh, "\n".join(lines), "alone.jsonl", rows=1)
+    run_batch(fresh, "\n".join(lines), "alone.jsonl", rows=1)
     assert texts() == texts("alone.jsonl")
 
 
@@ -194,16 +194,16 @@ def test_stories_of_one_prompt_share_its_computation(engine, monkeypatch):
         json.dumps({"prompt": "A dog.", "domains": ["sport", "food", None], "samples": 3, "positions": positions})
         for positions in ("generated", "all")
     )
-    tell(engine, lines, rows=18)
+    run_batch(engine, lines, rows=18)
     assert len(read) == 1 + 2  # unsteered prompts once, and once for each plan that steers them
     alone = LlamaCppEngine(str(engine.file.path))
-    tell(alone, lines, "alone.jsonl", rows=1)
+    run_batch(alone, lines, "alone.jsonl", rows=1)
     assert texts() == texts("alone.jsonl")
 
 
-def test_a_cache_that_can_not_be_had_is_halved(engine, monkeypatch):
+def test_a_cache_that_does_not_fit_is_halved(engine, monkeypatch):
     lines = "\n".join(json.dumps({"prompt": "A dog.", "seed": seed, "max_new_tokens": 100}) for seed in range(16))
-    tell(engine, lines, "all.jsonl")
+    run_batch(engine, lines, "all.jsonl")
     make = llama_cpp.llama_init_from_model
     asked = []
 
@@ -213,7 +213,7 @@ def test_a_cache_that_can_not_be_had_is_halved(engine, monkeypatch):
 
     monkeypatch.setattr(llama_cpp, "llama_init_from_model", limited)
     fresh = LlamaCppEngine(str(engine.file.path))
-    summary = tell(fresh, lines, rows=16)
+    summary = run_batch(fresh, lines, rows=16)
     assert (summary.new, summary.failed, summary.rows) == (16, 0, 4)
     assert max(asked) == 16 * CELL_STEP
     assert texts() == texts("all.jsonl")
@@ -228,13 +228,13 @@ def test_rows_fit_into_the_memory(engine, monkeypatch):
 
 
 def test_another_quantization_is_another_story(engine, file, tmp_path):
-    tell(engine)
+    run_batch(engine)
     other = tiny_ggufs.write(tiny_ggufs.build("mixtral"), tmp_path, "bf16").rename(tmp_path / file.name)
     quantized = LlamaCppEngine(str(other))
     assert (engine.dtype, quantized.dtype) == ("q8_0", "bf16")
     with pytest.raises(BatchError, match=r"holds 11 stories .* was generated with dtype q8_0, not bf16"):
-        tell(quantized)
-    assert tell(LlamaCppEngine(str(file))).new == 0  # the same file again
+        run_batch(quantized)
+    assert run_batch(LlamaCppEngine(str(file))).new == 0  # the same file again
 
 
 def test_on_the_command_line(run, file):
@@ -244,9 +244,9 @@ def test_on_the_command_line(run, file):
     assert result.code == 0, result.err
     summary = json.loads(result.out)
     assert (summary["stories"], summary["new"], summary["steering"]["tokens_steered"]) == (4, 4, 10)
-    told = {(story["prompt"], story["domain"]): story["text"] for story in stories()}
+    found = {(story["prompt"], story["domain"]): story["text"] for story in stories()}
     single = run("generate", "A dog.", "-d", "sport", "--max-new-tokens", "6", "-m", file, "--json")
-    assert json.loads(single.out)["text"] == told["A dog.", "sport"]
+    assert json.loads(single.out)["text"] == found["A dog.", "sport"]
     again = run(*command, "--samples", "2", "--engine", "llamacpp")
     assert re.search(r"^8 stories in s.jsonl, 4 of them new$", again.out, re.MULTILINE)
     wrong = run(*command, "--dtype", "float32")

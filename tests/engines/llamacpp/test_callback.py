@@ -28,7 +28,7 @@ LAYOUT = TensorLayout(
 
 
 class Memory:
-    """What stands in for a backend: get and set copy, and count; is_host answers as told."""
+    """What stands in for a backend: get and set copy, and count; is_host answers what the test wants."""
 
     def __init__(self, is_host=True):
         self.copies = 0
@@ -297,7 +297,8 @@ def test_probabilities_are_of_the_steered_logits(kind):
 
 
 @pytest.mark.parametrize(
-    ("op", "message"), [(55, "computed no node .* in a way"), (LAYOUT.op_unary, "stored or used otherwise")]
+    ("op", "message"),
+    [(55, "computed no node .* in a known way"), (LAYOUT.op_unary, "stored or used in an unknown way")],
 )
 def test_a_node_that_is_something_else_is_an_error(op, message):
     state = make_state("graph")
@@ -318,7 +319,7 @@ def test_rows_that_do_not_fit_the_tokens():
     state.install([SteeringPlan(vector(1))])
     state.steer([0, 0, 0], [1.0] * 3, outputs=[2])
     call(state, FakeTensor("ffn_moe_logits-1", random_logits(2)), False)
-    with pytest.raises(SteeringError, match="other rows than the tokens given"):
+    with pytest.raises(SteeringError, match="do not match the tokens of the call"):
         state.verify()
 
 
@@ -337,7 +338,7 @@ def test_a_router_that_was_passed_by():
         (SteeringPlan(vector(1, layers=(1, 2, 3))), CompatibilityError, "decoder layers"),
         (SteeringPlan(force=((3, 0),)), SteeringError, r"expert \(3, 0\) does not exist"),
         (SteeringPlan(vector(1), layers=(3, 3)), SteeringError, "hold no router"),
-        (SteeringPlan(force=((1, 0), (1, 1), (1, 2))), SteeringError, "force 2 at most"),
+        (SteeringPlan(force=((1, 0), (1, 1), (1, 2))), SteeringError, "force at most 2"),
         (SteeringPlan(vector()), SteeringError, "would be"),
     ],
 )

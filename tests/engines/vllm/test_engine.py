@@ -43,7 +43,7 @@ def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
 
 
 @pytest.mark.default_model
-def test_the_default_model_tells_the_stories_of_the_hf_engine():
+def test_the_default_model_generates_the_stories_of_the_hf_engine():
     reference = HFEngine(loading.load(dtype="float32"))
     engine = VLLMEngine(dtype="float32", kv_cache_memory_bytes=1 << 28, max_model_len=256)
     try:

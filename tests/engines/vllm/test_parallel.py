@@ -1,4 +1,4 @@
-"""Models that are spread over several processes: by layers' parts, by layers, and as copies that divide the texts."""
+"""Models over several processes: tensor-parallel workers, pipeline-parallel stages, data-parallel replicas."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def same_tokens(reference, engine):
 
 @pytest.fixture
 def unbound(monkeypatch):
-    """Threads are bound to processors as the engine finds right."""
+    """Threads are bound to CPUs as the engine decides."""
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
 
 
@@ -60,8 +60,8 @@ def test_two_workers_divide_the_layers(reference, unbound):
         end(engine)
 
 
-def test_copies_are_driven_as_one_is(reference, unbound, monkeypatch):
-    monkeypatch.setattr(launch, "needs_copies", lambda options: True)
+def test_replicas_are_driven_as_one_is(reference, unbound, monkeypatch):
+    monkeypatch.setattr(launch, "needs_replicas", lambda options: True)
     engine = VLLMEngine(reference[1], **OPTIONS)
     try:
         same_tokens(reference, engine)
@@ -75,11 +75,11 @@ def test_copies_are_driven_as_one_is(reference, unbound, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data_parallel_size": 2}, "--data-parallel-size 2: .* accelerators only"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2: .* only of a compiled model"),
+        ({"data_parallel_size": 2}, "--data-parallel-size 2: .* only on GPUs"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2: .* need a compiled model"),
     ],
 )
-def test_what_vllm_can_not_do_on_processors_is_refused(reference, sizes, message):
+def test_what_vllm_can_not_do_on_cpus_is_refused(reference, sizes, message):
     with pytest.raises(ModelError, match=message):
         VLLMEngine(reference[1], **OPTIONS, **sizes)
     with pytest.raises(ModelError, match=message):

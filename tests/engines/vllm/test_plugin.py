@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 
 from steermoe.engines.vllm import plugin
 from steermoe.engines.vllm.engine import VLLMEngine
-from steermoe.engines.vllm.launch import processors_of
+from steermoe.engines.vllm.launch import cpus_of
 from steermoe.engines.vllm.wire import pack
 from steermoe.errors import ModelError, UnsupportedModel
 from steermoe.steering.plans import SteeringPlan
@@ -118,6 +118,6 @@ def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 64])
 def test_every_worker_has_a_processor(workers):
-    parts = processors_of(workers).split("|")
+    parts = cpus_of(workers).split("|")
     assert len(parts) == workers
     assert all(part.split(",")[0].isdigit() for part in parts)

@@ -1,4 +1,4 @@
-"""Whatever vLLM does with requests, a text stays its own: in chunks, preempted, compiled, beside others, cached."""
+"""Whatever vLLM does with requests, no text changes: in chunks, preempted, compiled, beside others, cached."""
 
 import json
 import os
@@ -112,38 +112,38 @@ def test_the_prefix_cache_is_shared_by_equal_steering_alone(start, positions):
     sport, food = vector(engine.shape, 1, 3), vector(engine.shape, 6)
     plans = [SteeringPlan(sport, 3.0, positions=positions), SteeringPlan(food, 3.0, positions=positions), None]
 
-    def told(plan, prompt=LONG):
-        """Tokens of the text, and how many of all were computed."""
+    def generated(plan, prompt=LONG):
+        """Tokens of the text, and how many tokens were computed."""
         (completion,) = engine.generate([Request(prompt, plan, greedy(20))])
         return completion.token_ids, engine.report().tokens_seen if plan is None else completion.report.tokens_seen
 
     def cold(plan, prompt=LONG):
         assert engine._vllm.reset_prefix_cache()
-        return told(plan, prompt)
+        return generated(plan, prompt)
 
     alone = [cold(plan) for plan in plans]
     assert len({tokens for tokens, _ in alone}) == len(plans)
     assert engine._vllm.reset_prefix_cache()
-    after_others = [told(plan) for plan in plans]
+    after_others = [generated(plan) for plan in plans]
     assert [tokens for tokens, _ in after_others] == [tokens for tokens, _ in alone]
-    if positions == "generated":  # all of them left the prompt alone, so that they may share it
+    if positions == "generated":  # all of them left the prompt alone, so they may share it
         assert after_others[1][1] < alone[1][1]
     else:
         assert after_others[1][1] == alone[1][1]
-    again = [told(plan) for plan in plans]
+    again = [generated(plan) for plan in plans]
     assert [tokens for tokens, _ in again] == [tokens for tokens, _ in alone]
     assert all(few < all_ for (_, few), (_, all_) in zip(again, alone, strict=True)), "equal steering must share"
 
 
 def test_what_was_generated_under_steering_is_no_prompt_of_others(start):
-    """A conversation goes on: its first answer was steered, now it is prompt, which `generated` leaves alone."""
+    """A conversation continues: its steered first answer is now prompt, which `generated` leaves alone."""
     engine = start(block_size=32)
     plan = SteeringPlan(vector(engine.shape, 1, 3), 3.0)
     opening = Request(LONG[:64], plan, greedy(40))
     (first,) = engine.generate([opening])
     longer = engine.encode(opening) + list(first.token_ids)
 
-    def go_on(own):
+    def continued(own):
         decoder = engine.decoder()
         decoder.start([Request("x", own, greedy(8))], [longer])
         done = []
@@ -151,11 +151,11 @@ def test_what_was_generated_under_steering_is_no_prompt_of_others(start):
             done += decoder.step()
         return done[0].token_ids
 
-    warm = [go_on(own) for own in (plan, None)]
+    warm = [continued(own) for own in (plan, None)]
     cold = []
     for own in (plan, None):
         assert engine._vllm.reset_prefix_cache()
-        cold.append(go_on(own))
+        cold.append(continued(own))
     assert warm == cold
 
 

@@ -1,4 +1,4 @@
-"""`steermoe serve` as clients see it: the openai package, plain HTTP, clients that vanish and clients that err."""
+"""`steermoe serve` as clients see it: the openai package, plain HTTP, clients that disconnect and clients that err."""
 
 import contextlib
 import json
@@ -186,7 +186,7 @@ def test_32_requests_at_once_each_under_its_own_steering(server):
 BAD = [
     ("an unknown domain", {"model": "tiny:nosuch"}, "no vector 'nosuch'; there are food, sport"),
     ("no domain", {"model": "tiny:"}, "names no domain"),
-    ("a weight that is none", {"model": "tiny:sport=much"}, "'much' is no weight"),
+    ("a weight that is none", {"model": "tiny:sport=much"}, "'much' is not a weight"),
     ("a path", {"model": "tiny:/etc/passwd"}, "not allowed"),
     ("no JSON", {"model": "tiny", "vllm_xargs": {"steering": "{"}}, "is not JSON"),
     ("an unknown field", {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","x":1}'}}, "has no x"),
@@ -196,7 +196,7 @@ BAD = [
         {"model": "tiny:sport", "vllm_xargs": {"steering": '{"domain":"food"}'}},
         "leave one of them out",
     ),
-    ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs into vllm_xargs"),
+    ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs in vllm_xargs"),
     ("beam search", {"model": "tiny:sport", "use_beam_search": True, "n": 2}, "beam search can't be steered"),
 ]
 

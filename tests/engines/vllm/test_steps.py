@@ -1,4 +1,4 @@
-"""What a worker does to logits, without vLLM: graphs that are replayed do the same as code that runs."""
+"""What a worker does to logits, without vLLM: replayed graphs do the same as code that runs."""
 
 import sys
 
@@ -28,9 +28,9 @@ def routers(model):
     return find_routers(model)
 
 
-def steps_for(routers, graphs=False, capacity=64, plans=16, machine_code=True):
+def steps_for(routers, graphs=False, capacity=64, plans=16, uses_kernels=True):
     steps = Steps(routers, range(len(routers)), capacity, plans, CPU, graphs)
-    steps.machine_code = steps.machine_code and machine_code  # without it, as where logits are on an accelerator
+    steps.uses_kernels = steps.uses_kernels and uses_kernels  # without them, as for logits on a GPU
     return steps
 
 
@@ -39,17 +39,17 @@ def logits_for(routers, tokens, seed=0):
 
 
 def rows_of(plans, count=3, prompt=2):
-    """A row a plan, each with some tokens of its prompt and some that are generated."""
+    """One row per plan, each with some tokens of its prompt and some generated ones."""
     return [
         Row(str(i), None if plan is None else pack(plan), first=i % 3, tokens=count, prompt=prompt)
         for i, plan in enumerate(plans)
     ]
 
 
-def test_graphs_that_are_replayed_and_machine_code_do_what_torch_does(model, routers):
+def test_replayed_graphs_and_compiled_kernels_do_what_torch_does(model, routers):
     plans = list(plans_of_every_kind(model).values())
     live, graph, machine = ways = (
-        steps_for(routers, machine_code=False),
+        steps_for(routers, uses_kernels=False),
         steps_for(routers, graphs=True),
         steps_for(routers),
     )
@@ -71,8 +71,8 @@ def test_graphs_that_are_replayed_and_machine_code_do_what_torch_does(model, rou
 
 def test_rows_without_a_plan_are_left_bit_for_bit(model, routers):
     plans = list(plans_of_every_kind(model).values())
-    for graphs, machine_code in ((False, False), (True, False), (False, True)):
-        steps = steps_for(routers, graphs, machine_code=machine_code)
+    for graphs, uses_kernels in ((False, False), (True, False), (False, True)):
+        steps = steps_for(routers, graphs, uses_kernels=uses_kernels)
         steps.begin(rows_of([None, plans[1], None]))
         logits = logits_for(routers, 9).bfloat16()
         edited = steps.edit(0, logits)
@@ -92,10 +92,10 @@ def test_each_token_follows_the_formula(model, routers):
     assert torch.allclose(edited[1:], expected[1:])
 
 
-@pytest.mark.parametrize("machine_code", [True, False])
-def test_padding_is_left_alone_and_tokens_that_are_missing_are_noticed(model, routers, machine_code):
+@pytest.mark.parametrize("uses_kernels", [True, False])
+def test_padding_is_left_alone_and_tokens_that_are_missing_are_noticed(model, routers, uses_kernels):
     plan = plans_of_every_kind(model)["all"]
-    steps = steps_for(routers, machine_code=machine_code)
+    steps = steps_for(routers, uses_kernels=uses_kernels)
     steps.begin([Row("a", pack(plan), 0, 4, 2)])
     logits = logits_for(routers, 7)
     assert torch.equal(steps.edit(0, logits)[4:], logits[4:])
@@ -135,10 +135,10 @@ def test_without_numba_torch_edits(model, routers, monkeypatch):
         steps = steps_for(routers)
         steps.begin([Row("a", pack(plan), 0, 4, 2)])
         edited.append(steps.edit(0, logits))
-        assert steps.machine_code == (len(edited) == 1)
+        assert steps.uses_kernels == (len(edited) == 1)
         monkeypatch.delattr(
             "steermoe.steering.editing_numba", raising=False
-        )  # else the package has it without an import
+        )  # otherwise the package has it without an import
         monkeypatch.setitem(sys.modules, "steermoe.steering.editing_numba", None)
     torch.testing.assert_close(*edited, rtol=1e-6, atol=1e-6)
 
@@ -157,7 +157,7 @@ def test_room_of_plans_is_used_again(model, routers):
 @pytest.mark.parametrize("schedule", ["constant", "decay:4", "window:1-3"])
 @pytest.mark.parametrize("positions", ["generated", "prompt", "all"])
 def test_what_is_kept_from_token_to_token_is_what_is_wanted(model, routers, schedule, positions):
-    """The same rows call after call, against steps that see only one; then one more row, and one that is over."""
+    """The same rows call after call, against steps that see only one call; then a row is added, and a row ends."""
     sport = plans_of_every_kind(model)["all"].vector
     plan = pack(SteeringPlan(sport, 2.0, "additive", positions=positions, schedule=schedule))
     other = pack(SteeringPlan(sport, 5.0, "max_scaled"))

@@ -1,8 +1,8 @@
-"""Compile a model's decode step, keep it on disk, and find it again: a few MB a step, without the weights.
+"""Compile a model's decode step, keep it on disk, and find it again: a few MB per step, without the weights.
 
 An artifact belongs to one configuration, dtype, CPU, thread count, version of torch and transformers, and to the code
-that is traced into it; all of that makes its name, so that a stale one is never found. It is used only if it computed
-what the model computes, and faster.
+that is traced into it. All of that determines its name, so that a stale one is never found. It is used only if it
+computes what the model computes, and faster.
 
 Shapes: as in `step`.
 """
@@ -45,17 +45,18 @@ from steermoe.steering.editing_graph import Edits
 logger = logging.getLogger(__name__)
 
 Kind = Literal["one", "many"]
-"""A step for one row alone, or for any number of rows from two on."""
+"""A step for a single row, or for two or more rows."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MOST_COLUMNS, MOST_ROWS = 1 << 20, 1 << 10
-"""What a step is compiled for."""
+"""The most columns and rows that a step is compiled for."""
 EXAMPLE_ROWS: dict[Kind, int] = {"one": 1, "many": 3}
 CHECK_ROWS: dict[Kind, int] = {"one": 1, "many": 16}
 PROMPT, CHECK_STEPS, TIMED_STEPS = 24, 4, 8
 TOLERANCE = {torch.float32: 1e-4}
-"""How far logits may be from the model's own, relative to their norm; rounding alone exceeds it in shorter types:"""
+"""How far logits may be from the model's own, relative to their norm."""
 SHORT_TOLERANCE = 0.05
+"""The same for shorter types, where rounding alone exceeds that."""
 
 PROGRAM, FACTS = "step.pt2", "facts.json"
 
@@ -71,9 +72,9 @@ TRACED: tuple[ModuleType, ...] = (
     steps,
     sys.modules[__name__],
 )
-"""Modules whose code or constants end up in a compiled step, or say how it is compiled."""
+"""Modules whose code or constants end up in a compiled step, or decide how it is compiled."""
 VERSIONED = frozenset({"torch", "transformers", *sys.stdlib_module_names})
-"""Packages whose code is known by a version instead; the standard library's is not traced."""
+"""Packages that a version stands for instead; the standard library is not traced."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ class Facts:
 
     Attributes:
         kind: "one" or "many" rows.
-        seconds: that compiling took.
-        error: of its logits against the model's own, relative to their norm.
+        seconds: how long compiling took.
+        error: the difference of its logits from the model's own, relative to their norm.
         speedup: over the model's own step, at 1 or 16 rows.
     """
 
@@ -98,7 +99,7 @@ class Facts:
 
 
 class CompiledStep:
-    """A compiled step with a model's weights in it, which stay where they are."""
+    """A compiled step on a model's weights, which it uses without copying them."""
 
     def __init__(self, program: Path, weights: dict[str, Tensor]) -> None:
         self._run = torch._inductor.aoti_load_package(str(program))
@@ -118,7 +119,7 @@ class CompiledStep:
         """As `DecodeStep.forward`.
 
         Raises:
-            GenerationError: a tensor is not contiguous: the program does not look at strides and would be wrong.
+            GenerationError: a tensor is not contiguous. The program ignores strides and would compute nonsense.
         """
         given = (tokens_B1, positions_B1, mask_BC, column_1, *states, *edits)
         for number, tensor in enumerate(given):
@@ -132,7 +133,7 @@ class CompiledStep:
 
 
 def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
-    """The compiled step of a model, if there is one that is worth using."""
+    """The compiled step of a model, if there is one and it pays off."""
     if model.device.type != "cpu":
         return None
     folder = folder_of(model, kind)
@@ -149,7 +150,7 @@ def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
 
 
 def facts_of(model: PreTrainedModel, kind: Kind) -> Facts | None:
-    """What is known of a model's compiled step; None if there is none."""
+    """What was measured of a model's compiled step; None if there is none."""
     return _facts_in(folder_of(model, kind))
 
 
@@ -165,21 +166,21 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
     if model.device.type != "cpu":
         return f"it is on '{model.device.type}': steps are compiled for CPUs"
     if not rows_can_change(model):
-        return "its cache is more than keys and values a token"
+        return "its cache is more than keys and values per token"
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "there is no C++ compiler: install g++ or clang++"
     return None
 
 
 def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
-    """Compile a model's step, check it, time it and keep it. Takes about a minute and a gigabyte.
+    """Compile a model's step, check it, time it and keep it. Takes about a minute and a gigabyte of memory.
 
     Args:
         model: in memory, on the CPU.
         kind: for one row, or for many.
 
     Raises:
-        ModelError: it can't be compiled, or computes something else; nothing is kept then.
+        ModelError: it can't be compiled, or computes something else; then nothing is kept.
     """
     name = type(model).__name__
     if reason := why_not_compiled(model):
@@ -191,7 +192,7 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         made = Path(scratch) / "made"
         made.mkdir()
         try:
-            with warnings.catch_warnings(action="ignore"):  # of torch, about its own insides
+            with warnings.catch_warnings(action="ignore"):  # torch warns about its own internals
                 _compile(model, kind, made / PROGRAM)
             step = CompiledStep(made / PROGRAM, _weights(model))
         except SteerMoEError:
@@ -225,7 +226,7 @@ def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
         "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),
         "versions": [version(package) for package in ("torch", "transformers")],
         "code": _code_version(model),
-        "processor": [platform.machine(), sorted(torch.cpu.get_capabilities().items())],
+        "cpu": [platform.machine(), sorted(torch.cpu.get_capabilities().items())],
         "threads": torch.get_num_threads(),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -233,7 +234,7 @@ def folder_of(model: PreTrainedModel, kind: Kind) -> Path:
 
 
 def _code_version(model: nn.Module) -> str:
-    """A hash of the code that is traced into a step: ours, and the model's unless a package version stands for it."""
+    """A hash of the code that is traced into a step: ours, and the model's unless it is in `VERSIONED`."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     names = {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in VERSIONED}
     modules = {name: sys.modules.get(name) for name in names} | {module.__name__: module for module in TRACED}
@@ -245,7 +246,7 @@ def _code_version(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """All that a step reads of a model, under the names that it has there; tied weights under each of theirs."""
+    """All tensors of a model that a step reads, by their names in it; tied weights under each of their names."""
     named: Iterable[tuple[str, Tensor]] = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -285,7 +286,7 @@ def _states(model: PreTrainedModel, rows: int, columns: int) -> list[Tensor]:
 
 
 def _states_in(cache: Any) -> list[Tensor]:
-    """Keys and values of the layers that have any, in turn."""
+    """Keys and values of each layer that has any, in turn."""
     return [tensor for layer in cache.layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)]
 
 
@@ -307,7 +308,7 @@ def _inputs(step: DecodeStep, states: list[Tensor], rows: int, column: int) -> t
 
 @torch.inference_mode()
 def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[float, float]:
-    """The relative error of a compiled step's logits against the model's own, and by how much it is faster."""
+    """The relative error of a compiled step's logits against the model's own, and its speedup."""
     config: Any = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (rows, PROMPT), generator=torch.Generator().manual_seed(0))

@@ -1,9 +1,9 @@
-"""How a compiled decode step computes products of few rows: as sums that the compiler fuses with what is around them.
+"""How a compiled decode step computes products of few rows: as sums that the compiler fuses with their surroundings.
 
-A product of a matrix with one row reads each weight once, so that memory sets its pace. oneDNN's products in bfloat16
-and the float32 ones of the BLAS read at a half or less of what a fused sum does. The same holds for the experts that a
-row chose, which the sum reads where they are instead of copying them first, and for attention of one query, where heads
-that share keys need no copies of them. The sums are in float32, as those products are.
+The product of a matrix and a single row reads each weight once, so memory bandwidth limits it. oneDNN's bfloat16
+products and the BLAS's float32 ones reach at most half the bandwidth of a fused sum. The same is true of the experts
+that a row chose, which the sum reads in place instead of copying them first, and of attention with a single query,
+where heads that share keys need no copies of them. The sums are in float32, as those products are.
 
 Shapes: M rows, K and N sizes of a weight [N, K], P products of a batch, H heads, C columns of the cache, D head size.
 """
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """The product x W^T for a single row; left to the library for more."""
+    """The product x W^T for a single row; more rows are left to the library."""
     if not _is_one(x.numel() // x.shape[-1]) or weight.dim() != 2:
         return NotImplemented
     out = (weight.float() * x.reshape(1, -1).float()).sum(-1)
@@ -65,5 +65,5 @@ REWRITES: dict[Any, Any] = {
 
 
 def _is_one(size: Any) -> bool:
-    """Whether a size is 1 in every call, not only in the one that is traced."""
+    """Whether a size is 1 in every call, not only in the traced one."""
     return isinstance(size, int) and size == 1

@@ -1,6 +1,6 @@
 """A decode step of a model as a function of tensors alone, which torch can export and compile ahead of time.
 
-Shapes: B rows, C columns of the cache, V tokens of the vocabulary, R routers, N experts, k experts chosen a token.
+Shapes: B rows, C columns of the cache, V tokens of the vocabulary, R routers, N experts, k experts chosen per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from steermoe.routing.routers import Router, chosen_experts, find_routers
 from steermoe.steering.editing_graph import edit
 
 EXPERTS = "batched_mm"
-"""The implementation of transformers whose shapes do not depend on which experts are chosen."""
+"""The transformers implementation whose shapes do not depend on the chosen experts."""
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values [B, H, C, D] that were made before, of which a step writes one column."""
+    """Existing keys and values [B, H, C, D], of which a step writes one column."""
 
     is_compileable = True
     is_sliding = False
@@ -35,7 +35,7 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("keys and values are handed over")
+        raise NotImplementedError("keys and values are given at construction")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self._column, key_states)
@@ -54,14 +54,14 @@ class _Layer(CacheLayerMixin):
 
 @dataclass
 class _Call:
-    """What the routers of the call that is running take and give: the tensors of its edits, the experts chosen."""
+    """What routers take and return in the current call: the tensors of its edits, and the chosen experts."""
 
     edits: Sequence[Tensor] = ()
     chosen: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _GraphEditor:
-    """Puts the edits of one router into the graph and notes what it chose."""
+    """Puts the edits of one router into the graph and records what it chose."""
 
     def __init__(self, call: _Call, number: int, router: Router) -> None:
         self._call, self._number, self._router = call, number, router
@@ -106,11 +106,11 @@ class DecodeStep(nn.Module):
         states: list[Tensor],
         edits: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Write the tokens' keys and values, and say what comes next.
+        """Write the tokens' keys and values, and compute the next logits.
 
         Args:
             tokens_B1: each row's last token.
-            positions_B1: how many tokens are before it in its row.
+            positions_B1: how many tokens precede it in its row.
             mask_BC: which columns of the cache belong to the row, the new one included.
             column_1: the column to write.
             states: keys and values of every layer that has any, [B, H, C, D] each, changed in place.
@@ -134,7 +134,7 @@ class DecodeStep(nn.Module):
 
     @contextmanager
     def traceable(self) -> Iterator[None]:
-        """The model with the edits in its routers and with experts of fixed shapes; as before afterwards."""
+        """Put the edits into the model's routers and give its experts fixed shapes; undone at the end."""
         config: Any = self.model.config
         with ExitStack() as undo:
             for number, router in enumerate(self.routers):

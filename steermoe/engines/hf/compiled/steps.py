@@ -21,9 +21,9 @@ from steermoe.steering.report import SteeringReport
 
 
 class CompiledSteps:
-    """A model's compiled steps, looked for when they are first needed.
+    """A model's compiled steps, looked up when they are first needed.
 
-    They hold on to the weights that the model has then. For one decoder at a time, which begins with `reset`.
+    They keep using the weights that the model has then. For one decoder at a time, which begins with `reset`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -40,12 +40,12 @@ class CompiledSteps:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new report."""
+        """Start a new report."""
         self._tokens_seen = self._tokens_steered = self._router_calls = self._slots = 0
         self._hits = torch.zeros((), dtype=torch.long)
 
     def serves(self, rows: int) -> bool:
-        """Whether there is a step for so many rows."""
+        """Whether there is a step for this many rows."""
         return self._step(rows) is not None
 
     def forward(
@@ -56,13 +56,13 @@ class CompiledSteps:
         plans: Sequence[SteeringPlan | None],
         index_B: Tensor,
     ) -> Tensor:
-        """Logits [B, V] of what comes next, float32.
+        """The next logits [B, V], float32.
 
         Args:
-            cache: of the rows, grows by a column.
+            cache: the cache of the rows; it grows by a column.
             tokens_B1: each row's last token.
-            cached_B: tokens that each row has in the cache.
-            plans: one a row.
+            cached_B: how many tokens each row has in the cache.
+            plans: one per row.
             index_B: how many tokens each row had generated before its last one.
         """
         step = self._step(len(tokens_B1))
@@ -83,7 +83,7 @@ class CompiledSteps:
         return logits_BV
 
     def saw(self, tokens: int) -> None:
-        """Count tokens of prompts, which the model itself computed."""
+        """Count tokens of prompts that the model itself computed."""
         self._tokens_seen += tokens
 
     def report(self) -> SteeringReport:
@@ -103,7 +103,7 @@ class CompiledSteps:
         return self._steps[kind]
 
     def _edits(self, plans: Sequence[SteeringPlan | None], index_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
-        """The edits, which experts they raise or force, and how many rows are steered; kept while nothing changes."""
+        """The edits, the experts they raise or force, and how many rows are steered; kept while nothing changes."""
         if self._rows != plans:
             self._follow(plans)
         numbers = self._numbers
@@ -114,7 +114,7 @@ class CompiledSteps:
         return self._laid_out[1:]
 
     def _follow(self, rows: Sequence[SteeringPlan | None]) -> None:
-        """Number the rows' plans; only plans that are new cost anything."""
+        """Number the rows' plans; only new plans cost anything."""
         if not self._mapping.knows(rows):
             mapping = PlanMapping(rows)
             self._banks = banks_for(self._shape, mapping.plans)

@@ -32,7 +32,7 @@ def require_compiler():
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """Compiles both steps of a model into a folder of the test's own, and finds that they pay."""
+    """Compiles both steps of a model into a folder of the test's own, and pretends that they pay off."""
     require_compiler()
     monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
     monkeypatch.setattr(artifacts.Facts, "pays", True)  # a tiny model's time is noise
@@ -150,7 +150,7 @@ def traced_modules(model, tmp_path, monkeypatch):
     names = {module.__file__: name for name, module in sys.modules.items() if name.startswith("steermoe.")}
     ran = set()
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
-    with warnings.catch_warnings(action="ignore"):  # of torch, as in `compile_step`
+    with warnings.catch_warnings(action="ignore"):  # torch's, as in `compile_step`
         sys.setprofile(lambda frame, event, _: ran.add(frame.f_code.co_filename))
         try:
             artifacts._compile(model, "one", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Several copies of a model behind vLLM's own balancer, under the calls that the engine makes of a single one."""
+"""Data-parallel replicas behind vLLM's own load balancer, with the calls that `LLMEngine` has for a single one."""
 
 import asyncio
 import queue
@@ -9,7 +9,7 @@ from typing import Any
 WAIT_SECONDS = 0.02
 
 
-class Copies:
+class Replicas:
     """vLLM's asynchronous engine, driven from ordinary code.
 
     Args:
@@ -18,7 +18,7 @@ class Copies:
 
     def __init__(self, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-copies", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-replicas", daemon=True)
         self._thread.start()
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks: dict[str, Any] = {}
@@ -46,7 +46,7 @@ class Copies:
         return bool(self._tasks)
 
     def step(self) -> list[Any]:
-        """What has come since the last call, after a short wait if nothing has."""
+        """The outputs since the last call; waits briefly if there are none."""
         found: list[Any] = []
         try:
             found.append(self._outputs.get(timeout=WAIT_SECONDS))
@@ -68,9 +68,9 @@ class Copies:
                 task.cancel()
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        """What the workers of all copies answer."""
-        ask = self._engine.engine_core.call_utility_all_async  # collective_rpc's own answer is of the first copy alone
-        return [one for copy in self._wait(ask("collective_rpc", method, None, args, None)) for one in copy]
+        """The answers of the workers of all replicas."""
+        ask = self._engine.engine_core.call_utility_all_async  # collective_rpc itself asks only the first replica
+        return [one for replica in self._wait(ask("collective_rpc", method, None, args, None)) for one in replica]
 
     def shutdown(self) -> None:
         self._loop.call_soon_threadsafe(self._engine.shutdown)
