@@ -111,7 +111,7 @@ def test_each_story_is_what_generate_gives_for_its_record(loaded, place):
         assert next(iter(story)) == "job"
         sampling = Sampling(**{name: story[name] for name in Sampling.__dataclass_fields__})
         fields = {n: story[n] for n in ("strength", "formula", "scale", "positions", "schedule")}
-        plan = resolver.plan(SteeringSpec(story["domain"] or (), **fields))
+        plan = resolver.plan(SteeringSpec(story["domain"], **fields)) if story["domain"] else None
         (alone,) = engine.generate([Request(story["prompt"], plan, sampling)])
         assert (story["text"], story["new_tokens"], story["prompt_tokens"], story["finish_reason"]) == (
             alone.text,

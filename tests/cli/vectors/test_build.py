@@ -96,7 +96,7 @@ def test_the_folder_is_called_as_the_model(run, tiny_checkpoint, texts, monkeypa
         (["--output", "sport/0.txt"], "sport/0.txt' is no folder that can be written to"),
         (["--output", "sport/0.txt/deeper"], "sport/0.txt' is no folder that can be written to"),
         (["--against", "none"], "no corpus at 'none'"),
-        (["--texts", "food="], "write a domain and where its texts are"),
+        (["--texts", "food="], "write a domain and the path of its texts"),
     ],
 )
 def test_build_refuses_before_the_model_is_loaded(run, texts, arguments, message):
@@ -109,7 +109,7 @@ def test_build_refuses_before_the_model_is_loaded(run, texts, arguments, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--texts", "sport"], "write a domain and where its texts are"),
+        (["--texts", "sport"], "write a domain and the path of its texts"),
         (["--texts", "Sport=sport"], "domain name 'Sport' is not allowed"),
         (["--texts", "sport=none"], "no corpus at 'none'"),
         (["--texts", "sport=sport", "--texts", "sport=food"], "names a domain twice"),

@@ -154,7 +154,7 @@ def test_a_corpus_is_embedded_first_and_once(run, tmp_path, tiny_checkpoint, mon
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--name", "0"], "--name '0': write a cluster's number or name and the new name, as 3=football"),
+        (["--name", "0"], "--name '0': write a cluster's number or name and its new name, for example 3=football"),
         (["--name", "=x"], "--name '=x': write"),
         (["--name", "0=A b"], "domain name 'A b' is not allowed"),
         (["--name", "1=a", "--name", "1=b"], "names cluster '1' twice: 'a' and 'b'"),
