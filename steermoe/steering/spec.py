@@ -230,9 +230,12 @@ class SteeringSpec:
     )
 
     def __post_init__(self) -> None:
-        for name in ("domain", "force", "ban"):  # options come as lists, or None
+        for one in fields(self):  # None leaves the default
+            if getattr(self, one.name) is None:
+                object.__setattr__(self, one.name, one.default)
+        for name in ("domain", "force", "ban"):  # options come as lists
             given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given or ()))
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
 
     @property
     def is_unsteered(self) -> bool:

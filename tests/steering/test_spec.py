@@ -10,6 +10,7 @@ from steermoe.errors import SteeringError
 from steermoe.steering.plans import Schedule
 from steermoe.steering.spec import (
     FIELDS,
+    NAMES,
     SteeringSpec,
     parse_domain,
     parse_expert,
@@ -158,3 +159,7 @@ def test_specs_are_read_without_torch():
         "import sys, steermoe.steering.spec as s; s.read_spec('{\"domain\": \"sport\"}'); print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_none_leaves_the_default():
+    assert SteeringSpec(**dict.fromkeys(NAMES)) == SteeringSpec()
