@@ -12,7 +12,7 @@ with it. `compare` warns where they differ. All runs on one thread, in float32 u
 
 What is not compared: times, rates and paths (DROPPED), and wording, such as help, tables, messages and pages. A few
 numbers may differ slightly (TOLERANCES). Steps that `steermoe models compile` made are not used, but for the section
-`compiled`, which makes its own; they run only where they are faster, which its first case tells. A section whose
+`compiled`, which makes its own; they run only where they are faster, which its first case shows. A section whose
 library, GGUF file or default model (`steermoe models pull`) is missing is skipped.
 """
 
