@@ -68,6 +68,23 @@ evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domai
 	mkdir -p evidence/curve && cp evidence/evaluation.json evidence/conditions.csv evidence/summary.md evidence/*.png evidence/curve/
 	$(BIN)/steermoe evaluate --formulas all --scale all --thresholds relative,absolute --budgets 1 --max-new-tokens 40 --texts 16 -o evidence
 
+MINIMUM_VENV := .venv-minimum
+MINIMUM_BIN := $(MINIMUM_VENV)/bin
+MINIMUM_INSTALLED := $(MINIMUM_VENV)/.installed
+
+# The constraints reach the build too, as a variable: hatchling has a lower bound as well.
+$(MINIMUM_INSTALLED): pyproject.toml tests/support/minimum_versions.py
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steermoe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear $(MINIMUM_VENV)
+	$(PYTHON) tests/support/minimum_versions.py > $(MINIMUM_VENV)/constraints.txt
+	PIP_CONSTRAINT=$(MINIMUM_VENV)/constraints.txt $(MINIMUM_BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,discover,evaluate,parquet,plot,ray]'
+	touch $@
+
+.PHONY: test-minimum
+test-minimum: $(MINIMUM_INSTALLED) ## the quick tests with the lowest version of every dependency that pyproject.toml accepts (installs about 6 GB)
+	$(MINIMUM_BIN)/steermoe models pull
+	$(MINIMUM_BIN)/pytest -m "not slow"
+
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
@@ -134,5 +151,5 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 
 .PHONY: clean
 clean: ## remove the environments and caches, not the pulled model
-	rm -rf $(VENV) $(VLLM_VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(MINIMUM_VENV) $(VLLM_VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
