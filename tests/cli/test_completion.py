@@ -24,7 +24,7 @@ def shell(tmp_path):
         **os.environ,
         "HOME": str(tmp_path),
         "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",  # read the name of the shell from the command line
     }
 
