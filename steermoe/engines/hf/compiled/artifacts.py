@@ -38,7 +38,7 @@ from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.errors import GenerationError, ModelError, SteerMoEError
 from steermoe.files import cache_folder
 from steermoe.models import quantization
-from steermoe.routing import architectures, intercept, routers
+from steermoe.routing import architectures, intercept, routers, wrapping
 from steermoe.steering import editing_graph
 from steermoe.steering.editing_graph import Edits
 
@@ -70,6 +70,7 @@ TRACED: tuple[ModuleType, ...] = (
     rewrites,
     routers,
     steps,
+    wrapping,
     sys.modules[__name__],
 )
 """Modules whose code or constants end up in a compiled step, or decide how it is compiled."""
