@@ -161,8 +161,7 @@ def llamacpp(gguf: Path | None) -> Cases:
     yield "compare", partial(answers, "compare", OPENINGS[0], *SOME, *common)
     write_texts()
     yield "embed", partial(made, "counts", "embed", "corpus", *common)
-    last = ["--tokens", "last", "--features", "probabilities", *common]
-    yield "embed last", partial(made, "last", "embed", "corpus", *last)
+    yield "embed last", partial(made, "last", "embed", "corpus", "--tokens", "last", *common)
     yield from batch_cases(*common)
 
 
