@@ -189,8 +189,8 @@ BAD = [
     ("a weight that is none", {"model": "tiny:sport=much"}, "'much' is not a weight"),
     ("a path", {"model": "tiny:/etc/passwd"}, "not allowed"),
     ("no JSON", {"model": "tiny", "vllm_xargs": {"steering": "{"}}, "is not JSON"),
-    ("an unknown field", {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","x":1}'}}, "has no x"),
-    ("a number", {"model": "tiny", "vllm_xargs": {"steering": 7}}, "no object"),
+    ("an unknown field", {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","x":1}'}}, "has no field x"),
+    ("a number", {"model": "tiny", "vllm_xargs": {"steering": 7}}, "is not a JSON object"),
     (
         "two steerings",
         {"model": "tiny:sport", "vllm_xargs": {"steering": '{"domain":"food"}'}},
