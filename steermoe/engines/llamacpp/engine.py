@@ -129,7 +129,7 @@ class LlamaCppEngine:
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
-        """As `Engine.generate`; up to MOST_ROWS requests go on together."""
+        """As `Engine.generate`; at most MOST_ROWS requests run together."""
         prompts = [self.encode(request) for request in requests]
         grown = [len(ids) + one.sampling.max_new_tokens for one, ids in zip(requests, prompts, strict=True)]
         if grown:  # now, so that the time of the first texts does not hold that of making the cache

@@ -102,7 +102,7 @@ class VLLMEngine:
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
-        """As `Engine.generate`; all requests go on together, as far as there is room."""
+        """As `Engine.generate`; all requests run together if there is room."""
         if record and self.compiled:
             raise GenerationError("routing can't be recorded in a compiled model: start the engine without compiling")
         prompts = [self.encode(request) for request in requests]
