@@ -125,31 +125,42 @@ class RollingDecoder:
     @torch.inference_mode()
     def _compute_prompts(self, groups: list[list[HFRow]]) -> None:
         """Compute the prompt of each group once, and pick the first tokens of all its rows."""
-        prompts = [group[0].prompt for group in groups]
+        logits_MV, computed = self._read_prompts([group[0] for group in groups])
+        rows = [row for group in groups for row in group]
+        source = [number for number, group in enumerate(groups) for _ in group]
+        self._take_tokens(rows, logits_MV[torch.tensor(source, device=logits_MV.device)])
+        self._finished += [finish(row) for row in rows if row.finish_reason]
+        self._admit(
+            [(row, number) for row, number in zip(rows, source, strict=True) if not row.finish_reason], computed
+        )
+
+    def _read_prompts(self, rows: list[HFRow]) -> tuple[Tensor, Any]:
+        """Logits [M, V] after the prompt of each row, float32, and the cache that holds the prompts."""
+        prompts = [row.prompt for row in rows]
         lengths = torch.tensor([len(ids) for ids in prompts])
         width, pad = int(lengths.max()), self._tokenizer.pad_token_id
         tokens_MS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
         mask_MS = torch.arange(width) >= (width - lengths)[:, None]
         positions_MS = (mask_MS.long().cumsum(-1) - 1).clamp(min=0)
-        plans = [group[0].request.plan for group in groups]
-        self._steer([plan if steers_prompt(plan) else None for plan in plans])
+        self._steer([row.request.plan if steers_prompt(row.request.plan) else None for row in rows])
         self._rows_changed = True
         computed = empty_cache(self._model, forgets=self._compiled is None)
-        window = Window(len(groups), width, 0, width, mask_MS)
+        window = Window(len(rows), width, 0, width, mask_MS)
         logits_MV = self._forward(tokens_MS, mask_MS, positions_MS, computed, window)
         if self._compiled is not None and self._handle is None:
             self._compiled.saw(int(mask_MS.sum()))
-        rows = [row for group in groups for row in group]
-        source = [number for number, group in enumerate(groups) for _ in group]
-        self._take_tokens(rows, logits_MV[torch.tensor(source, device=logits_MV.device)])
-        self._finished += [finish(row) for row in rows if row.finish_reason]
-        staying = [(row, number) for row, number in zip(rows, source, strict=True) if not row.finish_reason]
-        if staying:
-            if self._cache is None:
-                self._cache = RowCache(computed)
-            widest = max(row.cached for row in [*self._rows, *(row for row, _ in staying)])
-            self._cache.place(len(self._rows), [number for _, number in staying], computed, widest)
-            self._rows += [row for row, _ in staying]
+        return logits_MV, computed
+
+    def _admit(self, staying: list[tuple[HFRow, int]], computed: Any) -> None:
+        """Add rows to the batch, each with its place in the cache that holds their prompts."""
+        if not staying:
+            return
+        if self._cache is None:
+            self._cache = RowCache(computed)
+        rows = [row for row, _ in staying]
+        widest = max(row.cached for row in [*self._rows, *rows])
+        self._cache.place(len(self._rows), [number for _, number in staying], computed, widest)
+        self._rows += rows
 
     # ---- all rows ----
 
