@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub must fail at once, not wait
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -109,3 +109,21 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were saved, instead of only their pixels."""
+    pytest.importorskip("matplotlib")
+    from steermoe import figures
+
+    saved: list[Any] = []
+    save = figures.save
+
+    def keep(figure: Any, path: Path) -> None:
+        saved.append(figure)
+        save(figure, path)
+
+    for module in ("steermoe.discovery.health", "steermoe.vectors.picture"):
+        monkeypatch.setattr(f"{module}.save", keep)
+    return saved

@@ -112,21 +112,6 @@ def test_no_tokens_is_an_error(tiny_model):
         routing_health(tiny_model, [""])
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, instead of only their pixels."""
-    pytest.importorskip("matplotlib")
-    saved = []
-    save = figures.save
-
-    def keep(figure, path):
-        saved.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(health_module, "save", keep)
-    return saved
-
-
 def test_picture_shows_loads_losses_and_evenness(tiny_model, tmp_path, drawn):
     health = routing_health(tiny_model, TEXTS)
     draw_health(health, tmp_path / "load.png")

@@ -13,21 +13,6 @@ from steermoe.vectors.vector import SteeringVector, VectorInfo
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, instead of only their pixels."""
-    pytest.importorskip("matplotlib")
-    saved = []
-    save = figures.save
-
-    def keep(figure, path):
-        saved.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(picture, "save", keep)
-    return saved
-
-
 def panels(figure):
     """The axes that show a matrix, without the colour bar."""
     return [axes for axes in figure.axes if axes.images]
