@@ -50,6 +50,10 @@ test-all: lint model ## every test, the slow ones too
 	$(BIN)/pytest
 	$(BIN)/python benchmarks/default_model.py
 
+.PHONY: fuzz
+fuzz: model ## 100,000 random inputs for each property of files, plans and command lines (hours)
+	$(BIN)/pytest -m fuzz --hypothesis-profile=long $(FUZZ)
+
 .PHONY: bench
 bench: model ## speed of decoding, steering, start-up and batches, each with its target (about 15 minutes)
 	$(BIN)/python benchmarks/speed.py

@@ -10,11 +10,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from steermoe.vectors import library
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 torch.set_num_threads(1)
+
+SLOW_INPUTS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "quick", max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=SLOW_INPUTS
+)
+settings.register_profile("long", max_examples=100_000, deadline=None, suppress_health_check=SLOW_INPUTS)
+settings.load_profile("quick")
+"""Tests marked `fuzz`; `make fuzz` chooses `long`."""
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 """Sizes of the tiny model."""
