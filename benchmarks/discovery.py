@@ -72,9 +72,9 @@ def agreement(embedded: EmbeddedTexts, report: Report, prefix: str) -> Discovery
     words = TfidfVectorizer(stop_words="english", min_df=2).fit_transform([text.text for text in embedded.texts])
     guess = KMeans(topics, n_init=10, random_state=0).fit_predict(words)
     by_words = float(adjusted_rand_score(embedded.labels, guess))
-    from steermoe.discovery.clustering import cluster
+    from steermoe.discovery.clustering import Method, cluster
 
-    hidden = cluster(embedded.hidden - embedded.hidden.mean(0), metric="cosine")
+    hidden = cluster(embedded.hidden - embedded.hidden.mean(0), Method(metric="cosine"))
     by_hidden = float(adjusted_rand_score(embedded.labels, hidden.labels))
     both = discover(embedded)
     ours = found.adjusted_rand

@@ -21,6 +21,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def reason(error: OSError) -> str:
+    """Why a file can't be written, in one line; libraries that notice a short write give no reason of their own."""
+    if error.strerror:
+        return error.strerror
+    said = " ".join(str(error).split())
+    return f"the disk may be full ({said})" if said else "the disk may be full"
+
+
 def cache_folder() -> Path:
     """Where models are kept: $STEERMOE_CACHE, or the user's cache folder."""
     from platformdirs import user_cache_path

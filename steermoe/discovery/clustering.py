@@ -4,10 +4,11 @@ Shapes: B texts, D features per text, K dimensions to cluster in.
 """
 
 import contextlib
+import itertools
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,6 +18,8 @@ from steermoe.errors import CorpusError, SteerMoEError
 
 Metric = Literal["hellinger", "euclidean", "cosine"]
 METRICS = get_args(Metric)
+Selection = Literal["eom", "leaf"]
+SELECTIONS = get_args(Selection)
 NOISE = -1
 """The label of texts that are in no cluster."""
 MIN_CLUSTERS = 3
@@ -27,11 +30,41 @@ LEAST_NEIGHBOURS, FEW_CLUSTERS = 2, 4
 """With few texts UMAP looks at no more than a quarter of them (the size of one of four clusters), else all would be
 neighbours.
 """
+LEAST_SIZE, SIZES_TRIED = 2, 12
+"""The smallest cluster, and how many minimum sizes are tried at first for a wanted number of clusters."""
 SPECTRAL_LEAST = 20
 """UMAP's spectral initialisation needs clearly more texts than dimensions."""
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Probabilities = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How texts are clustered.
+
+    Attributes:
+        cluster_dimensions: K.
+        min_cluster_size: the fewest texts in a cluster; by default `default_min_cluster_size(B)`.
+        clusters: the wanted number of clusters, in place of their size.
+        selection: which of HDBSCAN's nested clusters are taken: "eom" the most stable ones of any size, "leaf" the
+            smallest, which are more and of more equal size.
+        neighbours: neighbours of each text that UMAP looks at, at most a quarter of all texts; more show larger
+            structures.
+        metric: distance between two texts. "hellinger" is the euclidean distance of square roots, made for shares.
+        assign_noise: put each text that is in no cluster into the one with the nearest mean features.
+        seed: for UMAP.
+    """
+
+    cluster_dimensions: int = 5
+    min_cluster_size: int | None = None
+    clusters: int | None = None
+    selection: Selection = "eom"
+    neighbours: int = 15
+    metric: Metric = "hellinger"
+    assign_noise: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +81,7 @@ class Clustering:
 
     map_B2: Floats
     labels: Labels
-    probabilities: NDArray[np.float64]
+    probabilities: Probabilities
     min_cluster_size: int
     was_noise: NDArray[np.bool_]
 
@@ -65,16 +98,7 @@ def default_min_cluster_size(texts: int) -> int:
     return max(2, min(texts // 10, round(math.sqrt(texts))))
 
 
-def cluster(
-    features: Floats,
-    *,
-    cluster_dimensions: int = 5,
-    min_cluster_size: int | None = None,
-    neighbours: int = 15,
-    metric: Metric = "hellinger",
-    assign_noise: bool = False,
-    seed: int = 0,
-) -> Clustering:
+def cluster(features: Floats, method: Method | None = None) -> Clustering:
     """Cluster texts by their features.
 
     UMAP (McInnes 2018) lays the texts out in `cluster_dimensions` with no minimum distance (`min_dist` 0), and HDBSCAN
@@ -83,35 +107,66 @@ def cluster(
 
     Args:
         features: [B, D].
-        cluster_dimensions: K.
-        min_cluster_size: the fewest texts in a cluster; by default `default_min_cluster_size(B)`.
-        neighbours: neighbours of each text that UMAP looks at, at most a quarter of all texts; more show larger
-            structures.
-        metric: distance between two texts. "hellinger" is the euclidean distance of square roots, made for shares.
-        assign_noise: put each text that is in no cluster into the one with the nearest mean features.
-        seed: for UMAP.
+        method: how.
 
     Raises:
-        CorpusError: too few texts, features that are not finite or don't suit the metric, or an option out of range.
-        SteerMoEError: umap-learn or scikit-learn is missing.
+        CorpusError: too few texts, features that are not finite or don't suit the metric, an option out of range, or a
+            number of clusters that is not found. SteerMoEError: umap-learn or scikit-learn is missing.
     """
-    size = default_min_cluster_size(len(features)) if min_cluster_size is None else min_cluster_size
-    _check(len(features), cluster_dimensions, size, neighbours, seed)
-    points = transform(features, metric)
+    method = method or Method()
+    size = default_min_cluster_size(len(features)) if method.min_cluster_size is None else method.min_cluster_size
+    _check(len(features), size, method)
+    points = transform(features, method.metric)
     if not np.ptp(points, axis=0).any():
         return _nothing(len(points), size)
-    distance = "cosine" if metric == "cosine" else "euclidean"
-    map_B2 = _embed(points, 2, distance, neighbours, seed, min_dist=0.0 if cluster_dimensions == 2 else 0.1)
-    if cluster_dimensions == 2:
-        places_BK = map_B2
+    in_map = method.cluster_dimensions == 2
+    map_B2 = _embed(points, method, 2, min_dist=0.0 if in_map else 0.1)
+    places_BK = map_B2 if in_map else _embed(points, method, method.cluster_dimensions, min_dist=0.0)
+    if method.clusters is None:
+        labels, probabilities = _densest(places_BK, size, method.selection)
     else:
-        places_BK = _embed(points, cluster_dimensions, distance, neighbours, seed, min_dist=0.0)
-    labels, probabilities = _densest(places_BK, size)
+        size, labels, probabilities = _wanted(places_BK, method.clusters, method.selection)
     labels = _largest_first(labels)
     was_noise = labels == NOISE
-    if assign_noise:
+    if method.assign_noise:
         labels = _assign(points, labels)
     return Clustering(map_B2, labels, probabilities, size, was_noise)
+
+
+def agreement_of_seeds(features: Floats, found: Clustering, method: Method, seeds: Sequence[int]) -> float | None:
+    """The lowest adjusted Rand index of the clusters with those that other seeds give; 1 is the same, 0 is chance.
+
+    None without clusters or seeds. Costs a layout for each seed.
+
+    Args:
+        features: [B, D].
+        found: their clusters.
+        method: how they were found; `seeds` take the place of its seed.
+        seeds: other seeds.
+    """
+    if not found.num_clusters or not seeds:
+        return None
+    points = transform(features, method.metric)
+    first = np.where(found.was_noise, NOISE, found.labels)
+    agreements = []
+    for seed in seeds:
+        places_BK = _embed(points, replace(method, seed=seed), method.cluster_dimensions, min_dist=0.0)
+        labels, _ = _densest(places_BK, found.min_cluster_size, method.selection)
+        agreements.append(adjusted_rand(first, labels))
+    return min(agreements)
+
+
+def adjusted_rand(labels: Sequence[str] | Labels, others: Labels) -> float:
+    """How well two groupings of the same texts agree: 1 is the same, 0 is chance (Hubert and Arabie 1985).
+
+    Raises:
+        SteerMoEError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.metrics import adjusted_rand_score
+    except ImportError as error:
+        raise SteerMoEError(f"discovery needs scikit-learn ({error}): pip install 'steermoe[discover]'") from error
+    return float(adjusted_rand_score(labels, others))
 
 
 def transform(features: Floats, metric: Metric) -> Floats:
@@ -147,20 +202,32 @@ def _nothing(texts: int, size: int) -> Clustering:
     return Clustering(np.zeros((texts, 2), dtype=np.float32), labels, np.zeros(texts), size, labels == NOISE)
 
 
-def _check(texts: int, dimensions: int, size: int, neighbours: int, seed: int) -> None:
-    for name, value in (("cluster_dimensions", dimensions), ("min_cluster_size", size), ("neighbours", neighbours)):
+def _check(texts: int, size: int, method: Method) -> None:
+    counts = {"cluster_dimensions": method.cluster_dimensions, "min_cluster_size": size}
+    counts |= {"neighbours": method.neighbours} | ({} if method.clusters is None else {"clusters": method.clusters})
+    for name, value in counts.items():
         if value < 2:
             raise CorpusError(f"{name} is {value}: give 2 or more")
-    if not 0 <= seed < 2**32:
-        raise CorpusError(f"seed is {seed}: give a whole number from 0 to {2**32 - 1}")
-    if texts < MIN_CLUSTERS * size:
+    if not 0 <= method.seed < 2**32:
+        raise CorpusError(f"seed is {method.seed}: give a whole number from 0 to {2**32 - 1}")
+    if method.selection not in SELECTIONS:
+        raise CorpusError(f"selection '{method.selection}' is unknown: use {' or '.join(SELECTIONS)}")
+    if method.clusters is not None:
+        if method.min_cluster_size is not None:
+            raise CorpusError("give clusters or min_cluster_size, not both: the number of clusters decides their size")
+        if texts < LEAST_SIZE * method.clusters:
+            raise CorpusError(
+                f"{texts} texts are too few for {method.clusters} clusters: "
+                f"give at least {LEAST_SIZE * method.clusters} texts, or a smaller number"
+            )
+    elif texts < MIN_CLUSTERS * size:
         raise CorpusError(
             f"{texts} texts are too few to find clusters of {size} or more: give at least {MIN_CLUSTERS * size} texts"
-            + ("" if size == 2 else ", or a smaller min_cluster_size")
+            + ("" if size == LEAST_SIZE else ", or a smaller min_cluster_size")
         )
 
 
-def _embed(points: Floats, dimensions: int, distance: str, neighbours: int, seed: int, *, min_dist: float) -> Floats:
+def _embed(points: Floats, method: Method, dimensions: int, *, min_dist: float) -> Floats:
     """UMAP's layout [B, dimensions]."""
     texts = len(points)
     with _quietly():
@@ -170,26 +237,62 @@ def _embed(points: Floats, dimensions: int, distance: str, neighbours: int, seed
             raise SteerMoEError(f"clustering needs umap-learn ({error}): pip install 'steermoe[discover]'") from error
         layout = UMAP(
             n_components=dimensions,
-            n_neighbors=min(neighbours, max(LEAST_NEIGHBOURS, texts // FEW_CLUSTERS)),
-            metric=distance,
+            n_neighbors=min(method.neighbours, max(LEAST_NEIGHBOURS, texts // FEW_CLUSTERS)),
+            metric="cosine" if method.metric == "cosine" else "euclidean",
             min_dist=min_dist,
             init="spectral" if texts >= max(SPECTRAL_LEAST, 2 * dimensions) else "random",
-            random_state=seed,
+            random_state=method.seed,
             n_jobs=1,
         ).fit_transform(points)
     # A text that is far from all others has no edge in UMAP's graph and no position: put it in the middle.
     return np.nan_to_num(np.asarray(layout, dtype=np.float32), posinf=0.0, neginf=0.0)
 
 
-def _densest(places_BK: Floats, size: int) -> tuple[Labels, NDArray[np.float64]]:
+def _densest(places_BK: Floats, size: int, selection: Selection) -> tuple[Labels, Probabilities]:
     """HDBSCAN's labels and probabilities, [B] each."""
     with _quietly():
         try:
             from sklearn.cluster import HDBSCAN
         except ImportError as error:
             raise SteerMoEError(f"clustering needs scikit-learn ({error}): pip install 'steermoe[discover]'") from error
-        found = HDBSCAN(min_cluster_size=size, min_samples=min(size, DENSITY_NEIGHBOURS), copy=True).fit(places_BK)
+        found = HDBSCAN(
+            min_cluster_size=size,
+            min_samples=min(size, DENSITY_NEIGHBOURS),
+            cluster_selection_method=selection,
+            copy=True,
+        ).fit(places_BK)
     return found.labels_.astype(np.int64), np.nan_to_num(found.probabilities_.astype(np.float64))
+
+
+def _wanted(places_BK: Floats, clusters: int, selection: Selection) -> tuple[int, Labels, Probabilities]:
+    """The minimum size that gives the wanted number of clusters with the least noise; and what HDBSCAN finds with it.
+
+    Larger sizes give fewer clusters, so between two sizes with too many and too few a third is tried.
+
+    Raises:
+        CorpusError: no size gives that number.
+    """
+    tried: dict[int, tuple[Labels, Probabilities]] = {}
+
+    def count(size: int) -> int:
+        if size not in tried:
+            tried[size] = _densest(places_BK, size, selection)
+        return int(tried[size][0].max(initial=NOISE)) + 1
+
+    for size in np.unique(np.geomspace(LEAST_SIZE, len(places_BK) // clusters, SIZES_TRIED).round().astype(int)):
+        count(int(size))
+    for low, high in itertools.pairwise(sorted(tried)):
+        while high - low > 1 and count(low) > clusters > count(high):
+            middle = (low + high) // 2
+            low, high = (low, middle) if count(middle) <= clusters else (middle, high)
+    if right := [size for size in tried if count(size) == clusters]:
+        size = min(right, key=lambda size: (int((tried[size][0] == NOISE).sum()), -size))
+        return size, *tried[size]
+    there = ", ".join(map(str, sorted({count(size) for size in tried})))
+    raise CorpusError(
+        f"no minimum size of a cluster gives {clusters} clusters, they give {there}: ask for one of these numbers, or "
+        f"for selection {'eom' if selection == 'leaf' else 'leaf'}"
+    )
 
 
 def _largest_first(labels: Labels) -> Labels:

@@ -8,17 +8,18 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.discovery import clustering
-from steermoe.discovery.clustering import Clustering, Floats, Metric
+from steermoe.discovery.clustering import Clustering, Floats, Method, Metric, Selection
+from steermoe.discovery.cutting import cut
 from steermoe.discovery.keywords import Keyword, cluster_keywords
 from steermoe.discovery.store import EmbeddedTexts
-from steermoe.errors import SteerMoEError, VectorError
-from steermoe.vectors.file import check_domain_name
+from steermoe.errors import CorpusError, VectorError
+from steermoe.vectors.file import check_domain_name, normal_name
 from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
 CREATED_BY = "steermoe vectors discover"
@@ -26,6 +27,14 @@ NUM_KEYWORDS = 10
 NUM_EXAMPLES = 3
 NAME_WORDS = 2
 MAX_NAME = 40
+OTHER_SEEDS, STABILITY_TEXTS = 2, 2000
+"""Other seeds that are tried, with at most this many texts: each takes about as long as the map."""
+DOMINANT, STABLE = 0.5, 0.7
+"""A cluster with more than the first share of all texts is reported, like an agreement of seeds below the second."""
+ADVICE_NONE = "give more, longer or more different texts"
+ADVICE_DOMINANT = "try --selection leaf, or --clusters with the number of domains that you expect"
+ADVICE_NOISE = "try a smaller --min-cluster-size, or --assign-noise"
+ADVICE_SEED = "give more or longer texts, or try another --neighbours or --selection"
 
 Names = Mapping[int | str, str]
 """New names of clusters, by their number or by the name made from their keywords."""
@@ -36,14 +45,17 @@ class DiscoveryOptions:
     """How domains are found.
 
     Attributes:
-        threshold: see `SteeringVector`.
+        threshold: see `SteeringVector`. None is 3, or lower for clusters whose vector would steer too few of the layers
+            that set them apart (see `cutting.cut`); a number is kept.
         relative: compare with the corpus baseline. If nothing exceeds that, the vector is cut at `threshold` / N.
-        cluster_dimensions, neighbours, assign_noise, seed: see `clustering.cluster`.
-        min_cluster_size: see `clustering.cluster`; None chooses it.
-        metric: see `clustering.cluster`; None is "hellinger", or "cosine" if the features include hidden states.
+        cluster_dimensions, min_cluster_size, neighbours, assign_noise, seed: see `clustering.Method`.
+        metric: see `clustering.Method`; None is "hellinger", or "cosine" if the features include hidden states.
+        clusters, selection: see `clustering.Method`.
+        other_seeds: cluster with this many other seeds too, to see whether the clusters depend on the seed; None is 2
+            for up to `STABILITY_TEXTS` texts, else 0.
     """
 
-    threshold: float = DEFAULT_THRESHOLD
+    threshold: float | None = None
     relative: bool = True
     cluster_dimensions: int = 5
     min_cluster_size: int | None = None
@@ -51,6 +63,9 @@ class DiscoveryOptions:
     metric: Metric | None = None
     assign_noise: bool = False
     seed: int = 0
+    clusters: int | None = None
+    selection: Selection = "eom"
+    other_seeds: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +105,11 @@ class Discovery:
 
     Attributes:
         adjusted_rand: agreement of the clusters with the known labels (1 is perfect, 0 is chance), over the texts that
-            have one; noise counts as a cluster of its own. None without labels.
+            have one; noise counts as a cluster of its own. None without clusters or without two different labels.
         noise: number of texts in no cluster.
-        options: as given, with the cluster size and metric that were used.
+        options: as given, with the threshold, cluster size and metric that were used.
+        stability: the lowest agreement with the clusters that other seeds give, in the same measure; None if no other
+            seed was tried.
     """
 
     embedded: EmbeddedTexts
@@ -101,6 +118,29 @@ class Discovery:
     adjusted_rand: float | None
     noise: int
     options: DiscoveryOptions
+    stability: float | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against the clusters, and what to do about it; a line each."""
+        texts, sizes = len(self.embedded), [cluster.size for cluster in self.clusters]
+        if not sizes:
+            return (f"no cluster was found: the model routes these texts alike; {ADVICE_NONE}",)
+        found = []
+        largest, second = sizes[0], max(sizes[1:], default=0)
+        if largest > DOMINANT * texts and largest > 2 * second:
+            found.append(
+                f"cluster '{self.clusters[0].name}' has {largest:,} of {texts:,} texts: it may hold several domains; "
+                f"{ADVICE_DOMINANT}"
+            )
+        if self.noise > DOMINANT * texts:
+            found.append(f"{self.noise:,} of {texts:,} texts are in no cluster; {ADVICE_NOISE}")
+        if self.stability is not None and self.stability < STABLE:
+            found.append(
+                f"another seed gives other clusters (adjusted Rand index {self.stability:.2f}, 1 is the same): take "
+                f"them as one of several views; {ADVICE_SEED}"
+            )
+        return tuple(found)
 
     def name_of(self, label: int) -> str:
         """The name of a cluster by its number; "" for noise."""
@@ -130,37 +170,53 @@ def discover(
         CorpusError: too few texts, or an option out of range. VectorError: a new name that is not allowed, or for a
             cluster that doesn't exist. SteerMoEError: an extra is missing.
     """
-    options = options or DiscoveryOptions()
-    for name in (names or {}).values():
-        check_domain_name(name)
-    if options.threshold < 0 or not np.isfinite(options.threshold):
-        raise VectorError(f"threshold {options.threshold} must be a finite number, 0 or more")
+    options = _checked(options or DiscoveryOptions(), len(embedded))
+    names = {old: check_domain_name(name) for old, name in (names or {}).items()}
     notify = progress or (lambda step: None)
     metric: Metric = options.metric or ("hellinger" if embedded.hidden is None else "cosine")
+    method = Method(**{f.name: getattr(options, f.name) for f in fields(Method)} | {"metric": metric})
     notify(f"Clustering {len(embedded)} texts ...")
     features = embedded.features()
-    found = clustering.cluster(
-        features,
-        cluster_dimensions=options.cluster_dimensions,
-        min_cluster_size=options.min_cluster_size,
-        neighbours=options.neighbours,
-        metric=metric,
-        assign_noise=options.assign_noise,
-        seed=options.seed,
-    )
+    found = clustering.cluster(features, method)
+    if options.other_seeds:
+        notify(f"Clustering with {count_of(options.other_seeds, 'other seed')} ...")
+    other_seeds = [(options.seed + step) % 2**32 for step in range(1, options.other_seeds + 1)]
+    stability = clustering.agreement_of_seeds(features, found, method, other_seeds)
     notify("Finding keywords ...")
     keywords = cluster_keywords([text.text for text in embedded.texts], found.labels, NUM_KEYWORDS)
     notify("Building vectors ...")
-    options = replace(options, min_cluster_size=found.min_cluster_size, metric=metric)
     points, baseline = clustering.transform(features, metric), _mean(embedded.frequency)
     clusters = []
-    for number, name in enumerate(_name_clusters(keywords, names or {})):
+    for number, name in enumerate(_name_clusters(keywords, names)):
         members = np.flatnonzero(found.labels == number)
         cluster = _describe(embedded, number, name, keywords[number], members, points)
         vector, note = _build_vector(embedded, cluster, members, baseline, options)
         clusters.append(replace(cluster, vector=vector, note=note))
-    rand = _adjusted_rand(embedded.labels, found)
-    return Discovery(embedded, found, tuple(clusters), rand, int((found.labels < 0).sum()), options)
+    threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
+    return Discovery(
+        embedded,
+        found,
+        tuple(clusters),
+        _agreement(embedded.labels, found),
+        int((found.labels < 0).sum()),
+        replace(options, threshold=threshold, min_cluster_size=found.min_cluster_size, metric=metric),
+        stability,
+    )
+
+
+def _checked(options: DiscoveryOptions, texts: int) -> DiscoveryOptions:
+    """The options with the number of other seeds.
+
+    Raises:
+        VectorError: an impossible threshold. CorpusError: a negative number of seeds.
+    """
+    if options.threshold is not None and not 0 <= options.threshold < np.inf:
+        raise VectorError(f"threshold {options.threshold} must be a finite number, 0 or more")
+    if options.other_seeds is None:
+        return replace(options, other_seeds=OTHER_SEEDS if texts <= STABILITY_TEXTS else 0)
+    if options.other_seeds < 0:
+        raise CorpusError(f"other_seeds is {options.other_seeds}: give 0 or more")
+    return options
 
 
 def _describe(
@@ -209,46 +265,29 @@ def _build_vector(
         cluster.name,
         torch.from_numpy(_mean(embedded.frequency[members])),
         meta.layers,
-        threshold=options.threshold,
+        threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
         baseline=torch.from_numpy(baseline),
         relative=options.relative,
         info=info,
     )
-    return _cut(vector, len(members) / len(embedded))
-
-
-def _cut(vector: SteeringVector, share: float) -> tuple[SteeringVector | None, str]:
-    """The vector, cut at 1/N if nothing exceeds the baseline, None if nothing exceeds either; and the reason.
-
-    `share` of all texts are the vector's own. They are part of the baseline, so F is at most 1 / share times as large.
-    """
-    if vector.experts.any():
-        return vector, ""
-    absolute = f"{vector.threshold:g} / {vector.num_experts}"
-    if not vector.relative:
-        return None, f"no vector: no expert's share exceeds {absolute}; a lower threshold keeps more"
-    missed = f"no expert's share exceeds {vector.threshold:g} x the baseline"
-    if 1 / share <= vector.threshold:
-        missed += f" (with {share:.0%} of all texts it can't exceed {1 / share:.2g} x)"
-    if (fallback := vector.with_threshold(vector.threshold)).experts.any():
-        return fallback, f"{missed}; cut at {absolute} instead"
-    return None, f"no vector: {missed}, nor {absolute}; a lower threshold keeps more"
+    return cut(vector, len(members) / len(embedded), adapt=options.threshold is None)
 
 
 def _mean(frequency_BLN: Floats) -> Floats:
     return frequency_BLN.mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
-def _adjusted_rand(labels: Sequence[str], found: Clustering) -> float | None:
-    if not any(labels):
+def _agreement(labels: Sequence[str], found: Clustering) -> float | None:
+    """Of the clusters with the known labels; None if there are no clusters, or not two labels, to agree on."""
+    if len({label for label in labels if label}) < 2 or not found.num_clusters:
         return None
-    try:
-        from sklearn.metrics import adjusted_rand_score
-    except ImportError as error:
-        raise SteerMoEError(f"discovery needs scikit-learn ({error}): pip install 'steermoe[discover]'") from error
-
     known = [index for index, label in enumerate(labels) if label]
-    return float(adjusted_rand_score([labels[index] for index in known], found.labels[known]))
+    return clustering.adjusted_rand([labels[index] for index in known], found.labels[known])
+
+
+def count_of(number: int, thing: str) -> str:
+    """Such as "1 cluster" or "1,436 texts"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def most_common(labels: Sequence[str]) -> dict[str, int]:
@@ -280,13 +319,21 @@ def _name_clusters(keywords: Mapping[int, Sequence[Keyword]], names: Names) -> l
 
 
 def _name_from(words: Sequence[str]) -> str:
-    """The first words as a domain name: Latin letters without accents; "" if no word can be written that way."""
+    """The first words as a domain name: Latin letters without accents, others as they are; "" if no word allows it."""
     parts: list[str] = []
     for word in words:
-        latin = unicodedata.normalize("NFKD", word.casefold()).encode("ascii", "ignore").decode()
-        latin = re.sub("[^a-z0-9]", "", latin)
-        if len(latin) >= max(2, len(word) // 2 + 1) and len("-".join([*parts, latin])) <= MAX_NAME:
-            parts.append(latin)
+        part = _in_a_name(word)
+        if part and len("-".join([*parts, part])) <= MAX_NAME:
+            parts.append(part)
         if len(parts) == NAME_WORDS:
             break
     return "-".join(parts)
+
+
+def _in_a_name(word: str) -> str:
+    """A word without accents if it is Latin, else in its own script; "" if neither can be part of a name."""
+    latin = unicodedata.normalize("NFKD", word.casefold()).encode("ascii", "ignore").decode()
+    latin = re.sub("[^a-z0-9]", "", latin)
+    if len(latin) >= max(2, len(word) // 2 + 1):
+        return latin
+    return (normal_name(word) or "") if not latin else ""

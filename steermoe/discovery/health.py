@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steermoe.discovery.discover import count_of
 from steermoe.discovery.embed_corpus import SHARD_TEXTS, embedder
 from steermoe.discovery.embedder import EmbeddingOptions, TextProgress
 from steermoe.errors import CorpusError, ModelError
@@ -201,6 +202,6 @@ def draw_health(health: "RoutingHealth", path: Path) -> None:
     even.barh(rows, [layer.evenness for layer in health.layers], color="#228833")
     even.set_xlim(0, 1)
     even.set_xlabel("entropy / log N\n(1 = balanced)")
-    title = f"{health.model}: {health.tokens:,} tokens of {health.texts:,} texts"
+    title = f"{health.model}: {count_of(health.tokens, 'token')} of {count_of(health.texts, 'text')}"
     figure.suptitle("".join(char if char.isprintable() else " " for char in title), parse_math=False)
     save(figure, path)

@@ -1,24 +1,22 @@
 """The report's page: one HTML file, from the record that `report` writes. Knows no models."""
 
 import html
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from steermoe.discovery import picture
-from steermoe.discovery.discover import Discovery
+from steermoe.discovery.discover import Discovery, count_of
+from steermoe.discovery.store import EmbeddingMeta
 
 REPORT, INDEX, MAP, TABLE = "report.json", "index.html", "map.html", "clusters.csv"
 
-
 CLUSTERS_PNG, SOURCES_PNG = "map_clusters.png", "map_sources.png"
-
 
 EXCERPT = 320
 
-
 MAX_SOURCES, LEAST_SOURCE = 4, 0.01
 """At most this many known labels of a cluster are named, each with at least this share."""
-
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -61,12 +59,13 @@ def _page(discovery: Discovery, record: Mapping[str, Any]) -> str:
 <body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(_summary(discovery))}</p>
+{"".join(f'<p class="note">{html.escape(_sentence(warning))}</p>' for warning in record["warnings"])}
 <div class="maps">
 {maps}</div>
 <p><a href="{MAP}">Map with the texts on hover</a>, <a href="{TABLE}">cluster of each text</a> (CSV),
 <a href="{REPORT}">all numbers</a> (JSON)</p>
 {_table(record["clusters"])}
-{"".join(_section(cluster, texts) for cluster in record["clusters"])}
+{"".join(_section(cluster, texts, meta) for cluster in record["clusters"])}
 <h2>How it was made</h2>
 <table>{"".join(_row(name, value) for name, value in _facts(record).items())}</table>
 </body>
@@ -75,21 +74,26 @@ def _page(discovery: Discovery, record: Mapping[str, Any]) -> str:
 
 
 def _summary(discovery: Discovery) -> str:
-    noise = discovery.noise / len(discovery.embedded)
-    words = f"{_clusters(discovery)}; {discovery.noise:,} texts ({noise:.0%}) are in none."
+    noise, are = discovery.noise / len(discovery.embedded), "is" if discovery.noise == 1 else "are"
+    words = f"{_clusters(discovery)}; {count_of(discovery.noise, 'text')} ({noise:.0%}) {are} in none."
     if discovery.adjusted_rand is not None:
         words += (
             f" Agreement with the known sources: adjusted Rand index {discovery.adjusted_rand:.2f} "
             "(1: the same groups, 0: as by chance)."
         )
+    if discovery.stability is not None:
+        words += f" The same index with the clusters that other seeds give: at least {discovery.stability:.2f}."
     if not discovery.embedded.meta.complete:
         words += " The embeddings are not complete: this is a part of the corpus."
     return words
 
 
 def _clusters(discovery: Discovery) -> str:
-    count = len(discovery.clusters)
-    return f"{count} cluster{'' if count == 1 else 's'}"
+    return count_of(len(discovery.clusters), "cluster")
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def _table(clusters: Iterable[Mapping[str, Any]]) -> str:
@@ -104,17 +108,19 @@ def _table(clusters: Iterable[Mapping[str, Any]]) -> str:
     return f'<div class="wide"><table>\n{head}\n{rows}</table></div>' if rows else "<p>No cluster was found.</p>"
 
 
-def _section(cluster: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+def _section(cluster: Mapping[str, Any], texts: Mapping[str, str], meta: EmbeddingMeta) -> str:
     name = html.escape(cluster["name"])
     examples = "".join(
         f"<blockquote>{html.escape(picture.excerpt(texts[id_], EXCERPT))}<cite>{html.escape(id_)}</cite></blockquote>\n"
         for id_ in cluster["examples"]
     )
-    note = f'<p class="note">{html.escape(cluster["note"].capitalize())}.</p>\n' if cluster["note"] else ""
+    note = f'<p class="note">{html.escape(_sentence(cluster["note"]))}</p>\n' if cluster["note"] else ""
+    own = f"--domain {cluster['vector']} --model {shlex.quote(meta.model)}"
     vector = (
-        f'<p><a href="{cluster["vector"]}">Steering vector</a>: {cluster["experts"]} experts '
-        f"in {cluster['layers']} layers. In this folder, steer with "
-        f"<code>steermoe generate --domain {cluster['vector']}</code></p>\n"
+        f'<p><a href="{cluster["vector"]}">Steering vector</a>: {count_of(cluster["experts"], "expert")} '
+        f"in {cluster['layers']} of {count_of(len(meta.layers), 'MoE layer')}. In this folder, find its strength with "
+        f"<code>{html.escape(f'steermoe calibrate {own}')}</code>, then steer with "
+        f"<code>{html.escape(f'steermoe generate {own}')}</code></p>\n"
         f'<img loading="lazy" src="{cluster["picture"]}" alt="frequencies of {name} before and after the threshold">\n'
         if cluster["vector"]
         else ""
@@ -131,7 +137,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     meta = record["embeddings"]
     facts = {
         "model": f"{meta['model']} ({meta['architecture']})",
-        "shape": f"{len(meta['layers'])} layers x {meta['num_experts']} experts",
+        "shape": f"{count_of(len(meta['layers']), 'layer')} x {count_of(meta['num_experts'], 'expert')}",
         "embeddings": f"{meta['features']} over {meta['tokens']} tokens, at most {meta['max_tokens']} a text"
         + (", with hidden states" if meta["hidden"] else ""),
     }

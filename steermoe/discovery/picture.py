@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from steermoe.discovery.discover import Discovery, most_common
 from steermoe.errors import SteerMoEError
-from steermoe.files import atomic_path
+from steermoe.files import atomic_path, reason
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D00", "#332288", "#882255")
 """Distinct to colour-blind readers (Okabe and Ito 2008, and three darker ones). After the last, the shape changes."""
@@ -29,10 +29,14 @@ WEBGL_FROM = 2000
 """From this many points on the GPU draws them; as single SVG shapes they would stall the browser."""
 EXCERPT, EXCERPT_WIDTH = 240, 60
 """Characters of a text in the hover (half as many if there are many points), and of one line of it."""
-NO_CLUSTER, NO_SOURCE = "in no cluster", "source unknown"
+NO_CLUSTER, NO_SOURCE, OTHER_SOURCES = "in no cluster", "source unknown", "{} other sources"
 SMALL_GROUP = 4
 """In lines of text: a group that is no higher has its name above it."""
 FEW_POINTS, MANY_POINTS = 300, 20_000
+MOST_NAMED = 30
+"""At most this many clusters or sources, the largest, are named on the map and in its legend."""
+LONGEST_NAME, TITLE_WIDTH = 28, 110
+"""In characters: a longer name is cut, a longer title wraps."""
 
 PLOTLY = {
     "displaylogo": False,
@@ -74,6 +78,12 @@ class Group:
     style: int | None
 
     @property
+    def short(self) -> str:
+        """Its name for maps and legends: short, and without control characters, which fonts lack."""
+        name = _plain(self.name)
+        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 4].rstrip()} ..."
+
+    @property
     def colour(self) -> str:
         return GREY if self.style is None else COLOURS[self.style % len(COLOURS)]
 
@@ -92,7 +102,8 @@ def cluster_groups(discovery: Discovery) -> list[Group]:
 def source_groups(discovery: Discovery) -> list[Group]:
     """Texts without a known label first; then the labels, the most frequent first. Empty if no label is known.
 
-    A label looks like the cluster in which it is the most frequent, so that the two maps can be compared.
+    A label looks like the cluster in which it is the most frequent, so that the two maps can be compared. If there are
+    more labels than can be told apart, the rarest are one group.
     """
     labels = np.array(discovery.embedded.labels, dtype=object)
     names = [name for name in most_common(discovery.embedded.labels) if name]
@@ -104,8 +115,11 @@ def source_groups(discovery: Discovery) -> list[Group]:
     for name in names:
         if name not in styles:
             styles[name] = next(unused)
-    found = [Group(name, np.flatnonzero(labels == name), styles[name]) for name in names]
-    return [*_rest(NO_SOURCE, np.flatnonzero(labels == "")), *found] if found else []
+    found = [Group(name, np.flatnonzero(labels == name), styles[name]) for name in names[:MOST_NAMED]]
+    rare = set(names[MOST_NAMED:])
+    others = np.flatnonzero([label in rare for label in labels])
+    unknown = _rest(NO_SOURCE, np.flatnonzero(labels == ""))
+    return [*unknown, *_rest(OTHER_SOURCES.format(len(rare)), others), *found]
 
 
 def _rest(name: str, rows: NDArray[np.int64]) -> list[Group]:
@@ -130,9 +144,11 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots()
     area = float(np.interp(len(places_B2), [FEW_POINTS, MANY_POINTS], [26, 3]))
+    styled = [group for group in groups if group.style is not None]
+    handles, labels = [], []
     for group in groups:
         x, y = places_B2[group.rows].T
-        axes.scatter(
+        dots = axes.scatter(
             x,
             y,
             s=area if group.style is not None else area / 3,
@@ -140,25 +156,29 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
             marker=group.shape(0),
             linewidths=0,
             alpha=0.8 if group.style is not None else 0.5,
-            label=_plain(f"{group.name} ({len(group.rows):,})"),
         )
-    axes.set_title(_plain(title), parse_math=False)
+        if group not in styled[MOST_NAMED:]:
+            handles.append(dots)
+            labels.append(f" {group.short} ({len(group.rows):,})")  # matplotlib hides what begins with an underscore
+    axes.set_title("\n".join(textwrap.wrap(_plain(title), TITLE_WIDTH)), parse_math=False)
     axes.margins(0.1)  # room for names at the edges
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.spines[:].set_color("#cccccc")
     legend = figure.legend(
+        handles,
+        labels,
         loc="outside right upper",
         frameon=False,
         fontsize=9,
         markerscale=max(1.0, (30 / area) ** 0.5),
-        ncols=1 + len(groups) // 36,
+        title=f"and {len(styled) - MOST_NAMED} smaller ones" if len(styled) > MOST_NAMED else None,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
-        _name_places(axes, [group for group in groups if group.style is not None], places_B2)
+        _name_places(axes, styled[:MOST_NAMED], places_B2)
         _save(figure, path)
 
 
@@ -172,12 +192,12 @@ def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float
     line = 15 * figure.dpi / 72
     spots = [(group, *_spot(axes.transData.transform(places_B2[group.rows]), line)) for group in groups]
     for group, x, y in sorted(spots, key=lambda spot: spot[2]):
-        half = 0.3 * line * len(group.name) + 2
+        half = 0.3 * line * len(group.short) + 2
         while any(abs(y - other_y) < line and abs(x - other_x) < half + other for other_x, other_y, other in taken):
             y += line / 2
         taken.append((x, y, half))
         axes.annotate(
-            _plain(group.name),
+            group.short,
             axes.transData.inverted().transform((x, y)),
             ha="center",
             va="center",
@@ -207,7 +227,7 @@ def _save(figure: Any, path: Path) -> None:
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
-        raise SteerMoEError(f"can't write the picture '{path}': {error.strerror}; name another folder") from error
+        raise SteerMoEError(f"can't write the picture '{path}': {reason(error)}; name another folder") from error
 
 
 # ---- page ----
@@ -249,7 +269,7 @@ def _trace(group: Group, places_B2: NDArray[np.float32], hovers: Sequence[str]) 
         x=x.tolist(),  # as lists: plotly would write arrays in base64, which nobody can read or search
         y=y.tolist(),
         mode="markers",
-        name=f"{_marked(group.name)} ({len(group.rows):,})",
+        name=f"{_marked(group.short)} ({len(group.rows):,})",
         marker={
             "color": group.colour,
             "symbol": group.shape(1),

@@ -15,7 +15,8 @@ import importlib.util
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from steermoe.discovery import picture
 from steermoe.discovery.discover import Cluster, Discovery
 from steermoe.discovery.page import CLUSTERS_PNG, INDEX, MAP, REPORT, SOURCES_PNG, TABLE, _clusters, _page
 from steermoe.errors import CorpusError, SteerMoEError
-from steermoe.files import atomic_path
+from steermoe.files import atomic_path, reason
 from steermoe.vectors import file
+from steermoe.vectors.file import normal_name
 
 FIXED = (REPORT, INDEX, MAP, TABLE, CLUSTERS_PNG, SOURCES_PNG)
-NAMED = re.compile(r"heat_[a-z0-9_-]+\.png|vectors/[a-z0-9_-]+\.safetensors")
+NAMED = re.compile(r"heat_(.+)\.png|vectors/(.+)\.safetensors")
 """Files that a report names after its clusters."""
+UNFINISHED = ".unfinished-report"
+"""The subfolder in which a report is made, so that the folder has the whole report or nothing of it."""
 LIBRARIES = {"umap": "umap-learn", "sklearn": "scikit-learn", "plotly": "plotly", "matplotlib": "matplotlib"}
 """Modules of the extra, and the packages that they come in."""
 NUMPY_AND_US = ("steermoe", "numpy", "torch")
@@ -49,7 +53,7 @@ def check_ready(folder: Path, force: bool = False) -> None:
 def write_report(
     discovery: Discovery, folder: Path, *, force: bool = False, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Write all files of a report, each whole or not at all.
+    """Write all files of a report, or none of them: a run that fails leaves an earlier report as it was.
 
     Args:
         discovery: what was found.
@@ -67,42 +71,72 @@ def write_report(
     notify = progress or (lambda step: None)
     record = describe(discovery)
     _check_free(folder, record["files"], force)
+    made = folder / UNFINISHED
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = _earlier_files(folder)
-        (folder / REPORT).unlink(missing_ok=True)
+        _remove_unfinished(folder)
+        made.mkdir()
         for cluster in discovery.clusters:
             if cluster.vector is not None:
                 notify(f"Drawing {cluster.name} ...")
-                _write_vector(cluster, folder)
+                _write_vector(cluster, made)
         notify("Drawing the map ...")
-        _draw_maps(discovery, folder)
-        _write_table(discovery, folder / TABLE)
-        _write_text(folder / INDEX, _page(discovery, record))
-        for name in earlier - set(record["files"]):
-            (folder / name).unlink(missing_ok=True)
-        _write_text(folder / REPORT, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        _draw_maps(discovery, made)
+        _write_table(discovery, made / TABLE)
+        _write_text(made / INDEX, _page(discovery, record))
+        _write_text(made / REPORT, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        _put_in_place(folder, record["files"])
     except OSError as error:
-        raise CorpusError(f"can't write the report to '{folder}': {error.strerror}; name another folder") from error
+        raise CorpusError(f"can't write the report to '{folder}': {reason(error)}; name another folder") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return record
 
 
 def _check_free(folder: Path, names: Iterable[str], force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise CorpusError(f"'{folder}' is a file, the report needs a folder: name another one")
-    if not force and (there := [name for name in names if (folder / name).exists()]):
-        raise CorpusError(
-            f"'{folder}' already has a report ({there[0]}): pass --force to replace it, or name another folder"
-        )
+    moved = _listed_files(folder / UNFINISHED)
+    if not force and (there := [name for name in names if (folder / name).exists() and name not in moved]):
+        what = "already has a report" if (folder / REPORT).exists() else "has files where the report would be"
+        raise CorpusError(f"'{folder}' {what} ({there[0]}): pass --force to replace it, or name another folder")
 
 
-def _earlier_files(folder: Path) -> set[str]:
-    """The files that an earlier report lists, but only names that a report can have."""
+def _put_in_place(folder: Path, names: Sequence[str]) -> None:
+    """Move the files of a finished report to their places, report.json last, and remove those of an earlier one."""
+    earlier = _listed_files(folder)
+    (folder / REPORT).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name != REPORT:
+            (folder / UNFINISHED / name).replace(folder / name)
+    for name in earlier - set(names):
+        (folder / name).unlink(missing_ok=True)
+    (folder / UNFINISHED / REPORT).replace(folder / REPORT)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left, also the files that it had moved to their places already."""
+    left = folder / UNFINISHED
+    for name in _listed_files(left):
+        if not (left / name).exists():
+            (folder / name).unlink(missing_ok=True)
+    if left.exists():
+        shutil.rmtree(left)
+
+
+def _listed_files(folder: Path) -> set[str]:
+    """The files that a folder's report lists, but only names that a report can have."""
     try:
         names = json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"]
-        return {name for name in names if name in FIXED or NAMED.fullmatch(name)}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {name for name in names if name in FIXED or _is_named(name)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
+
+
+def _is_named(name: str) -> bool:
+    match = NAMED.fullmatch(name)
+    return match is not None and normal_name(match[1] or match[2]) is not None
 
 
 # ---- numbers ----
@@ -119,6 +153,8 @@ def describe(discovery: Discovery) -> dict[str, Any]:
         "texts": len(discovery.embedded),
         "noise": discovery.noise,
         "adjusted_rand": discovery.adjusted_rand,
+        "stability": discovery.stability,
+        "warnings": list(discovery.warnings),
         "clusters": clusters,
         "files": [INDEX, MAP, *maps, TABLE, *named, REPORT],
         "versions": _versions(),
@@ -137,6 +173,7 @@ def _describe_cluster(cluster: Cluster) -> dict[str, Any]:
         "purity": cluster.purity,
         "experts": int((vector.experts > 0).sum()) if vector else 0,
         "layers": int((vector.experts > 0).any(-1).sum()) if vector else 0,
+        "threshold": vector.threshold if vector else None,
         "relative": vector.relative if vector else None,
         "note": cluster.note,
         "vector": f"vectors/{cluster.name}{file.SUFFIX}" if vector else None,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from steermoe.discovery.discover import count_of
 from steermoe.evaluation.summary import MAIN, control_groups
 
 SummaryDict = Mapping[str, Any]
@@ -24,8 +25,8 @@ def markdown(summary: SummaryDict) -> str:
         ]
     settings = summary["settings"]
     head = (
-        f"{summary['model']}: {len(settings['openings'])} openings x {settings['seeds']} seeds x "
-        f"{len(summary['unsteered'])} domains, {settings['max_new_tokens']} tokens each, temperature "
+        f"{summary['model']}: {count_of(len(settings['openings']), 'opening')} x {count_of(settings['seeds'], 'seed')} "
+        f"x {count_of(len(summary['unsteered']), 'domain')}, {settings['max_new_tokens']} tokens each, temperature "
         f"{settings['temperature']:g}. Intervals: 95%, paired bootstrap over openings. Largest logit difference at "
         f"strength 0: {summary['strength_0']:g}."
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steermoe.discovery.discover import count_of
 from steermoe.evaluation.summary import MAIN, control_groups
 from steermoe.figures import figure_class, save
 
@@ -199,4 +200,6 @@ def _confusion(figure: Any, summary: SummaryDict) -> bool:
 
 def _what(summary: SummaryDict) -> str:
     settings = summary["settings"]
-    return f"{summary['model']}, {len(settings['openings'])} openings x {settings['seeds']} seeds"
+    return (
+        f"{summary['model']}, {count_of(len(settings['openings']), 'opening')} x {count_of(settings['seeds'], 'seed')}"
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steermoe.discovery.discover import count_of
 from steermoe.discovery.embedder_hf import batches
 from steermoe.engines.request import Completion
 from steermoe.errors import GenerationError
@@ -103,7 +104,8 @@ class TeacherForcing:
         usable = sorted((ids for ids in encoded if len(ids) > prompt_tokens + 1), key=len)
         if not usable:
             raise GenerationError(
-                f"none of {len(texts)} texts has more than {prompt_tokens + 1} tokens: give longer texts to measure on"
+                f"none of {count_of(len(texts), 'text')} has more than {prompt_tokens + 1} tokens: "
+                "give longer texts to measure on"
             )
         cut = batches(range(len(usable)), list(map(len, usable)), BATCH_TOKENS)
         self._batches = [self._unsteered([usable[i] for i in numbers]) for numbers in cut]

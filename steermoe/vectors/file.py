@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,7 +43,12 @@ HEADER_FIELDS = {
 }
 
 
-DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+NAME_KINDS = {"Ll", "Lo", "Lm", "Mn", "Mc", "Nd"}
+"""Unicode categories in a domain's name besides - and _: letters without capitals, vowel signs and accents, digits."""
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Letters and marks that show nothing, so that two names could look alike."""
+MAX_NAME_BYTES, MAX_SHOWN = 200, 60
+"""With what is written before and after it, a name must fit into the 255 bytes that file systems allow."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +75,33 @@ class VectorHeader:
 
 
 def check_domain_name(name: str) -> str:
-    """The name, if it is allowed as a file name.
+    """The name as files and vectors hold it, in Unicode's form NFKC, if it is allowed as a file name.
 
     Raises:
-        VectorError: it could leave the folder or isn't portable.
+        VectorError: it could leave the folder, isn't portable, or could hide what it is.
     """
-    if not DOMAIN_NAME.fullmatch(name):
+    if (normal := normal_name(name)) is None:
         raise VectorError(
-            f"domain name '{name}' is not allowed: use lowercase letters, digits, - and _, not - or _ first "
-            f"(the path of a vector file ends in {SUFFIX})"
+            f"domain name {_shown(name)} is not allowed: use lowercase letters of any script, digits, - and _, not - "
+            f"or _ first, at most {MAX_NAME_BYTES} bytes (the path of a vector file ends in {SUFFIX})"
         )
-    return name
+    return normal
+
+
+def normal_name(name: str) -> str | None:
+    """A domain's name in form NFKC, which the same name typed on any system has; None if it is not allowed."""
+    normal = unicodedata.normalize("NFKC", name)
+    kinds = [unicodedata.category(char) for char in normal]
+    is_allowed = all(kind in NAME_KINDS or char in "-_" for kind, char in zip(kinds, normal, strict=True))
+    if not is_allowed or not normal or kinds[0] in ("Mn", "Mc") or normal[0] in "-_" or INVISIBLE.search(normal):
+        return None
+    return normal if normal == normal.lower() and len(normal.encode()) <= MAX_NAME_BYTES else None
+
+
+def _shown(name: str) -> str:
+    """A name in quotes, cut short and with escapes for what could change a terminal or hide."""
+    short = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+    return f"'{short}'" if short.isprintable() else repr(short)
 
 
 def read_header(path: Path | str) -> VectorHeader:
@@ -185,13 +207,12 @@ def write_vector(vector: SteeringVector, path: Path) -> None:
     """
     from safetensors.torch import save
 
-    for name in vector.domain.split("+"):
-        check_domain_name(name)
+    domain = "+".join(map(check_domain_name, vector.domain.split("+")))
     tensors = {name: getattr(vector, name) for name in MATRICES if getattr(vector, name) is not None}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format_version": FORMAT_VERSION,
-        "domain": vector.domain,
+        "domain": domain,
         "layers": list(vector.layers),
         "num_experts": vector.num_experts,
         "threshold": float(vector.threshold),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
-from steermoe.vectors.file import DOMAIN_NAME, SUFFIX, check_domain_name, read_vector
+from steermoe.vectors.file import SUFFIX, check_domain_name, normal_name, read_vector
 from steermoe.vectors.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
     found = []
     for place in search_path(folder):
         for path in sorted(place.glob(f"*{SUFFIX}")) + sorted(place.glob(f"*/*{SUFFIX}")):
-            domain = path.name.removesuffix(SUFFIX)
-            if DOMAIN_NAME.fullmatch(domain):
+            domain = normal_name(path.name.removesuffix(SUFFIX))
+            if domain is not None:
                 found.append(VectorFile(path, domain, "" if path.parent == place else path.parent.name))
     return found
 

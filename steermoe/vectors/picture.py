@@ -1,5 +1,6 @@
 """Pictures of steering vectors. Needs the extra `plot`."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from steermoe.vectors.vector import SteeringVector
+
+TITLE_WIDTH = 90
+"""Characters after which a title wraps."""
 
 
 def draw_vector(vector: "SteeringVector", path: Path) -> None:
@@ -61,4 +65,5 @@ def _cut(vector: "SteeringVector") -> str:
 def _title(vector: "SteeringVector") -> str:
     title = f"{vector.domain}: {vector.info.title}" if vector.info.title else vector.domain
     title = f"{title} ({vector.info.model})" if vector.info.model else title
-    return "".join(char if char.isprintable() else " " for char in title)
+    plain = "".join(char if char.isprintable() else " " for char in title)
+    return "\n".join(textwrap.wrap(plain, TITLE_WIDTH))

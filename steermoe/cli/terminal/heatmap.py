@@ -101,7 +101,7 @@ def _legend(vector: "SteeringVector", bounds: list[float], share: int, glyphs: G
     if (vector.experts < 0).any():
         shades.append("   ").append(glyphs.negative, style=NEGATIVE_COLOUR).append(" below 0")
     kept, total = int((vector.experts != 0).sum()), vector.experts.numel()
-    lines = [shades, Text(f"{kept} of {total} experts are in the vector")]
+    lines = [shades, Text(f"{kept} of {total} experts {'is' if kept == 1 else 'are'} in the vector")]
     if vector.info.top_k:
         lines[-1].append(f"; no frequency exceeds 1/k = {1 / vector.info.top_k:.3g}")
     if share > 1:

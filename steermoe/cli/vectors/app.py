@@ -209,7 +209,7 @@ def import_(
     from steermoe.vectors.matrix import import_matrix
     from steermoe.vectors.vector import VectorInfo
 
-    check_domain_name(domain)
+    domain = check_domain_name(domain)
     description = _describe(model, trust_remote_code) if model is not None else None
     folder = Path(description.name).name if description else "imported"
     path = output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
