@@ -10,6 +10,7 @@ from steermoe.cli.loading import ModelOptions
 
 if TYPE_CHECKING:
     from steermoe.engines.request import Completion
+    from steermoe.routing.shape import RoutingShape
 
 EXAMPLES = """Examples:
 
@@ -61,17 +62,22 @@ def generate(
             console.write_json(completion.as_dict(runner.name))
         else:
             console.write(f"{text}{completion.text}\n")
-    _print_report(completion)
+    _print_report(completion, runner.shape)
 
 
-def _print_report(completion: "Completion") -> None:
-    """Print the steering report on stderr."""
+def _print_report(completion: "Completion", shape: "RoutingShape") -> None:
+    """Print the steering report on stderr, with the share of the slots in all MoE layers, steered or not."""
     from steermoe.cli.terminal import console
+    from steermoe.steering.banks import steered_layers
 
-    if completion.report is not None:
-        report = completion.report
+    report, plan = completion.report, completion.request.plan
+    if report is not None:
+        layers = len(shape.routers)
+        steered = layers if plan is None else steered_layers(shape, plan)
+        where = "" if steered == layers else f" in {steered} of {layers} MoE layers"
+        share = report.vector_share * steered / layers
         console.err.print(
-            f"steered {report.tokens_steered} of {report.tokens_seen} tokens; {report.vector_share:.0%} of their slots "
+            f"steered {report.tokens_steered} of {report.tokens_seen} tokens{where}; {share:.0%} of their slots "
             f"went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
             style="dim",
             soft_wrap=True,

@@ -221,10 +221,11 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
-    """Warn once about each vector whose strength is beyond its calibrated safe range."""
+    """Warn once about each vector whose strength is a guess, or beyond its calibrated safe range."""
     from steermoe.cli.terminal.console import err, printable
-    from steermoe.steering.plans import beyond_safe_range
+    from steermoe.steering.plans import beyond_safe_range, guessed_strength
 
-    for warning in dict.fromkeys(beyond_safe_range(plan) for plan in plans if plan is not None):
+    asked = [plan for plan in plans if plan is not None]
+    for warning in dict.fromkeys(find(plan) for plan in asked for find in (guessed_strength, beyond_safe_range)):
         if warning:
             err.print(printable(f"steermoe: {warning}"), soft_wrap=True)

@@ -92,6 +92,11 @@ def banks_for(shape: RoutingShape, plans: Sequence[SteeringPlan]) -> list[Bank]:
     return banks
 
 
+def steered_layers(shape: RoutingShape, plan: SteeringPlan) -> int:
+    """In how many of the model's MoE layers a plan does anything. Raises as `banks_for`."""
+    return sum(not bank.is_idle for bank in banks_for(shape, [plan]))
+
+
 def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
     layers, routers = shape.layers, shape.routers
     if plan.vector is not None:

@@ -162,6 +162,16 @@ def plan_for(vector: SteeringVector | None, strength: float | None = None, **fie
     return SteeringPlan(vector, strength, **fields)
 
 
+def guessed_strength(plan: SteeringPlan) -> str:
+    """A warning if the strength is the default one because the vector has none of its own; "" otherwise."""
+    if plan.vector is None or plan.vector.info.strength is not None or plan.strength != DEFAULT_STRENGTH:
+        return ""
+    return (
+        f"'{plan.vector.domain}' is not calibrated: strength {plan.strength:g} is a guess, which may do nothing or spoil "
+        "the text; `steermoe calibrate` measures how strong it can be"
+    )
+
+
 def beyond_safe_range(plan: SteeringPlan) -> str:
     """A warning if the strength is outside the range that the vector was calibrated to; "" otherwise.
 

@@ -19,11 +19,15 @@ steermoe vectors discover stories -o report
 
 steermoe vectors discover embeddings -o report --threshold 2 --min-cluster-size 50
 
+steermoe vectors discover embeddings -o report --clusters 8 --selection leaf
+
 steermoe vectors discover embeddings -o report --name 0=football --name judge-law=law --force
 """
 EMBEDDINGS = "embeddings"
 """The subfolder of the report for the embeddings of a corpus."""
 CLUSTERING = "Clustering"
+MOST_DIGITS = 10
+"""A longer number is no cluster's."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,26 @@ class Clustering:
     seed: Annotated[
         int, typer.Option(min=0, help="The same seed gives the same clusters.", rich_help_panel=CLUSTERING)
     ] = 0
+    clusters: Annotated[
+        int | None,
+        typer.Option(min=2, help="Wanted number of clusters, in place of their size.", rich_help_panel=CLUSTERING),
+    ] = None
+    selection: Annotated[
+        Literal["eom", "leaf"],
+        typer.Option(
+            help="Of nested clusters: the most stable, or the smallest (more of them, of similar size).",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = "eom"
+    other_seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Other seeds to compare the clusters with. Default: 2 for up to 2,000 texts.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = None
 
 
 @o.spread
@@ -77,8 +101,13 @@ def discover(
         Path, typer.Option("--output", "-o", help="Folder for the report, and for the embeddings if CORPUS is given.")
     ],
     threshold: Annotated[
-        float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Keep experts whose frequency exceeds this many times the usual one. Default: 3, less for a cluster "
+            "whose vector would reach too few layers.",
+        ),
+    ] = None,
     relative: Annotated[
         bool,
         typer.Option("--relative/--absolute", help="Usual frequency: the mean of all texts, or 1/N as in the paper."),
@@ -122,9 +151,9 @@ def discover(
         console.write_json(record)
     else:
         _print_clusters(record)
-    for cluster in record["clusters"]:
-        if cluster["note"]:
-            console.err.print(f"steermoe: {cluster['name']}: {cluster['note']}", soft_wrap=True)
+    notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
+    for line in (*record["warnings"], *notes):
+        console.err.print(console.printable(f"steermoe: {line}"), soft_wrap=True)
     console.err.print(f"report in {output / page.INDEX}", soft_wrap=True, style="dim")
 
 
@@ -135,7 +164,7 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
         VectorError: not of that form, a new name that can't be one, or a cluster named twice.
     """
     from steermoe.errors import VectorError
-    from steermoe.vectors.file import check_domain_name
+    from steermoe.vectors.file import check_domain_name, normal_name
 
     parsed: dict[int | str, str] = {}
     for text in names:
@@ -144,7 +173,7 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
             raise VectorError(
                 f"--name '{text}': write a cluster's number or name and its new name, for example 3=football"
             )
-        key = int(old) if old.isdecimal() else old
+        key = int(old) if old.isdecimal() and len(old) < MOST_DIGITS else normal_name(old) or old
         if key in parsed:
             raise VectorError(f"--name names cluster '{old}' twice: '{parsed[key]}' and '{new}'")
         parsed[key] = check_domain_name(new)
@@ -164,7 +193,7 @@ def _print_clusters(record: dict[str, Any]) -> None:
     from steermoe.cli.terminal import console, tables
     from steermoe.discovery.page import sources
 
-    has_sources = record["adjusted_rand"] is not None
+    has_sources = any(cluster["labels"] for cluster in record["clusters"])
     titles = ("no.", "name", "texts", *(["main source"] if has_sources else []), "keywords")
     rows = [
         (
@@ -179,5 +208,5 @@ def _print_clusters(record: dict[str, Any]) -> None:
     if rows:
         tables.print_table(titles, rows)
     console.write(f"in no cluster: {record['noise']:,} of {record['texts']:,} texts\n")
-    if has_sources:
+    if record["adjusted_rand"] is not None:
         console.write(f"agreement with the known sources (adjusted Rand index): {record['adjusted_rand']:.3f}\n")
