@@ -19,6 +19,8 @@ DEFAULT_BUDGET = 1.0
 LARGEST = 64.0
 FIRST = 0.5
 TOLERANCE = 0.02
+LEAST_CHANGED = 0.02
+"""A vector does nothing if at the largest strength the likeliest next token changes for a smaller share of tokens."""
 SATURATED = 0.98
 """Above this share of the damage at the largest strength, more strength is taken to change nothing."""
 
@@ -111,11 +113,16 @@ def calibrate_vector(
         budget: nats.
         formula: by default the vector's own.
         scale: by default the vector's own.
+
+    Raises:
+        SteeringError: an impossible budget, or a vector that does nothing at any strength.
     """
     from steermoe.steering.plans import plan_for
 
     plan = plan_for(vector, 1.0, formula=formula, scale=scale)
     found = calibrate(lambda strength: teacher_forcing.compare(replace(plan, strength=strength)).kl_p95, budget)
+    if found.saturates:
+        _check_effect(vector, teacher_forcing.changed(replace(plan, strength=LARGEST)))
     info = replace(
         vector.info,
         strength=found.strength,
@@ -125,6 +132,17 @@ def calibrate_vector(
         damage=found.damage,
     )
     return replace(vector, info=info), found
+
+
+def _check_effect(vector: "SteeringVector", changed: float) -> None:
+    """Raise if even the largest strength leaves nearly all predictions alone: any strength would look safe."""
+    if changed < LEAST_CHANGED:
+        layers = int((vector.experts != 0).any(-1).sum())
+        raise SteeringError(
+            f"vector '{vector.domain}' does nothing: at strength {LARGEST:g} the likeliest next token changes for "
+            f"{changed:.1%} of the tokens, at least {LEAST_CHANGED:.0%} are expected; it has experts in {layers} of "
+            f"{vector.num_layers} layers: make it again with a lower --threshold, or from other texts"
+        )
 
 
 def _around(measured: dict[float, float], enough: float) -> tuple[float, float]:

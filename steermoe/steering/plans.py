@@ -167,8 +167,8 @@ def guessed_strength(plan: SteeringPlan) -> str:
     if plan.vector is None or plan.vector.info.strength is not None or plan.strength != DEFAULT_STRENGTH:
         return ""
     return (
-        f"'{plan.vector.domain}' is not calibrated: strength {plan.strength:g} is a guess, which may do nothing or spoil "
-        "the text; `steermoe calibrate` measures how strong it can be"
+        f"'{plan.vector.domain}' is not calibrated: strength {plan.strength:g} is a guess, which may do nothing or "
+        "spoil the text; `steermoe calibrate` measures how strong it can be"
     )
 
 

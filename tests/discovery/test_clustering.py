@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from steermoe.discovery import clustering
-from steermoe.discovery.clustering import METRICS, cluster, default_min_cluster_size, transform
+from steermoe.discovery.clustering import (
+    METRICS,
+    Method,
+    agreement_of_seeds,
+    cluster,
+    default_min_cluster_size,
+    transform,
+)
 from steermoe.errors import CorpusError, SteerMoEError
 
 LAYERS, EXPERTS, TOKENS = 4, 8, 200
@@ -38,7 +45,7 @@ def _extra():
 @pytest.mark.parametrize("dimensions", [2, 5])
 def test_groups_are_found_the_largest_first(metric, dimensions):
     features, groups = routing([30, 60, 40])
-    found = cluster(features, metric=metric, cluster_dimensions=dimensions)
+    found = cluster(features, Method(metric=metric, cluster_dimensions=dimensions))
     assert agreement(found.labels, groups) > 0.9
     assert found.map_B2.shape == (130, 2)
     assert found.map_B2.dtype == np.float32
@@ -51,7 +58,7 @@ def test_groups_are_found_the_largest_first(metric, dimensions):
 
 def test_the_seed_makes_it_reproducible():
     features, _ = routing([20, 20, 20])
-    first, again, other = cluster(features), cluster(features), cluster(features, seed=1)
+    first, again, other = cluster(features), cluster(features), cluster(features, Method(seed=1))
     assert np.array_equal(first.map_B2, again.map_B2)
     assert np.array_equal(first.labels, again.labels)
     assert not np.array_equal(first.map_B2, other.map_B2)
@@ -68,8 +75,8 @@ def test_two_dimensions_cluster_in_the_map_itself(monkeypatch):
     monkeypatch.setattr(clustering, "_embed", keep)
     clustered_in = []
     densest = clustering._densest
-    monkeypatch.setattr(clustering, "_densest", lambda at, size: (clustered_in.append(at), densest(at, size))[1])
-    found = cluster(routing([15, 15])[0], cluster_dimensions=2)
+    monkeypatch.setattr(clustering, "_densest", lambda at, *rest: (clustered_in.append(at), densest(at, *rest))[1])
+    found = cluster(routing([15, 15])[0], Method(cluster_dimensions=2))
     assert len(laid_out) == 1
     assert clustered_in[0] is found.map_B2
 
@@ -82,7 +89,7 @@ def test_default_size(texts, size):
 @pytest.mark.parametrize(("sizes", "dimensions"), [([3, 3], 5), ([2, 2, 2], 2), ([5, 4], 10), ([8, 8, 8], 5)])
 def test_few_texts(sizes, dimensions):
     features, groups = routing(sizes, seed=1)
-    found = cluster(features, cluster_dimensions=dimensions)
+    found = cluster(features, Method(cluster_dimensions=dimensions))
     assert agreement(found.labels, groups) > 0.6
     assert np.isfinite(found.map_B2).all()
 
@@ -90,7 +97,7 @@ def test_few_texts(sizes, dimensions):
 @pytest.mark.parametrize(("options", "expected"), [({}, "give at least 6"), ({"min_cluster_size": 7}, "at least 21")])
 def test_too_few_texts(options, expected):
     with pytest.raises(CorpusError, match=rf"5 texts are too few .*{expected}"):
-        cluster(routing([3, 2])[0], **options)
+        cluster(routing([3, 2])[0], Method(**options))
 
 
 @pytest.mark.parametrize(
@@ -100,12 +107,69 @@ def test_too_few_texts(options, expected):
         ({"cluster_dimensions": 0}, "cluster_dimensions is 0"),
         ({"min_cluster_size": 1}, "min_cluster_size is 1"),
         ({"seed": -1}, "seed is -1"),
+        ({"clusters": 1}, "clusters is 1: give 2 or more"),
+        ({"clusters": 11}, "20 texts are too few for 11 clusters: give at least 22 texts"),
+        ({"clusters": 3, "min_cluster_size": 4}, "give clusters or min_cluster_size, not both"),
+        ({"selection": "root"}, "selection 'root' is unknown: use eom or leaf"),
         ({"metric": "manhattan"}, "metric 'manhattan' is unknown: use hellinger, euclidean, cosine"),
     ],
 )
 def test_options_out_of_range(options, expected):
     with pytest.raises(CorpusError, match=expected):
-        cluster(routing([10, 10])[0], **options)
+        cluster(routing([10, 10])[0], Method(**options))
+
+
+def nested() -> np.ndarray:
+    """Shares [B, L*N] of two groups that each consist of two."""
+    random = np.random.default_rng(0)
+    rows = []
+    for group in (0, 1):
+        for part in (0, 1):
+            mean = np.full(EXPERTS, 0.02)
+            mean[4 * group] = 0.5
+            mean[4 * group + 1 + part] = 0.38
+            rows += list(random.dirichlet(300 * mean, size=(30, LAYERS)))
+    return np.array(rows, dtype=np.float32).reshape(120, -1)
+
+
+@pytest.mark.parametrize("clusters", [2, 4])
+@pytest.mark.parametrize("selection", ["eom", "leaf"])
+def test_the_wanted_number_of_clusters(clusters, selection):
+    found = cluster(nested(), Method(clusters=clusters, selection=selection, neighbours=10))
+    assert found.num_clusters == clusters
+    groups = np.repeat(np.arange(clusters), 120 // clusters)
+    assert agreement(found.labels, groups) > 0.8
+    assert np.bincount(found.labels[found.labels >= 0]).min() >= found.min_cluster_size
+
+
+def test_a_number_of_clusters_that_is_not_there():
+    places = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0) + np.random.default_rng(0).normal(0, 1e-3, (60, 3))
+    with pytest.raises(CorpusError, match=r"gives 25 clusters, they give .*3.*: ask for one of these numbers"):
+        clustering._wanted(places.astype(np.float32), 25, "eom")
+
+
+def test_leaves_are_more_than_the_most_stable_clusters(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(clustering, "_densest", lambda at, size, selection: (chosen.append(selection), nothing)[1])
+    nothing = np.full(20, -1), np.zeros(20)
+    cluster(routing([10, 10])[0], Method(selection="leaf"))
+    assert chosen == ["leaf"]
+
+
+def test_clusters_that_do_not_hang_on_the_seed_agree():
+    features, _ = routing([30, 60, 40])
+    method = Method()
+    found = cluster(features, method)
+    assert agreement_of_seeds(features, found, method, [1, 2]) > 0.9
+    assert agreement_of_seeds(features, found, method, []) is None
+
+
+def test_clusters_that_hang_on_the_seed_do_not_agree(monkeypatch):
+    features, _ = routing([10, 10])
+    found = cluster(features)
+    mixed = np.arange(20) % 2
+    monkeypatch.setattr(clustering, "_densest", lambda at, *_: (mixed, np.ones(20)))
+    assert agreement_of_seeds(features, found, Method(), [1]) < 0.3
 
 
 @pytest.mark.parametrize("texts", [6, 40])
@@ -119,7 +183,7 @@ def test_texts_that_are_all_alike_are_noise(texts, value):
 
 def test_copies_of_texts_do_no_harm():
     features, _ = routing([2, 2])
-    found = cluster(np.repeat(features, 12, axis=0), min_cluster_size=8)
+    found = cluster(np.repeat(features, 12, axis=0), Method(min_cluster_size=8))
     assert np.isfinite(found.map_B2).all()
     assert all(len(set(found.labels[start : start + 12])) == 1 for start in range(0, 48, 12))
 
@@ -128,8 +192,8 @@ def test_noise_is_assigned_to_the_nearest_mean_on_request(monkeypatch):
     features = np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 2, 2, 0]] + 0.01
     features[6, 1] += 0.2
     labels = np.array([0, 0, 1, 1, 2, 2, -1])
-    monkeypatch.setattr(clustering, "_densest", lambda at, size: (labels, np.where(labels < 0, 0.0, 1.0)))
-    left, assigned = cluster(features), cluster(features, assign_noise=True)
+    monkeypatch.setattr(clustering, "_densest", lambda at, *_: (labels, np.where(labels < 0, 0.0, 1.0)))
+    left, assigned = cluster(features), cluster(features, Method(assign_noise=True))
     assert left.labels.tolist() == labels.tolist()
     assert assigned.labels.tolist() == [0, 0, 1, 1, 2, 2, 0]
     assert assigned.probabilities[6] == 0
@@ -138,8 +202,8 @@ def test_noise_is_assigned_to_the_nearest_mean_on_request(monkeypatch):
 
 def test_noise_stays_noise_without_clusters(monkeypatch):
     nothing = np.full(20, -1)
-    monkeypatch.setattr(clustering, "_densest", lambda at, size: (nothing, np.zeros(20)))
-    assert (cluster(routing([10, 10])[0], assign_noise=True).labels == -1).all()
+    monkeypatch.setattr(clustering, "_densest", lambda at, *_: (nothing, np.zeros(20)))
+    assert (cluster(routing([10, 10])[0], Method(assign_noise=True)).labels == -1).all()
 
 
 def test_transforms():

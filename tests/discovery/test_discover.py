@@ -10,7 +10,7 @@ import torch
 
 from steermoe.discovery.discover import DiscoveryOptions, discover, most_common
 from steermoe.discovery.store import EmbeddedTexts, EmbeddingMeta, Text
-from steermoe.errors import SteerMoEError, VectorError
+from steermoe.errors import CorpusError, SteerMoEError, VectorError
 from steermoe.vectors.file import check_domain_name, read_vector, write_vector
 
 LAYERS, EXPERTS = 4, 8
@@ -152,6 +152,22 @@ def test_impossible_thresholds(threshold):
         discover(embedded({"sport": 10, "food": 10}), DiscoveryOptions(threshold=threshold))
 
 
+def test_a_thin_vector_is_cut_lower_unless_its_threshold_was_asked_for():
+    source = embedded({"sport": 15, "food": 30, "law": 30}, share=0.4)
+    source.frequency[:15, 0] = [0.79, *[0.03] * 7]  # in one layer sport's expert exceeds the baseline three times
+    source.frequency[15:, 0, 0] = 0.01
+    source.frequency /= source.frequency.sum(-1, keepdims=True)
+    thin, lowered = (
+        next(c for c in discover(source, options).clusters if "sport" in c.labels)
+        for options in (DiscoveryOptions(threshold=3.0), None)
+    )
+    assert (thin.vector.chosen()[1], thin.vector.threshold, thin.note) == ({0: pytest.approx(0.79)}, 3.0, "")
+    assert {layer for layer, experts in thin.vector.chosen().items() if experts} == {1}
+    assert all(0 in experts for experts in lowered.vector.chosen().values())
+    assert lowered.vector.threshold < 3
+    assert "since 3 x the baseline reaches 1 of 4 layers that set its texts apart" in lowered.note
+
+
 # ---- names ----
 
 
@@ -160,6 +176,12 @@ def test_clusters_are_renamed_by_number_or_name():
     found = discover(source, DiscoveryOptions(threshold=1.5), names={0: "kitchen", "goal-referee": "football"})
     assert [cluster.name for cluster in found.clusters] == ["kitchen", "football"]
     assert [cluster.vector.domain for cluster in found.clusters] == ["kitchen", "football"]
+
+
+def test_a_new_name_in_any_script():
+    found = discover(embedded({"sport": 20, "food": 24}), names={0: "погода", 1: "カ\u3099"})
+    assert [cluster.name for cluster in found.clusters] == ["погода", "ガ"]
+    assert [cluster.vector.domain for cluster in found.clusters] == ["погода", "ガ"]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +204,9 @@ def test_names_that_are_not_allowed(names, expected):
     ("words", "name"),
     [
         ("Crème brûlée", "brulee-creme"),
-        ("мяч ворота", "cluster-0"),
-        ("足球 ball", "ball"),
+        ("мяч ворота", "ворота-мяч"),
+        ("足球 ball", "ball-足球"),
+        ("मैच गोल", "गोल-मैच"),
         ("x1", "cluster-0"),
         ("a" * 50 + " kite", "kite"),
     ],
@@ -230,7 +253,12 @@ def test_options_and_progress_are_reported():
     source = embedded({"sport": 20, "food": 20})
     options = DiscoveryOptions(seed=3, neighbours=9, cluster_dimensions=2)
     found = discover(source, options, progress=steps.append)
-    assert steps == ["Clustering 40 texts ...", "Finding keywords ...", "Building vectors ..."]
+    assert steps == [
+        "Clustering 40 texts ...",
+        "Clustering with 2 other seeds ...",
+        "Finding keywords ...",
+        "Building vectors ...",
+    ]
     assert (found.options.seed, found.options.neighbours, found.options.cluster_dimensions) == (3, 9, 2)
     assert found.options.min_cluster_size == 4
 
@@ -240,7 +268,73 @@ def test_texts_without_a_cluster():
     found = discover(replace(source, frequency=np.full_like(source.frequency, 1 / EXPERTS)))
     assert found.clusters == ()
     assert found.noise == 40
-    assert found.adjusted_rand == 0
+    assert found.adjusted_rand is None
+    assert found.stability is None
+    (warning,) = found.warnings
+    assert warning.startswith("no cluster was found: the model routes these texts alike; give more")
+
+
+def test_one_label_is_nothing_to_agree_on():
+    source = embedded({"sport": 20, "food": 20})
+    texts = [replace(text, label="all") for text in source.texts]
+    found = discover(replace(source, texts=texts))
+    assert len(found.clusters) == 2
+    assert found.adjusted_rand is None
+    assert {cluster.purity for cluster in found.clusters} == {1.0}
+
+
+# ---- what speaks against the clusters ----
+
+
+def test_good_clusters_have_no_warnings(found):
+    assert found.warnings == ()
+    assert found.stability > 0.9
+    assert found.options.other_seeds == 2
+
+
+def test_clusters_that_hang_on_the_seed(found):
+    (warning,) = replace(found, stability=0.115).warnings
+    assert warning.startswith("another seed gives other clusters (adjusted Rand index 0.12, 1 is the same)")
+    assert "--neighbours" in warning
+
+
+@pytest.mark.parametrize(
+    ("sizes", "warned"), [((418, 50, 32), True), ((260, 200, 40), False), ((240, 130, 130), False)]
+)
+def test_a_dominant_cluster(found, sizes, warned):
+    clusters = tuple(replace(cluster, size=size) for cluster, size in zip(found.clusters, sizes, strict=True))
+    source = replace(found.embedded, texts=[found.embedded.texts[0]] * 500)
+    warnings = replace(found, embedded=source, clusters=clusters).warnings
+    expected = (
+        f"cluster 'bread-butter' has {sizes[0]} of 500 texts: it may hold several domains; try --selection leaf, or "
+        "--clusters with the number of domains that you expect"
+    )
+    assert warnings == ((expected,) if warned else ())
+
+
+def test_noise_that_is_most_of_the_corpus(found):
+    source = replace(found.embedded, texts=[found.embedded.texts[0]] * 500)
+    (warning,) = replace(found, embedded=source, noise=440).warnings
+    assert warning == "440 of 500 texts are in no cluster; try a smaller --min-cluster-size, or --assign-noise"
+
+
+def test_other_seeds_on_request(monkeypatch):
+    from steermoe.discovery import discover as module
+
+    source = embedded({"sport": 20, "food": 20})
+    assert discover(source, DiscoveryOptions(other_seeds=0)).stability is None
+    monkeypatch.setattr(module, "STABILITY_TEXTS", 39)
+    large = discover(source)
+    assert (large.options.other_seeds, large.stability) == (0, None)
+    assert discover(source, DiscoveryOptions(other_seeds=1)).stability == 1.0
+    with pytest.raises(CorpusError, match="other_seeds is -1: give 0 or more"):
+        discover(source, DiscoveryOptions(other_seeds=-1))
+
+
+def test_a_wanted_number_of_clusters():
+    found = discover(embedded({"sport": 16, "food": 24, "law": 20}), DiscoveryOptions(clusters=3, selection="leaf"))
+    assert [cluster.size for cluster in found.clusters] == [24, 20, 16]
+    assert (found.options.clusters, found.options.selection) == (3, "leaf")
 
 
 def test_most_common():

@@ -305,6 +305,141 @@ def test_sources(labels, most, expected):
     assert page.sources({"labels": labels, "size": size}, most) == expected
 
 
+@pytest.mark.parametrize(("layers", "expected"), [(1, "1 expert in 1 of 3 MoE layers"), (3, "3 experts in 3 of 3")])
+def test_the_page_says_how_to_steer(tmp_path, layers, expected):
+    discovery = make_discovery(names=("погода", "bread-pan"))
+    first, second = discovery.clusters
+    frequency = torch.full((3, 8), 1 / 8)
+    frequency[:layers] = first.vector.frequency[:layers]
+    vector = replace(first.vector, domain="погода", frequency=frequency)
+    report.write_report(replace(discovery, clusters=(replace(first, vector=vector), second)), tmp_path)
+    text = " ".join(Page((tmp_path / "index.html").read_text()).text.split())
+    assert expected in text
+    for command in ("calibrate", "generate"):
+        assert f"steermoe {command} --domain vectors/погода.safetensors --model 'tiny<b>'" in text
+    assert (tmp_path / "vectors" / "погода.safetensors").is_file()
+
+
+def test_the_page_tells_what_speaks_against_the_clusters(tmp_path):
+    record = report.write_report(replace(make_discovery(), stability=0.2), tmp_path)
+    text = " ".join(Page((tmp_path / "index.html").read_text()).text.split())
+    (warning,) = record["warnings"]
+    assert warning.startswith("another seed gives other clusters")
+    assert warning[1:] in text
+    assert record["stability"] == 0.2
+    assert "The same index with the clusters that other seeds give: at least 0.20." in text
+
+
+def test_one_text_in_no_cluster(tmp_path):
+    report.write_report(make_discovery(noise=1), tmp_path)
+    assert "1 text (9%) is in none" in (tmp_path / "index.html").read_text()
+
+
+# ---- many and long names ----
+
+
+def labelled(count, long="") -> Discovery:
+    """Two clusters; every text has a source of its own, the first three twice."""
+    discovery = make_discovery((count // 2, count - count // 2), noise=0)
+    texts = [replace(text, label=f"{long}{n % (count - 3):03d}") for n, text in enumerate(discovery.embedded.texts)]
+    return replace(discovery, embedded=replace(discovery.embedded, texts=texts))
+
+
+def test_rare_sources_are_one_group():
+    groups = picture.source_groups(labelled(323))
+    assert [group.name for group in groups[:4]] == ["290 other sources", "000", "001", "002"]
+    assert len(groups) == 1 + picture.MOST_NAMED
+    rows = np.concatenate([group.rows for group in groups])
+    assert sorted(rows) == list(range(323))
+    assert groups[0].style is None
+    assert len(picture.source_groups(labelled(33))) == picture.MOST_NAMED
+
+
+def test_maps_with_many_and_long_names_stay_readable(tmp_path, monkeypatch):
+    figures = []
+    save = picture._save
+    monkeypatch.setattr(picture, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    discovery = labelled(323, long="source with a rather long name, such as https://example.org/")
+    title = "a model with a very long name " * 8
+    picture.draw_map(discovery, picture.source_groups(discovery), title, tmp_path / "x.png")
+    (figure,) = figures
+    width, height = figure.bbox.width, figure.bbox.height
+    legend = figure.legends[0].get_window_extent()
+    assert legend.height <= height
+    assert figure.axes[0].get_window_extent().width > 0.6 * width
+    assert figure.axes[0].title.get_window_extent().width < width
+    assert len(figure.axes[0].texts) == picture.MOST_NAMED
+    assert max(len(text.get_text()) for text in figure.axes[0].texts) <= picture.LONGEST_NAME
+    picture.write_map(discovery, "x", tmp_path / "map.html")
+    traces, _ = map_figure(tmp_path)
+    assert len(traces) == 2 + 1 + picture.MOST_NAMED
+    assert "https://example.org/005" in "".join(hover for trace in traces for hover in trace["hovertext"])
+
+
+def test_many_clusters_are_not_all_named(tmp_path, monkeypatch):
+    figures = []
+    save = picture._save
+    monkeypatch.setattr(picture, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    count = 100
+    discovery = make_discovery((2,) * count, names=[f"_c{number}" for number in range(count)])
+    picture.draw_map(discovery, picture.cluster_groups(discovery), "x", tmp_path / "x.png")
+    legend = figures[0].legends[0]
+    assert [text.get_text() for text in legend.get_texts()][:2] == [" in no cluster (2)", " _c0 (2)"]
+    assert len(legend.get_texts()) == 1 + picture.MOST_NAMED
+    assert legend.get_title().get_text() == "and 70 smaller ones"
+    assert len(figures[0].axes[0].collections) == 1 + count
+
+
+# ---- reports that fail ----
+
+
+def test_a_report_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError("512 requested and 0 written")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(SteerMoEError, match=r"the disk may be full \(512 requested and 0 written\); name another"):
+        report.write_report(make_discovery(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    report.write_report(make_discovery(), tmp_path)
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    report.write_report(make_discovery(), tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "_write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(make_discovery(names=("football", "kitchen")), tmp_path, force=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3, 7])
+def test_what_a_killed_run_left_is_no_report(tmp_path, monkeypatch, moved):
+    monkeypatch.setattr(report.shutil, "rmtree", lambda *arguments, **options: None)
+
+    def killed_when_moving(folder, names):
+        for name in names[:moved]:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / report.UNFINISHED / name).replace(folder / name)
+        raise KeyboardInterrupt
+
+    put = report._put_in_place
+    monkeypatch.setattr(report, "_put_in_place", killed_when_moving)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(make_discovery(), tmp_path)
+    monkeypatch.undo()
+    assert put is report._put_in_place
+    assert (tmp_path / report.UNFINISHED).is_dir()
+    report.check_ready(tmp_path)
+    record = report.write_report(make_discovery(names=("football", "kitchen")), tmp_path)
+    assert files(tmp_path) == set(record["files"])
+
+
 # ---- earlier reports ----
 
 
@@ -348,6 +483,12 @@ def test_a_vector_of_that_name_is_not_overwritten(tmp_path):
     with pytest.raises(CorpusError, match=r"vectors/goal-team.safetensors"):
         report.write_report(make_discovery(), tmp_path)
     assert files(tmp_path) == {"vectors/goal-team.safetensors"}
+
+
+def test_names_in_other_scripts_are_replaced_too(tmp_path):
+    report.write_report(make_discovery(names=("погода", "bread-pan")), tmp_path)
+    record = report.write_report(make_discovery(), tmp_path, force=True)
+    assert files(tmp_path) == set(record["files"])
 
 
 def test_check_ready(tmp_path, monkeypatch):

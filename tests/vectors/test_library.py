@@ -247,7 +247,7 @@ def test_allowed_names(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "../sport", "a/b", "a\\b", "/etc/passwd", "-a", "_a", "Sport", "a.b", "a b", "спорт", "a\n", "a\0", "~", ".."],
+    ["", "../sport", "a/b", "a\\b", "/etc/passwd", "-a", "_a", "Sport", "a.b", "a b", "a\n", "a\0", "~", ".."],
 )
 def test_names_that_could_leave_the_folder(name, bare_search_path):
     for use in (file.check_domain_name, load_vector):

@@ -103,7 +103,53 @@ def test_options_reach_the_clustering(run, embeddings, tmp_path):
         "metric": "cosine",
         "assign_noise": True,
         "seed": 0,
+        "clusters": None,
+        "selection": "eom",
+        "other_seeds": 2,
     }
+
+
+def test_a_wanted_number_of_clusters(run, embeddings, tmp_path):
+    options = ["--clusters", "3", "--selection", "leaf", "--other-seeds", "0"]
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--json", *options)
+    assert code == 0, err
+    record = json.loads(out)
+    assert [cluster["size"] for cluster in record["clusters"]] == [20, 18, 16]
+    assert (record["settings"]["clusters"], record["settings"]["selection"], record["stability"]) == (3, "leaf", None)
+
+
+def test_what_speaks_against_the_clusters_is_on_stderr(run, embeddings, tmp_path, monkeypatch):
+    from steermoe.discovery import clustering
+
+    monkeypatch.setattr(clustering, "agreement_of_seeds", lambda *arguments: 0.115)
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "1.5")
+    assert code == 0
+    warning, _ = err.splitlines()
+    assert warning.startswith("steermoe: another seed gives other clusters (adjusted Rand index 0.1")
+    assert "another seed" not in out
+    assert (
+        warning.removeprefix("steermoe: ") in json.loads((tmp_path / "report" / "report.json").read_text())["warnings"]
+    )
+
+
+def test_texts_that_are_all_alike_have_advice_and_no_figure(run, tmp_path):
+    meta = EmbeddingMeta("tiny-mixtral", "mixtral", tuple(range(LAYERS)), EXPERTS, 2)
+    store = EmbeddingStore.create(tmp_path / "emb", meta)
+    texts = [Text(str(number), "the same text", "news") for number in range(60)]
+    store.write_shard(0, texts, [20] * 60, np.full((60, LAYERS, EXPERTS), 1 / EXPERTS, dtype=np.float32), None)
+    store.finish(60)
+    code, out, err = run("vectors", "discover", store.folder, "-o", tmp_path / "report")
+    assert code == 0
+    assert out == "in no cluster: 60 of 60 texts\n"
+    assert err.splitlines()[0].startswith("steermoe: no cluster was found: the model routes these texts alike; give")
+
+
+def test_names_in_any_script_work_to_the_end(run, embeddings, tmp_path, bare_search_path):
+    command = ["vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "1.5"]
+    assert run(*command, "--name", "0=погода").code == 0
+    assert run(*command, "--name", "погода=x", "--force").code == 1  # names come from keywords, not from an earlier run
+    shown = run("vectors", "show", "погода", "--vectors", tmp_path / "report" / "vectors")
+    assert shown.code == 0, shown.err
 
 
 def test_clusters_are_renamed_in_a_second_run(run, embeddings, tmp_path):
@@ -159,6 +205,9 @@ def test_a_corpus_is_embedded_first_and_once(run, tmp_path, tiny_checkpoint, mon
         (["--name", "0=A b"], "domain name 'A b' is not allowed"),
         (["--name", "1=a", "--name", "1=b"], "names cluster '1' twice: 'a' and 'b'"),
         (["--name", "9=a"], "no cluster '9' to be named 'a'; there are: 0 (judge-witness)"),
+        (["--name", "9" * 5000 + "=a"], "no cluster '999"),
+        (["--clusters", "3", "--min-cluster-size", "4"], "give clusters or min_cluster_size, not both"),
+        (["--clusters", "40"], "54 texts are too few for 40 clusters: give at least 80 texts"),
         (["--min-cluster-size", "30"], "54 texts are too few to find clusters of 30 or more: give at least 90"),
         (["--threshold", "inf"], "threshold inf must be a finite number"),
         (["--seed", str(2**40)], "seed is 1099511627776"),
