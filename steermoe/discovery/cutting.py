@@ -44,6 +44,20 @@ def cut(vector: SteeringVector, share: float, *, adapt: bool) -> tuple[SteeringV
     )
 
 
+def thinness(vector: SteeringVector) -> str:
+    """A warning if a vector with a baseline reaches too few of the layers that set its texts apart; else ""."""
+    if vector.frequency is None or vector.baseline is None:
+        return ""
+    apart = _sets_apart(vector)
+    reached, layers = _reached(vector, apart), int(apart.any(-1).sum())
+    if reached >= THIN * layers:
+        return ""
+    return (
+        f"it reaches {reached} of {layers} layers that set its texts apart, and may steer next to nothing: a "
+        f"--threshold below {vector.threshold:g} reaches more"
+    )
+
+
 def threshold_of(vector: SteeringVector) -> str:
     """What an expert's share must exceed to be in the vector, such as "3 x the baseline" or "3 / 18"."""
     return f"{vector.threshold:g} x the baseline" if vector.relative else f"{vector.threshold:g} / {vector.num_experts}"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.errors import CorpusError
-from steermoe.files import atomic_path, reason
+from steermoe.files import atomic_path
 
 META = "meta.json"
 FORMAT_VERSION = 1
@@ -167,7 +167,7 @@ class EmbeddingStore:
             store.folder.mkdir(parents=True, exist_ok=True)
             store._write_meta(meta)
         except OSError as error:
-            raise CorpusError(f"can't write '{folder}': {reason(error)}; name another folder") from error
+            raise CorpusError(f"can't write '{folder}': {error.strerror}; name another folder") from error
         return store
 
     def _write_meta(self, meta: EmbeddingMeta) -> None:
@@ -213,7 +213,7 @@ class EmbeddingStore:
                 partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         except OSError as error:
             raise CorpusError(
-                f"can't write to '{self.folder}': {reason(error)}; finished shards stay, run again to resume"
+                f"can't write to '{self.folder}': {error.strerror}; finished shards stay, run again to resume"
             ) from error
 
     def shards(self) -> int:

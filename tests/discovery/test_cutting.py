@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steermoe.discovery.cutting import cut, threshold_of
+from steermoe.discovery.cutting import cut, thinness, threshold_of
 from steermoe.vectors.vector import SteeringVector
 
 LAYERS, EXPERTS, HOT = 30, 18, (14, 15)
@@ -82,6 +82,16 @@ def test_texts_that_nothing_sets_apart_have_no_lower_cut():
     found, remark = cut(vector, 0.5, adapt=True)
     assert found is None
     assert remark.startswith("no vector: no expert's share exceeds 3 x the baseline (with 50% of all texts it can't")
+
+
+def test_a_warning_for_vectors_whose_threshold_stays():
+    assert thinness(hot_pair(2.3, reached=1)) == (
+        "it reaches 1 of 30 layers that set its texts apart, and may steer next to nothing: "
+        "a --threshold below 3 reaches more"
+    )
+    assert thinness(hot_pair(2.3, reached=15)) == ""
+    assert thinness(hot_pair(2.3, threshold=2.0)) == ""
+    assert thinness(hot_pair(2.3, baseline=None, relative=False)) == ""
 
 
 def test_threshold_of():

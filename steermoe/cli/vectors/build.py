@@ -122,8 +122,12 @@ def build(
     total = sum(map(len, corpora.values())) + len(others)
     with console.counting("Embedding", "texts", total) as progress:
         vectors, made = selection.vectors(loaded, corpora, others if against else None, max_tokens, progress)
+    from steermoe.discovery.cutting import thinness
+
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
+        if remark := thinness(vector):
+            console.err.print(console.printable(f"steermoe: {vector.domain}: {remark}"), soft_wrap=True)
     if json:
         console.write_json([_record(paths[v.domain], *made[i : i + 1]) for i, v in enumerate(vectors)])
         return
