@@ -35,7 +35,7 @@ SMALL_GROUP = 4
 FEW_POINTS, MANY_POINTS = 300, 20_000
 MOST_NAMED = 30
 """At most this many clusters or sources, the largest, are named on the map and in its legend."""
-LONGEST_NAME, TITLE_WIDTH = 28, 110
+LONGEST_NAME, TITLE_WIDTH = 28, 70
 """In characters: a longer name is cut, a longer title wraps."""
 
 PLOTLY = {
@@ -116,6 +116,8 @@ def source_groups(discovery: Discovery) -> list[Group]:
         if name not in styles:
             styles[name] = next(unused)
     found = [Group(name, np.flatnonzero(labels == name), styles[name]) for name in names[:MOST_NAMED]]
+    if not names:
+        return []
     rare = set(names[MOST_NAMED:])
     others = np.flatnonzero([label in rare for label in labels])
     unknown = _rest(NO_SOURCE, np.flatnonzero(labels == ""))

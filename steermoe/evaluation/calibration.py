@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import inf, isnan
 from typing import TYPE_CHECKING
 
+from steermoe.discovery.discover import count_of
 from steermoe.errors import SteeringError
 
 if TYPE_CHECKING:
@@ -19,8 +20,10 @@ DEFAULT_BUDGET = 1.0
 LARGEST = 64.0
 FIRST = 0.5
 TOLERANCE = 0.02
-LEAST_CHANGED = 0.02
-"""A vector does nothing if at the largest strength the likeliest next token changes for a smaller share of tokens."""
+LEAST_DAMAGE, MOST_OVERLAP = 0.05, 0.9
+"""A vector does nothing if at the largest strength the damage, in nats, is below the first number, and the experts that
+tokens choose overlap with those without steering by more than the second.
+"""
 SATURATED = 0.98
 """Above this share of the damage at the largest strength, more strength is taken to change nothing."""
 
@@ -121,8 +124,8 @@ def calibrate_vector(
 
     plan = plan_for(vector, 1.0, formula=formula, scale=scale)
     found = calibrate(lambda strength: teacher_forcing.compare(replace(plan, strength=strength)).kl_p95, budget)
-    if found.saturates:
-        _check_effect(vector, teacher_forcing.changed(replace(plan, strength=LARGEST)))
+    if found.saturates and found.damage < LEAST_DAMAGE:
+        _check_effect(vector, found.damage, teacher_forcing.compare(replace(plan, strength=LARGEST)).jaccard)
     info = replace(
         vector.info,
         strength=found.strength,
@@ -134,14 +137,14 @@ def calibrate_vector(
     return replace(vector, info=info), found
 
 
-def _check_effect(vector: "SteeringVector", changed: float) -> None:
-    """Raise if even the largest strength leaves nearly all predictions alone: any strength would look safe."""
-    if changed < LEAST_CHANGED:
+def _check_effect(vector: "SteeringVector", damage: float, overlap: float) -> None:
+    """Raise if even the largest strength leaves predictions and routing alone: any strength would look safe."""
+    if overlap > MOST_OVERLAP:
         layers = int((vector.experts != 0).any(-1).sum())
         raise SteeringError(
-            f"vector '{vector.domain}' does nothing: at strength {LARGEST:g} the likeliest next token changes for "
-            f"{changed:.1%} of the tokens, at least {LEAST_CHANGED:.0%} are expected; it has experts in {layers} of "
-            f"{vector.num_layers} layers: make it again with a lower --threshold, or from other texts"
+            f"vector '{vector.domain}' does nothing: strength {LARGEST:g} costs {damage:.2g} nats and leaves "
+            f"{overlap:.0%} of the routing as it is; it has experts in {layers} of "
+            f"{count_of(vector.num_layers, 'layer')}: make it again with a lower --threshold, or from other texts"
         )
 
 

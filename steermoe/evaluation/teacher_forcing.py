@@ -142,17 +142,6 @@ class TeacherForcing:
             tokens=self.tokens,
         )
 
-    def changed(self, plan: SteeringPlan) -> float:
-        """Share of the scored tokens for which a plan makes another next token the likeliest, 0 to 1."""
-        with steer(self._model, rows=[plan]) as handle:
-            handle.set(prompt_length=self.prompt_tokens)
-            read = [self._read(batch.ids, batch.mask, batch.scored)[0] for batch in self._batches]
-        changed = [
-            int((logits.argmax(-1) != batch.logits.argmax(-1)).sum())
-            for logits, batch in zip(read, self._batches, strict=True)
-        ]
-        return sum(changed) / self.tokens
-
     def largest_difference(self, plan: SteeringPlan) -> float:
         """The largest difference of any scored logit that a plan makes; 0 means bit-identical."""
         with steer(self._model, rows=[plan]) as handle:

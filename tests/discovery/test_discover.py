@@ -114,7 +114,7 @@ def test_noise_counts_as_a_group_in_the_agreement(monkeypatch):
     from steermoe.discovery import clustering
 
     labels = np.repeat([0, -1], 20)
-    monkeypatch.setattr(clustering, "_densest", lambda at, size: (labels, (labels >= 0).astype(float)))
+    monkeypatch.setattr(clustering, "_densest", lambda at, *_: (labels, (labels >= 0).astype(float)))
     found = discover(embedded({"sport": 20, "food": 20}))
     assert found.adjusted_rand == 1.0
     assert found.noise == 20
@@ -156,7 +156,7 @@ def test_a_thin_vector_is_cut_lower_unless_its_threshold_was_asked_for():
     source = embedded({"sport": 15, "food": 30, "law": 30}, share=0.4)
     source.frequency[:15, 0] = [0.79, *[0.03] * 7]  # in one layer sport's expert exceeds the baseline three times
     source.frequency[15:, 0, 0] = 0.01
-    source.frequency /= source.frequency.sum(-1, keepdims=True)
+    source.frequency[:] /= source.frequency.sum(-1, keepdims=True)
     thin, lowered = (
         next(c for c in discover(source, options).clusters if "sport" in c.labels)
         for options in (DiscoveryOptions(threshold=3.0), None)

@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import LARGEST, calibrate, calibrate_vector
 from steermoe.evaluation.teacher_forcing import TeacherForcing
-from steermoe.steering.plans import beyond_safe_range, plan_for
+from steermoe.steering.plans import beyond_safe_range, guessed_strength, plan_for
 from steermoe.vectors.file import read_vector, write_vector
+from steermoe.vectors.vector import VectorInfo
 
 
 def test_the_largest_strength_within_the_budget():
@@ -81,6 +83,28 @@ def test_a_vector_is_calibrated(teacher_forcing, make_vector):
     assert teacher_forcing.compare(plan_for(vector)).kl_p95 <= most / 2
 
 
+def idle_vector(make_vector):
+    """One that holds the expert of one layer that no token would choose anyway, whatever its weight."""
+    vector = make_vector()
+    weights = torch.zeros(vector.num_layers, vector.num_experts)
+    weights[0, 0] = 1e-30
+    return replace(vector, frequency=None, weights=weights)
+
+
+def test_a_vector_that_does_nothing_is_refused(teacher_forcing, make_vector):
+    with pytest.raises(SteeringError, match=r"'sport' does nothing: strength 64 costs 0 nats .* in 1 of 3 layers"):
+        calibrate_vector(teacher_forcing, idle_vector(make_vector))
+
+
+def test_the_default_strength_of_a_vector_without_one_is_a_guess(make_vector):
+    unknown = replace(make_vector(), info=VectorInfo())
+    assert "'sport' is not calibrated: strength 8 is a guess" in guessed_strength(plan_for(unknown))
+    assert guessed_strength(plan_for(unknown, 4.0)) == ""
+    assert guessed_strength(plan_for(make_vector())) == ""
+    assert guessed_strength(plan_for(make_vector(), 8.0)) == ""
+    assert guessed_strength(plan_for(None, ban=((0, 1),))) == ""
+
+
 def test_beyond_the_safe_range_there_is_a_warning(make_vector):
     vector = make_vector()
     plain = plan_for(vector, 9.0)
@@ -129,6 +153,33 @@ def test_calibrate_writes_the_file_and_generate_warns(
     assert f"strength {info.strength + 1:g} is outside 0 to {info.strength:g}" in err
     code, _, err = run("generate", "hello", "-d", "sport", "--max-new-tokens", "3", *shared)
     assert "outside" not in err
+
+
+def test_calibrate_refuses_a_vector_that_does_nothing(
+    run, vector_file, neutral, tiny_checkpoint, teacher_forcing, make_vector
+):
+    write_vector(idle_vector(make_vector), vector_file)
+    before = vector_file.read_bytes()
+    code, out, err = run("calibrate", "-d", "sport", "--heldout", neutral, "--model", tiny_checkpoint)
+    assert (code, out) == (1, "")
+    assert err.startswith("steermoe: vector 'sport' does nothing: strength 64")
+    assert err.count("\n") == 1
+    assert vector_file.read_bytes() == before
+
+
+def test_generate_says_that_a_strength_is_a_guess(run, vector_file, tiny_checkpoint, make_vector):
+    write_vector(replace(make_vector(), info=VectorInfo()), vector_file)
+    command = ("generate", "hello", "-d", "sport", "--max-new-tokens", "3", "--model", tiny_checkpoint)
+    assert run(*command).err.startswith("steermoe: 'sport' is not calibrated: strength 8 is a guess")
+    assert "guess" not in run(*command, "--strength", "4").err
+
+
+def test_the_share_of_slots_is_one_of_all_layers(run, vector_file, tiny_checkpoint, make_vector):
+    shared = ("generate", "hello", "--max-new-tokens", "3", "--model", tiny_checkpoint)
+    one = run(*shared, "--force", "1:0")
+    assert "steered 2 of 7 tokens in 1 of 3 MoE layers; 17% of their slots" in one.err  # one of two slots of a layer
+    every = run(*shared, "--force", "0:0", "--force", "1:0", "--force", "2:0")
+    assert "steered 2 of 7 tokens; 50% of their slots" in every.err
 
 
 def test_calibrate_dry_run_writes_nothing(run, vector_file, neutral, tiny_checkpoint):
