@@ -70,9 +70,8 @@ def _print_report(completion: "Completion") -> None:
 
     if completion.report is not None:
         report = completion.report
-        console.err.print(
+        console.note(
             f"steered {report.tokens_steered} of {report.tokens_seen} tokens; {report.vector_share:.0%} of their slots "
             f"went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
-            style="dim",
-            soft_wrap=True,
+            "dim",
         )

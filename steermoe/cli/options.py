@@ -206,25 +206,32 @@ def read_prompt(prompt: str | None) -> str:
     """The prompt as given, from stdin, or the built-in one.
 
     Raises:
-        GenerationError: stdin is not text.
+        GenerationError: it is not text, or stdin can't be read.
     """
     import sys
 
+    from steermoe.engines.text import check_text, not_utf8
     from steermoe.errors import GenerationError
 
+    if prompt is None:
+        return DEFAULT_PROMPT
     if prompt != "-":
-        return DEFAULT_PROMPT if prompt is None else prompt
+        return check_text(prompt, "the prompt")
+    if sys.stdin is None:
+        raise GenerationError("stdin is closed: pipe a text into it, or give the prompt as an argument")
     try:
-        return sys.stdin.read().rstrip("\n")
+        return check_text(sys.stdin.read(), "stdin").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise GenerationError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise GenerationError(f"stdin {not_utf8(error)}") from error
+    except OSError as error:
+        raise GenerationError(f"can't read stdin: {error.strerror}; give the prompt as an argument") from error
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
     """Warn once about each vector whose strength is beyond its calibrated safe range."""
-    from steermoe.cli.terminal.console import err, printable
+    from steermoe.cli.terminal.console import note
     from steermoe.steering.plans import beyond_safe_range
 
     for warning in dict.fromkeys(beyond_safe_range(plan) for plan in plans if plan is not None):
         if warning:
-            err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
+            note(f"steermoe: {warning}")
