@@ -36,7 +36,7 @@ from steermoe.engines.hf.compiled import rewrites
 from steermoe.engines.hf.compiled import step as steps
 from steermoe.engines.hf.compiled.rewrites import REWRITES
 from steermoe.engines.hf.compiled.step import DecodeStep
-from steermoe.errors import GenerationError, ModelError, SteerMoEError
+from steermoe.errors import GenerationError, ModelError, SteerMoEError, reason
 from steermoe.files import cache_folder
 from steermoe.models import quantization
 from steermoe.routing import architectures, intercept, routers, wrapping
@@ -169,8 +169,8 @@ def _facts_in(folder: Path) -> Facts | None:
 
 
 def _warn_damaged(folder: Path, error: BaseException) -> None:
-    text = " ".join(str(error).split())[:300]
-    logger.warning("the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew", folder, text)
+    text = "the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew"
+    logger.warning(text, folder, reason(error))
 
 
 def why_not_compiled(model: PreTrainedModel) -> str | None:
@@ -195,8 +195,8 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         ModelError: it can't be compiled or kept, or computes something else; then nothing is kept.
     """
     name = type(model).__name__
-    if reason := why_not_compiled(model):
-        raise ModelError(f"the step of {name} is not compiled: {reason}")
+    if why := why_not_compiled(model):
+        raise ModelError(f"the step of {name} is not compiled: {why}")
     target = folder_of(model, kind)
     started = time.perf_counter()
     with _scratch_folder(target.parent) as scratch:
@@ -209,8 +209,8 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         except SteerMoEError:
             raise
         except Exception as error:  # export and inductor raise anything for what they can't compile
-            text = " ".join(str(error).split())
-            raise ModelError(f"the step of {name} can't be compiled: {type(error).__name__}: {text[:300]}") from error
+            text = f"{type(error).__name__}: {reason(error)}"
+            raise ModelError(f"the step of {name} can't be compiled: {text}") from error
         seconds = time.perf_counter() - started
         off, speedup = _compare(model, step, CHECK_ROWS[kind])
         limit = TOLERANCE.get(model.dtype, SHORT_TOLERANCE)
