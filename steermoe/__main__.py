@@ -7,10 +7,11 @@ def main() -> None:
     """As `steermoe.cli.app.main`."""
     try:
         from steermoe.cli import app
+
+        app.main()
     except KeyboardInterrupt:
         sys.stderr.write("\nsteermoe: interrupted\n")
         sys.exit(130)
-    app.main()
 
 
 if __name__ == "__main__":

@@ -116,12 +116,22 @@ def _prepare() -> None:
     _quiet_libraries()
 
 
+class _Notes(logging.Handler):
+    """Prints what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.note(f"steermoe: {record.getMessage()}")
+
+
 def _quiet_libraries() -> None:
     """Keep the progress bars and warnings of other libraries off the terminal; steermoe shows its own."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    ours = logging.getLogger("steermoe")
+    if not ours.handlers:
+        ours.addHandler(_Notes(logging.WARNING))
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|vllm)\b")
 
 

@@ -234,7 +234,6 @@ def test_a_prompt_that_is_not_utf_8(command, locale):
         (["vectors", "list"], ">&-", 1, "stdout is closed"),
         (["--help"], ">&-", 1, "stdout is closed"),
         (["generate", "-"], "<&-", 1, "stdin is closed: pipe a text into it"),
-        (["generate", "-"], "</", 1, "can't read stdin: Is a directory"),
         (["batch", "-", "-o", "s.jsonl"], "<&-", 1, "stdin is closed"),
         (["vectors", "list"], "<&- >&- 2>&-", 1, None),
         (["vectors", "list"], "2>&-", 0, None),
