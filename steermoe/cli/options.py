@@ -60,7 +60,7 @@ class Group:
                 yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-MOST_NUMBER = 2**31 - 1
+MOST_NUMBER = 2**63 - 1
 """The largest whole number that an option takes, unless it has a limit of its own: all libraries can count to it."""
 
 

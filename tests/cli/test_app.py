@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from typer.main import get_command
 
 from steermoe.cli import app as cli
+from steermoe.cli.terminal import console
 from steermoe.errors import ModelError, SteerMoEError, VectorError
 from steermoe.vectors.file import write_vector
 from steermoe.vectors.vector import VectorInfo
@@ -92,7 +93,10 @@ def test_a_traceback_only_on_request(fails, monkeypatch):
         (["generate", "--seed", "[/x]"], "it is '[/x]' (see `steermoe generate --help`)"),
         (["generate", "--engine", "x\n"], "'--engine': 'x\\n' is not one of 'auto', 'hf', 'llamacpp', 'vllm' (see"),
         (["generate", "--nope\x1b"], "No such option: --nope"),
-        (["batch", "p.txt", "-o", "s", "--batch-size", str(2**63)], f"{2**63} is too large: expected at most 2147483"),
+        (
+            ["batch", "p.txt", "-o", "s", "--batch-size", str(2**63)],
+            f"{2**63} is too large: expected at most {2**63 - 1}",
+        ),
         (["batch", "p.txt", "-o", "s", "--samples", "9" * 5000], "'--samples': "),
         (["batch", "p.txt", "-o", "s", "--batch-size", "-1"], "it is '-1'"),
         (["embed", "c", "-o", "e", "--max-tokens", str(2**70)], f"{2**70} is too large"),
@@ -172,6 +176,26 @@ def test_titles_keywords_and_models_of_files(run, planted_vectors):
     assert len(rows) == len(list(Path("vectors", "tiny").iterdir()))
     for text, row in zip(planted.MARKUP, rows, strict=False):
         assert row.count(text) == 2
+
+
+@pytest.mark.parametrize("text", planted.ALL)
+def test_clusters_domains_and_lines_of_files(run, monkeypatch, capsys, text):
+    """What commands print from reports, evaluations and files of prompts."""
+    from steermoe.batch.jobs import Problem
+    from steermoe.cli import batch, evaluate
+    from steermoe.cli.vectors import discover
+
+    cluster = {"number": 0, "name": text, "size": 2, "keywords": [{"word": text}], "labels": {text: 2}}
+    discover._print_clusters({"adjusted_rand": 1.0, "clusters": [cluster], "noise": 0, "texts": 2})
+    monkeypatch.setattr("steermoe.evaluation.report.table_rows", lambda summary: [[text] * 9])
+    evaluate._print({})
+    batch._ProblemPrinter()(Problem(1, f"has an unknown field '{text}'"))
+    out, err = capsys.readouterr()
+    assert not planted.harm_in(out + err)
+    assert len(out.splitlines()) == 6
+    problem = console.line(f"skipped line 1: has an unknown field '{text}'")
+    assert err == f"steermoe: {problem}\n"
+    assert out.count(console.line(text)) >= 12
 
 
 def test_the_same_in_a_terminal(planted_vectors):

@@ -56,7 +56,7 @@ class StdoutError(Exception):
 
 
 class Stdout:
-    """A stream whose errors are `StdoutError`, so that they can be told from those of files and connections."""
+    """A stream whose errors are `StdoutError`, so that they are not taken for those of files and connections."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -65,16 +65,16 @@ class Stdout:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with _told_apart():
+        with _as_stdout_error():
             return int(self.stream.write(text))
 
     def flush(self) -> None:
-        with _told_apart():
+        with _as_stdout_error():
             self.stream.flush()
 
 
 @contextmanager
-def _told_apart() -> Iterator[None]:
+def _as_stdout_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
