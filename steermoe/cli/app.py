@@ -93,6 +93,7 @@ def main() -> None:
         sys.stdout = stdout
     if code == EXIT_INTERRUPTED:  # typer returns it after Ctrl-C
         console.err.print("\nsteermoe: interrupted")
+        exec("")  # or Python kills itself if the interruption passed through code in a string, such as a dataclass's
     sys.exit(code)
 
 

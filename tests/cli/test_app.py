@@ -1,6 +1,7 @@
 """The error boundary: one line and the right exit code, whatever is typed, planted into files or wrong with streams."""
 
 import errno
+import json
 import os
 import pty
 import re
@@ -333,6 +334,18 @@ def test_ctrl_c_while_modules_are_imported(seconds):
     assert err.strip().startswith("steermoe: ")
 
 
+def test_ctrl_c_in_code_that_is_made_from_a_string(tmp_path):
+    """Python ends by the signal then, as if nobody had handled it, unless it is made to forget it."""
+    (tmp_path / "interrupted.py").write_text(
+        "from steermoe.cli import app\nfrom steermoe.vectors import library\n"
+        "library.find_vectors = lambda folder: exec('raise KeyboardInterrupt')\napp.main()\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "interrupted", "vectors", "list"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"\nsteermoe: interrupted\n")
+
+
 # ---- random command lines ----
 
 
@@ -400,7 +413,9 @@ def test_random_command_lines(run, no_models, words, searched):
     assert "Traceback" not in err
     assert "(a bug" not in err
     assert not planted.harm_in(out + err)
-    if code and not err.startswith("Usage: "):
+    if code == 1 and not err:
+        assert json.loads(out)["ok"] is False  # `vectors check --json`, whose answer has the errors
+    elif code and not err.startswith("Usage: "):
         assert err.startswith("steermoe: ")
         assert all(line.startswith("steermoe: ") for line in err.splitlines())
         assert code != 2 or err.count("\n") == 1
