@@ -15,6 +15,11 @@ Every message names the value, what was expected, and the fix.
 """
 
 
+def reason(error: BaseException, most: int = 300) -> str:
+    """What an error of another library says, in one line of at most `most` characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class SteerMoEError(Exception):
     """The root: catch it to catch everything that steermoe raises on purpose."""
 

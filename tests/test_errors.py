@@ -35,5 +35,18 @@ def test_all_errors_have_one_root(cls):
     assert cls.__doc__
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("one"), "one"),
+        (ValueError("one\n\n  two\r\n"), "one two"),
+        (ValueError(), "ValueError"),
+        (ValueError("x" * 1000), "x" * 300),
+    ],
+)
+def test_the_reason_that_another_library_gives_is_one_line(error, text):
+    assert errors.reason(error) == text
+
+
 def test_the_root_is_only_an_exception():
     assert SteerMoEError.__bases__ == (Exception,)

@@ -105,6 +105,8 @@ class PromptFile:
         self.name = "stdin" if str(path) == "-" else str(path)
         self._undo = contextlib.ExitStack()
         try:
+            if str(path) == "-" and sys.stdin is None:
+                raise BatchError("can't read the prompts: stdin is closed; give a file of lines, or pipe one into it")
             if str(path) == "-":
                 self._file = self._copied(sys.stdin.buffer)
             else:

@@ -137,7 +137,7 @@ class Cluster:
         from steermoe.cli.terminal import console
 
         with ExitStack() as undo:
-            with console.working(f"Connecting to Ray ({console.printable(self.ray)}) ..."):
+            with console.working(f"Connecting to Ray ({self.ray}) ..."):
                 undo.enter_context(connected(self.ray))
             yield
 
@@ -215,12 +215,12 @@ def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
     with console.working("Reading the prompts ..."):
         job.prepare()
     if job.already:
-        console.err.print(f"{job.already} of {job.total} stories are already in '{output}'", style="dim")
+        console.note(f"{job.already} of {job.total} stories are already in '{output}'", "dim")
     try:
         with console.counting("Generating", "stories", job.total, done=job.already) as progress:
             return job.run(progress, ordered=ordered)
     except KeyboardInterrupt:
-        console.err.print(f"steermoe: the stories so far are in '{output}'; run again to resume", soft_wrap=True)
+        console.note(f"steermoe: the stories so far are in '{output}'; run again to resume")
         raise
 
 
@@ -230,14 +230,12 @@ def _print(summary: "BatchSummary", output: Path, json: bool) -> None:
     if json:
         console.write_json({"output": str(output), **summary.as_dict()})
         return
-    console.write(f"{summary.stories} stories in {output}, {summary.new} of them new\n")
+    console.say(f"{summary.stories} stories in {output}, {summary.new} of them new")
     if summary.new:
         rate = summary.tokens / summary.seconds
         steered = f"; steered {summary.report.tokens_steered} tokens" if summary.report else ""
-        console.err.print(
-            f"{summary.tokens} tokens, {rate:,.0f} tokens/s{steered}; at most {summary.rows} stories at once",
-            style="dim",
-            soft_wrap=True,
+        console.note(
+            f"{summary.tokens} tokens, {rate:,.0f} tokens/s{steered}; at most {summary.rows} stories at once", "dim"
         )
 
 
@@ -252,10 +250,10 @@ class _ProblemPrinter:
 
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
-            console.err.print(f"steermoe: skipped {console.printable(str(problem))}", soft_wrap=True)
+            console.note(f"steermoe: skipped {problem}")
 
     def sum_up(self) -> None:
         from steermoe.cli.terminal import console
 
         if self.count > SHOWN_PROBLEMS:
-            console.err.print(f"steermoe: {self.count} lines were skipped in total")
+            console.note(f"steermoe: {self.count} lines were skipped in total")

@@ -62,7 +62,7 @@ def embed(
     if json:
         console.write_json({"path": str(output), **asdict(store.meta), "left_out": found.num_problems})
     else:
-        console.write(f"{output}\n")
+        console.say(str(output))
 
 
 def embed_into(
@@ -78,7 +78,7 @@ def embed_into(
         store, skipped = embed_corpus(loaded, corpus, folder, options, progress=progress)
     print_problems(corpus)
     for name in skipped[:SHOWN_PROBLEMS]:
-        console.err.print(f"steermoe: skipped {console.printable(name)}: it has no tokens", soft_wrap=True)
+        console.note(f"steermoe: skipped {name}: it has no tokens")
     return store
 
 
@@ -89,6 +89,6 @@ def print_problems(corpus: "Corpus | None") -> None:
     if corpus is None:
         return
     for problem in corpus.problems[:SHOWN_PROBLEMS]:
-        console.err.print(f"steermoe: skipped {console.printable(str(problem))}", soft_wrap=True)
+        console.note(f"steermoe: skipped {problem}")
     if corpus.num_problems > SHOWN_PROBLEMS:
-        console.err.print(f"steermoe: {corpus.num_problems} records were skipped in total", soft_wrap=True)
+        console.note(f"steermoe: {corpus.num_problems} records were skipped in total")

@@ -168,12 +168,12 @@ def evaluate(
     print_problems(source)
     summary = _run(loaded, chosen, texts, settings, design, output)
     for complaint in summary["complaints"]:
-        console.err.print(f"CONTROL FAILED  {complaint}", style="bold red", soft_wrap=True)
+        console.note(f"CONTROL FAILED  {complaint}", "bold red")
     if json:
         console.write_json(summary)
     else:
         _print(summary)
-    console.err.print(f"stories, numbers and pictures are in {output}", style="dim", soft_wrap=True)
+    console.note(f"stories, numbers and pictures are in {output}", "dim")
 
 
 def _run(
@@ -187,8 +187,8 @@ def _run(
     from steermoe.cli.terminal import console
     from steermoe.evaluation.report import evaluate_into
 
-    with console.err.status("Evaluating ...") as status:
-        return evaluate_into(output, loaded, vectors, texts, settings, design, notify=status.update)
+    with console.working("Evaluating ...") as show:
+        return evaluate_into(output, loaded, vectors, texts, settings, design, notify=show)
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -76,9 +76,8 @@ def _print_report(completion: "Completion", shape: "RoutingShape") -> None:
         steered = layers if plan is None else steered_layers(shape, plan)
         where = "" if steered == layers else f" in {steered} of {layers} MoE layers"
         share = report.vector_share * steered / layers
-        console.err.print(
+        console.note(
             f"steered {report.tokens_steered} of {report.tokens_seen} tokens{where}; {share:.0%} of their slots "
             f"went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
-            style="dim",
-            soft_wrap=True,
+            "dim",
         )

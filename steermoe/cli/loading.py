@@ -115,10 +115,10 @@ def _loading(model: str | None, *, by_transformers: bool = True) -> Iterator[Non
 
 def pull_if_needed(model: str | None) -> None:
     """Pull the default model if it is needed and missing."""
-    from steermoe.cli.terminal.console import err, working
+    from steermoe.cli.terminal.console import note, working
     from steermoe.models.default.pull import DEFAULT_MODEL, is_pulled, pull
 
     if model in (None, DEFAULT_MODEL) and not is_pulled():
-        err.print("The default model is missing: pulling and assembling it, once (about 100 MB).")
+        note("The default model is missing: pulling and assembling it, once (about 100 MB).")
         with working("Pulling the default model ..."):
             pull()

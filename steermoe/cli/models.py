@@ -74,7 +74,7 @@ def list_(json: Json = False) -> None:
     ]
     tables.print_table(("family", "steerable", "routers, or the reason"), rows)
     steerable = sum(family.steerable for family in families)
-    console.err.print(f"{steerable} of {len(families)} families can be steered", style="dim")
+    console.note(f"{steerable} of {len(families)} families can be steered", "dim")
 
 
 @app.command(epilog=PULL_EXAMPLES)
@@ -95,7 +95,7 @@ def pull(
     if json:
         console.write_json({"name": DEFAULT_MODEL, "path": str(folder)})
     else:
-        console.write(f"{folder}\n")
+        console.say(str(folder))
 
 
 @app.command("compile", epilog=COMPILE_EXAMPLES)
@@ -156,7 +156,7 @@ def export(
             {"path": str(path), "model": loaded.name, "quantization": gguf, "bytes": path.stat().st_size}
         )
     else:
-        console.write(f"{path}\n")
+        console.say(str(path))
 
 
 @app.command(epilog=INSPECT_EXAMPLES)
@@ -191,7 +191,7 @@ def inspect(
     if json:
         console.write_json(description.as_dict())
     else:
-        console.out.print(console.printable(description.name), style="bold")
+        console.heading(description.name)
         tables.print_facts(_facts(description))
 
 
@@ -220,7 +220,7 @@ def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png
         from steermoe.discovery.health import draw_health
 
         draw_health(health, png)
-        console.err.print(f"picture in {console.printable(str(png))}", soft_wrap=True, style="dim")
+        console.note(f"picture in {png}", "dim")
 
 
 def _print_load(health: "RoutingHealth") -> None:
@@ -240,11 +240,10 @@ def _print_load(health: "RoutingHealth") -> None:
     ]
     titles = ("layer", "balance loss", "entropy", "busiest", "never used", "always used")
     tables.print_table(titles, rows, wrapping=2)
-    console.err.print(
+    console.note(
         f"{health.tokens:,} tokens of {health.texts:,} texts; mean balance loss {health.balance_loss:.2f} "
         "(1 is balanced); entropy as a share of log N; load as a multiple of balance",
-        style="dim",
-        soft_wrap=True,
+        "dim",
     )
 
 

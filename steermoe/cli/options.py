@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -54,8 +55,31 @@ class Group:
                 flags, help = field.metadata.get("flags", ()), field.metadata["help"]
                 hint = Annotated[hint, typer.Option(*flags, help=help, rich_help_panel=self.panel)]
             if get_origin(hint) is Annotated:
+                hint = _bounded(hint) if "help" not in field.metadata else hint  # fields of the library have limits
                 default = inspect.Parameter.empty if default is MISSING else default
                 yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+MOST_NUMBER = 2**63 - 1
+"""The largest whole number that an option takes, unless it has a limit of its own: all libraries can count to it."""
+
+
+def _bounded(hint: Any) -> Any:
+    """The annotation of an option; that of a whole number checks that the number is not too large."""
+    kind, *marks = get_args(hint)
+    if int not in (kind, *get_args(kind)):
+        return hint
+    for number, mark in enumerate(marks):
+        if getattr(mark, "callback", mark) is None:
+            marks[number] = copy(mark)
+            marks[number].callback = _check_size
+    return Annotated[kind, *marks]
+
+
+def _check_size(value: int | None) -> int | None:
+    if value is not None and value > MOST_NUMBER:
+        raise typer.BadParameter(f"{value} is too large: expected at most {MOST_NUMBER}")
+    return value
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +97,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             groups[name] = kind, list(group.options(kind))  # type: ignore[arg-type]
             parameters += groups[name][1]
         else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            hint = _bounded(hints[name])
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
 
     def run(**given: Any) -> None:
         made = {}
@@ -206,26 +231,33 @@ def read_prompt(prompt: str | None) -> str:
     """The prompt as given, from stdin, or the built-in one.
 
     Raises:
-        GenerationError: stdin is not text.
+        GenerationError: it is not text, or stdin can't be read.
     """
     import sys
 
+    from steermoe.engines.text import check_text, not_utf8
     from steermoe.errors import GenerationError
 
+    if prompt is None:
+        return DEFAULT_PROMPT
     if prompt != "-":
-        return DEFAULT_PROMPT if prompt is None else prompt
+        return check_text(prompt, "the prompt")
+    if sys.stdin is None:
+        raise GenerationError("stdin is closed: pipe a text into it, or give the prompt as an argument")
     try:
-        return sys.stdin.read().rstrip("\n")
+        return check_text(sys.stdin.read(), "stdin").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise GenerationError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise GenerationError(f"stdin {not_utf8(error)}") from error
+    except OSError as error:
+        raise GenerationError(f"can't read stdin: {error.strerror}; give the prompt as an argument") from error
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
     """Warn once about each vector whose strength is a guess, or beyond its calibrated safe range."""
-    from steermoe.cli.terminal.console import err, printable
+    from steermoe.cli.terminal.console import note
     from steermoe.steering.plans import beyond_safe_range, guessed_strength
 
     asked = [plan for plan in plans if plan is not None]
     for warning in dict.fromkeys(find(plan) for plan in asked for find in (guessed_strength, beyond_safe_range)):
         if warning:
-            err.print(printable(f"steermoe: {warning}"), soft_wrap=True)
+            note(f"steermoe: {warning}")

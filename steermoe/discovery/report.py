@@ -25,7 +25,7 @@ from steermoe.discovery import picture
 from steermoe.discovery.discover import Cluster, Discovery
 from steermoe.discovery.page import CLUSTERS_PNG, INDEX, MAP, REPORT, SOURCES_PNG, TABLE, _clusters, _page
 from steermoe.errors import CorpusError, SteerMoEError
-from steermoe.files import atomic_path, reason
+from steermoe.files import atomic_path, csv_cell, reason
 from steermoe.vectors import file
 from steermoe.vectors.file import normal_name
 
@@ -211,7 +211,8 @@ def _write_table(discovery: Discovery, path: Path) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("id", "label", "cluster", "name", "x", "y"))
         for text, label, (x, y) in zip(discovery.embedded.texts, found.labels, found.map_B2, strict=True):
-            table.writerow((text.id, text.label, int(label), discovery.name_of(int(label)), f"{x:.4f}", f"{y:.4f}"))
+            row = (text.id, text.label, int(label), discovery.name_of(int(label)), f"{x:.4f}", f"{y:.4f}")
+            table.writerow(map(csv_cell, row))
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -34,8 +34,9 @@ def encode_prompt(
         known: the tokens, if another request had the same prompt.
 
     Raises:
-        GenerationError: an empty prompt, or one that leaves no room in the model's context.
+        GenerationError: a prompt that is empty or no text, or leaves no room in the model's context.
     """
+    check_text(request.prompt, "the prompt")
     if not request.prompt.strip():
         raise GenerationError(
             "the prompt is empty: give the beginning of a text (without PROMPT, a story is generated)"
@@ -49,6 +50,33 @@ def encode_prompt(
             f"context of {model} is {limit}: shorten the prompt or lower --max-new-tokens"
         )
     return ids
+
+
+def check_text(text: str, name: str) -> str:
+    """The text, if a tokenizer can read it.
+
+    Args:
+        text: may hold bytes that are not UTF-8, as Python reads arguments and, in the locale C, files.
+        name: what it is, for the message.
+
+    Raises:
+        GenerationError: it can't be written in UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            text.encode(errors="surrogateescape").decode()
+        except UnicodeDecodeError as error:
+            raise GenerationError(f"{name} {not_utf8(error)}") from error
+        except UnicodeEncodeError:
+            pass
+        raise GenerationError(f"{name} holds half a surrogate pair, which is not text: remove it") from None
+    return text
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 ({error.reason} at byte {error.start}): convert it, for example with `iconv -t UTF-8`"
 
 
 def literal_tokens(tokenizer: Any, text: str) -> list[int]:

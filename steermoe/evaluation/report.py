@@ -16,6 +16,7 @@ from steermoe.evaluation.protocol import Design, EvaluationSettings
 from steermoe.evaluation.results import ResultFolder, StoryRecord
 from steermoe.evaluation.summary import MAIN
 from steermoe.evaluation.texts import Labelled, domain_list
+from steermoe.files import csv_cell
 from steermoe.models.loading import LoadedModel
 from steermoe.vectors.file import tensors_sha256
 from steermoe.vectors.vector import SteeringVector
@@ -144,5 +145,7 @@ def _csv(summary: Mapping[str, Any]) -> str:
     writer.writerow([*what, *(f"{name}_{part}" for name in FIGURES for part in parts), *on_texts])
     for row in summary["conditions"]:
         figures = [(row["figures"][name] or {}).get(part, "") for name in FIGURES for part in parts]
-        writer.writerow([*(row[name] for name in what), *figures, *(row["on_texts"].get(n, "") for n in on_texts)])
+        writer.writerow(
+            [*(csv_cell(row[name]) for name in what), *figures, *(row["on_texts"].get(n, "") for n in on_texts)]
+        )
     return buffer.getvalue()

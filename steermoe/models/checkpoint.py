@@ -115,7 +115,7 @@ def _parse_dtype(name: str) -> Any:
     import torch
 
     found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or found not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"dtype '{name}' is unknown: use auto, float32, bfloat16 or float16")
     return found
 

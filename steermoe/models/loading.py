@@ -65,6 +65,8 @@ def load(
 
     from steermoe.routing.routers import find_routers
 
+    if device_map is not None and device_map.partition(":")[0] == "meta":
+        raise ModelError(f"device_map '{device_map}' keeps no weights, so nothing can be computed: use auto or cpu")
     name, where, extra = _locate(model)
     if device_map is None and torch.accelerator.is_available():
         device_map = "auto"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steermoe.errors import ModelError
+from steermoe.errors import ModelError, reason
 from steermoe.routing.routers import find_routers
 
 Quantization = Literal["int8"]
@@ -86,7 +86,7 @@ def quantize_model(model: Any) -> None:
         model.set_experts_implementation("eager")
         model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     except Exception as error:  # a model's own code may raise anything for weights that are not tensors
-        raise ModelError(f"{name} does not run in int8: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{name} does not run in int8: {type(error).__name__}: {reason(error)}") from error
 
 
 def _quantize_experts(module: nn.Module) -> None:

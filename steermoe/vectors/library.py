@@ -1,5 +1,6 @@
 """Find vectors on the search path and load the one that fits a model. torch is imported only to read matrices."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,10 @@ def search_path(folder: Path | str | None = None) -> list[Path]:
     folders = [Path(folder)] if folder is not None else []
     if os.environ.get("STEERMOE_VECTORS"):
         folders += [Path(part) for part in os.environ["STEERMOE_VECTORS"].split(os.pathsep) if part]
-    folders += [Path("steering_vectors"), user_data_path("steermoe") / "steering_vectors", packaged_vectors()]
+    folders.append(Path("steering_vectors"))
+    with contextlib.suppress(RuntimeError):  # without a home folder there is no data folder
+        folders.append(user_data_path("steermoe") / "steering_vectors")
+    folders.append(packaged_vectors())
     return list(dict.fromkeys(path.resolve() for path in folders))
 
 

@@ -231,13 +231,13 @@ def test_inspect_refuses(run, bare_search_path, model, message):
     assert message in err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["models"], ["models", "nope"], ["models", "inspect", "a", "b"], ["models", "list", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["models", "nope"], ["models", "inspect", "a", "b"], ["models", "list", "x"]])
 def test_wrong_usage(run, arguments):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert "Usage: " in err
+    assert err.startswith("steermoe: ")
+    assert err.endswith(" --help`)\n")
+    assert err.count("\n") == 1
     assert " models " in err
 
 

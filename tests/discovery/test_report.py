@@ -144,6 +144,16 @@ def test_table(written):
     assert float(rows[3]["x"]) == pytest.approx(make_discovery().clustering.map_B2[3, 0], abs=1e-4)
 
 
+def test_no_cell_of_the_table_is_a_formula(tmp_path):
+    found = make_discovery()
+    texts = [Text(f"=cmd|{number}", "", "@SUM(1)") for number in range(len(found.embedded))]
+    report._write_table(replace(found, embedded=replace(found.embedded, texts=texts)), tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["label"]) for row in rows] == [(f"'=cmd|{n}", "'@SUM(1)") for n in range(12)]
+    assert [row["cluster"] for row in rows] == ["0"] * 6 + ["1"] * 4 + ["-1"] * 2
+
+
 def test_vectors_are_found_as_a_folder_of_vectors(written, monkeypatch):
     monkeypatch.delenv("STEERMOE_VECTORS", raising=False)
     assert "goal-team" in {file.domain for file in find_vectors(written[0] / "vectors")}

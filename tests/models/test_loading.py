@@ -45,7 +45,13 @@ def test_load_in_another_dtype(tiny_checkpoint):
     assert loading.load(tiny_checkpoint, dtype="bfloat16").model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["float", "int8", "nonsense", "nn"])
+@pytest.mark.parametrize("device_map", ["meta", "meta:0"])
+def test_a_device_without_weights(tiny_checkpoint, device_map):
+    with pytest.raises(ModelError, match=f"device_map '{device_map}' keeps no weights.*: use auto or cpu"):
+        loading.load(tiny_checkpoint, device_map=device_map)
+
+
+@pytest.mark.parametrize("dtype", ["float", "int8", "float64", "float8_e4m3fn", "nonsense", "nn"])
 def test_unknown_dtypes(tiny_checkpoint, dtype):
     if dtype == "float":  # torch's second name for float32
         assert loading.load(tiny_checkpoint, dtype=dtype).model.dtype == torch.float32

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from steermoe.cli.terminal.console import out, printable
+from steermoe.cli.terminal.console import line, out, printable
 from steermoe.errors import SteerMoEError
 from steermoe.evaluation.comparison import Column
 from steermoe.files import atomic_path
@@ -69,12 +69,12 @@ def _panel(column: Column) -> Panel:
     for domain, share in column.shares.items():
         words = column.word_count.get(domain)
         counted = "" if words is None else f", {words} words"
-        figures.add_row(Text(domain), _bar(share), Text(f"{share:.0%}{counted}", no_wrap=True))
+        figures.add_row(Text(line(domain)), _bar(share), Text(f"{share:.0%}{counted}", no_wrap=True))
     body = Group(story, Text(), figures) if column.shares else story
     return Panel(
         body,
-        title=Text(column.label, style="bold"),
-        subtitle=Text(column.detail) if column.detail else None,
+        title=Text(line(column.label), style="bold"),
+        subtitle=Text(line(column.detail)) if column.detail else None,
         title_align="left",
     )
 

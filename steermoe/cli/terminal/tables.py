@@ -1,7 +1,7 @@
-"""Tables and cards on stdout, without control characters.
+"""Tables and cards on stdout; a cell is one line of text, never markup or a command to the terminal.
 
 In a terminal rich fits them to its width. In a pipe each row is one line, which grep finds as a whole: columns are as
-wide as their widest cell, nothing is folded or padded at the end, and brackets are not markup.
+wide as their widest cell, nothing is folded or padded at the end.
 """
 
 import sys
@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from steermoe.cli.terminal.console import out, printable
+from steermoe.cli.terminal.console import line, out
 
 GAP = "  "
 """Between two columns."""
@@ -24,9 +24,9 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], wrapping: 
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for number, title in enumerate(titles):
-        table.add_column(title, overflow="fold", no_wrap=number < len(titles) - wrapping)
+        table.add_column(Text(line(title)), overflow="fold", no_wrap=number < len(titles) - wrapping)
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*map(_cell, row))
     out.print(table)
 
 
@@ -39,13 +39,17 @@ def print_facts(facts: Mapping[str, str]) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, fact in facts.items():
-        table.add_row(label, printable(fact))
+        table.add_row(_cell(label), _cell(fact))
     out.print(table)
+
+
+def _cell(text: str) -> Text:
+    return Text(line(text))
 
 
 def _print_lines(rows: Sequence[Sequence[str]]) -> None:
     """Each row on a line of its own."""
-    cells = [[" ".join(printable(cell).splitlines()).replace("\t", " ") for cell in row] for row in rows]
+    cells = [[line(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))

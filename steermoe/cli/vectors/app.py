@@ -1,5 +1,6 @@
 """`steermoe vectors`: list, show, check and import; `build`, `discover` and `mix` have their own files."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +87,7 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
             header = read_header(file.path).as_dict()
             records.append({**header, "domain": file.domain, "path": str(file.path)})
         except VectorError as error:
-            console.err.print(f"steermoe: skipped: {console.printable(str(error))}", soft_wrap=True)
+            console.note(f"steermoe: skipped: {error}")
     if json:
         console.write_json(records)
     elif records:
@@ -104,7 +105,7 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
         tables.print_table(("domain", "model", "shape", "strength", "keywords", "file"), rows, wrapping=2)
     else:
         searched = ", ".join(map(str, search_path(vectors)))
-        console.err.print(f"no vectors in {searched}", soft_wrap=True)
+        console.note(f"no vectors in {searched}")
 
 
 @app.command(epilog=SHOW_EXAMPLES)
@@ -141,7 +142,7 @@ def show(
 
         with console.working("Drawing ..."):
             draw_vector(vector, png)
-        console.err.print(f"picture in {png}", soft_wrap=True, style="dim")
+        console.note(f"picture in {png}", "dim")
     record = {**header.as_dict(), "path": str(path)}
     if json:
         console.write_json({**record, "experts": vector.chosen()})
@@ -149,7 +150,7 @@ def show(
     from steermoe.cli.terminal import tables
     from steermoe.cli.terminal.heatmap import draw
 
-    console.out.print(header.domain, style="bold")
+    console.heading(header.domain)
     tables.print_facts(_facts(record, has_threshold=vector.weights is None))
     console.out.print()
     console.out.print(draw(vector, console.out.width, console.out.options.ascii_only), soft_wrap=True)
@@ -176,9 +177,9 @@ def check(
             if result["error"] is None:
                 fits = f", fits {description.name}" if description else ""
                 line = f"{result['path']}: '{result['domain']}', {_shape(result)}, numbers and hash are right{fits}"
-                console.write(f"{line}\n")
+                console.say(line)
             else:
-                console.err.print(f"steermoe: {console.printable(result['error'])}", soft_wrap=True)
+                console.note(f"steermoe: {result['error']}")
     if not are_right:
         raise typer.Exit(1)
 
@@ -227,7 +228,7 @@ def import_(
     if json:
         console.write_json(record)
     else:
-        console.write(f"{path}\n")
+        console.say(str(path))
 
 
 def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
@@ -293,7 +294,8 @@ def _shape(record: dict[str, Any]) -> str:
 
 def _short_path(path: Path) -> str:
     """Relative to the current folder or the home folder."""
-    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
+    home = os.path.expanduser("~")  # noqa: PTH111  # unlike Path.home(), it may stay "~"
+    for start, sign in ((str(Path.cwd()), "."), (home, "~")):
         if path.is_relative_to(start):
             return str(Path(sign) / path.relative_to(start))
     return str(path)

@@ -132,7 +132,7 @@ def build(
         console.write_json([_record(paths[v.domain], *made[i : i + 1]) for i, v in enumerate(vectors)])
         return
     for number, vector in enumerate(vectors):
-        console.write(f"{paths[vector.domain]}\n")
+        console.say(str(paths[vector.domain]))
         for contrast in made[number : number + 1]:
             _print_lists(contrast)
 
@@ -177,6 +177,6 @@ def _print_lists(contrast: "Contrast") -> None:
 
     for name, experts in (("force", contrast.force), ("ban", contrast.ban)):
         if experts:
-            console.write(f"{options(name, experts)}\n")
+            console.say(options(name, experts))
             shares = ", ".join(f"{e.layer}:{e.expert} {e.difference:+.0%}" for e in experts)
-            console.err.print(f"{contrast.vector.domain}, {name}: {shares}", style="dim", soft_wrap=True)
+            console.note(f"{contrast.vector.domain}, {name}: {shares}", "dim")

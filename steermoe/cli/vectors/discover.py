@@ -133,28 +133,26 @@ def discover(
     report.check_ready(output, force)
     store = EmbeddingStore.open(source) if is_store(source) else _embed(source, output / EMBEDDINGS, texts, model)
     if not store.meta.complete:
-        console.err.print(
-            f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used", soft_wrap=True
-        )
+        console.note(f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used")
     from steermoe.discovery.discover import DiscoveryOptions
     from steermoe.discovery.discover import discover as find_domains
 
-    with console.err.status("Reading the embeddings ...") as status:
+    with console.working("Reading the embeddings ...") as show:
         found = find_domains(
             store.load(),
             DiscoveryOptions(threshold=threshold, relative=relative, **asdict(clustering)),
             names=names,
-            progress=status.update,
+            progress=show,
         )
-        record = report.write_report(found, output, force=force, progress=status.update)
+        record = report.write_report(found, output, force=force, progress=show)
     if json:
         console.write_json(record)
     else:
         _print_clusters(record)
     notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
     for line in (*record["warnings"], *notes):
-        console.err.print(console.printable(f"steermoe: {line}"), soft_wrap=True)
-    console.err.print(f"report in {output / page.INDEX}", soft_wrap=True, style="dim")
+        console.note(f"steermoe: {line}")
+    console.note(f"report in {output / page.INDEX}", "dim")
 
 
 def parse_names(names: list[str]) -> dict[int | str, str]:

@@ -47,4 +47,4 @@ def mix(
     if json:
         console.write_json({**read_header(path).as_dict(), "path": str(path)})
     else:
-        console.write(f"{path}\n")
+        console.say(str(path))

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steermoe.errors import ModelError
+from steermoe.errors import ModelError, reason
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ def load_base(source: Path | str) -> "tuple[LlamaForCausalLM, PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(where, **file)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **weights)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the base model from '{source}': {str(error).splitlines()[0]}") from error
+        raise ModelError(f"can't load the base model from '{source}': {reason(error)}") from error
     shape = (model.config.model_type, model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size)
     if shape != ("llama", 576, 30, 49152):
         raise ModelError(f"'{source}' is {shape}, expected SmolLM2-135M, a llama with 576 x 30 and 49152 tokens")

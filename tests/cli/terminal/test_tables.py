@@ -33,7 +33,7 @@ def test_in_a_pipe_a_row_is_one_line_and_columns_have_their_own_width(printed):
         "name                 n   text",
         "[bold]x[/bold]       1   short",
         f"two lines and a tab  22  {LONG.rstrip()}",
-        "中文 [31m",
+        "中文 \\x1b[31m",
         "",
     ]
 

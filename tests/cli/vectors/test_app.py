@@ -315,7 +315,6 @@ def test_import_refuses(run, matrix, tiny_checkpoint, content, options, message)
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["vectors"],
         ["vectors", "nope"],
         ["vectors", "show"],
         ["vectors", "check"],
@@ -326,7 +325,9 @@ def test_import_refuses(run, matrix, tiny_checkpoint, content, options, message)
 def test_wrong_usage(run, arguments):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert "Usage: " in err
+    assert err.startswith("steermoe: ")
+    assert err.endswith(" --help`)\n")
+    assert err.count("\n") == 1
     assert " vectors " in err
 
 

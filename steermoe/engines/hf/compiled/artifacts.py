@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ from steermoe.engines.hf.compiled import rewrites
 from steermoe.engines.hf.compiled import step as steps
 from steermoe.engines.hf.compiled.rewrites import REWRITES
 from steermoe.engines.hf.compiled.step import DecodeStep
-from steermoe.errors import GenerationError, ModelError, SteerMoEError
+from steermoe.errors import GenerationError, ModelError, SteerMoEError, reason
 from steermoe.files import cache_folder
 from steermoe.models import quantization
 from steermoe.routing import architectures, intercept, routers, wrapping
@@ -144,9 +145,7 @@ def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
     try:
         return CompiledStep(folder / PROGRAM, _weights(model))
     except (OSError, RuntimeError) as error:
-        logger.warning(
-            "the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew", folder, error
-        )
+        _warn_damaged(folder, error)
         return None
 
 
@@ -157,9 +156,21 @@ def facts_of(model: PreTrainedModel, kind: Kind) -> Facts | None:
 
 def _facts_in(folder: Path) -> Facts | None:
     try:
-        return Facts(**json.loads((folder / FACTS).read_text()))
-    except (OSError, ValueError, TypeError):
+        facts = Facts(**json.loads((folder / FACTS).read_text()))
+        numbers = (facts.seconds, facts.error, facts.speedup)
+        if facts.kind not in KINDS or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"it says {facts}")
+    except OSError:
         return None
+    except (ValueError, TypeError, RecursionError) as error:
+        _warn_damaged(folder, error)
+        return None
+    return facts
+
+
+def _warn_damaged(folder: Path, error: BaseException) -> None:
+    text = "the compiled step in '%s' is damaged (%s): `steermoe models compile` makes it anew"
+    logger.warning(text, folder, reason(error))
 
 
 def why_not_compiled(model: PreTrainedModel) -> str | None:
@@ -181,16 +192,15 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         kind: for one row, or for many.
 
     Raises:
-        ModelError: it can't be compiled, or computes something else; then nothing is kept.
+        ModelError: it can't be compiled or kept, or computes something else; then nothing is kept.
     """
     name = type(model).__name__
-    if reason := why_not_compiled(model):
-        raise ModelError(f"the step of {name} is not compiled: {reason}")
+    if why := why_not_compiled(model):
+        raise ModelError(f"the step of {name} is not compiled: {why}")
     target = folder_of(model, kind)
-    target.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=target.parent) as scratch:
-        made = Path(scratch) / "made"
+    with _scratch_folder(target.parent) as scratch:
+        made = scratch / "made"
         made.mkdir()
         try:
             with warnings.catch_warnings(action="ignore"):  # torch warns about its own internals
@@ -199,8 +209,8 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         except SteerMoEError:
             raise
         except Exception as error:  # export and inductor raise anything for what they can't compile
-            text = " ".join(str(error).split())
-            raise ModelError(f"the step of {name} can't be compiled: {type(error).__name__}: {text[:300]}") from error
+            text = f"{type(error).__name__}: {reason(error)}"
+            raise ModelError(f"the step of {name} can't be compiled: {text}") from error
         seconds = time.perf_counter() - started
         off, speedup = _compare(model, step, CHECK_ROWS[kind])
         limit = TOLERANCE.get(model.dtype, SHORT_TOLERANCE)
@@ -211,6 +221,18 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
         shutil.rmtree(target, ignore_errors=True)
         made.replace(target)
     return facts
+
+
+@contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".compile-", dir=parent) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise ModelError(
+            f"can't write the compiled step to '{parent}': {error.strerror}; set STEERMOE_CACHE to another folder"
+        ) from error
 
 
 def folder_of(model: PreTrainedModel, kind: Kind) -> Path:

@@ -127,6 +127,43 @@ def test_a_step_that_is_slower_is_not_used(compiled, monkeypatch):
     assert artifacts.find_step(model, "one") is None
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "3",
+        "\udcff",
+        "[" * 100_000,
+        '{"kind": "one", "seconds": 1, "error": 0}',
+        '{"kind": "one", "seconds": 1, "error": 0, "speedup": "fast"}',
+        '{"kind": "one", "seconds": "1", "error": 0, "speedup": 2}',
+        '{"kind": "one", "seconds": 1, "error": null, "speedup": 2}',
+        '{"kind": "one", "seconds": 1, "error": 0, "speedup": true}',
+        '{"kind": ["one"], "seconds": 1, "error": 0, "speedup": 2}',
+    ],
+)
+def test_damaged_facts_are_told_and_passed_by(tmp_path, caplog, content):
+    (tmp_path / artifacts.FACTS).write_bytes(content.encode(errors="surrogateescape"))
+    assert artifacts._facts_in(tmp_path) is None
+    assert "is damaged" in caplog.text
+    assert "`steermoe models compile` makes it anew" in caplog.text
+    assert len(caplog.text.splitlines()) == 1
+
+
+def test_no_facts_are_no_damage(tmp_path, caplog):
+    assert artifacts._facts_in(tmp_path) is None
+    assert caplog.text == ""
+
+
+def test_a_cache_that_can_not_be_written(monkeypatch, tmp_path):
+    require_compiler()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"can't write the compiled step to .*file/compiled'.*; set STEERMOE_CACHE to"):
+        artifacts.compile_step(build("granitemoeshared"), "one")
+
+
 def test_a_damaged_step_is_passed_by(compiled, caplog):
     model = build("granitemoeshared")
     compiled(model, ["one"])
