@@ -1,10 +1,14 @@
 """Vector files: one safetensors file per vector with up to three matrices [L layers, N experts] (`frequency`,
-`baseline`, `weights`) and a JSON header with their hash. No pickle, so loading runs no code. Knows no folders.
+`baseline`, `weights`) and a JSON header. No pickle, so loading runs no code. Knows no folders.
+
+The header holds the hash of the matrices and, from format version 2 on, a hash of itself: everything that steers is
+covered. The hashes detect damage and careless edits, not forgery. Nothing large is read before its size is checked.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -13,14 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from steermoe.errors import VectorError, VectorNotFound
 from steermoe.files import atomic_path
-from steermoe.vectors.vector import SteeringVector, VectorInfo
+from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS, SteeringVector, VectorInfo, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no hash of the header."""
 
+MAX_HEADER_BYTES = 2**20
+MAX_NUMBERS = 2**24
+"""Of a matrix."""
 
 SUFFIX = ".safetensors"
 
@@ -40,6 +48,8 @@ HEADER_FIELDS = {
     "tensors_sha256": str,
     "info": dict,
 }
+HEADER_HASH = "sha256"
+"""Of everything else in the header, in version 2."""
 
 
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -50,7 +60,9 @@ class VectorHeader:
     """Everything in a vector file but its matrices. Fields as in `SteeringVector`.
 
     Attributes:
+        tensors_sha256: hash of the matrices.
         matrices: which of `frequency`, `baseline` and `weights` it contains.
+        sha256: hash of everything else in the header, the matrices' hash included; None in a file of version 1.
     """
 
     domain: str
@@ -61,6 +73,7 @@ class VectorHeader:
     tensors_sha256: str
     matrices: tuple[str, ...]
     info: VectorInfo
+    sha256: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """One flat object for JSON."""
@@ -86,7 +99,8 @@ def read_header(path: Path | str) -> VectorHeader:
     """Read a file's header, without its matrices and without torch.
 
     Raises:
-        VectorNotFound: no such file. VectorError: not a vector file, an unknown version, or a damaged header.
+        VectorNotFound: no such file. VectorError: not a vector file, an unknown version, or a header that is damaged or
+            doesn't match its hash.
     """
     with _open(Path(path), "np") as file:
         return _parse_header(file)
@@ -97,13 +111,17 @@ def read_vector(path: Path | str) -> SteeringVector:
 
     Raises:
         VectorNotFound: no such file. VectorError: not a vector file, an unknown version, content that doesn't match its
-            hash, or invalid numbers (see `SteeringVector`).
+            hashes, too many numbers, or invalid ones (see `SteeringVector`).
     """
     with _open(Path(path), "pt") as file:
         header = _parse_header(file)
-        kinds = {name: file.get_slice(name).get_dtype() for name in header.matrices}
+        slices = {name: file.get_slice(name) for name in header.matrices}
+        kinds = {name: each.get_dtype() for name, each in slices.items()}
         if wrong := {name: kind for name, kind in kinds.items() if name not in MATRICES or kind != "F32"}:
-            raise VectorError(f"it contains {wrong}, expected F32 matrices named {', '.join(MATRICES)}")
+            raise VectorError(f"it contains {shown(wrong)}, expected F32 matrices named {', '.join(MATRICES)}")
+        for name, each in slices.items():
+            if math.prod(each.get_shape()) > MAX_NUMBERS:
+                raise VectorError(f"its {name} has shape {each.get_shape()}, expected at most {MAX_NUMBERS} numbers")
         tensors = {name: file.get_tensor(name) for name in kinds}
         if header.tensors_sha256 != tensors_sha256(tensors):
             raise VectorError(
@@ -130,6 +148,13 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     try:
         if not path.is_file():
             raise VectorNotFound(f"no vector file '{path}'; `steermoe vectors list` shows what there is")
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise VectorError(
+                f"it is not a safetensors file or is cut off, or its header of {length} bytes is too long (a vector's "
+                f"has at most {MAX_HEADER_BYTES}): get it again"
+            )
         with safe_open(path, framework) as file:
             yield file
     except VectorNotFound:
@@ -137,7 +162,7 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     except VectorError as error:
         raise VectorError(f"'{path}': {error}") from error
     except SafetensorError as error:
-        raise VectorError(f"'{path}' is not a safetensors file or is cut off ({error}); get it again") from error
+        raise VectorError(f"'{path}' is not a safetensors file or is cut off ({shown(error)}); get it again") from error
     except OSError as error:
         raise VectorError(f"can't read '{path}': {error.strerror or error}") from error
 
@@ -150,15 +175,11 @@ def _parse_header(file: Any) -> VectorHeader:
     try:
         data = json.loads(header)
         version = data["format_version"]
-        if version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise VectorError(
-                f"it has format version {version}, this steermoe reads {FORMAT_VERSION}: upgrade steermoe"
+                f"it has format version {shown(version)}, this steermoe reads 1 to {FORMAT_VERSION}: upgrade steermoe"
             )
-        for name, kind in HEADER_FIELDS.items():
-            if type(data[name]) is not kind:
-                raise TypeError(f"{name} is {data[name]!r}")
-        if not all(type(layer) is int for layer in data["layers"]):
-            raise TypeError(f"layers are {data['layers']!r}")
+        _check_fields(data, version)
         info = {f.name: data["info"][f.name] for f in fields(VectorInfo) if f.name in data["info"]}
         for name in ("keywords", "safe_range", "parts"):
             if isinstance(info.get(name), list):
@@ -172,9 +193,33 @@ def _parse_header(file: Any) -> VectorHeader:
             tensors_sha256=data["tensors_sha256"],
             matrices=tuple(sorted(file.keys())),
             info=VectorInfo(**info),
+            sha256=data.get(HEADER_HASH),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VectorError(f"its '{METADATA_KEY}' header lacks or garbles a field ({error!r}); get it again") from error
+
+
+def _check_fields(data: dict[str, Any], version: int) -> None:
+    """Check the kinds and the size of a header's fields, and its hash.
+
+    Raises:
+        KeyError: one is missing. TypeError: one has the wrong kind or is too large. VectorError: the hash is wrong.
+    """
+    kinds = HEADER_FIELDS if version == 1 else {**HEADER_FIELDS, HEADER_HASH: str}
+    for name, kind in kinds.items():
+        if type(data[name]) is not kind:
+            raise TypeError(f"{name} is {shown(data[name])}")
+    if unknown := set(data) - set(kinds) - {"format_version"}:
+        raise TypeError(f"{shown(sorted(unknown))} is unknown")
+    if not all(type(layer) is int and layer < MAX_LAYERS for layer in data["layers"]):
+        raise TypeError(f"layers are {shown(data['layers'])}, expected whole numbers below {MAX_LAYERS}")
+    if not 0 < data["num_experts"] <= MAX_EXPERTS:
+        raise TypeError(f"num_experts is {shown(data['num_experts'])}, expected 1 to {MAX_EXPERTS}")
+    if version > 1 and data[HEADER_HASH] != header_sha256(data):
+        raise VectorError(
+            "its header (strength, layers, threshold ...) does not match the hash in it; it was changed or damaged: "
+            "get it again"
+        )
 
 
 def write_vector(vector: SteeringVector, path: Path) -> None:
@@ -199,6 +244,7 @@ def write_vector(vector: SteeringVector, path: Path) -> None:
         "tensors_sha256": tensors_sha256(tensors),
         "info": asdict(vector.info),
     }
+    header[HEADER_HASH] = header_sha256(header)
     content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,3 +262,9 @@ def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def header_sha256(header: dict[str, Any]) -> str:
+    """The hash of a header that it keeps itself: of all its fields but this one, as JSON with sorted keys."""
+    content = {name: value for name, value in header.items() if name != HEADER_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

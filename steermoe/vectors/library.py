@@ -1,5 +1,6 @@
 """Find vectors on the search path and load the one that fits a model. torch is imported only to read matrices."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +9,18 @@ from typing import TYPE_CHECKING
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.vectors.file import DOMAIN_NAME, SUFFIX, check_domain_name, read_vector
-from steermoe.vectors.vector import SteeringVector
+from steermoe.vectors.vector import SteeringVector, shown
 
 if TYPE_CHECKING:
     from torch import nn
 
     from steermoe.routing.shape import RoutingShape
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = Path(__file__).parents[1]
+WORKING = Path("steering_vectors")
+"""The folder in the working folder that is searched before the package's own vectors."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def search_path(folder: Path | str | None = None) -> list[Path]:
     folders = [Path(folder)] if folder is not None else []
     if os.environ.get("STEERMOE_VECTORS"):
         folders += [Path(part) for part in os.environ["STEERMOE_VECTORS"].split(os.pathsep) if part]
-    folders += [Path("steering_vectors"), user_data_path("steermoe") / "steering_vectors", packaged_vectors()]
+    folders += [WORKING, user_data_path("steermoe") / "steering_vectors", packaged_vectors()]
     return list(dict.fromkeys(path.resolve() for path in folders))
 
 
@@ -88,15 +93,40 @@ def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, St
         CompatibilityError: none fits; the error of the first one.
     """
     misfits = []
-    for path in paths:
+    for number, path in enumerate(paths):
         vector = read_vector(path)
         try:
             vector.check_fits(shape)
         except CompatibilityError as error:
             misfits.append(error)
         else:
+            _tell_if_shadowing(path, paths[number + 1 :], shape)
             return path, vector
     raise misfits[0]
+
+
+_told: set[Path] = set()
+"""Files of the working folder that were named."""
+
+
+def _tell_if_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape") -> None:
+    """Log once that a vector of the working folder is taken instead of one that comes with the package."""
+    here, packaged = WORKING.resolve(), packaged_vectors().resolve()
+    if path in _told or here == packaged or not path.is_relative_to(here):
+        return
+    for other in others:
+        if not other.is_relative_to(packaged):
+            continue
+        try:
+            read_vector(other).check_fits(shape)
+        except (CompatibilityError, VectorError):
+            continue
+        _told.add(path)
+        logger.warning(
+            "steering with %s of the working folder, not with the vector of that name that comes with steermoe",
+            shown(str(path)),
+        )
+        return
 
 
 def vectors_for(
