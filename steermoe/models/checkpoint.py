@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import ModelError
-from steermoe.models.default.pull import DEFAULT_MODEL, default_model_folder, is_pulled
+from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +96,7 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
     if model is None or str(model) == DEFAULT_MODEL:
         if not is_pulled():
             raise ModelError("the default model is not here yet: run `steermoe models pull` (once, about 100 MB)")
+        check_intact()
         return DEFAULT_MODEL, str(default_model_folder()), {}
     path = Path(model)
     if path.suffix == ".gguf":
