@@ -5,6 +5,7 @@ removed when the file is opened again, one that a full disk cut short at once. A
 removes or rewrites meanwhile ends the run, because stories would be lost.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -83,7 +84,7 @@ class StoryFile:
         """Close it; a file that was created and stayed empty is removed."""
         if self._fd < 0:
             return
-        is_empty = self.is_regular and os.fstat(self._fd).st_size == 0
+        is_empty = self.is_regular and self._size == os.fstat(self._fd).st_size == 0
         if is_empty and not self._was_there and _same_file(self._fd, self.path):
             self.path.resolve().unlink(missing_ok=True)
         os.close(self._fd)
@@ -127,6 +128,9 @@ class StoryFile:
 
     def _is_torn(self, content: bytes) -> bool:
         """Whether a line is the last one and only the beginning of a story, or space that a crash left unwritten."""
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(content)
+            return False  # a whole value, which is not ours
         rest = content.rstrip(b"\n").rstrip(b"\0")
         return os.fstat(self._fd).st_size == self._scanned and rest[: len(BEGINNING)] == BEGINNING[: len(rest)]
 

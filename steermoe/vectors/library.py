@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.vectors.file import DOMAIN_NAME, SUFFIX, check_domain_name, read_vector
-from steermoe.vectors.vector import SteeringVector, shown
+from steermoe.vectors.vector import SteeringVector
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,19 +100,19 @@ def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, St
         except CompatibilityError as error:
             misfits.append(error)
         else:
-            _tell_if_shadowing(path, paths[number + 1 :], shape)
+            _report_shadowing(path, paths[number + 1 :], shape)
             return path, vector
     raise misfits[0]
 
 
-_told: set[Path] = set()
+_reported: set[Path] = set()
 """Files of the working folder that were named."""
 
 
-def _tell_if_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape") -> None:
+def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape") -> None:
     """Log once that a vector of the working folder is taken instead of one that comes with the package."""
     here, packaged = WORKING.resolve(), packaged_vectors().resolve()
-    if path in _told or here == packaged or not path.is_relative_to(here):
+    if path in _reported or here == packaged or not path.is_relative_to(here):
         return
     for other in others:
         if not other.is_relative_to(packaged):
@@ -121,10 +121,10 @@ def _tell_if_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape"
             read_vector(other).check_fits(shape)
         except (CompatibilityError, VectorError):
             continue
-        _told.add(path)
+        _reported.add(path)
         logger.warning(
             "steering with %s of the working folder, not with the vector of that name that comes with steermoe",
-            shown(str(path)),
+            repr(str(path)),
         )
         return
 

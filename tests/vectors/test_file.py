@@ -152,7 +152,7 @@ def test_a_long_header_is_not_parsed(tmp_path):
     path = tmp_path / "long.safetensors"
     save_file({"frequency": torch.full((2, 4), 0.25)}, path, {"steermoe": " " * file.MAX_HEADER_BYTES})
     for read in (read_header, read_vector):
-        with pytest.raises(VectorError, match=r"header of 10.* bytes is too long"):
+        with pytest.raises(VectorError, match=r"it has 10\d+ bytes, 10\d+ of them in its header; a vector file has"):
             read(path)
 
 
@@ -174,8 +174,9 @@ def test_huge_matrices_are_not_read(tmp_path):
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with path.open("r+b") as content:
         content.truncate(8 + len(text) + 4 * count)
-    with pytest.raises(VectorError, match=r"its frequency has shape .*, expected at most 16777216 numbers"):
-        read_vector(path)
+    for read in (read_header, read_vector):
+        with pytest.raises(VectorError, match=r"it has 10\d+ bytes, .*; a vector file has at most 268435456 and"):
+            read(path)
 
 
 def test_layers_far_apart_are_formatted_without_a_list_of_all_between():
@@ -190,6 +191,7 @@ def test_layers_far_apart_are_formatted_without_a_list_of_all_between():
         (10**5000, "something too long to show (int)"),
         (ValueError("two\nlines \x07"), "two lines \\x07"),
     ],
+    ids=["escape", "long number", "number too long for Python", "error"],
 )
 def test_values_in_messages_are_short_and_printable(value, text):
     assert shown(value) == text

