@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import ModelError
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
+from steermoe.models.gguf.header import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +103,7 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no GGUF file '{path}'")
+        read_header(path)  # transformers' own reader trusts whatever a header claims
         return path.stem, str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
