@@ -1,5 +1,6 @@
 """`steermoe vectors`: list, show, check and import; `build`, `discover` and `mix` have their own files."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +114,7 @@ def list_(vectors: Folder = None, json: Json = False) -> None:
         tables.print_table(("domain", "model", "shape", "strength", "keywords", "file"), rows, wrapping=2)
     else:
         searched = ", ".join(map(str, search_path(vectors)))
-        console.err.print(f"no vectors in {searched}", soft_wrap=True)
+        console.err.print(f"no vectors in {console.printable(searched)}", soft_wrap=True)
 
 
 @app.command(epilog=SHOW_EXAMPLES)
@@ -150,7 +151,7 @@ def show(
 
         with console.working("Drawing ..."):
             draw_vector(vector, png)
-        console.err.print(f"picture in {png}", soft_wrap=True, style="dim")
+        console.err.print(f"picture in {console.printable(str(png))}", soft_wrap=True, style="dim")
     record = {**header.as_dict(), "path": str(path)}
     if json:
         console.write_json({**record, "experts": vector.chosen()})
@@ -228,10 +229,12 @@ def import_(
     check_domain_name(domain)
     description = _describe(model, trust_remote_code) if model is not None else None
     folder = Path(description.name).name if description else "imported"
-    path = output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
+    is_there, path = False, output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.suffix != SUFFIX:
         raise VectorError(f"'{path}' is not the name of a vector file: end it in {SUFFIX}")
-    if path.exists() and not force:
+    with suppress(OSError):  # a name that no file can have is an error when it is written
+        is_there = path.exists()
+    if is_there and not force:
         raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another file")
     if description is None:
         vector = import_matrix(matrix, domain)
@@ -313,9 +316,10 @@ def _shape(record: dict[str, Any]) -> str:
 
 def _short_path(path: Path) -> str:
     """Relative to the current folder or the home folder."""
-    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
-        if path.is_relative_to(start):
-            return str(Path(sign) / path.relative_to(start))
+    for folder, sign in ((Path.cwd, "."), (Path.home, "~")):
+        with suppress(OSError, RuntimeError):  # the working folder was deleted, or there is no home
+            if path.is_relative_to(start := folder()):
+                return str(Path(sign) / path.relative_to(start))
     return str(path)
 
 

