@@ -14,10 +14,24 @@
 Every message names the value, what was expected, and the fix.
 """
 
+from typing import Any
+
+MAX_SHOWN = 80
+
 
 def reason(error: BaseException, most: int = 300) -> str:
     """What an error of another library says, in one line of at most `most` characters; its type if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its representation, on one line and short even if the value is long."""
+    try:
+        text = repr(value) if not isinstance(value, Exception) else " ".join(str(value).split())
+    except (ValueError, RecursionError):  # Python writes no integer of more than 4,300 digits
+        return f"something too long to show ({type(value).__name__})"
+    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 class SteerMoEError(Exception):

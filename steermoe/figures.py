@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.errors import SteerMoEError
-from steermoe.files import atomic_path, reason
+from steermoe.files import atomic_path, why_not_written
 
 DOTS_PER_INCH = 150
 
@@ -37,4 +37,4 @@ def save(figure: Any, path: Path) -> None:
             warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
             figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
-        raise SteerMoEError(f"can't write the picture '{path}': {reason(error)}; name another file") from error
+        raise SteerMoEError(f"can't write the picture '{path}': {why_not_written(error)}; name another file") from error

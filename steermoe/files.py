@@ -1,7 +1,10 @@
-"""Write files whole or not at all, find steermoe's cache folder, and make cells of CSV files safe."""
+"""Write files whole or not at all, lock them, find steermoe's cache folder, and make cells of CSV files safe."""
 
 import contextlib
 import os
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,27 +15,81 @@ from steermoe.errors import SteerMoEError
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What formulas of spreadsheets begin with, in their full-width forms too."""
 
+MAX_NAME_BYTES = 255
+"""Of a file's name on common file systems."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it if the block succeeds, and is deleted otherwise."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    """A temporary path that replaces `path` if the block succeeds, and is deleted otherwise.
+
+    A new file gets the permissions that the umask leaves, a replaced one keeps its own. A link stays a link: the file
+    that it points to is replaced. A device or a pipe is not replaced: the content is written into it.
+    """
+    is_there = path.exists()
+    if is_there and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            partial = new_file(Path(folder) / "partial")
+            yield partial
+            with partial.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    target_path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    partial = new_file(hidden_beside(target_path, secrets.token_hex(4)), 0o600 if is_there else 0o666)
     try:
         yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
+        if is_there:
+            partial.chmod(stat.S_IMODE(target_path.stat().st_mode))
+        partial.replace(target_path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def reason(error: OSError) -> str:
+def why_not_written(error: OSError) -> str:
     """Why a file can't be written, in one line; libraries that notice a short write give no reason of their own."""
     if error.strerror:
         return error.strerror
     said = " ".join(str(error).split())
     return f"the disk may be full ({said})" if said else "the disk may be full"
+
+
+def hidden_beside(path: Path, ending: str) -> Path:
+    """A hidden name in the folder of `path` that begins like its own, and is never too long for a file."""
+    room = MAX_NAME_BYTES - len(ending) - 2
+    return path.with_name(f".{os.fsencode(path.name)[:room].decode(errors='ignore')}.{ending}")
+
+
+def new_file(path: Path, mode: int = 0o666) -> Path:
+    """Create an empty file with the permissions that the umask leaves of `mode`; follows no link at that place.
+
+    Raises:
+        FileExistsError: there is something already, even a link that points nowhere.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    return path
+
+
+def lock(fd: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file until it is closed or this process ends.
+
+    Args:
+        fd: the file's descriptor.
+        wait: wait until another process gives it up.
+
+    Returns:
+        whether it is locked by this process now; None if the file system or the operating system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def cache_folder() -> Path:

@@ -1,11 +1,15 @@
 """The file of stories: one JSON object per line, only ever appended to, so a kill loses no finished story.
 
 Each story is written in one call, and the file is forced to the disk every few seconds. A line that a kill cut short is
-removed when the file is opened again, one that a full disk cut short at once.
+removed when the file is opened again, one that a full disk cut short at once. A file that another program replaces,
+removes or rewrites meanwhile ends the run, because stories would be lost.
 """
 
+import contextlib
 import json
+import logging
 import os
+import re
 import stat
 import time
 from array import array
@@ -16,11 +20,18 @@ from typing import Any
 import numpy as np
 
 from steermoe.errors import BatchError
+from steermoe.files import hidden_beside, lock, new_file
+
+logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 5.0
 """How much a power failure can cost; a kill costs nothing."""
 BEGINNING = b'{"job": "'
 """Of every line; it distinguishes a line cut short from a file that is not ours."""
+KEY = re.compile(r"[0-9a-f]{16}")
+"""The hash of everything that decides a story, 64 bits."""
+MAX_OPENINGS = 100
+"""Of a file that other runs replace, as they do at the end of `--ordered`, between its opening and its locking."""
 
 
 class StoryFile:
@@ -39,15 +50,29 @@ class StoryFile:
         self.path = path
         self._overwrite = overwrite
         self._synced = time.monotonic()
-        self._was_there = path.exists()
-        try:
-            self._fd = os.open(path, _flags(path), 0o644)
-        except OSError as error:
-            raise BatchError(f"can't write '{path}': {error.strerror}; name another file") from error
-        self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        if self.is_regular and not _lock(self._fd):
-            os.close(self._fd)
-            raise BatchError(f"'{path}' is being written by another run: wait for it, or name another file")
+        self._fd = self._open()
+        self._size = os.fstat(self._fd).st_size if self.is_regular else 0
+
+    def _open(self) -> int:
+        """The descriptor of the file, locked; opened again if another run replaced the file before it was locked."""
+        for attempt in range(MAX_OPENINGS):
+            try:
+                if attempt == 0:
+                    self._was_there = self.path.exists()
+                fd = os.open(self.path, _flags(self.path), 0o666)
+            except OSError as error:
+                raise BatchError(f"can't write '{self.path}': {error.strerror}; name another file") from error
+            self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            is_locked = lock(fd) if self.is_regular else True
+            if is_locked is False:
+                os.close(fd)
+                raise BatchError(f"'{self.path}' is being written by another run: wait for it, or name another file")
+            if not self.is_regular or _same_file(fd, self.path):
+                if is_locked is None:
+                    logger.warning("'%s' can't be locked here: make sure that no other run writes to it", self.path)
+                return fd
+            os.close(fd)
+        raise BatchError(f"another program keeps replacing '{self.path}': stop it, or name another file")
 
     def __enter__(self) -> "StoryFile":
         return self
@@ -59,9 +84,9 @@ class StoryFile:
         """Close it; a file that was created and stayed empty is removed."""
         if self._fd < 0:
             return
-        is_empty = self.is_regular and os.fstat(self._fd).st_size == 0
-        if is_empty and not self._was_there:
-            self.path.unlink(missing_ok=True)
+        is_empty = self.is_regular and self._size == os.fstat(self._fd).st_size == 0
+        if is_empty and not self._was_there and _same_file(self._fd, self.path):
+            self.path.resolve().unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
 
@@ -88,6 +113,8 @@ class StoryFile:
         """Prepare it for new stories: empty it if it is to be overwritten, complete or remove a last line cut short."""
         if not self.is_regular:
             return
+        self._check_unchanged()
+        self._sorted_copy().unlink(missing_ok=True)  # of a run that was killed while it sorted
         if self._overwrite:
             self._cut(0)
             return
@@ -101,11 +128,15 @@ class StoryFile:
 
     def _is_torn(self, content: bytes) -> bool:
         """Whether a line is the last one and only the beginning of a story, or space that a crash left unwritten."""
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(content)
+            return False  # a whole value, which is not ours
         rest = content.rstrip(b"\n").rstrip(b"\0")
         return os.fstat(self._fd).st_size == self._scanned and rest[: len(BEGINNING)] == BEGINNING[: len(rest)]
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         """Number, offset and content of each line."""
+        self._check_unchanged()
         offset = 0
         with self.path.open("rb") as file:
             for number, content in enumerate(file, 1):
@@ -119,15 +150,21 @@ class StoryFile:
         """Add a story, whole or not at all.
 
         Raises:
-            BatchError: it can't be written, for example because the disk is full.
+            BatchError: it can't be written, for example because the disk is full, or another program changed the file.
         """
+        self._check_unchanged()
         self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        """Force what is written to the disk."""
+        """Force what is written to the disk.
+
+        Raises:
+            BatchError: that fails, or another program changed the file.
+        """
         self._synced = time.monotonic()
+        self._check_unchanged()
         if self.is_regular:
             try:
                 os.fsync(self._fd)
@@ -135,20 +172,40 @@ class StoryFile:
                 raise self._failed(error) from error
 
     def _write(self, content: bytes) -> None:
-        before = os.fstat(self._fd).st_size if self.is_regular else 0
         try:
             done = 0
             while done < len(content):
                 done += os.write(self._fd, content[done:])
         except BaseException as error:
             if self.is_regular:
-                self._cut(before)
+                self._cut(self._size)
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise self._failed(error) from error
             raise
+        self._size += len(content)
 
     def _cut(self, size: int) -> None:
         os.ftruncate(self._fd, size)
+        self._size = size
+
+    def _check_unchanged(self) -> None:
+        """Make sure that the path still leads to the open file, and that only this run wrote to it.
+
+        Raises:
+            BatchError: another program replaced, removed or rewrote it; editors do when they save.
+        """
+        if not self.is_regular:
+            return
+        if not _same_file(self._fd, self.path):
+            change = "replaced" if self.path.exists() else "removed"
+        elif (size := os.fstat(self._fd).st_size) != self._size:
+            change = f"changed from {self._size} to {size} bytes"
+        else:
+            return
+        raise BatchError(
+            f"'{self.path}' was {change} by another program during the run: leave it alone and run again, which "
+            "generates the stories that it lacks"
+        )
 
     def _failed(self, error: OSError) -> BatchError:
         stays = "; the stories in it are complete: make room and run again to resume" if self.is_regular else ""
@@ -172,22 +229,28 @@ class StoryFile:
         order = np.argsort(np.array(places), kind="stable")
         if (np.diff(order) == 1).all():
             return
-        copy = self.path.with_name(f".{self.path.name}.sorting")
+        copy = self._sorted_copy()
         try:
-            with self.path.open("rb") as source, copy.open("wb") as target:
+            copy.unlink(missing_ok=True)
+            with self.path.open("rb") as source, new_file(copy, 0o600).open("r+b") as target:
                 for number in order.tolist():
                     source.seek(offsets[number])
                     target.write(source.readline())
                 target.flush()
                 os.fsync(target.fileno())
             copy.chmod(stat.S_IMODE(os.fstat(self._fd).st_mode))
-            copy.replace(self.path)
+            self._check_unchanged()
+            copy.replace(self.path.resolve())
         except OSError as error:
             copy.unlink(missing_ok=True)
             raise BatchError(
                 f"'{self.path}' is complete, but there is no room to sort it ({error.strerror}); make room and run "
                 "again, or use the stories in the order in which they were finished"
             ) from error
+
+    def _sorted_copy(self) -> Path:
+        """The copy that is being sorted, beside the file itself even if `path` is a link to it."""
+        return hidden_beside(self.path.resolve(), "sorting")
 
 
 class ErrorFile:
@@ -203,10 +266,16 @@ class ErrorFile:
             self._file = None if path is None else path.open("wb", buffering=0)
         except OSError as error:
             raise BatchError(f"can't write the errors to '{path}': {error.strerror}; name another file") from error
+        self._is_regular = self._file is not None and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
 
     def add(self, record: dict[str, Any]) -> None:
         if self._file is None:
             return
+        if self._is_regular and self._path is not None and not _same_file(self._file.fileno(), self._path):
+            raise BatchError(
+                f"the file of errors '{self._path}' was replaced or removed by another program during the run: leave "
+                "it alone and run again"
+            )
         try:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
@@ -226,7 +295,7 @@ def check_apart(prompts: str, output: Path, errors: Path | None) -> None:
     named = [("prompts", Path(prompts)), ("stories", output), *([("errors", errors)] if errors else [])]
     for number, (kind, path) in enumerate(named):
         for other_kind, other in named[:number]:
-            if path == other or (path.exists() and other.exists() and path.samefile(other)):
+            if path == other or _are_same(path, other):
                 raise BatchError(f"the {kind} would overwrite the {other_kind} in '{path}': name another file")
 
 
@@ -234,10 +303,10 @@ def _story(content: bytes) -> dict[str, Any] | None:
     """The story in a line; None if it holds none."""
     try:
         record = json.loads(content)
-        int(record["job"], 16)
+        is_story = KEY.fullmatch(record["job"]) is not None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record
+    return record if is_story else None
 
 
 def _flags(path: Path) -> int:
@@ -245,14 +314,17 @@ def _flags(path: Path) -> int:
     return (os.O_WRONLY if is_special else os.O_RDWR | os.O_CREAT) | os.O_APPEND
 
 
-def _lock(fd: int) -> bool:
-    """Whether no other run has the file; always true on systems without locks."""
+def _are_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file."""
     try:
-        import fcntl
-    except ImportError:
-        return True
+        return path.samefile(other)
+    except OSError:  # one of them is not there, or can't be
+        return False
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    """Whether a path leads to an open file."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(fd), path.stat())
     except OSError:
         return False
-    return True

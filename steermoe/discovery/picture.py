@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from steermoe.discovery.discover import Discovery, most_common
 from steermoe.errors import SteerMoEError
-from steermoe.files import atomic_path, reason
+from steermoe.files import atomic_path, why_not_written
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D00", "#332288", "#882255")
 """Distinct to colour-blind readers (Okabe and Ito 2008, and three darker ones). After the last, the shape changes."""
@@ -229,7 +229,9 @@ def _save(figure: Any, path: Path) -> None:
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
-        raise SteerMoEError(f"can't write the picture '{path}': {reason(error)}; name another folder") from error
+        raise SteerMoEError(
+            f"can't write the picture '{path}': {why_not_written(error)}; name another folder"
+        ) from error
 
 
 # ---- page ----

@@ -25,7 +25,7 @@ from steermoe.discovery import picture
 from steermoe.discovery.discover import Cluster, Discovery
 from steermoe.discovery.page import CLUSTERS_PNG, INDEX, MAP, REPORT, SOURCES_PNG, TABLE, _clusters, _page
 from steermoe.errors import CorpusError, SteerMoEError
-from steermoe.files import atomic_path, csv_cell, reason
+from steermoe.files import atomic_path, csv_cell, why_not_written
 from steermoe.vectors import file
 from steermoe.vectors.file import normal_name
 
@@ -87,7 +87,8 @@ def write_report(
         _write_text(made / REPORT, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         _put_in_place(folder, record["files"])
     except OSError as error:
-        raise CorpusError(f"can't write the report to '{folder}': {reason(error)}; name another folder") from error
+        why = why_not_written(error)
+        raise CorpusError(f"can't write the report to '{folder}': {why}; name another folder") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return record

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from steermoe.errors import ModelError
+from steermoe.errors import ModelError, UnsupportedModel
 
 if TYPE_CHECKING:
     from steermoe.engines.engine import Engine
@@ -63,13 +63,21 @@ def require_vllm() -> None:
 
 
 def with_hint(error: ModelError, model: str | Path | None) -> ModelError:
-    """The error of a GGUF file that transformers can't run, with a hint at llama.cpp; any other error unchanged."""
-    is_gguf = model is not None and Path(model).suffix.lower() == ".gguf"
-    if not is_gguf or all(find_spec(name) for name in LIBRARIES):
-        return error
-    from steermoe.models.gguf.header import is_moe
+    """The error of a GGUF file that transformers can't run: what is damaged in it, or a hint at llama.cpp.
 
-    if not is_moe(str(model)):
+    Any other error is returned unchanged.
+    """
+    if model is None or Path(model).suffix.lower() != ".gguf":
+        return error
+    from steermoe.models.gguf.header import read_gguf
+
+    try:
+        read_gguf(model)
+    except UnsupportedModel:
+        return error
+    except ModelError as damage:
+        return damage
+    if all(find_spec(name) for name in LIBRARIES):
         return error
     return ModelError(f"{error}; transformers tried it, llama.cpp can run it: pip install 'steermoe[llamacpp]'")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import ModelError
-from steermoe.models.default.pull import DEFAULT_MODEL, default_model_folder, is_pulled
+from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
+from steermoe.models.gguf.header import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,11 +97,13 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
     if model is None or str(model) == DEFAULT_MODEL:
         if not is_pulled():
             raise ModelError("the default model is not here yet: run `steermoe models pull` (once, about 100 MB)")
+        check_intact()
         return DEFAULT_MODEL, str(default_model_folder()), {}
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no GGUF file '{path}'")
+        read_header(path)  # transformers' own reader trusts whatever a header claims
         return path.stem, str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,5 +1,8 @@
 """Vector files: one safetensors file per vector with up to three matrices [L layers, N experts] (`frequency`,
-`baseline`, `weights`) and a JSON header with their hash. No pickle, so loading runs no code. Knows no folders.
+`baseline`, `weights`) and a JSON header. No pickle, so loading runs no code. Knows no folders.
+
+The header holds the hash of the matrices and, from format version 2 on, a hash of itself: everything that steers is
+covered. The hashes detect damage and careless edits, not forgery. Nothing large is read before its size is checked.
 """
 
 import contextlib
@@ -12,16 +15,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from steermoe.errors import VectorError, VectorNotFound
+from steermoe.errors import VectorError, VectorNotFound, shown
 from steermoe.files import atomic_path
-from steermoe.vectors.vector import SteeringVector, VectorInfo
+from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS, SteeringVector, VectorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no hash of the header."""
 
+MAX_HEADER_BYTES = 2**20
+MAX_FILE_BYTES = 2**28
+"""Far more than any model needs: 1,000 layers of 20,000 experts, three times."""
 
 SUFFIX = ".safetensors"
 
@@ -41,6 +48,8 @@ HEADER_FIELDS = {
     "tensors_sha256": str,
     "info": dict,
 }
+HEADER_HASH = "sha256"
+"""Of everything else in the header, in version 2."""
 
 
 NAME_KINDS = {"Ll", "Lo", "Lm", "Mn", "Mc", "Nd"}
@@ -56,7 +65,9 @@ class VectorHeader:
     """Everything in a vector file but its matrices. Fields as in `SteeringVector`.
 
     Attributes:
+        tensors_sha256: hash of the matrices.
         matrices: which of `frequency`, `baseline` and `weights` it contains.
+        sha256: hash of everything else in the header, the matrices' hash included; None in a file of version 1.
     """
 
     domain: str
@@ -67,6 +78,7 @@ class VectorHeader:
     tensors_sha256: str
     matrices: tuple[str, ...]
     info: VectorInfo
+    sha256: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """One flat object for JSON."""
@@ -108,7 +120,8 @@ def read_header(path: Path | str) -> VectorHeader:
     """Read a file's header, without its matrices and without torch.
 
     Raises:
-        VectorNotFound: no such file. VectorError: not a vector file, an unknown version, or a damaged header.
+        VectorNotFound: no such file. VectorError: not a vector file, an unknown version, or a header that is damaged or
+            doesn't match its hash.
     """
     with _open(Path(path), "np") as file:
         return _parse_header(file)
@@ -119,13 +132,13 @@ def read_vector(path: Path | str) -> SteeringVector:
 
     Raises:
         VectorNotFound: no such file. VectorError: not a vector file, an unknown version, content that doesn't match its
-            hash, or invalid numbers (see `SteeringVector`).
+            hashes, too many numbers, or invalid ones (see `SteeringVector`).
     """
     with _open(Path(path), "pt") as file:
         header = _parse_header(file)
         kinds = {name: file.get_slice(name).get_dtype() for name in header.matrices}
         if wrong := {name: kind for name, kind in kinds.items() if name not in MATRICES or kind != "F32"}:
-            raise VectorError(f"it contains {wrong}, expected F32 matrices named {', '.join(MATRICES)}")
+            raise VectorError(f"it contains {shown(wrong)}, expected F32 matrices named {', '.join(MATRICES)}")
         tensors = {name: file.get_tensor(name) for name in kinds}
         if header.tensors_sha256 != tensors_sha256(tensors):
             raise VectorError(
@@ -152,6 +165,7 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     try:
         if not path.is_file():
             raise VectorNotFound(f"no vector file '{path}'; `steermoe vectors list` shows what there is")
+        _check_size(path)
         with safe_open(path, framework) as file:
             yield file
     except VectorNotFound:
@@ -159,9 +173,25 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     except VectorError as error:
         raise VectorError(f"'{path}': {error}") from error
     except SafetensorError as error:
-        raise VectorError(f"'{path}' is not a safetensors file or is cut off ({error}); get it again") from error
+        raise VectorError(f"'{path}' is not a safetensors file or is cut off ({shown(error)}); get it again") from error
     except OSError as error:
         raise VectorError(f"can't read '{path}': {error.strerror or error}") from error
+
+
+def _check_size(path: Path) -> None:
+    """Check how much would be read.
+
+    Raises:
+        VectorError: more than a vector file has.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size > MAX_FILE_BYTES or MAX_HEADER_BYTES < length <= size:
+        raise VectorError(
+            f"it has {size} bytes, {length} of them in its header; a vector file has at most {MAX_FILE_BYTES} and "
+            f"{MAX_HEADER_BYTES}: it is something else"
+        )
 
 
 def _parse_header(file: Any) -> VectorHeader:
@@ -172,15 +202,11 @@ def _parse_header(file: Any) -> VectorHeader:
     try:
         data = json.loads(header)
         version = data["format_version"]
-        if version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise VectorError(
-                f"it has format version {version}, this steermoe reads {FORMAT_VERSION}: upgrade steermoe"
+                f"it has format version {shown(version)}, this steermoe reads 1 to {FORMAT_VERSION}: upgrade steermoe"
             )
-        for name, kind in HEADER_FIELDS.items():
-            if type(data[name]) is not kind:
-                raise TypeError(f"{name} is {data[name]!r}")
-        if not all(type(layer) is int for layer in data["layers"]):
-            raise TypeError(f"layers are {data['layers']!r}")
+        _check_fields(data, version)
         info = {f.name: data["info"][f.name] for f in fields(VectorInfo) if f.name in data["info"]}
         for name in ("keywords", "safe_range", "parts"):
             if isinstance(info.get(name), list):
@@ -194,9 +220,33 @@ def _parse_header(file: Any) -> VectorHeader:
             tensors_sha256=data["tensors_sha256"],
             matrices=tuple(sorted(file.keys())),
             info=VectorInfo(**info),
+            sha256=data.get(HEADER_HASH),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VectorError(f"its '{METADATA_KEY}' header lacks or garbles a field ({error!r}); get it again") from error
+
+
+def _check_fields(data: dict[str, Any], version: int) -> None:
+    """Check the kinds and the size of a header's fields, and its hash.
+
+    Raises:
+        KeyError: one is missing. TypeError: one has the wrong kind or is too large. VectorError: the hash is wrong.
+    """
+    kinds = HEADER_FIELDS if version == 1 else {**HEADER_FIELDS, HEADER_HASH: str}
+    for name, kind in kinds.items():
+        if type(data[name]) is not kind:
+            raise TypeError(f"{name} is {shown(data[name])}")
+    if unknown := set(data) - set(kinds) - {"format_version"}:
+        raise TypeError(f"{shown(sorted(unknown))} is unknown")
+    if not all(type(layer) is int and layer < MAX_LAYERS for layer in data["layers"]):
+        raise TypeError(f"layers are {shown(data['layers'])}, expected whole numbers below {MAX_LAYERS}")
+    if not 0 < data["num_experts"] <= MAX_EXPERTS:
+        raise TypeError(f"num_experts is {shown(data['num_experts'])}, expected 1 to {MAX_EXPERTS}")
+    if version > 1 and data[HEADER_HASH] != header_sha256(data):
+        raise VectorError(
+            "its header (strength, layers, threshold ...) does not match the hash in it; it was changed or damaged: "
+            "get it again"
+        )
 
 
 def write_vector(vector: SteeringVector, path: Path) -> None:
@@ -220,6 +270,7 @@ def write_vector(vector: SteeringVector, path: Path) -> None:
         "tensors_sha256": tensors_sha256(tensors),
         "info": asdict(vector.info),
     }
+    header[HEADER_HASH] = header_sha256(header)
     content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,3 +288,9 @@ def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def header_sha256(header: dict[str, Any]) -> str:
+    """The hash of a header that it keeps itself: of all its fields but this one, as JSON with sorted keys."""
+    content = {name: value for name, value in header.items() if name != HEADER_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

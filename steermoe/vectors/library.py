@@ -1,6 +1,7 @@
 """Find vectors on the search path and load the one that fits a model. torch is imported only to read matrices."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
     from steermoe.routing.shape import RoutingShape
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = Path(__file__).parents[1]
+WORKING = Path("steering_vectors")
+"""The folder in the working folder that is searched before the package's own vectors."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def search_path(folder: Path | str | None = None) -> list[Path]:
     folders = [Path(folder)] if folder is not None else []
     if os.environ.get("STEERMOE_VECTORS"):
         folders += [Path(part) for part in os.environ["STEERMOE_VECTORS"].split(os.pathsep) if part]
-    folders.append(Path("steering_vectors"))
+    folders.append(WORKING)
     with contextlib.suppress(RuntimeError):  # without a home folder there is no data folder
         folders.append(user_data_path("steermoe") / "steering_vectors")
     folders.append(packaged_vectors())
@@ -92,15 +97,40 @@ def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, St
         CompatibilityError: none fits; the error of the first one.
     """
     misfits = []
-    for path in paths:
+    for number, path in enumerate(paths):
         vector = read_vector(path)
         try:
             vector.check_fits(shape)
         except CompatibilityError as error:
             misfits.append(error)
         else:
+            _report_shadowing(path, paths[number + 1 :], shape)
             return path, vector
     raise misfits[0]
+
+
+_reported: set[Path] = set()
+"""Files of the working folder that were named."""
+
+
+def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape") -> None:
+    """Log once that a vector of the working folder is taken instead of one that comes with the package."""
+    here, packaged = WORKING.resolve(), packaged_vectors().resolve()
+    if path in _reported or here == packaged or not path.is_relative_to(here):
+        return
+    for other in others:
+        if not other.is_relative_to(packaged):
+            continue
+        try:
+            read_vector(other).check_fits(shape)
+        except (CompatibilityError, VectorError):
+            continue
+        _reported.add(path)
+        logger.warning(
+            "steering with %s of the working folder, not with the vector of that name that comes with steermoe",
+            repr(str(path)),
+        )
+        return
 
 
 def vectors_for(

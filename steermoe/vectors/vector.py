@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import CompatibilityError, VectorError
+from steermoe.errors import CompatibilityError, VectorError, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.shape import RoutingShape
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_THRESHOLD = 3.0
 ROW_SUM_TOLERANCE = 1e-3
+MAX_LAYERS, MAX_EXPERTS = 2**16, 2**16
+"""Far more than any model has; larger numbers in a file are damage, and would cost memory."""
+MAX_COUNT = 2**63 - 1
 
 
 def _is_text(value: Any) -> bool:
@@ -26,11 +29,16 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return value is None or (type(value) is int and value > 0)
+    return value is None or (type(value) is int and 0 < value <= MAX_COUNT)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
 
 
 def _is_range(value: Any) -> bool:
@@ -93,7 +101,7 @@ class VectorInfo:
     def __post_init__(self) -> None:
         for name, is_right, expected in _EXPECTED:
             if not is_right(getattr(self, name)):
-                raise VectorError(f"a vector's {name} is {getattr(self, name)!r}, expected {expected}")
+                raise VectorError(f"a vector's {name} is {shown(getattr(self, name))}, expected {expected}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +145,11 @@ class SteeringVector:
         shapes = {tuple(m.shape) for m in (self.frequency, self.baseline, self.weights) if m is not None}
         if len(shapes) > 1:
             raise VectorError(f"vector '{self.domain}': its matrices have different shapes {sorted(shapes)}")
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+        increase = list(self.layers) == sorted(set(self.layers))
+        if not self.layers or not increase or self.layers[0] < 0 or self.layers[-1] >= MAX_LAYERS:
             raise VectorError(
-                f"vector '{self.domain}': layers {self.layers} must be one or more, increasing, from 0 on"
+                f"vector '{self.domain}': layers {shown(self.layers)} must be one or more, increasing, from 0 on, "
+                f"below {MAX_LAYERS}"
             )
 
     @cached_property
@@ -228,6 +238,6 @@ def _check_matrix(domain: str, name: str, matrix: "Tensor", rows: int) -> None:
 
 def format_layers(layers: Sequence[int]) -> str:
     """Layers on one line: 3-27, or 0, 2, 4 and so on."""
-    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+    if list(layers) == list(range(layers[0], layers[0] + len(layers))):
         return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
     return ", ".join(map(str, layers))

@@ -484,3 +484,39 @@ def test_models_whose_rows_cannot_change_run_batch_by_batch(place):
     assert together.report.tokens_steered > 0
     run_batch(loaded, "\n".join(PROMPTS), "single.jsonl", wanted=wanted, rows=1)
     assert texts() == texts("single.jsonl")
+
+
+# ---- other programs ----
+
+
+def saved_by_sed(path: Path) -> None:
+    """As `sed -i` and many editors do: a changed copy takes the name of the file."""
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [saved_by_sed, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])],
+    ids=["replaced", "removed", "rewritten"],
+)
+def test_an_output_that_another_program_changes_ends_the_batch_and_is_resumed(loaded, place, change):
+    """Stories never go to a file that is no longer there."""
+    whole = run_batch(loaded, "\n".join(PROMPTS), "whole.jsonl").stories
+    calls = []
+
+    def meddle(done, tokens):
+        calls.append(done)
+        if len(calls) == 2:
+            change(Path("s.jsonl"))
+
+    with pytest.raises(BatchError, match=r"by another program during the run: leave it alone and run again"):
+        run_batch(loaded, "\n".join(PROMPTS), progress=meddle, rows=1)
+    run_batch(loaded, "\n".join(PROMPTS))
+    assert len(stories()) == whole == len(PROMPTS)
+    assert sorted(map(text_of, stories())) == sorted(map(text_of, stories("whole.jsonl")))
+
+
+def text_of(story: dict) -> tuple[str, str]:
+    return (story["job"], story["text"])

@@ -278,3 +278,11 @@ def test_repeatable_dtype(tiny_checkpoint, tmp_path, monkeypatch):
         assert checkpoint.repeatable_dtype(tiny_checkpoint) == "auto"
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert checkpoint.repeatable_dtype(tiny_checkpoint) == "auto"
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(20), b"GGUF\3\0\0\0" + b"\xff" * 16])
+def test_a_damaged_gguf_file_never_reaches_transformers(tmp_path, content):
+    (tmp_path / "bad.gguf").write_bytes(content)
+    for use in (loading.load, describe):
+        with pytest.raises(ModelError, match=r"bad.gguf' is not a GGUF file or is cut off"):
+            use(tmp_path / "bad.gguf")

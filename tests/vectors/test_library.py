@@ -54,7 +54,10 @@ def write_raw(path: Path, tensors: dict[str, torch.Tensor] | None = None, **chan
         "info": {},
         **changes,
     }
-    text = json.dumps({key: value for key, value in header.items() if value is not None})
+    header = {key: value for key, value in header.items() if value is not None}
+    if header.get("format_version") != 1:
+        header.setdefault("sha256", file.header_sha256(header))
+    text = json.dumps(header)
     save_file(tensors, path, {"steermoe": text})
     return path
 
@@ -119,7 +122,11 @@ def test_unknown_info_of_a_later_version_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2, this steermoe reads 1: upgrade"),
+        ({"format_version": 3}, "format version 3, this steermoe reads 1 to 2: upgrade"),
+        ({"format_version": "2"}, "format version '2', this steermoe reads"),
+        ({"format_version": 1, "sha256": "0" * 64}, "garbles a field .*sha256.*is unknown"),
+        ({"sha256": "0" * 64}, "header .*does not match the hash in it"),
+        ({"mood": "good"}, "garbles a field .*mood.*is unknown"),
         ({"format_version": None}, "header lacks or garbles a field .*format_version"),
         ({"tensors_sha256": "0" * 64}, "do not match the hash"),
         ({"tensors_sha256": None}, "lacks or garbles a field .*tensors_sha256"),
@@ -129,6 +136,15 @@ def test_unknown_info_of_a_later_version_is_left_out(tmp_path):
         ({"layers": [0]}, r"shape \[2, 4\], expected 1 layers"),
         ({"layers": [0.0, 1.0]}, "garbles a field .*layers are"),
         ({"layers": "01"}, "garbles a field .*layers is '01'"),
+        ({"layers": [0, 100_000_000]}, r"garbles a field .*layers are \[0, 100000000\], expected .* below 65536"),
+        ({"layers": [-1, 0]}, "increasing, from 0 on"),
+        ({"num_experts": 10**400}, r"num_experts is 1000.*\.\.\. \(401 characters\), expected 1 to 65536"),
+        ({"num_experts": 0}, "num_experts is 0, expected"),
+        ({"info": {"strength": 10**400}}, r"strength is 1000.*\.\.\. \(401 characters\), expected a finite number"),
+        ({"info": {"damage": -(10**400)}}, "damage is -1000.*expected a finite number"),
+        ({"info": {"safe_range": [0, 10**400]}}, "safe_range is .*expected two finite numbers"),
+        ({"info": {"texts": 2**63}}, "texts is 9223372036854775808, expected a whole number"),
+        ({"info": {"title": ["x"] * 1000}}, r"title is .*\.\.\. \(5000 characters\), expected text"),
         ({"num_experts": 5}, "header says 5 experts per layer, it has 4"),
         ({"threshold": "3"}, "garbles a field .*threshold is '3'"),
         ({"threshold": float("nan")}, "threshold nan must be a finite number"),
@@ -326,6 +342,26 @@ def test_group_narrows_the_search(places, make_vector):
 def test_a_path_is_taken_as_it_is(good_file, bare_search_path):
     assert load_vector(good_file).domain == "sport"
     assert load_vector(str(good_file)).domain == "sport"
+
+
+# ---- a folder that hides shipped vectors ----
+
+
+def test_a_file_of_the_working_folder_that_hides_a_shipped_one_is_named_once(
+    bare_search_path, tmp_path, make_vector, tiny_model, caplog
+):
+    own = bare_search_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors"
+    for path in (own, tmp_path / "packaged" / "tiny-mixtral" / "sport.safetensors"):
+        write_vector(make_vector(), path)
+    write_vector(make_vector("food"), own.with_name("food.safetensors"))
+    write_vector(make_vector("food", layers=range(4)), tmp_path / "packaged" / "other" / "food.safetensors")
+    for _ in range(2):
+        for domain in ("sport", "food"):  # food's shipped file is for another model
+            load_vector(domain, tiny_model.model)
+    load_vector(own, tiny_model.model)
+    assert caplog.messages == [
+        f"steering with '{own}' of the working folder, not with the vector of that name that comes with steermoe"
+    ]
 
 
 # ---- fit to a model ----

@@ -1,6 +1,7 @@
 """`steermoe vectors`: list, show, check and import; `build`, `discover` and `mix` have their own files."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,8 @@ CHECK_EXAMPLES = """Examples:
 steermoe vectors check sport food
 
 steermoe vectors check sport --model smollm2-moe --json
+
+steermoe vectors check my/old.safetensors --rehash
 """
 IMPORT_EXAMPLES = """Examples:
 
@@ -56,10 +59,17 @@ FACTS = {
     "tokens": "tokens",
     "licence": "licence",
     "created_by": "created by",
-    "tensors_sha256": "sha256",
+    "sha256": "sha256",
+    "tensors_sha256": "sha256 of numbers",
     "path": "file",
 }
 """The facts that `show` prints, by their keys in the record, with their labels."""
+
+COVERED = {
+    "all": "numbers and settings",
+    "numbers": "the numbers alone (--rehash adds strength, layers and all other settings)",
+}
+"""What `check` prints about the hash."""
 
 Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or the path of a vector file.")]
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
@@ -162,13 +172,19 @@ def check(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Also check that they fit this model; loads no weights.")
     ] = None,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Write a right file whose hash covers its numbers alone with a full hash.")
+    ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     vectors: Folder = None,
     json: Json = False,
 ) -> None:
-    """Check vector files: form, numbers, hash. The exit code is 1 if any of them is wrong."""
+    """Check vector files: form, numbers, hash, and what the hash covers. The exit code is 1 if any of them is wrong.
+
+    The hash detects damage and edits. It does not prove who made a file.
+    """
     description = _describe(model, trust_remote_code) if model is not None else None
-    results = [_check(target, vectors, description) for target in targets]
+    results = [_check(target, vectors, description, rehash) for target in targets]
     are_right = all(result["error"] is None for result in results)
     if json:
         console.write_json({"ok": are_right, "model": description.name if description else None, "files": results})
@@ -176,8 +192,8 @@ def check(
         for result in results:
             if result["error"] is None:
                 fits = f", fits {description.name}" if description else ""
-                line = f"{result['path']}: '{result['domain']}', {_shape(result)}, numbers and hash are right{fits}"
-                console.say(line)
+                facts = f"{_shape(result)}, numbers and hash are right, the hash covers {COVERED[result['covers']]}"
+                console.say(f"{result['path']}: '{result['domain']}', {facts}{fits}")
             else:
                 console.note(f"steermoe: {result['error']}")
     if not are_right:
@@ -213,10 +229,12 @@ def import_(
     domain = check_domain_name(domain)
     description = _describe(model, trust_remote_code) if model is not None else None
     folder = Path(description.name).name if description else "imported"
-    path = output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
+    is_there, path = False, output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.suffix != SUFFIX:
         raise VectorError(f"'{path}' is not the name of a vector file: end it in {SUFFIX}")
-    if path.exists() and not force:
+    with suppress(OSError):  # a name that no file can have is an error when it is written
+        is_there = path.exists()
+    if is_there and not force:
         raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another file")
     if description is None:
         vector = import_matrix(matrix, domain)
@@ -247,13 +265,13 @@ def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
     return description
 
 
-def _check(target: str, folder: Path | None, description: "ModelDescription | None") -> dict[str, Any]:
+def _check(target: str, folder: Path | None, description: "ModelDescription | None", rehash: bool) -> dict[str, Any]:
     """The record of one file for `check`; if a domain has several files, of the one that fits the model."""
     from steermoe.errors import CompatibilityError, VectorError
-    from steermoe.vectors.file import read_vector
+    from steermoe.vectors.file import read_header, read_vector, write_vector
     from steermoe.vectors.library import find_vector, read_fitting
 
-    result = dict.fromkeys(("path", "domain", "layers", "num_experts", "error"), None) | {"target": target}
+    result = dict.fromkeys(("path", "domain", "layers", "num_experts", "covers", "error"), None) | {"target": target}
     try:
         paths = find_vector(target, folder=folder)
         result["path"] = str(paths[0])
@@ -261,6 +279,9 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
             path, vector = paths[0], read_vector(paths[0])
         else:
             path, vector = read_fitting(paths, description.shape)
+        if rehash and read_header(path).sha256 is None:
+            write_vector(vector, path)
+        covers = "numbers" if read_header(path).sha256 is None else "all"
     except (VectorError, CompatibilityError) as error:
         return {**result, "error": str(error)}
     return {
@@ -269,6 +290,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
         "domain": vector.domain,
         "layers": vector.layers,
         "num_experts": vector.num_experts,
+        "covers": covers,
     }
 
 
@@ -295,9 +317,10 @@ def _shape(record: dict[str, Any]) -> str:
 def _short_path(path: Path) -> str:
     """Relative to the current folder or the home folder."""
     home = os.path.expanduser("~")  # noqa: PTH111  # unlike Path.home(), it may stay "~"
-    for start, sign in ((str(Path.cwd()), "."), (home, "~")):
-        if path.is_relative_to(start):
-            return str(Path(sign) / path.relative_to(start))
+    with suppress(OSError):  # the working folder was deleted
+        for start, sign in ((str(Path.cwd()), "."), (home, "~")):
+            if path.is_relative_to(start):
+                return str(Path(sign) / path.relative_to(start))
     return str(path)
 
 

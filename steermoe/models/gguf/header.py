@@ -1,18 +1,21 @@
-"""Describe a GGUF file from its header: architecture, routers, context length. Needs no libraries.
+"""Describe a GGUF file from its header: architecture, routers, context length.
 
-`gguf.GGUFReader` creates an object for every token of the vocabulary, which takes seconds; this skips them.
+`gguf.GGUFReader` creates an object for every token of the vocabulary, which takes seconds; this skips them. Whatever a
+header claims, reading it takes a bounded time and memory, and a file that is cut off anywhere is an error.
 """
 
+import functools
+import math
 import mmap
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steermoe.errors import ModelError, UnsupportedModel
+from steermoe.errors import ModelError, UnsupportedModel, shown
 from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -21,6 +24,16 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """GGUF's kinds of values as struct formats."""
 MAX_KEPT = 1024
 """Longer arrays, such as the vocabulary, are skipped."""
+MAX_TEXT = 2**20
+"""Longer texts are skipped, in bytes."""
+MAX_KEYS, MAX_TENSORS, MAX_DIMENSIONS = 2**16, 2**18, 4
+MAX_TOTAL_TEXTS, MAX_TOTAL_VALUES, MAX_TOTAL_BYTES = 2**22, 2**17, 2**24
+"""Texts in skipped arrays, values in arrays that are kept, and bytes of texts that are kept, over the whole header. The
+largest vocabularies have less than a tenth of it."""
+DEFAULT_ALIGNMENT = 32
+MAX_NUMBER = 2**63 - 1
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""Of an architecture or a model type."""
 
 MODEL_TYPES = {
     "granitemoe": ("granitemoe", "granitemoeshared"),
@@ -32,7 +45,7 @@ MODEL_TYPES = {
 }
 """What transformers calls some of llama.cpp's architectures; the other names are equal apart from - and _."""
 
-ROUTER = re.compile(r"blk\.(\d+)\.ffn_gate_inp\.weight")
+ROUTER = re.compile(r"blk\.([0-9]{1,9})\.ffn_gate_inp\.weight")
 LOGITS_ARE_PROBABILITIES = {"gpt-oss"}
 """Architectures where llama.cpp takes the top-k of the logits themselves and names them like the probabilities."""
 
@@ -82,58 +95,110 @@ def read_gguf(path: Path | str) -> GGUFModel:
     """Describe a GGUF file.
 
     Raises:
-        ModelError: not a GGUF file, or a damaged one. UnsupportedModel: it has no routers.
+        ModelError: not a GGUF file, a damaged one, or one with settings that can't be. UnsupportedModel: it has no
+            routers.
     """
     path = Path(path)
     metadata, shapes = read_header(path)
-    architecture = str(metadata.get("general.architecture", ""))
-
-    def setting(name: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture}.{name}", default)
-
-    layers = sorted(int(match[1]) for name in shapes if (match := ROUTER.fullmatch(name)))
-    last = int(setting("block_count", 1 << 31)) - int(setting("nextn_predict_layers", 0))
-    layers = [
-        layer for layer in layers if layer < last and f"blk.{layer}.ffn_gate_tid2eid.weight" not in shapes
-    ]  # neither layers that only draft, nor hash routers, which have no logits
-    if not layers:
+    settings = _Settings(path, metadata)
+    architecture = settings.architecture
+    routers = _routers(settings, shapes)
+    if not routers:
         raise UnsupportedModel(
             f"'{path}' ({architecture or 'no architecture'}) has no router to steer: it is not a Mixture-of-Experts "
             "model"
         )
-    top_k = setting("expert_used_count", 1)
-    routers = tuple(
-        RouterShape(layer, experts, experts, int(top_k[layer] if isinstance(top_k, list) else top_k))
-        for layer, experts in ((layer, int(shapes[f"blk.{layer}.ffn_gate_inp.weight"][-1])) for layer in layers)
-    )
     kinds = MODEL_TYPES.get(architecture, (architecture,))
-    written = metadata.get("steermoe.model_type")
-    has_bias = f"blk.{layers[-1]}.ffn_gate_inp.bias" in shapes
+    written = settings.name("steermoe.model_type")
+    has_bias = f"blk.{routers[-1].layer}.ffn_gate_inp.bias" in shapes
     scores_biased = any(re.fullmatch(r"blk\.\d+\.exp_probs_b\.bias", name) for name in shapes)
+    file_type = metadata.get("general.file_type")
     return GGUFModel(
         path=path,
         name=path.stem,
         architecture=architecture,
-        model_types=tuple(dict.fromkeys([written, *kinds])) if isinstance(written, str) else kinds,
+        model_types=tuple(dict.fromkeys([written, *kinds])) if written else kinds,
         routers=routers,
-        context_length=int(setting("context_length", 0)),
+        context_length=settings.number("context_length", 0),
         node="ffn_moe_probs"
         if architecture in LOGITS_ARE_PROBABILITIES
         else "ffn_moe_logits_biased"
         if has_bias
         else "ffn_moe_logits",
-        chooses_by_logits=not scores_biased and int(setting("expert_group_count", 0) or 0) <= 1,
-        cache_numbers=_cache_numbers(setting),
-        file_type=metadata.get("general.file_type"),
+        chooses_by_logits=not scores_biased and settings.number("expert_group_count", 0) <= 1,
+        cache_numbers=_cache_numbers(settings),
+        file_type=file_type if type(file_type) is int else None,
     )
 
 
-def _cache_numbers(setting: Callable[..., Any]) -> int:
-    blocks, heads = int(setting("block_count", 0)), setting("attention.head_count", 1)
-    pairs = setting("attention.head_count_kv", heads)
-    width = int(setting("embedding_length", 0)) // max(1, max(heads) if isinstance(heads, list) else int(heads))
-    keys, values = setting("attention.key_length", width), setting("attention.value_length", width)
-    return (sum(pairs) if isinstance(pairs, list) else blocks * int(pairs)) * (int(keys) + int(values))
+def _routers(settings: "_Settings", shapes: dict[str, tuple[int, ...]]) -> tuple[RouterShape, ...]:
+    """The routers that can be steered: neither those of layers that only draft, nor hash routers, without logits."""
+    last = settings.number("block_count", MAX_LAYERS) - settings.number("nextn_predict_layers", 0)
+    numbers = sorted(int(match[1]) for match in map(ROUTER.fullmatch, shapes) if match)
+    layers = [n for n in numbers if n < last and f"blk.{n}.ffn_gate_tid2eid.weight" not in shapes]
+    if layers and layers[-1] >= MAX_LAYERS:
+        raise settings.wrong(f"router in layer {layers[-1]}", f"layers below {MAX_LAYERS}")
+    top_k = settings.numbers("expert_used_count", 1)
+    routers = []
+    for layer in layers:
+        shape = shapes[f"blk.{layer}.ffn_gate_inp.weight"]
+        if len(shape) != 2 or not 1 <= shape[-1] <= MAX_EXPERTS:
+            raise settings.wrong(
+                f"router in layer {layer} has the shape {list(shape)}", f"hidden size x 1 to {MAX_EXPERTS} experts"
+            )
+        if isinstance(top_k, list) and layer >= len(top_k):
+            raise settings.wrong(f"expert_used_count has {len(top_k)} numbers", f"one for each layer up to {layer}")
+        chosen = top_k[layer] if isinstance(top_k, list) else top_k
+        if not 1 <= chosen <= shape[-1]:
+            raise settings.wrong(f"expert_used_count is {chosen}", f"1 to {shape[-1]}, which are all experts")
+        routers.append(RouterShape(layer, shape[-1], shape[-1], chosen))
+    return tuple(routers)
+
+
+def _cache_numbers(settings: "_Settings") -> int:
+    heads = settings.numbers("attention.head_count", 1)
+    pairs = settings.numbers("attention.head_count_kv", heads)
+    width = settings.number("embedding_length", 0) // max(1, max(heads) if isinstance(heads, list) else heads)
+    keys, values = (settings.numbers(f"attention.{name}_length", width) for name in ("key", "value"))
+    per_head = sum(max(each) if isinstance(each, list) else each for each in (keys, values))
+    return (sum(pairs) if isinstance(pairs, list) else settings.number("block_count", 0) * pairs) * per_head
+
+
+class _Settings:
+    """The settings of a file's architecture, each checked when it is asked for."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        self._path = path
+        self._metadata = metadata
+        self.architecture = self.name("general.architecture")
+
+    def wrong(self, found: str, expected: str) -> ModelError:
+        return ModelError(f"'{self._path}': its {found}, expected {expected}: the file is damaged, get it again")
+
+    def name(self, key: str) -> str:
+        """The name of an architecture; "" if there is none."""
+        value = self._metadata.get(key, "")
+        if not isinstance(value, str) or (value and not NAME.fullmatch(value)):
+            raise self.wrong(f"{key} is {shown(value)}", "a name of letters, digits, ., _ and -")
+        return value
+
+    def number(self, name: str, default: int) -> int:
+        """A whole number, 0 or more."""
+        value = self._metadata.get(f"{self.architecture}.{name}", default)
+        if not _is_number(value):
+            raise self.wrong(f"{name} is {shown(value)}", "a whole number, 0 or more")
+        return value
+
+    def numbers(self, name: str, default: int | list[int]) -> int | list[int]:
+        """A whole number, 0 or more, or one for each layer."""
+        value = self._metadata.get(f"{self.architecture}.{name}", default)
+        if not (_is_number(value) or (isinstance(value, list) and value and all(map(_is_number, value)))):
+            raise self.wrong(f"{name} is {shown(value)}", "a whole number, 0 or more, or one for each layer")
+        return value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_NUMBER
 
 
 def is_moe(path: Path | str) -> bool:
@@ -146,20 +211,26 @@ def is_moe(path: Path | str) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """A file's metadata without long arrays, and the shape of each tensor, fastest dimension first.
+    """A file's metadata without long arrays and texts (None), and the shape of each tensor, fastest dimension first.
 
     Raises:
-        ModelError: not a GGUF file, or a damaged one.
+        ModelError: not a GGUF file, or a damaged one: its header is cut off or claims too much, or its tensors are cut
+            off.
     """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(f"can't read '{path}': it is no regular file; give a .gguf file")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Header(data).read()
     except OSError as error:
         raise ModelError(f"can't read '{path}': {error.strerror or error}; give a .gguf file") from error
     except (struct.error, IndexError) as error:
         raise ModelError(f"'{path}' is not a GGUF file or is cut off within its header: get it again") from error
-    except (ValueError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-        raise ModelError(f"'{path}' is not a GGUF file or is cut off ({error}): get it again") from error
+    except (ValueError, MemoryError, OverflowError) as error:
+        raise ModelError(f"'{path}' is not a GGUF file or is cut off ({shown(error)}): get it again") from error
+
+
+_LENGTH = struct.Struct("<Q")
 
 
 class _Header:
@@ -168,6 +239,8 @@ class _Header:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._at = 0
+        self._texts = self._values = self._bytes = 0
+        """Skipped texts, values of lists, and bytes of texts so far."""
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         if self._data[:4] != MAGIC:
@@ -177,16 +250,34 @@ class _Header:
         if version not in VERSIONS:
             raise ValueError(f"format version {version}, expected {' or '.join(map(str, VERSIONS))}")
         tensors, pairs = self._take("Q"), self._take("Q")
-        metadata = {}
+        if tensors > MAX_TENSORS or pairs > MAX_KEYS:
+            raise ValueError(
+                f"it claims {tensors} tensors and {pairs} settings, expected at most {MAX_TENSORS} and {MAX_KEYS}"
+            )
+        metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            key = self._string()
+            key = self._name(metadata)
             metadata[key] = self._value(self._take("I"))
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        ends = [0]
         for _ in range(tensors):
-            name = self._string()
-            shapes[name] = tuple(self._take("Q") for _ in range(self._take("I")))
-            self._take("I"), self._take("Q")  # its type and its offset
+            name = self._name(shapes)
+            dimensions = self._take("I")
+            if dimensions > MAX_DIMENSIONS:
+                raise ValueError(f"tensor {shown(name)} has {dimensions} dimensions, expected at most {MAX_DIMENSIONS}")
+            shapes[name] = tuple(self._take("Q") for _ in range(dimensions))
+            kind, offset = self._take("I"), self._take("Q")
+            ends.append(offset + _stored_bytes(shapes[name], kind))
+        self._check_end(metadata.get("general.alignment", DEFAULT_ALIGNMENT), max(ends))
         return metadata, shapes
+
+    def _check_end(self, alignment: Any, length: int) -> None:
+        """Make sure that the tensors are there, which follow the header at the next multiple of the alignment."""
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"its general.alignment is {shown(alignment)}, expected a whole number over 0")
+        needed = -(-self._at // alignment) * alignment + length if length else self._at
+        if needed > len(self._data):
+            raise ValueError(f"it has {len(self._data)} bytes, its tensors need {needed}")
 
     def _take(self, kind: str) -> Any:
         size = struct.calcsize(f"<{kind}")
@@ -194,30 +285,74 @@ class _Header:
         self._at += size
         return value
 
-    def _string(self) -> str:
+    def _name(self, taken: dict[str, Any]) -> str:
+        """The key of a setting or the name of a tensor, which must be new."""
+        name = self._string()
+        if not name or name in taken:
+            raise ValueError(f"the name {shown(name)} is empty, too long or there twice")
+        return name
+
+    def _string(self) -> str | None:
+        """A text; None if it is too long to be kept."""
         length = self._take("Q")
-        if self._at + length > len(self._data):
+        start, self._at = self._at, self._at + length
+        if self._at > len(self._data):
             raise ValueError(f"a text of {length} bytes goes past the end of the file")
-        text = self._data[self._at : self._at + length].decode("utf-8", errors="replace")
-        self._at += length
-        return text
+        if length > MAX_TEXT:
+            return None
+        self._bytes += length
+        if self._bytes > MAX_TOTAL_BYTES:
+            raise ValueError(f"its texts have more than {MAX_TOTAL_BYTES} bytes")
+        return self._data[start : self._at].decode("utf-8", errors="replace")
 
     def _value(self, kind: int) -> Any:
+        """A text, a number, a list of them, or None for what is skipped."""
         if kind == STRING:
             return self._string()
         if kind != ARRAY:
-            return self._take(SCALARS[kind])
+            return self._take(_scalar(kind))
         inner, length = self._take("I"), self._take("Q")
         if length > len(self._data):
             raise ValueError(f"a list of {length} values goes past the end of the file")
+        if inner == ARRAY:
+            raise ValueError("it holds a list of lists, which no model needs")
         if length <= MAX_KEPT:
+            self._values += length
+            if self._values > MAX_TOTAL_VALUES:
+                raise ValueError(f"its lists have more than {MAX_TOTAL_VALUES} values")
             return [self._value(inner) for _ in range(length)]
         if inner == STRING:
-            for _ in range(length):
-                self._at += 8 + struct.unpack_from("<Q", self._data, self._at)[0]
-        elif inner == ARRAY:
-            for _ in range(length):
-                self._value(inner)
+            self._skip_texts(length)
         else:
-            self._at += length * struct.calcsize(f"<{SCALARS[inner]}")
+            self._at += length * struct.calcsize(f"<{_scalar(inner)}")
         return None
+
+    def _skip_texts(self, count: int) -> None:
+        self._texts += count
+        if self._texts > MAX_TOTAL_TEXTS:
+            raise ValueError(f"its lists have more than {MAX_TOTAL_TEXTS} texts")
+        at, data, unpack = self._at, self._data, _LENGTH.unpack_from
+        for _ in range(count):
+            at += 8 + unpack(data, at)[0]
+        self._at = at
+
+
+def _scalar(kind: int) -> str:
+    """The struct format of a kind of number."""
+    if kind not in SCALARS:
+        raise ValueError(f"a value has the unknown kind {kind}")
+    return SCALARS[kind]
+
+
+def _stored_bytes(shape: tuple[int, ...], kind: int) -> int:
+    """What a tensor takes in the file; 0 for a kind that the gguf package doesn't know."""
+    block, size = _block_sizes().get(kind, (1, 0))
+    return math.prod(shape) // block * size
+
+
+@functools.cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """Numbers and bytes in a block of each kind of tensor."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from steermoe.vectors.file import read_vector, write_vector
+from steermoe.vectors.file import header_sha256, read_vector, write_vector
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 INFO = VectorInfo(
@@ -41,6 +43,27 @@ def matrix(bare_search_path) -> Path:
     path = bare_search_path / "matrix.json"
     path.write_text(json.dumps([[0, 0.5, 0, 0, 0, 0, 0, 0]] * 3))
     return path
+
+
+def edit_header(path: Path, change, *, rehash: bool = False) -> None:
+    """Change the header of a vector file, and nothing else but its hash if that is to be right again."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["steermoe"])
+    change(header)
+    if rehash:
+        header["sha256"] = header_sha256(header)
+    save_file(tensors, path, {"steermoe": json.dumps(header)})
+
+
+def as_version_1(path: Path) -> None:
+    """Make a file one of steermoe 0.2.0, whose hash covers the numbers alone."""
+
+    def change(header):
+        del header["sha256"]
+        header["format_version"] = 1
+
+    edit_header(path, change)
 
 
 def one_line(text: str) -> str:
@@ -204,7 +227,8 @@ def test_check(run, vectors):
     code, out, err = run("vectors", "check", "sport", vectors / "tiny-mixtral" / "food.safetensors")
     sport, food = out.splitlines()
     assert (code, err) == (0, "")
-    assert sport.endswith("sport.safetensors: 'sport', 3 x 8, numbers and hash are right")
+    told = "numbers and hash are right, the hash covers numbers and settings"
+    assert sport.endswith(f"sport.safetensors: 'sport', 3 x 8, {told}")
     assert "'food'" in food
 
 
@@ -233,10 +257,67 @@ def test_check_json(run, vectors):
     assert json.loads(run("vectors", "check", "sport", "--json").out)["ok"] is True
 
 
+def test_check_says_what_an_old_hash_covers_and_adds_the_new_one(run, vectors, bare_search_path):
+    path = vectors / "tiny-mixtral" / "sport.safetensors"
+    before = read_vector(path)
+    as_version_1(path)
+    code, out, err = run("vectors", "check", "sport")
+    assert (code, err) == (0, "")
+    assert "the hash covers the numbers alone (--rehash adds strength, layers and all other settings)" in out
+    assert json.loads(run("vectors", "check", "sport", "--json").out)["files"][0]["covers"] == "numbers"
+    assert run("vectors", "check", "sport", "--rehash").out.endswith("the hash covers numbers and settings\n")
+    assert json.loads(run("vectors", "check", "sport", "--json").out)["files"][0]["covers"] == "all"
+    after = read_vector(path)
+    assert torch.equal(before.frequency, after.frequency)
+    assert (before.info, before.layers, before.threshold) == (after.info, after.layers, after.threshold)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("strength", 40.0), ("strength", -4.0), ("safe_range", [0.0, 60.0]), ("formula", "additive"), ("model", "other")],
+)
+def test_check_and_use_refuse_an_edited_header(run, vectors, field, value):
+    path = vectors / "tiny-mixtral" / "sport.safetensors"
+    edit_header(path, lambda header: header["info"].update({field: value}))
+    for arguments in (["check", "sport"], ["show", "sport"]):
+        code, out, err = run("vectors", *arguments)
+        assert (code, out) == (1, "")
+        assert "its header (strength, layers, threshold ...) does not match the hash" in one_line(err)
+    code, out, err = run("vectors", "list")
+    assert code == 0
+    assert "food" in out
+    assert "skipped" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.update(layers=[0, 1, 100_000_000]),
+        lambda header: header["info"].update(strength=10**400),
+        lambda header: header["info"].update(damage=10**400),
+        lambda header: header["info"].update(safe_range=[0, 10**400]),
+        lambda header: header["info"].update(texts=10**400),
+        lambda header: header.update(num_experts=10**400),
+        lambda header: header.update(format_version=10**400),
+    ],
+    ids=["layers", "strength", "damage", "safe range", "texts", "experts", "version"],
+)
+def test_no_number_of_a_bad_file_ends_the_list(run, vectors, change):
+    """Whether its hash is right or not."""
+    path = vectors / "tiny-mixtral" / "sport.safetensors"
+    for is_rehashed in (False, True):
+        edit_header(path, change, rehash=is_rehashed)
+        code, out, err = run("vectors", "list", "--json")
+        assert code == 0
+        assert [record["domain"] for record in json.loads(out)] == ["food"]
+        assert "skipped" in one_line(err)
+        assert len(err) < 1000
+
+
 def test_check_against_a_model(run, vectors, make_vector, tiny_checkpoint):
     code, out, err = run("vectors", "check", "sport", "--model", tiny_checkpoint)
     assert (code, err) == (0, "")
-    assert out.endswith("right, fits tiny-mixtral\n")
+    assert out.endswith("right, the hash covers numbers and settings, fits tiny-mixtral\n")
     write_vector(make_vector("law", layers=range(4)), vectors / "law.safetensors")
     code, out, err = run("vectors", "check", "law", "--model", tiny_checkpoint)
     assert (code, out) == (1, "")
@@ -294,6 +375,7 @@ def test_import_refuses_to_overwrite(run, matrix):
     [
         ("[[1, 2", [], "is not JSON"),
         ("[[1, 2]]", ["-d", "../chess"], "domain name '../chess' is not allowed"),
+        ("[[1, 2]]", ["-o", f"{'x' * 300}.safetensors"], "File name too long"),
         ("[[1, 2]]", ["-o", "chess.json"], "'chess.json' is not the name of a vector file: end it in .safetensors"),
         ("[[1, 2]]", ["-m", "TINY"], "has 1 rows, expected one for each of 3 layers"),
         ("[[1, 2], [1, 2], [1, 2]]", ["-m", "TINY"], "tiny-mixtral has 8"),
