@@ -101,6 +101,8 @@ def build(
             rich_help_panel="Corpus",
         ),
     ] = None,
+    include: o.Include = None,
+    encoding: o.Encoding = None,
     max_tokens: o.MaxTokens = 512,
     model: loading.Source,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
@@ -108,7 +110,7 @@ def build(
 ) -> None:
     """Build a vector for each domain from its texts. Prints the paths, and with --against the lists of experts."""
     from steermoe.cli.terminal import console
-    from steermoe.discovery.corpus import read_domains
+    from steermoe.discovery.domains import read_domains
     from steermoe.vectors import file
     from steermoe.vectors.library import places_for
 
@@ -116,7 +118,13 @@ def build(
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
-            sources, against, text_field=text_field, label_field=label_field, on_read=print_problems
+            sources,
+            against,
+            text_field=text_field,
+            label_field=label_field,
+            include=include or (),
+            encoding=encoding,
+            on_read=print_problems,
         )
     loaded = model.source()
     total = sum(map(len, corpora.values())) + len(others)

@@ -8,7 +8,7 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import embed_into
+from steermoe.cli.embed import embed_into, open_embeddings
 
 if TYPE_CHECKING:
     from steermoe.discovery.store import EmbeddingStore
@@ -98,11 +98,14 @@ def discover(
     """
     from steermoe.cli.terminal import console
     from steermoe.discovery import page, report
-    from steermoe.discovery.store import EmbeddingStore, is_store
+    from steermoe.discovery.store import is_store
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    store = EmbeddingStore.open(source) if is_store(source) else _embed(source, output / EMBEDDINGS, texts, model)
+    has_embeddings = is_store(source)
+    store = (
+        open_embeddings(source, texts, model) if has_embeddings else _embed(source, output / EMBEDDINGS, texts, model)
+    )
     if not store.meta.complete:
         console.err.print(
             f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used", soft_wrap=True
