@@ -1,8 +1,8 @@
 """Read texts from a folder, a file or stdin, one after the other. Bad records are reported and skipped.
 
 Ids are stable: the file's path below the corpus, plus ":17" for the record that begins in line 17 (in Parquet and
-Arrow: row 17). A text's label is the named field, else in a folder the first part of the path (a subfolder, or the stem
-of a file of records), else "".
+Arrow row 17, in a JSON document object 17). A text's label is the named field, else in a folder the first part of the
+path (a subfolder, or the stem of a file of records), else "".
 """
 
 import json
@@ -366,7 +366,7 @@ class Corpus:
         if isinstance(text, dict):
             return _has_parts(self.text_field, text, "--text-field")
         if not isinstance(text, str):
-            return f"field '{self.text_field}' is {type(text).__name__}, expected text: --text-field names the field"
+            return f"field '{self.text_field}' is {type(text).__name__}, expected text"
         if not text.strip():
             return f"field '{self.text_field}' is empty"
         if isinstance(given, dict):

@@ -42,14 +42,14 @@ class Embedder:
         self.shape = len(routers), max(router.num_experts for router in routers)
         accepted = inspect.signature(self._inner.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        self._hidden_size: int = self._inner.config.get_text_config().hidden_size if options.hidden else 0
         self._is_encoder_decoder = bool(getattr(self._inner.config, "is_encoder_decoder", False))
 
     def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
         """Embed texts in batches of similar length; the result is in their order."""
         embedded = in_order(self, texts, progress, both=self._options.both)
         if self._options.hidden and embedded.hidden is None:  # no text has tokens
-            return replace(embedded, hidden=torch.zeros(len(texts), self._hidden_size))
+            width = self._inner.config.get_text_config().hidden_size
+            return replace(embedded, hidden=torch.zeros(len(texts), width))
         return embedded
 
     def parts(self, texts: Sequence[str], done: Collection[int] = ()) -> Iterator[tuple[list[int], Embedded]]:

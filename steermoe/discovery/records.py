@@ -72,24 +72,24 @@ BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")
 
 
 def json_document(stream: IO[str], encoding: str | None) -> Iterator[Item]:
-    """The objects of an array, or objects one after the other. A part that is not JSON ends the file."""
-    decoder, buffer, line, size = json.JSONDecoder(), "", 1, SNIFFED
-    place, is_end = 0, False
+    """The objects of an array, or objects one after the other, with their numbers in place of lines.
+
+    A part that is not JSON ends the file.
+    """
+    decoder, buffer, size = json.JSONDecoder(), "", SNIFFED
+    place, number, is_end = 0, 1, False
     while True:
-        start = BETWEEN.match(buffer, place).end()  # type: ignore[union-attr]
-        line += buffer.count("\n", place, start)
-        place = start
+        place = BETWEEN.match(buffer, place).end()  # type: ignore[union-attr]
         if place < len(buffer):
             try:
                 record, end = decoder.raw_decode(buffer, place)
             except (ValueError, RecursionError) as error:
                 if is_end or not _may_continue(error, buffer, place):
-                    yield line, undecoded(buffer[place:], encoding) or f"is not JSON ({_one_line(error)})"
+                    yield number, undecoded(buffer[place:], encoding) or f"is not JSON ({_one_line(error)})"
                     return
             else:
-                yield line, undecoded(buffer[place:end], encoding) or _as_record(record)
-                line += buffer.count("\n", place, end)
-                place, size = end, SNIFFED
+                yield number, undecoded(buffer[place:end], encoding) or _as_record(record)
+                place, number, size = end, number + 1, SNIFFED
                 continue
         elif is_end:
             return

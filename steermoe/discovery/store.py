@@ -150,7 +150,9 @@ class EmbeddingStore:
             return cls(Path(folder), _parse_meta(data, version), version)
         except OSError as error:
             fix = (
-                "remove the folder and run `steermoe embed` again" if is_store(folder) else "run `steermoe embed` first"
+                "remove the folder and run `steermoe embed` again"
+                if is_store(folder)
+                else "make them with `steermoe embed`"
             )
             raise CorpusError(f"'{folder}' contains no embeddings ({META}: {error.strerror}): {fix}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
