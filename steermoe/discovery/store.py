@@ -149,11 +149,9 @@ class EmbeddingStore:
                 )
             return cls(Path(folder), _parse_meta(data, version), version)
         except OSError as error:
-            fix = (
-                "remove the folder and run `steermoe embed` again"
-                if is_store(folder)
-                else "make them with `steermoe embed`"
-            )
+            fix = "make them with `steermoe embed`"
+            if is_store(folder):
+                fix = "remove the folder and run `steermoe embed` again"
             raise CorpusError(f"'{folder}' contains no embeddings ({META}: {error.strerror}): {fix}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorpusError(
