@@ -55,7 +55,9 @@ def embed(
     ] = "counts",
     tokens: Annotated[Literal["all", "last"], typer.Option(help="All tokens of a text, or only its last one.")] = "all",
     hidden: Annotated[bool, typer.Option("--hidden", help="Also store mean hidden states.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, padding included.")] = 2048,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Tokens per forward pass, padding included.")
+    ] = 2048,
     model: loading.Source,
     json: o.Json = False,
 ) -> None:
@@ -91,8 +93,10 @@ def check_apart(corpus: Path, output: Path) -> None:
         raise CorpusError(f"the embeddings would be written among the texts in '{output}': name a folder of their own")
 
 
-def open_embeddings(folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions) -> "EmbeddingStore":
-    """Embeddings that are used as they are.
+def open_embeddings(
+    folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions, context: typer.Context
+) -> "EmbeddingStore":
+    """Embeddings that are used as they are; `context` knows which options are on the command line.
 
     Raises:
         CorpusError: they are damaged, or were made with another option than one that the user gives.
@@ -110,7 +114,10 @@ def open_embeddings(folder: Path, texts: o.CorpusOptions, model: loading.ModelOp
         "model": (model.group, Path(meta.model).name),
         "dtype": (model.dtype, meta.dtype),
     }
-    for name in sorted(_given() & {*made_with, "include", "encoding", "device_map", "trust_remote_code"}):
+    for name in (*made_with, "include", "encoding", "device_map", "trust_remote_code"):
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
         given, was = made_with.get(name, (True, False))
         option = "--" + name.replace("_", "-")
         if given != was:
@@ -126,15 +133,6 @@ def open_embeddings(folder: Path, texts: o.CorpusOptions, model: loading.ModelOp
             soft_wrap=True,
         )
     return store
-
-
-def _given() -> set[str]:
-    """The names of the options that are on the command line."""
-    import click
-
-    context = click.get_current_context()
-    on_line = click.core.ParameterSource.COMMANDLINE
-    return {name for name in context.params if context.get_parameter_source(name) == on_line}
 
 
 def embed_into(

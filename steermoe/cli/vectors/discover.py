@@ -89,6 +89,7 @@ def discover(
     clustering: Clustering,
     texts: o.CorpusOptions,
     model: loading.Loaded,
+    context: typer.Context,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report; other files stay.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -102,10 +103,10 @@ def discover(
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    has_embeddings = is_store(source)
-    store = (
-        open_embeddings(source, texts, model) if has_embeddings else _embed(source, output / EMBEDDINGS, texts, model)
-    )
+    if is_store(source):
+        store = open_embeddings(source, texts, model, context)
+    else:
+        store = _embed(source, output / EMBEDDINGS, texts, model)
     if not store.meta.complete:
         console.err.print(
             f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used", soft_wrap=True
