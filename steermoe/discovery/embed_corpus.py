@@ -226,7 +226,8 @@ class _Writer:
         """
         done = self._unfinished.rows
         there = {place for place, (name, _) in enumerate(group) if name in done}
-        self._progress(len(there), 0)
+        if there:
+            self._progress(len(there), 0)
         for places, part in self._embed.parts([text.text for _, text in group], there):
             new = set(places) - there
             for row, place in enumerate(places):

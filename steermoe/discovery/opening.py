@@ -101,20 +101,19 @@ def open_text(path: Path, encoding: str | None, newline: str | None) -> IO[str]:
 
 
 def check_encoding(encoding: str | None) -> None:
-    """Raises:
-    CorpusError: there is no such encoding of text.
+    """Refuse an encoding that does not exist, or that is not one of text.
+
+    Raises:
+        CorpusError: there is no such encoding.
     """
-    if encoding is None:
-        return
     try:
-        known = codecs.lookup(encoding)._is_text_encoding
-        "".encode(encoding)
-    except (LookupError, ValueError):
-        known = False
-    if not known:
+        "text".encode(encoding or UTF_8)
+    except (LookupError, ValueError) as error:
         raise CorpusError(
             f"there is no encoding '{encoding}': name one that Python knows, such as utf-16, cp1251 or latin-1"
-        )
+        ) from error
+    if encoding == "":
+        raise CorpusError("the encoding is empty: name one, such as utf-16, cp1251 or latin-1")
 
 
 def undecoded(text: str, encoding: str | None) -> str:

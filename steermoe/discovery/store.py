@@ -45,8 +45,8 @@ class EmbeddingMeta:
         max_tokens: tokens read of each text.
         complete: whether the whole corpus was read.
         texts: number of texts, once complete.
-        fingerprint: the engine, and a hash of the weights and the tokenizer; "" if unknown.
         dtype: of the weights; "" if unknown.
+        fingerprint: the engine, and a hash of the weights and the tokenizer; "" if unknown.
         text_field, label_field: where text and label come from; "" if unknown or by default.
         shards: number of shards, once complete. shards_sha256: hash of their records.
     """
@@ -62,8 +62,8 @@ class EmbeddingMeta:
     max_tokens: int = 512
     complete: bool = False
     texts: int = 0
-    fingerprint: str = ""
     dtype: str = ""
+    fingerprint: str = ""
     text_field: str = ""
     label_field: str = ""
     shards: int = 0
@@ -316,7 +316,7 @@ class EmbeddingStore:
         numbers, there = range(self.shards()), self._numbers()
         if there and there[-1] >= len(numbers):
             raise CorpusError(f"'{self.folder}' lacks shard {len(numbers)}: {REPAIR}")
-        if not numbers and not self.meta.complete:
+        if not numbers and not self.meta.texts:
             raise CorpusError(f"'{self.folder}' contains no embeddings yet: run `steermoe embed` again to resume")
         if self.meta.complete and self.version > 1:
             if len(numbers) != self.meta.shards:

@@ -62,15 +62,16 @@ def test_a_corpus_that_grew_is_embedded_to_its_end(run, tiny_checkpoint, tmp_pat
     ("options", "message"),
     [
         (["--label-field", "label"], "made with label_field none, not label"),
-        (["--dtype", "bfloat16"], "made with"),
+        (["--dtype", "bfloat16"], "made with dtype float32, not bfloat16"),
         (["--tokens", "last"], "made with tokens all, not last"),
     ],
 )
 def test_other_options_on_an_existing_folder_are_refused(run, tiny_checkpoint, tmp_path, options, message):
     corpus = jsonl(tmp_path / "c.jsonl", ["A goal!", "A match."])
     arguments = ["embed", corpus, "-o", tmp_path / "emb", "--model", tiny_checkpoint]
-    assert run(*arguments).code == 0
-    result = run(*arguments, *options)
+    dtype = [] if "--dtype" in options else ["--dtype", "float32"]
+    assert run(*arguments, "--dtype", "float32").code == 0
+    result = run(*arguments, *options, *dtype)
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
     assert message in result.err
 
@@ -134,3 +135,5 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_a_word(run, tiny_checkpo
     assert "was begun by an earlier version: it has no hashes" in result.err
     store = EmbeddingStore.open(emb)
     assert (store.version, store.meta.texts, len(store.load())) == (1, 3, 3)
+    used = run("vectors", "discover", emb, "-o", tmp_path / "report").err
+    assert "was written by an earlier version: it has no hashes, so damage may go unnoticed" in used

@@ -469,10 +469,12 @@ def test_a_wrong_encoding_names_the_option(tmp_path, name):
         list(Corpus(odd))
 
 
-@pytest.mark.parametrize("encoding", ["nope", "hex", "rot13", "", "a\0b", "undefined"])
+@pytest.mark.parametrize("encoding", ["nope", "hex", "rot13", "a\0b", "undefined"])
 def test_encodings_that_are_none(tmp_path, encoding):
     with pytest.raises(CorpusError, match="there is no encoding"):
         Corpus(write(tmp_path / "a.txt", "x"), encoding=encoding)
+    with pytest.raises(CorpusError, match="the encoding is empty"):
+        Corpus(tmp_path, encoding="")
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])

@@ -93,7 +93,7 @@ def build(
         Path | None, typer.Option("--output", "-o", help="Folder for the vectors. Default: steering_vectors/MODEL.")
     ] = None,
     selection: Selection,
-    text_field: o.TextField = "text",
+    reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     label_field: Annotated[
         str | None,
         typer.Option(
@@ -101,9 +101,6 @@ def build(
             rich_help_panel="Corpus",
         ),
     ] = None,
-    include: o.Include = None,
-    encoding: o.Encoding = None,
-    max_tokens: o.MaxTokens = 512,
     model: loading.Source,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: o.Json = False,
@@ -120,16 +117,16 @@ def build(
         corpora, others = read_domains(
             sources,
             against,
-            text_field=text_field,
+            text_field=reading.text_field,
             label_field=label_field,
-            include=include or (),
-            encoding=encoding,
+            include=reading.include or (),
+            encoding=reading.encoding,
             on_read=print_problems,
         )
     loaded = model.source()
     total = sum(map(len, corpora.values())) + len(others)
     with console.counting("Embedding", "texts", total) as progress:
-        vectors, made = selection.vectors(loaded, corpora, others if against else None, max_tokens, progress)
+        vectors, made = selection.vectors(loaded, corpora, others if against else None, reading.max_tokens, progress)
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
     if json:

@@ -99,14 +99,10 @@ def discover(
     """
     from steermoe.cli.terminal import console
     from steermoe.discovery import page, report
-    from steermoe.discovery.store import is_store
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    if is_store(source):
-        store = open_embeddings(source, texts, model, context)
-    else:
-        store = _embed(source, output / EMBEDDINGS, texts, model)
+    store = _embeddings(source, output / EMBEDDINGS, texts, model, context)
     if not store.meta.complete:
         console.err.print(
             f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used", soft_wrap=True
@@ -155,8 +151,14 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
     return parsed
 
 
-def _embed(source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions) -> "EmbeddingStore":
-    """Embed a corpus, or resume an earlier run."""
+def _embeddings(
+    source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions, context: typer.Context
+) -> "EmbeddingStore":
+    """Open embeddings; or embed a corpus into a folder, or resume an earlier run."""
+    from steermoe.discovery.store import is_store
+
+    if is_store(source):
+        return open_embeddings(source, texts, model, context)
     corpus = texts.open(source)
     loaded = model.load()
     from steermoe.discovery.embedder import EmbeddingOptions
