@@ -191,7 +191,22 @@ class VLLMOptions:
 # ---- texts ----
 
 TextField = Annotated[str, typer.Option(help="Field or column with the text.", rich_help_panel=CORPUS)]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to read of each text, at most.", rich_help_panel=CORPUS)]
+MaxTokens = Annotated[
+    int, typer.Option(min=1, max=2**31 - 1, help="Tokens to read of each text, at most.", rich_help_panel=CORPUS)
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Read only files whose name or path matches, such as '*.py', of any kind; repeat for several.",
+        rich_help_panel=CORPUS,
+    ),
+]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        help="Encoding of the texts, such as cp1251. Default: UTF-8, or UTF-16 if marked.", rich_help_panel=CORPUS
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -206,6 +221,8 @@ class CorpusOptions:
             rich_help_panel=CORPUS,
         ),
     ] = None
+    include: Include = None
+    encoding: Encoding = None
     max_tokens: MaxTokens = 512
 
     def open(self, path: Path) -> "Corpus":
@@ -216,7 +233,13 @@ class CorpusOptions:
         """
         from steermoe.discovery.corpus import Corpus
 
-        return Corpus(path, text_field=self.text_field, label_field=self.label_field)
+        return Corpus(
+            path,
+            text_field=self.text_field,
+            label_field=self.label_field,
+            include=self.include or (),
+            encoding=self.encoding,
+        )
 
 
 # ---- others ----

@@ -1,28 +1,41 @@
-"""Read texts from a folder, JSONL, CSV or Parquet, one after the other. Bad records are reported and skipped.
+"""Read texts from a folder, a file or stdin, one after the other. Bad records are reported and skipped.
 
-Ids are stable: the file's path below the corpus, plus ":17" for the record that begins in line 17 (in Parquet: row 17).
-A text's label is the named field, else in a folder the first part of the path (a subfolder, or the stem of a file of
-records), else "".
+Ids are stable: the file's path below the corpus, plus ":17" for the record that begins in line 17 (in Parquet and
+Arrow row 17, in a JSON document object 17). A text's label is the named field, else in a folder the first part of the
+path (a subfolder, or the stem of a file of records), else "".
 """
 
-import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import sys
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from steermoe.discovery.store import Text
+from steermoe.discovery import records
+from steermoe.discovery.opening import (
+    BROKEN,
+    check_encoding,
+    open_text,
+    suffix_of,
+    uncompressed,
+    undecoded,
+)
+from steermoe.discovery.records import MISSING, ColumnTable, value_of
+from steermoe.discovery.store import Text, is_store
 from steermoe.errors import CorpusError
-
-if TYPE_CHECKING:
-    from _csv import Reader as _CsvReader
 
 KEPT_PROBLEMS = 1000
 """At most this many problems are kept verbatim; all are counted."""
-MAX_FIELD = 100_000_000
-"""Characters of a CSV field: a quote that is never closed must not fill the memory with the rest of the file."""
+STDIN = "-"
+HIDDEN = "hidden"
+"""The kind of a file whose name begins with a dot."""
 
 
 @dataclass(frozen=True)
@@ -42,73 +55,200 @@ class Corpus:
     """Texts on disk, read lazily and as often as they are iterated over.
 
     Args:
-        path: a folder, read recursively in the order of names, or one file: .txt (one text per file), .jsonl, .ndjson,
-            .csv, .tsv or .parquet. Other files and hidden files in a folder are ignored. Links to folders are followed;
-            each folder is read once.
-        text_field: the field or column with the text.
+        path: a folder, read recursively in the order of names; or one file: .txt (one text per file), .jsonl, .ndjson,
+            .json, .csv, .tsv, .parquet or .arrow, all but the last two also as .gz, .bz2, .xz or .zst; or "-" for JSON
+            on stdin. Links to folders are followed; each folder is read once. Other files, hidden ones and folders that
+            steermoe wrote are not read. In a folder, .json is read if it is an array of objects. A folder that
+            `datasets` saved gives its records.
+        text_field: the field or column with the text, "a.b" for field b in field a; a list of texts is one text, joined
+            by newlines.
         label_field: the one with its known domain; if it is empty the label is "".
+        include: patterns like "*.py", for names of files or their paths below the corpus. Only such files are read;
+            those of other kinds as one text per file.
+        encoding: of texts, JSON and CSV; None is UTF-8, or UTF-16 or UTF-32 if the file begins with its mark.
 
     Attributes:
         problems: the first thousand of the last pass. num_problems: how many there were.
-        num_ignored: files of other kinds that the last pass ignored.
+        num_read: files that the last pass read.
+        not_read: how many files of each kind it did not read, by their ending; `HIDDEN` for hidden ones.
 
     Raises:
-        CorpusError: there is no such path, or it is a file of another kind. While reading: there is no usable text, a
-            table has no text column, or a file or folder can't be read.
+        CorpusError: there is no such path or encoding, or the path is a file of another kind. While reading: there is
+            no usable text, a table has no text column, or a file or folder can't be read.
     """
 
-    def __init__(self, path: Path | str, *, text_field: str = "text", label_field: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        text_field: str = "text",
+        label_field: str | None = None,
+        include: Sequence[str] = (),
+        encoding: str | None = None,
+    ) -> None:
         self.path = Path(path)
         self.text_field = text_field
         self.label_field = label_field
-        self.problems: list[BadRecord] = []
-        self.num_problems = 0
-        self.num_ignored = 0
+        self.include = tuple(include)
+        self.encoding = encoding
+        check_encoding(encoding)
+        self._reset()
+        self._is_stdin = str(path) == STDIN
+        self._kept_stdin: Path | None = None
+        if self._is_stdin:
+            return
         try:
             self.path.stat()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise CorpusError(
-                f"no corpus at '{path}' ({error.strerror}): give a folder of texts, or a file ({', '.join(READERS)})"
+                f"no corpus at '{path}' ({getattr(error, 'strerror', error)}): give a folder of texts, or a file "
+                f"({', '.join(READERS)})"
             ) from error
-        if self.path.is_file() and self.path.suffix.lower() not in READERS:
-            raise CorpusError(f"'{path}' is not a corpus: expected a folder, or a file ending in {', '.join(READERS)}")
+        if not self.path.is_dir() and self._kind(self.path.name, self.path.name) is None:
+            raise CorpusError(
+                f"'{path}' is not a corpus: expected a folder, or a file ending in {', '.join(READERS)}; "
+                f"--include '{self.path.name}' reads it as one text"
+            )
+
+    def _reset(self) -> None:
+        self.problems: list[BadRecord] = []
+        self.num_problems = self.num_read = 0
+        self.not_read: Counter[str] = Counter()
+
+    @property
+    def num_ignored(self) -> int:
+        """Files of other kinds that the last pass ignored."""
+        return self.not_read.total() - self.not_read[HIDDEN]
 
     def __iter__(self) -> Iterator[Text]:
-        self.problems, self.num_problems, self.num_ignored = [], 0, 0
+        self._reset()
         found = False
-        try:
-            for file, name in self._files():
-                for text in READERS[file.suffix.lower()](self, file, name):
-                    found = True
-                    yield text
-        except OSError as error:
-            raise CorpusError(f"can't read '{error.filename or self.path}': {error.strerror or error}") from error
+        for file, name, kind in self._files():
+            self.num_read += 1
+            for text in self._read(file, name, kind):
+                found = True
+                yield text
         if not found:
             others = f", files of other kinds: {self.num_ignored}" if self.num_ignored else ""
-            first = f"; the first problem: {self.problems[0]} (--text-field names the field)" if self.problems else ""
-            raise CorpusError(f"'{self.path}' contains no texts ({', '.join(READERS)} are read{others}){first}")
+            first = f"; the first problem: {self.problems[0]}" if self.problems else ""
+            what = "stdin" if self._is_stdin else f"'{self.path}'"
+            raise CorpusError(f"{what} contains no texts ({', '.join(READERS)} are read{others}){first}")
 
-    def _files(self) -> Iterator[tuple[Path, str]]:
-        if self.path.is_file():
-            yield self.path, self.path.name
+    def _read(self, file: Path, name: str, kind: str) -> Iterator[Text]:
+        """The texts of one file; what makes the rest of it unreadable is reported."""
+        try:
+            yield from READERS[kind](self, file, name)
+        except UnicodeError as error:
+            reason = " ".join(str(error).split())
+            self._report(name, None, f"is not text of its encoding ({reason}): --encoding names another")
+        except BROKEN as error:
+            self._report(name, None, f"is damaged or cut short ({error})")
+        except OSError as error:
+            if error.errno is None:  # a compressed file is no such file
+                self._report(name, None, f"is damaged or not {file.suffix} ({' '.join(str(error).split())[:200]})")
+            else:
+                raise CorpusError(f"can't read '{error.filename or file}': {error.strerror or error}") from error
+
+    # ---- which files ----
+
+    def _files(self) -> Iterator[tuple[Path, str, str]]:
+        """Each file, its path below the corpus, and the ending that says how it is read."""
+        if self._is_stdin:
+            yield self._stdin(), "stdin", ".jsonl"
+            return
+        if not self.path.is_dir():
+            kind = self._kind(self.path.name, self.path.name)
+            assert kind is not None
+            yield self.path, self.path.name, kind
             return
         seen = set()
-        for folder, subfolders, names in os.walk(self.path, onerror=_raise, followlinks=True):
-            place = Path(folder).resolve()
-            if place in seen:  # a link back into the corpus
-                subfolders.clear()
+        try:
+            for folder, subfolders, names in os.walk(self.path, onerror=_raise, followlinks=True):
+                place = Path(folder).resolve()
+                if place in seen or (place != self.path.resolve() and _is_output(Path(folder))):
+                    subfolders.clear()  # a link back into the corpus, or what steermoe wrote
+                    continue
+                seen.add(place)
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                yield from self._files_in(Path(folder), sorted(names))
+        except OSError as error:
+            raise CorpusError(f"can't read '{error.filename or self.path}': {error.strerror or error}") from error
+
+    def _files_in(self, folder: Path, names: list[str]) -> Iterator[tuple[Path, str, str]]:
+        saved = self._saved_files(folder, names)
+        for name in names:
+            file = folder / name
+            path = _as_unicode(file.relative_to(self.path).as_posix())
+            if saved is not None and name not in saved:
                 continue
-            seen.add(place)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(name for name in names if not name.startswith(".")):
-                file = Path(folder) / name
-                path = _as_unicode(file.relative_to(self.path).as_posix())
-                if file.suffix.lower() not in READERS:
-                    self.num_ignored += 1
-                elif file.is_file():
-                    yield file, path
-                else:
-                    self._report(path, None, "is a broken link or not a regular file")
+            if name.startswith("."):
+                self.not_read[HIDDEN] += 1
+                continue
+            kind = self._kind(name, path)
+            if kind == ".json" and not self.include and not self._is_array(file):
+                kind = None
+            if kind is None:
+                self.not_read[suffix_of(name) or "without ending"] += 1
+            elif file.is_file():
+                yield file, path, kind
+            else:
+                self._report(path, None, "is a broken link or not a regular file")
+
+    def _saved_files(self, folder: Path, names: list[str]) -> list[str] | None:
+        """The files with the records of a folder that `datasets` saved; None for other folders."""
+        if "dataset_dict.json" in names:
+            return []
+        if not {"state.json", "dataset_info.json"} <= set(names):
+            return None
+        path = _as_unicode(folder.relative_to(self.path).as_posix())
+        try:
+            state = json.loads((folder / "state.json").read_bytes())
+            listed = [str(entry["filename"]) for entry in state["_data_files"]]
+            has_selection = bool(state.get("_indices_data_files"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self._report(path, None, f"its state.json is damaged ({error!r:.100}): save the dataset again")
+            return []
+        if has_selection:
+            self._report(path, None, "was saved with a selection of rows: call flatten_indices() and save it again")
+            return []
+        for missing in sorted(set(listed) - set(names)):
+            self._report(path, None, f"lacks its file {missing!r:.100}: save the dataset again")
+        return listed
+
+    def _kind(self, name: str, path: str) -> str | None:
+        """The ending that says how a file is read; None if it isn't."""
+        if self.include and not any(fnmatchcase(name, like) or fnmatchcase(path, like) for like in self.include):
+            return None
+        kind = suffix_of(name)
+        if kind in COLUMN_FILES and uncompressed(name) != name:
+            return None
+        if kind in READERS:
+            return kind
+        return ".txt" if self.include else None
+
+    def _is_array(self, file: Path) -> bool:
+        """Whether a .json file holds records, and not the settings of some program."""
+        if not file.is_file():
+            return True  # it will be reported
+        try:
+            with open_text(file, self.encoding, None) as stream:
+                start = stream.read(records.SNIFFED).lstrip("\ufeff \t\r\n")
+        except (OSError, UnicodeError, *BROKEN):
+            return True
+        return start.startswith("[") and start[1:].lstrip().startswith("{")
+
+    def _stdin(self) -> Path:
+        """A file with what stdin holds, since a corpus is read several times."""
+        if self._kept_stdin is None:
+            try:
+                with tempfile.NamedTemporaryFile(prefix="steermoe-", suffix=".jsonl", delete=False) as kept:
+                    self._kept_stdin = Path(kept.name)
+                    weakref.finalize(self, self._kept_stdin.unlink, missing_ok=True)
+                    if sys.stdin is not None:
+                        shutil.copyfileobj(sys.stdin.buffer, kept)
+            except (OSError, ValueError) as error:
+                raise CorpusError(f"can't read stdin: {getattr(error, 'strerror', None) or error}") from error
+        return self._kept_stdin
 
     def _report(self, name: str, line: int | None, reason: str) -> None:
         self.num_problems += 1
@@ -117,49 +257,53 @@ class Corpus:
 
     def _default_label(self, name: str, *, is_record: bool) -> str:
         first, _, rest = name.partition("/")
-        if self.path.is_file():
+        if self._is_stdin or not self.path.is_dir():
             return ""
         if rest:
             return first
-        return Path(first).stem if is_record else ""
+        return Path(uncompressed(first)).stem if is_record else ""
 
     # ---- one reader per kind of file ----
 
     def read_text(self, file: Path, name: str) -> Iterator[Text]:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            self._report(name, None, f"is not UTF-8 (byte {error.start})")
-            return
-        if text.strip():
+        with open_text(file, self.encoding, None) as stream:
+            text = stream.read()
+        if wrong := undecoded(text, self.encoding):
+            self._report(name, None, wrong)
+        elif text.strip():
             yield Text(name, text, self._default_label(name, is_record=False))
         else:
             self._report(name, None, "is empty")
 
     def read_lines(self, file: Path, name: str) -> Iterator[Text]:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8-sig"))
-                except UnicodeDecodeError as error:
-                    self._report(name, number, f"is not UTF-8 (byte {error.start})")
-                except (ValueError, RecursionError) as error:
-                    self._report(name, number, f"is not JSON ({error})")
-                else:
-                    if isinstance(record, dict):
-                        yield from self._from_record(name, number, record)
-                    else:
-                        self._report(name, number, f"is not a JSON object but {type(record).__name__}")
+        with open_text(file, self.encoding, "\n") as stream:
+            is_document = records.is_document(stream.read(records.SNIFFED))
+        if is_document:
+            yield from self.read_document(file, name)
+            return
+        with open_text(file, self.encoding, "\n") as stream:
+            for number, item in records.json_lines(stream, self.encoding):
+                yield from self._from_item(name, number, item)
+
+    def read_document(self, file: Path, name: str) -> Iterator[Text]:
+        with open_text(file, self.encoding, "\n") as stream:
+            for number, item in records.json_document(stream, self.encoding):
+                yield from self._from_item(name, number, item)
 
     def read_table(self, file: Path, name: str) -> Iterator[Text]:
-        csv.field_size_limit(MAX_FIELD)
-        delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        usual = "\t" if suffix_of(name) == ".tsv" else ","
+        with open_text(file, self.encoding, None) as stream:
+            first = next((line for line in iter(lambda: stream.readline(records.SNIFFED), "") if line.strip()), "")
+        if wrong := undecoded(first, self.encoding):
+            self._report(name, None, wrong)
+            return
+        delimiter = records.delimiter_of(first.removeprefix("\ufeff").strip("\r\n"), usual, self.text_field)
+        with open_text(file, self.encoding, "") as stream:
             header: list[str] = []
-            for line, row in self._rows(name, csv.reader(lines, delimiter=delimiter, strict=True)):
-                if not header:
+            for line, row in records.table_rows(stream, delimiter):
+                if isinstance(row, str):
+                    self._report(name, line, row)
+                elif not header:
                     header = row
                     self._check_columns(file, header)
                 elif len(row) != len(header):
@@ -169,127 +313,85 @@ class Corpus:
             if not header:
                 self._report(name, None, "is empty")
 
-    def _rows(self, name: str, reader: "_CsvReader") -> Iterator[tuple[int, list[str]]]:
-        """The rows that can be parsed and aren't blank, each with the line where it begins."""
-        while True:
-            line = reader.line_num + 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:  # the reader continues with the next line
-                self._report(name, line, f"is not CSV ({error})")
-            else:
-                if row:
-                    yield line, row
-
-    def read_parquet(self, file: Path, name: str) -> Iterator[Text]:
+    def read_columns(self, file: Path, name: str) -> Iterator[Text]:
+        table = ColumnTable(file)
+        fields = [field for field in (self.text_field, self.label_field) if field is not None]
         try:
-            from pyarrow import ArrowException, parquet
-        except ImportError as error:
-            raise CorpusError(f"Parquet files need pyarrow ({error}): pip install 'steermoe[parquet]'") from error
-        try:
-            with parquet.ParquetFile(file) as table:
-                self._check_columns(file, table.schema_arrow.names)
-                columns = list(dict.fromkeys(filter(None, (self.text_field, self.label_field))))
-                number = 0
-                for batch in table.iter_batches(batch_size=1024, columns=columns):
-                    for cells in zip(*(batch[column] for column in columns), strict=True):
-                        number += 1
-                        try:
-                            record = {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}
-                        except UnicodeDecodeError as error:
-                            self._report(name, number, f"is not UTF-8 (byte {error.start})")
-                        else:
-                            yield from self._from_record(name, number, record)
-        except (ArrowException, OSError) as error:
+            for number, item in table.read(fields, lambda columns: self._check_columns(file, columns, nested=True)):
+                yield from self._from_item(name, number, item)
+        except (table.broken, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            self._report(name, None, f"is damaged or not Parquet ({str(error).splitlines()[0]})")
+            kind = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
+            self._report(name, None, f"is damaged or not {kind} ({str(error).splitlines()[0]})")
 
-    def _check_columns(self, file: Path, columns: list[str]) -> None:
+    def _check_columns(self, file: Path, columns: list[str], *, nested: bool = False) -> None:
         for field, option in ((self.text_field, "--text-field"), (self.label_field, "--label-field")):
-            if field is not None and field not in columns:
+            if field is None:
+                continue
+            column = records.column_of(field, columns) if nested else field
+            if column not in columns:
                 raise CorpusError(
                     f"'{file}' has no column '{field}', it has {', '.join(map(repr, columns)) or 'none'}: pass {option}"
                 )
-            if columns.count(field or "") > 1:
+            if columns.count(column) > 1:
                 raise CorpusError(f"'{file}' has several columns '{field}': rename all but one, or pass {option}")
 
-    def _from_record(self, name: str, line: int, record: dict[str, Any]) -> Iterator[Text]:
-        text = record.get(self.text_field)
-        label = self._default_label(name, is_record=True)
+    def _from_item(self, name: str, line: int | None, item: dict[str, Any] | str) -> Iterator[Text]:
+        if isinstance(item, str):
+            self._report(name, line, item)
+        else:
+            yield from self._from_record(name, line, item)
+
+    def _from_record(self, name: str, line: int | None, record: dict[str, Any]) -> Iterator[Text]:
+        text = _joined(value_of(record, self.text_field))
+        label, given = self._default_label(name, is_record=True), None
         if self.label_field is not None:
-            given = record.get(self.label_field)
+            given = value_of(record, self.label_field)
             label = "" if given is None else str(given)
-        if self.text_field not in record:
-            fields = ", ".join(map(str, record)) or "nothing"
-            self._report(name, line, f"no field '{self.text_field}' (it has {fields})")
-        elif not isinstance(text, str):
-            self._report(name, line, f"field '{self.text_field}' is {type(text).__name__}, expected text")
-        elif not text.strip():
-            self._report(name, line, f"field '{self.text_field}' is empty")
-        elif not _is_unicode(text):
-            self._report(name, line, f"field '{self.text_field}' is not UTF-8")
-        elif self.label_field is not None and self.label_field not in record:
-            self._report(name, line, f"no field '{self.label_field}' (it has {', '.join(map(str, record))})")
-        elif not _is_unicode(label):
-            self._report(name, line, f"field '{self.label_field}' is not UTF-8")
+        if wrong := self._what_is_wrong(record, text, given, label):
+            self._report(name, line, wrong)
         else:
             yield Text(f"{name}:{line}", text, label)
 
-
-MAX_LABELS = 8
-"""The most labels that the message about a missing domain names."""
-
-
-def read_domains(
-    sources: Mapping[str, Path],
-    against: Path | None = None,
-    *,
-    text_field: str = "text",
-    label_field: str | None = None,
-    on_read: Callable[[Corpus], None] = lambda corpus: None,
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Each domain's texts, and the others. A path that is named several times is read once.
-
-    Args:
-        sources: domain -> where its texts are.
-        against: where other texts are.
-        text_field: the field or column with the text.
-        label_field: take only records in which this field is the domain's name; of the others, those of no domain.
-        on_read: called with each corpus that was read, to tell of its problems.
-
-    Raises:
-        CorpusError: one can't be read, or holds no text of the label that is wanted.
-    """
-    places = [*sources.values(), *([against] if against is not None else [])]
-    corpora = {place: Corpus(place, text_field=text_field, label_field=label_field) for place in places}
-    read = {place: list(corpus) for place, corpus in corpora.items()}
-    for corpus in corpora.values():
-        on_read(corpus)
-    if label_field is None:
-        texts = {place: [text.text for text in found] for place, found in read.items()}
-        return {domain: texts[place] for domain, place in sources.items()}, texts[against] if against else []
-    own = {domain: _of_label(place, read[place], label_field, domain) for domain, place in sources.items()}
-    return own, _of_no_domain(against, read[against], label_field, list(sources)) if against else []
+    def _what_is_wrong(self, record: dict[str, Any], text: Any, given: Any, label: str) -> str:
+        """Why a record can't be used; "" if it can."""
+        fields = ", ".join(map(str, record)) or "nothing"
+        for option, field, value in (
+            ("--text-field", self.text_field, text),
+            ("--label-field", self.label_field, given),
+        ):
+            if value is MISSING:
+                return f"no field '{field}' (it has {fields}): {option} names the field"
+        if isinstance(text, dict):
+            return _has_parts(self.text_field, text, "--text-field")
+        if not isinstance(text, str):
+            return f"field '{self.text_field}' is {type(text).__name__}, expected text"
+        if not text.strip():
+            return f"field '{self.text_field}' is empty"
+        if isinstance(given, dict):
+            return _has_parts(str(self.label_field), given, "--label-field")
+        for name, value in ((self.text_field, text), (self.label_field, label)):
+            if not _is_unicode(value):
+                return f"field '{name}' {undecoded(value, self.encoding) or 'is not UTF-8'}"
+        return ""
 
 
-def _of_label(path: Path, texts: list[Text], label_field: str, domain: str) -> list[str]:
-    if found := [text.text for text in texts if text.label.lower() == domain]:
-        return found
-    labels = sorted({text.label for text in texts})
-    more = ", ..." if len(labels) > MAX_LABELS else ""
-    raise CorpusError(
-        f"'{path}' has no text whose '{label_field}' is '{domain}', there are "
-        f"{', '.join(map(repr, labels[:MAX_LABELS]))}{more}: name the domain as one of them, or leave out --label-field"
-    )
+def _joined(value: Any) -> Any:
+    """A list of texts as one text."""
+    is_list = isinstance(value, list) and value and all(isinstance(part, str) for part in value)
+    return "\n".join(value) if is_list else value
 
 
-def _of_no_domain(path: Path, texts: list[Text], label_field: str, domains: list[str]) -> list[str]:
-    if found := [text.text for text in texts if text.label.lower() not in domains]:
-        return found
-    raise CorpusError(f"--against '{path}' has only texts whose '{label_field}' is {', '.join(domains)}: give others")
+def _has_parts(field: str, value: dict[str, Any], option: str) -> str:
+    """What is wrong with a field that holds fields."""
+    example = f"{option} {field}.{next(iter(value), 'name')}"
+    return f"field '{field}' holds fields: name one of them, for example {example}"
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether steermoe wrote a folder: embeddings, or a report."""
+    return is_store(folder) or all((folder / name).is_file() for name in ("report.json", "clusters.csv"))
 
 
 def _raise(error: OSError) -> None:
@@ -310,11 +412,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+COLUMN_FILES = (".parquet", ".arrow")
+"""Files that can't be compressed as a whole."""
 READERS: dict[str, Callable[[Corpus, Path, str], Iterator[Text]]] = {
     ".txt": Corpus.read_text,
     ".jsonl": Corpus.read_lines,
     ".ndjson": Corpus.read_lines,
+    ".json": Corpus.read_document,
     ".csv": Corpus.read_table,
     ".tsv": Corpus.read_table,
-    ".parquet": Corpus.read_parquet,
+    ".parquet": Corpus.read_columns,
+    ".arrow": Corpus.read_columns,
 }

@@ -1,21 +1,30 @@
-"""Embed a corpus into a folder, shard by shard; an interrupted run resumes."""
+"""Embed a corpus into a folder, shard by shard; an interrupted run resumes, a corpus that grew is completed."""
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from steermoe.discovery.corpus import Corpus
 from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource, TextEmbedder, TextProgress
 from steermoe.discovery.embedder_hf import Embedder, _stop_after_last_router, _without_head
-from steermoe.discovery.store import EmbeddingMeta, EmbeddingStore, Text
+from steermoe.discovery.shards import Shard, Unfinished, identity, locked
+from steermoe.discovery.store import ID_DIGITS, EmbeddingMeta, EmbeddingStore, Text, identities
 from steermoe.errors import CorpusError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
 
 SHARD_TEXTS = 256
-"""Texts per shard: the most that a kill can lose, and the most in memory at once."""
+"""Texts per shard: the most in memory at once."""
+FLUSH_SECONDS = 20.0
+"""How much work a kill can cost: embeddings of an unfinished shard are written as often."""
+TOKENIZED = "The 1st quick (brown) fox,\n\n  über 日本語 Привет مرحبا def f(x): return x**2 <s> </s>"
+"""A text whose tokens show which tokenizer a model has."""
 
 
 @contextmanager
@@ -37,8 +46,11 @@ def embedder(loaded: RoutingSource, options: EmbeddingOptions | None = None) -> 
         yield Embedder(loaded, options, record)
 
 
-def meta_of(loaded: RoutingSource, options: EmbeddingOptions) -> EmbeddingMeta:
-    """The metadata of a folder of this model's embeddings."""
+def meta_of(loaded: RoutingSource, options: EmbeddingOptions, corpus: Iterable[Text] = ()) -> EmbeddingMeta:
+    """The metadata of a folder of this model's embeddings of a corpus.
+
+    The size of batches is not part of it: it changes no more than the rounding does.
+    """
     shape = loaded.shape
     return EmbeddingMeta(
         model=loaded.name,
@@ -50,7 +62,24 @@ def meta_of(loaded: RoutingSource, options: EmbeddingOptions) -> EmbeddingMeta:
         tokens=options.tokens,
         hidden=options.hidden,
         max_tokens=options.max_tokens,
+        fingerprint=_fingerprint(loaded),
+        dtype=str(loaded.model.dtype).removeprefix("torch.") if isinstance(loaded, LoadedModel) else loaded.dtype,
+        text_field=corpus.text_field if isinstance(corpus, Corpus) else "",
+        label_field=(corpus.label_field or "") if isinstance(corpus, Corpus) else "",
     )
+
+
+def _fingerprint(loaded: RoutingSource) -> str:
+    """The engine, and the beginnings of hashes of the weights and of what the tokenizer does."""
+    import hashlib
+
+    if isinstance(loaded, LoadedModel):
+        from steermoe.engines.hf.engine import HFEngine
+
+        name, weights, tokens = "hf", HFEngine(loaded).fingerprint(), loaded.tokenizer(TOKENIZED)["input_ids"]
+    else:
+        name, weights, tokens = "llamacpp", loaded.fingerprint(), loaded.tokenizer.encode(TOKENIZED)
+    return f"{name} {weights[:16]} {hashlib.sha256(repr(list(tokens)).encode()).hexdigest()[:16]}"
 
 
 def embed_corpus(
@@ -61,12 +90,13 @@ def embed_corpus(
     *,
     progress: TextProgress | None = None,
 ) -> tuple[EmbeddingStore, list[str]]:
-    """Embed a corpus into a folder, shard by shard; shards that an earlier run finished are not computed again.
+    """Embed a corpus into a folder, shard by shard; texts that an earlier run finished are not computed again.
 
     Args:
         loaded: the model with its tokenizer.
-        corpus: read once, in order; only one shard of it is in memory.
-        folder: see `EmbeddingStore`.
+        corpus: read in order, and twice if the folder already has embeddings; only one shard of it is in memory (all of
+            it if it can be read only once).
+        folder: see `EmbeddingStore`. Texts that it lacks are added, those of damaged shards are embedded again.
         options: how texts become embeddings.
         progress: called with the texts and tokens done since the last call.
 
@@ -74,44 +104,137 @@ def embed_corpus(
         the complete store, and the ids of this run's texts that were left out because they have no tokens.
 
     Raises:
-        CorpusError: an empty corpus, a corpus or options other than those the folder was begun with, or a folder that
-            can't be written to.
+        CorpusError: an empty corpus, a corpus that lacks or has changed a text of the folder, other options than those
+            the folder was begun with, a folder that another run writes to, or one that can't be written to.
     """
     options = options or EmbeddingOptions()
-    store = EmbeddingStore.create(folder, meta_of(loaded, options))
-    skipped: list[str] = []
-    total, number, texts = 0, -1, iter(corpus)
-    with embedder(loaded, options) as embed:
-        for number, shard in enumerate(iter(lambda: list(islice(texts, SHARD_TEXTS)), [])):
-            if store.has_shard(number):
-                total += _check_same(store, number, shard)
-                if progress is not None:
-                    progress(len(shard), 0)
-                continue
-            embedded = embed.texts([text.text for text in shard], progress)
-            keep = embedded.tokens > 0
-            skipped += [text.id for text, kept in zip(shard, keep.tolist(), strict=True) if not kept]
-            kept_texts = [text for text, kept in zip(shard, keep.tolist(), strict=True) if kept]
-            hidden = embedded.hidden[keep].numpy() if embedded.hidden is not None else None
-            store.write_shard(
-                number, kept_texts, embedded.tokens[keep].tolist(), embedded.frequency[keep].numpy(), hidden
+    with embedder(loaded, options) as embed, locked(Path(folder)):
+        store = EmbeddingStore.create(folder, meta_of(loaded, options, corpus))
+        known = store.known()
+        if known.texts:
+            corpus = corpus if isinstance(corpus, Sequence | Corpus) else list(corpus)
+            _check_same(store, known.texts, corpus)
+        if known.damaged:
+            store.begin()
+            for number in known.damaged:
+                store.remove(number)
+        taken = set(known.sound)
+        free = (number for number in count() if number not in taken)
+        writer = _Writer(store, embed, progress)
+        for group in _groups(_missing(corpus, known.texts, progress)):
+            store.begin()
+            writer.write(next(free), group)
+        store.close_gaps()
+        store.finish(known.count + writer.total)
+    return store, writer.skipped
+
+
+Named = tuple[str, Text]
+"""A text with its `identity`."""
+
+
+def _missing(corpus: Iterable[Text], known: dict[str, str], progress: TextProgress | None) -> Iterator[Named]:
+    """The texts that the folder lacks."""
+    seen: Counter[str] = Counter()
+    for text in corpus:
+        name = next(identities([text], seen)) if known else identity(text)
+        if name[:ID_DIGITS] not in known:
+            yield name, text
+        elif progress is not None:
+            progress(1, 0)
+
+
+def _groups(texts: Iterator[Named]) -> Iterator[list[Named]]:
+    return iter(lambda: list(islice(texts, SHARD_TEXTS)), [])
+
+
+def _check_same(store: EmbeddingStore, known: dict[str, str], corpus: Iterable[Text]) -> None:
+    """Compare the corpus with the texts in the folder: it may have more.
+
+    Raises:
+        CorpusError: a text has changed or is missing.
+    """
+    seen: Counter[str] = Counter()
+    found = 0
+    for text in corpus:
+        (name,) = identities([text], seen)
+        kept, given = known.get(name[:ID_DIGITS]), name[ID_DIGITS:]
+        if kept is None:
+            continue
+        found += 1
+        if kept != given:
+            what = "text" if kept[:ID_DIGITS] != given[:ID_DIGITS] else "label"
+            raise CorpusError(
+                f"the {what} of '{text.id}' has changed since it was embedded in '{store.folder}': name another "
+                "folder, or remove this one to start again"
             )
-            total += len(kept_texts)
-    if store.has_shard(number + 1):
+    if not found:
         raise CorpusError(
-            f"'{folder}' contains more texts than the corpus: it was begun with another; name another folder"
+            f"'{store.folder}' was begun with another corpus (none of its texts is in this one): name another folder, "
+            "or remove it to start again"
         )
-    store.finish(total)
-    return store, skipped
+    if found < len(known):
+        raise CorpusError(
+            f"'{store.folder}' contains more texts than the corpus ({len(known) - found} of {len(known)} are not in "
+            "it): name another folder, or remove it to start again"
+        )
 
 
-def _check_same(store: EmbeddingStore, number: int, shard: Sequence[Text]) -> int:
-    """The number of texts in a finished shard, if they are those of the corpus."""
-    kept = store.shard_ids(number)
-    given = [(text.id, len(text.text)) for text in shard]
-    if not set(kept) <= set(given):
-        raise CorpusError(
-            f"'{store.folder}' was begun with another corpus (texts {number * SHARD_TEXTS + 1} and on differ): "
-            "name another folder, or remove it to start again"
+class _Writer:
+    """Embeds groups of texts and writes each as a shard, and every few seconds what there is of the next one."""
+
+    def __init__(self, store: EmbeddingStore, embed: TextEmbedder, progress: TextProgress | None) -> None:
+        self._store = store
+        self._embed = embed
+        self._progress: TextProgress = progress or (lambda texts, tokens: None)
+        self._unfinished = Unfinished(store.folder)
+        self._flushed = time.monotonic()
+        self.total = 0
+        self.skipped: list[str] = []
+
+    def write(self, number: int, group: list[Named]) -> None:
+        """Embed a group and write it as a shard."""
+        try:
+            self._embed_group(group)
+        except BaseException:
+            with suppress(CorpusError):
+                self._unfinished.write()
+            raise
+        rows = [self._unfinished.rows.get(name) for name, _ in group]
+        kept = [(text, row) for (_, text), row in zip(group, rows, strict=True) if row is not None]
+        frequency = np.zeros((len(kept), *self._embed.shape), dtype=np.float32)
+        for place, (_, row) in enumerate(kept):
+            frequency[place] = row[1]
+        hidden = [row[2] for _, row in kept if row[2] is not None]
+        shard = Shard(
+            [text for text, _ in kept],
+            [row[0] for _, row in kept],
+            frequency,
+            np.stack(hidden) if hidden else np.zeros((0, 0), np.float32) if self._store.meta.hidden else None,
+            [name for (name, _), row in zip(group, rows, strict=True) if row is None],
         )
-    return len(kept)
+        if kept or self._store.version > 1:
+            self._store.write(number, shard)
+        self._unfinished.drop()
+        self.total += len(kept)
+        self.skipped += [text.id for (_, text), row in zip(group, rows, strict=True) if row is None]
+
+    def _embed_group(self, group: list[Named]) -> None:
+        """Embed the texts that are not in `unfinished` yet.
+
+        Batches are those of the whole group, so that an interruption does not change how numbers are rounded.
+        """
+        done = self._unfinished.rows
+        there = {place for place, (name, _) in enumerate(group) if name in done}
+        if there:
+            self._progress(len(there), 0)
+        for places, part in self._embed.parts([text.text for _, text in group], there):
+            new = set(places) - there
+            for row, place in enumerate(places):
+                if place in new:
+                    hidden = part.hidden[row].numpy() if part.hidden is not None else None
+                    done[group[place][0]] = int(part.tokens[row]), part.frequency[row].numpy(), hidden
+            self._progress(len(new), sum(done[group[place][0]][0] for place in new))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._unfinished.write()
+                self._flushed = time.monotonic()

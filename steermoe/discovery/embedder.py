@@ -6,10 +6,11 @@ Nothing after the last router is run, unless hidden states are requested.
 Shapes: B texts, L MoE layers, N experts per layer, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from steermoe.errors import CorpusError
@@ -25,6 +26,8 @@ Features = Literal["counts", "probabilities"]
 Tokens = Literal["all", "last"]
 
 
+MOST_TOKENS = 2**31 - 1
+"""More than any text has, and few enough for every tokenizer."""
 TextProgress = Callable[[int, int], None]
 """Called with the texts and tokens done since the last call; 0 tokens if an earlier run did them."""
 
@@ -51,8 +54,8 @@ class EmbeddingOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise CorpusError(f"{name} is {getattr(self, name)}, expected 1 or more")
+            if not 1 <= getattr(self, name) <= MOST_TOKENS:
+                raise CorpusError(f"{name} is {getattr(self, name)}, expected 1 to {MOST_TOKENS}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,3 +84,27 @@ class TextEmbedder(Protocol):
 
     def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
         """Embed texts, in their order."""
+
+    def parts(self, texts: Sequence[str], done: Collection[int] = ()) -> Iterator[tuple[list[int], Embedded]]:
+        """Embed texts batch by batch: the places of a batch's texts, and their embeddings.
+
+        Texts without tokens are in no batch. A batch all of whose places are in `done` is not computed.
+        """
+
+
+def in_order(embed: TextEmbedder, texts: Sequence[str], progress: TextProgress | None, *, both: bool) -> Embedded:
+    """The parts of texts, put together in their order; with probabilities in addition, if `both`."""
+    frequency = torch.zeros(len(texts), *embed.shape)
+    probability = torch.zeros_like(frequency) if both else None
+    tokens = torch.zeros(len(texts), dtype=torch.int64)
+    hidden: Tensor | None = None
+    for places, part in embed.parts(texts):
+        frequency[places], tokens[places] = part.frequency, part.tokens
+        if probability is not None and part.probability is not None:
+            probability[places] = part.probability
+        if part.hidden is not None:
+            hidden = torch.zeros(len(texts), part.hidden.shape[1]) if hidden is None else hidden
+            hidden[places] = part.hidden
+        if progress is not None:
+            progress(len(places), int(part.tokens.sum()))
+    return Embedded(frequency, tokens, hidden, probability)

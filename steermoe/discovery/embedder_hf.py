@@ -4,14 +4,15 @@ Shapes: B texts, S columns of a batch, H hidden size.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steermoe.discovery.embedder import Embedded, EmbeddingOptions, TextProgress
+from steermoe.discovery.embedder import Embedded, EmbeddingOptions, TextProgress, in_order
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import RoutingRecord
 from steermoe.routing.routers import find_routers, language_model, module_that_routes
@@ -45,25 +46,25 @@ class Embedder:
 
     def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
         """Embed texts in batches of similar length; the result is in their order."""
+        embedded = in_order(self, texts, progress, both=self._options.both)
+        if self._options.hidden and embedded.hidden is None:  # no text has tokens
+            width = self._inner.config.get_text_config().hidden_size
+            return replace(embedded, hidden=torch.zeros(len(texts), width))
+        return embedded
+
+    def parts(self, texts: Sequence[str], done: Collection[int] = ()) -> Iterator[tuple[list[int], Embedded]]:
+        """As `TextEmbedder.parts`."""
         token_ids = self._tokenize(texts)
         lengths = [len(ids) for ids in token_ids]
         order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__)
-        frequency = torch.zeros(len(texts), *self.shape)
-        hidden = torch.zeros(
-            len(texts), self._inner.config.get_text_config().hidden_size if self._options.hidden else 0
-        )
-        probability = torch.zeros_like(frequency) if self._options.both else None
         for batch in batches(order, lengths, self._options.batch_tokens):
+            if all(place in done for place in batch):
+                continue
             states = self._forward([token_ids[i] for i in batch])
             uses_counts = self._options.features == "counts"
-            frequency[batch] = self._record.frequency() if uses_counts else self._record.mean_probability()
-            if probability is not None:
-                probability[batch] = self._record.mean_probability()
-            if states is not None:
-                hidden[batch] = states
-            if progress is not None:
-                progress(len(batch), sum(lengths[i] for i in batch))
-        return Embedded(frequency, torch.tensor(lengths), hidden if self._options.hidden else None, probability)
+            frequency = self._record.frequency() if uses_counts else self._record.mean_probability()
+            probability = self._record.mean_probability() if self._options.both else None
+            yield batch, Embedded(frequency, torch.tensor([lengths[i] for i in batch]), states, probability)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:

@@ -3,12 +3,12 @@
 Shapes: B texts, L MoE layers, N experts per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from steermoe.discovery.embedder import Embedded, EmbeddingOptions, TextProgress
+from steermoe.discovery.embedder import Embedded, EmbeddingOptions, TextProgress, in_order
 from steermoe.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -34,15 +34,14 @@ class GGUFEmbedder:
 
     def texts(self, texts: Sequence[str], progress: TextProgress | None = None) -> Embedded:
         """Embed texts, in their order."""
-        frequency = torch.zeros(len(texts), *self.shape)
-        lengths = torch.zeros(len(texts), dtype=torch.int64)
-        for number, text in enumerate(texts):
-            tokens = self._engine.tokenizer.encode(text)[: self._options.max_tokens]
-            lengths[number] = len(tokens)
+        return in_order(self, texts, progress, both=False)
+
+    def parts(self, texts: Sequence[str], done: Collection[int] = ()) -> Iterator[tuple[list[int], Embedded]]:
+        """As `TextEmbedder.parts`; each text is a batch."""
+        for place, text in enumerate(texts):
+            tokens = [] if place in done else self._engine.tokenizer.encode(text)[: self._options.max_tokens]
             if tokens:
                 chosen = torch.from_numpy(self._engine.chosen(tokens))
                 counts = chosen[-1] if self._options.tokens == "last" else chosen.sum(0)
-                frequency[number] = (counts / counts.sum(-1, keepdim=True)).float()
-            if progress is not None:
-                progress(1, len(tokens))
-        return Embedded(frequency, lengths)
+                frequency = (counts / counts.sum(-1, keepdim=True)).float()
+                yield [place], Embedded(frequency[None], torch.tensor([len(tokens)]))

@@ -1,10 +1,10 @@
-"""Import expert vectors from a JSON matrix of layers x experts, the format of the paper's authors."""
+"""Import expert vectors from a matrix of layers x experts: JSON in the forms of the paper's authors, or .npy."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import VectorError, VectorNotFound
 from steermoe.vectors.file import check_domain_name
@@ -13,24 +13,39 @@ from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInf
 if TYPE_CHECKING:
     from torch import Tensor
 
+EMBEDDING = "embedding"
+"""The key of the numbers in a dictionary."""
+SHOWN_KEYS = 8
+
 
 def import_matrix(
-    path: Path, domain: str, *, layers: Sequence[int] | None = None, info: VectorInfo | None = None
+    path: Path,
+    domain: str,
+    *,
+    layers: Sequence[int] | None = None,
+    experts: int | None = None,
+    info: VectorInfo | None = None,
+    cluster: str | None = None,
 ) -> SteeringVector:
-    """Read an expert vector in the format of the paper's authors: JSON, a list of L lists of N numbers.
+    """Read an expert vector: a JSON list of L lists of N numbers, the format of the paper's authors, or such a matrix.
 
-    Rows that each sum to 1 are taken to be frequencies F, anything else to be E itself.
+    Also read: a flat list of L*N numbers, layer by layer, if `layers` are known; {"embedding": ...}; a dictionary of
+    several vectors; and a .npy file. Rows that each sum to 1 are taken to be frequencies F, anything else to be E
+    itself. If there are rows for all decoder layers up to the last of `layers`, and those of the others hold only
+    zeros, they are left out.
 
     Args:
-        path: the JSON file.
+        path: the file.
         domain: name of the vector.
         layers: the decoder layer of each row; by default 0 to L-1.
+        experts: N, if it is known, to cut a flat list.
         info: what else is known about it.
+        cluster: the key in a dictionary of vectors; by default the domain, or the only one.
 
     Raises:
-        VectorError: not JSON, not such a list, or invalid numbers.
+        VectorError: not such a file, not such a matrix, no such cluster, or invalid numbers.
     """
-    matrix = _read(path)
+    matrix = _without_dense_layers(_read(path, _chosen(path, _content(path), cluster, domain), layers, experts), layers)
     numbers = tuple(layers) if layers is not None else tuple(range(len(matrix)))
     if len(numbers) != len(matrix):
         raise VectorError(
@@ -49,19 +64,19 @@ def import_matrix(
     )
 
 
-def _read(path: Path) -> "Tensor":
+def _without_dense_layers(matrix: "Tensor", layers: Sequence[int] | None) -> "Tensor":
+    """The rows of the layers with routers, if the matrix has one for each decoder layer and the others are zero."""
+    if layers is None or len(matrix) <= max(layers):
+        return matrix
+    dense = [layer for layer in range(len(matrix)) if layer not in set(layers)]
+    return matrix if matrix[dense].any() else matrix[list(layers)]
+
+
+def _read(path: Path, content: Any, layers: Sequence[int] | None, experts: int | None) -> "Tensor":
     """The matrix [L, N] in float32."""
     import torch
 
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise VectorNotFound(f"can't read '{path}': {error.strerror}; give a JSON file") from error
-    except (ValueError, RecursionError) as error:
-        raise VectorError(f"'{path}' is not JSON: {error}") from error
-    is_matrix = isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)
-    if not is_matrix or not all(type(x) in (int, float) for row in rows for x in row):
-        raise VectorError(f"'{path}' is not a matrix: expected a list of L lists of N numbers")
+    rows = _as_rows(path, content, layers, experts)
     if len({len(row) for row in rows}) != 1:
         raise VectorError(
             f"'{path}': its rows have different lengths {sorted({len(row) for row in rows})}, expected one"
@@ -70,3 +85,76 @@ def _read(path: Path) -> "Tensor":
         return torch.tensor(rows, dtype=torch.float32)
     except (OverflowError, RuntimeError, ValueError) as error:
         raise VectorError(f"'{path}' contains a number that is too large for float32") from error
+
+
+def _content(path: Path) -> Any:
+    """What the file holds: numbers in lists and dictionaries."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise VectorNotFound(f"can't read '{path}': {error.strerror or error}; give a .json or .npy file") from error
+    if content.startswith(b"\x93NUMPY"):
+        return _content_of_npy(path, content)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise VectorError(
+            f"'{path}' is neither JSON nor .npy: give a matrix of layers x experts as one of them"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise VectorError(f"'{path}' is not JSON: {error}") from error
+
+
+def _content_of_npy(path: Path, content: bytes) -> Any:
+    import io
+
+    import numpy as np
+
+    try:
+        matrix = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a hostile header can make numpy raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise VectorError(f"'{path}' is a damaged .npy file, or one of objects ({reason}): save numbers") from error
+    if matrix.dtype.kind not in "fiu" or matrix.ndim not in (1, 2):
+        raise VectorError(
+            f"'{path}' holds {matrix.ndim} dimensions of {matrix.dtype}, expected L layers x N experts of numbers"
+        )
+    return matrix.tolist()
+
+
+def _chosen(path: Path, content: Any, cluster: str | None, domain: str) -> Any:
+    """The numbers of one vector, out of the dictionary that they may be in."""
+    if isinstance(content, dict) and EMBEDDING not in content:
+        names = list(map(str, content))
+        wanted = cluster if cluster is not None else domain if domain in content else None
+        if wanted is None and len(names) == 1:
+            (wanted,) = names
+        if wanted not in content:
+            shown = ", ".join(f"'{name}'" for name in names[:SHOWN_KEYS]) + (", ..." if len(names) > SHOWN_KEYS else "")
+            what = "names no cluster to take" if wanted is None else f"has no cluster '{wanted}'"
+            raise VectorError(f"'{path}' {what}, there are {shown or 'none'}: pass --cluster")
+        content = content[wanted]
+    elif cluster is not None:
+        raise VectorError(f"'{path}' holds one vector, no clusters: leave out --cluster")
+    return content[EMBEDDING] if isinstance(content, dict) and EMBEDDING in content else content
+
+
+def _as_rows(path: Path, content: Any, layers: Sequence[int] | None, experts: int | None) -> list[list[float]]:
+    """L lists of N numbers."""
+    if isinstance(content, list) and content and all(type(x) in (int, float) for x in content):
+        flat = f"'{path}' is a flat list of {len(content):,} numbers, expected a list of L lists of N numbers"
+        if layers is None:
+            raise VectorError(f"{flat}: pass --model, which says how many layers they are for")
+        counts = [count for count in (len(layers), max(layers) + 1) if len(content) % count == 0]
+        if experts is not None:
+            counts = [count for count in counts if len(content) == count * experts]
+        if not counts:
+            of = f" and {experts} experts" if experts is not None else ""
+            raise VectorError(f"{flat} for {len(layers)} layers{of}: it is for another model")
+        width = len(content) // counts[0]
+        return [content[start : start + width] for start in range(0, len(content), width)]
+    is_matrix = isinstance(content, list) and content and all(isinstance(row, list) for row in content)
+    if not is_matrix or not all(type(x) in (int, float) for row in content for x in row):
+        raise VectorError(f"'{path}' is not a matrix: expected a list of L lists of N numbers")
+    matrix: list[list[float]] = content
+    return matrix

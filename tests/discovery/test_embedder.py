@@ -1,6 +1,6 @@
 """Routing embeddings in batches and on disk: exact with padding, resumable, stopped after the last router."""
 
-import json
+import copy
 import os
 import signal
 import subprocess
@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
+from steermoe.discovery.corpus import Corpus
 from steermoe.discovery.embed_corpus import embed_corpus, embedder
 from steermoe.discovery.embedder import EmbeddingOptions
 from steermoe.discovery.embedder_hf import batches
+from steermoe.discovery.shards import locked
 from steermoe.discovery.store import EmbeddingStore, Text
 from steermoe.errors import CorpusError
 from steermoe.models.loading import LoadedModel
@@ -121,7 +123,7 @@ def test_finished_shards_are_not_computed_again(tiny_model, tmp_path, monkeypatc
     monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 2)
     embed_corpus(tiny_model, corpus(5), tmp_path / "whole")
     embed_corpus(tiny_model, corpus(5), tmp_path / "emb")
-    (tmp_path / "emb" / "texts-00001.jsonl").unlink()  # as if killed before the shard was complete
+    (tmp_path / "emb" / "shard-00001.json").unlink()  # as if killed before the shard was complete
     tokens = []
     embed_corpus(tiny_model, corpus(5), tmp_path / "emb", progress=lambda texts, count: tokens.append(count))
     assert sum(tokens) == len(TEXTS[2]) + len(TEXTS[3])
@@ -133,7 +135,10 @@ def test_finished_shards_are_not_computed_again(tiny_model, tmp_path, monkeypatc
     ("texts", "options", "message"),
     [
         ([Text("other", "text")], {}, "another corpus"),
-        (corpus(2), {}, "more texts than the corpus"),
+        (corpus(2), {}, r"more texts than the corpus \(3 of 5"),
+        ([*corpus(4), Text("t4", "Salt, pepper and a pot.", "label0")], {}, "the text of 't4' has changed"),
+        ([*corpus(4), Text("t4", TEXTS[4], "food")], {}, "the label of 't4' has changed"),
+        ([*corpus(6)[:5:-1], Text("t0", "changed")], {}, "the text of 't0' has changed"),
         (corpus(5), {"max_tokens": 7}, "made with max_tokens 512, not 7"),
     ],
 )
@@ -164,7 +169,7 @@ def test_kill_loses_nothing_and_repeats_nothing(tiny_checkpoint, tmp_path):
     folder = tmp_path / "emb"
     process = subprocess.Popen([*command, str(folder)], env=environment)
     deadline = time.monotonic() + 60
-    while not (folder / "texts-00003.jsonl").exists() and time.monotonic() < deadline:
+    while not (folder / "shard-00003.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -174,6 +179,142 @@ def test_kill_loses_nothing_and_repeats_nothing(tiny_checkpoint, tmp_path):
     resumed, whole = EmbeddingStore.open(folder).load(), EmbeddingStore.open(tmp_path / "whole").load()
     assert [text.id for text in resumed.texts] == [f"t{n}" for n in range(400)]
     assert np.array_equal(resumed.frequency, whole.frequency)
+
+
+def test_a_corpus_that_grew_is_completed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 3)
+    embed_corpus(tiny_model, corpus(4), tmp_path / "emb")
+    embed_corpus(tiny_model, corpus(6), tmp_path / "whole")
+    tokens = []
+    grown = [corpus(6)[4], *corpus(4), corpus(6)[5]]  # as if a file were added in front, and one at the end
+    store, _ = embed_corpus(tiny_model, grown, tmp_path / "emb", progress=lambda texts, count: tokens.append(count))
+    assert sum(tokens) == len(TEXTS[4]) + len(TEXTS[0] + " again")
+    assert (store.meta.complete, store.meta.texts) == (True, 6)
+    loaded, whole = store.load(), EmbeddingStore.open(tmp_path / "whole").load()
+    assert [text.id for text in loaded.texts] == ["t0", "t1", "t2", "t3", "t4", "t5"]
+    assert np.array_equal(loaded.frequency, whole.frequency)
+
+
+def test_texts_without_tokens_are_known_too(tiny_model, tmp_path, monkeypatch):
+    texts = [Text("empty", ""), *corpus(2)]
+    assert embed_corpus(tiny_model, texts, tmp_path)[1] == ["empty"]
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert embed_corpus(tiny_model, iter(texts), tmp_path)[1] == []
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    with pytest.raises(CorpusError, match="the text of 'empty' has changed"):
+        embed_corpus(tiny_model, [Text("empty", "no more"), *corpus(2)], tmp_path)
+
+
+def test_a_corpus_without_any_text(tiny_model, tmp_path):
+    store, _ = embed_corpus(tiny_model, [], tmp_path / "none")
+    with pytest.raises(CorpusError, match="contains no embeddings yet"):
+        store.load()
+    store, skipped = embed_corpus(tiny_model, [Text("empty", "")], tmp_path / "emb", EmbeddingOptions(hidden=True))
+    assert (skipped, len(store.load())) == (["empty"], 0)
+
+
+def test_texts_of_one_id_are_all_embedded(tiny_model, tmp_path):
+    texts = [Text("same", "one"), Text("same", "two"), Text("same", "one")]
+    for _ in range(2):
+        store, _ = embed_corpus(tiny_model, texts, tmp_path)
+        assert [text.text for text in store.load().texts] == ["one", "two", "one"]
+
+
+def test_an_interruption_loses_no_batch(tiny_model, tmp_path, monkeypatch):
+    """Also within a shard, and the numbers are those of a run without one."""
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.FLUSH_SECONDS", 0)
+    options = EmbeddingOptions(batch_tokens=40, hidden=True)
+    embed_corpus(tiny_model, corpus(12), tmp_path / "whole", options)
+    seen = []
+
+    def interrupt(texts, tokens):
+        seen.append(tokens)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_corpus(tiny_model, corpus(12), tmp_path / "emb", options, progress=interrupt)
+    assert (tmp_path / "emb" / "unfinished.npz").is_file()
+    assert not (tmp_path / "emb" / "shard-00000.json").exists()
+    left = sum(len(text.text) for text in corpus(12)) - sum(seen)
+    again = []
+    embed_corpus(tiny_model, corpus(12), tmp_path / "emb", options, progress=lambda texts, count: again.append(count))
+    assert sum(again) == left
+    assert {path.name: path.read_bytes() for path in (tmp_path / "emb").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"0" * 64 + b"PK", None])
+def test_a_damaged_unfinished_file_is_made_again(tiny_model, tmp_path, monkeypatch, content):
+    from steermoe.discovery.shards import Unfinished, identity
+
+    (tmp_path / "emb").mkdir()
+    if content is None:  # sound, of other texts
+        other = Unfinished(tmp_path / "emb")
+        other.rows[identity(Text("t0", "other"))] = 3, np.ones((3, 8), np.float32), None
+        other.write()
+    else:
+        (tmp_path / "emb" / "unfinished.npz").write_bytes(content)
+    store, _ = embed_corpus(tiny_model, corpus(3), tmp_path / "emb")
+    embed_corpus(tiny_model, corpus(3), tmp_path / "whole")
+    assert np.array_equal(store.load().frequency, EmbeddingStore.open(tmp_path / "whole").load().frequency)
+    assert not (tmp_path / "emb" / "unfinished.npz").exists()
+
+
+def test_damaged_shards_are_embedded_again(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 2)
+    embed_corpus(tiny_model, corpus(5), tmp_path / "whole")
+    embed_corpus(tiny_model, corpus(5), tmp_path / "emb")
+    path = tmp_path / "emb" / "embeddings-00001.npy"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"embeddings-00001\.npy' has changed since .*to repair it"):
+        EmbeddingStore.open(tmp_path / "emb").load()
+    embed_corpus(tiny_model, corpus(5), tmp_path / "emb")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "emb" / path.name).read_bytes() == path.read_bytes()
+    for number in (0, 1):  # fewer shards than before are needed
+        (tmp_path / "emb" / f"texts-0000{number}.jsonl").write_text("")
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 4)
+    store, _ = embed_corpus(tiny_model, corpus(5), tmp_path / "emb")
+    assert sorted(text.id for text in store.load().texts) == ["t0", "t1", "t2", "t3", "t4"]
+
+
+def test_two_runs_do_not_write_into_one_folder(tiny_model, tmp_path):
+    with locked(tmp_path / "emb"), pytest.raises(CorpusError, match="is being written by another run: wait for it"):
+        embed_corpus(tiny_model, corpus(2), tmp_path / "emb")
+    assert list((tmp_path / "emb").iterdir()) == []
+    assert embed_corpus(tiny_model, corpus(2), tmp_path / "emb")[0].meta.complete
+
+
+def test_what_a_killed_run_left_is_removed(tiny_model, tmp_path):
+    for name in (".texts-00000.jsonl.abc_12", ".meta.json.x", ".unfinished.npz.y", ".gitignore", ".texts.backup.old"):
+        (tmp_path / name).write_text("")
+    embed_corpus(tiny_model, corpus(2), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == [
+        ".gitignore",
+        ".texts.backup.old",
+    ]
+
+
+def test_all_that_decides_the_numbers_is_recorded(tiny_model, tmp_path):
+    """Weights, tokenizer, dtype and fields, with the names that the user sees."""
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "A goal!", "kind": "sport"}\n')
+    embed_corpus(tiny_model, Corpus(path), tmp_path / "emb")
+    with pytest.raises(CorpusError, match="made with label_field none, not kind"):
+        embed_corpus(tiny_model, Corpus(path, label_field="kind"), tmp_path / "emb")
+    changed = copy.deepcopy(tiny_model.model)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.gate.weight += 1
+    other = LoadedModel(tiny_model.name, changed, tiny_model.tokenizer)
+    with pytest.raises(CorpusError, match="made with engine, weights and tokenizer hf "):
+        embed_corpus(other, Corpus(path), tmp_path / "emb")
+    half = LoadedModel(tiny_model.name, copy.deepcopy(tiny_model.model).bfloat16(), tiny_model.tokenizer)
+    with pytest.raises(CorpusError, match="made with dtype float32, not bfloat16"):
+        embed_corpus(half, Corpus(path), tmp_path / "emb")
 
 
 @pytest.mark.parametrize(
@@ -187,20 +328,11 @@ def test_a_folder_that_is_not_a_store(tmp_path, content, message):
         EmbeddingStore.open(tmp_path)
 
 
-def test_cut_off_texts_are_reported(tiny_model, tmp_path):
-    embed_corpus(tiny_model, corpus(3), tmp_path)
-    path = tmp_path / "texts-00000.jsonl"
-    lines = path.read_text().splitlines()
-    assert json.loads(lines[0])["text"] == TEXTS[0]
-    path.write_text("\n".join(lines[:2]) + "\n")
-    with pytest.raises(CorpusError, match="2 texts and 3 embeddings"):
-        EmbeddingStore.open(tmp_path).load()
-
-
+@pytest.mark.parametrize("value", [0, 2**31, 2**70])
 @pytest.mark.parametrize("field", ["max_tokens", "batch_tokens"])
-def test_options_below_one_are_rejected(field):
-    with pytest.raises(CorpusError, match=f"{field} is 0"):
-        EmbeddingOptions(**{field: 0})
+def test_options_out_of_range_are_rejected(field, value):
+    with pytest.raises(CorpusError, match=f"{field} is {value}, expected 1 to 2147483647"):
+        EmbeddingOptions(**{field: value})
 
 
 def test_loaded_model_is_usable_afterwards(tiny_model: LoadedModel):

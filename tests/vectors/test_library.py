@@ -6,6 +6,7 @@ import pickle
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -446,6 +447,77 @@ def test_imported_vectors_can_be_written(tmp_path):
     back = read_vector(tmp_path / "sport.safetensors")
     assert torch.equal(back.experts, vector.experts)
     assert back.info == VectorInfo(model="tiny", created_by="steermoe vectors import")
+
+
+FLAT = [0, 0.3, 0, 0, 0, 0.3]
+ROWS = [[0, 0.3, 0], [0, 0, 0.3]]
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        (FLAT, {}),
+        ({"embedding": FLAT}, {}),
+        ({"embedding": ROWS}, {}),
+        ({"sport": FLAT, "food": [1] * 6}, {}),
+        ({"3": {"embedding": FLAT, "size": 9}, "4": {}}, {"cluster": "3"}),
+        ({"only": ROWS}, {}),
+        ([[0, 0, 0], *ROWS], {}),
+        ([0, 0, 0, *FLAT], {"experts": 3}),
+        ([0, 0, 0, *FLAT], {}),
+    ],
+)
+def test_import_of_the_authors_forms(tmp_path, content, options):
+    """Also with a row of zeros for a dense first layer, which the model does not route."""
+    vector = import_matrix(matrix_file(tmp_path, content), "sport", layers=[1, 2], **options)
+    assert vector.layers == (1, 2)
+    assert torch.equal(vector.experts, torch.tensor(ROWS))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
+def test_import_of_npy(tmp_path, dtype):
+    np.save(tmp_path / "m.npy", np.array([[0, 1, 0], [0, 0, 2]], dtype))
+    assert import_matrix(tmp_path / "m.npy", "sport").experts.tolist() == [[0, 1, 0], [0, 0, 2]]
+    np.save(tmp_path / "flat.npy", np.array([0, 1, 0, 0, 0, 2], dtype))
+    assert import_matrix(tmp_path / "flat.npy", "sport", layers=[0, 1]).experts.tolist() == [[0, 1, 0], [0, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (FLAT, {"layers": None}, "is a flat list of 6 numbers, .*: pass --model"),
+        (FLAT, {"layers": range(4)}, "for 4 layers: it is for another model"),
+        (FLAT, {"experts": 4}, "for 2 layers and 4 experts: it is for another model"),
+        ({"a": FLAT, "b": FLAT}, {}, "names no cluster to take, there are 'a', 'b': pass --cluster"),
+        ({"a": FLAT}, {"cluster": "c"}, "has no cluster 'c', there are 'a'"),
+        ({}, {}, "there are none"),
+        (ROWS, {"cluster": "a"}, "holds one vector, no clusters: leave out --cluster"),
+        ({"embedding": {"a": 1}}, {}, "is not a matrix"),
+        ([[0.5, 0, 0], *ROWS], {}, "has 3 rows, expected one for each of 2 layers"),
+    ],
+)
+def test_forms_that_do_not_fit(tmp_path, content, options, message):
+    with pytest.raises(VectorError, match=message):
+        import_matrix(matrix_file(tmp_path, content), "sport", **{"layers": [1, 2], **options})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.array([{}]), "of objects"),
+        (np.zeros((2, 2, 2)), "holds 3 dimensions of float64"),
+        (np.array(["a"]), "holds 1 dimensions of <U1"),
+        (b"\x93NUMPY\x01", "is a damaged .npy file"),
+        (b"\xff\xfe\x00", "is neither JSON nor .npy"),
+    ],
+    ids=str,
+)
+def test_npy_that_is_no_matrix(tmp_path, content, message):
+    path = tmp_path / "m.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(VectorError, match=message) as caught:
+        import_matrix(path, "sport")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

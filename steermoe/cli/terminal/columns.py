@@ -68,7 +68,7 @@ def _panel(column: Column) -> Panel:
     figures = Table.grid(padding=(0, 1))
     for domain, share in column.shares.items():
         words = column.word_count.get(domain)
-        counted = "" if words is None else f", {words} words"
+        counted = "" if words is None else f", {words} word{'' if words == 1 else 's'}"
         figures.add_row(Text(line(domain)), _bar(share), Text(f"{share:.0%}{counted}", no_wrap=True))
     body = Group(story, Text(), figures) if column.shares else story
     return Panel(

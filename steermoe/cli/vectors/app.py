@@ -39,6 +39,8 @@ IMPORT_EXAMPLES = """Examples:
 steermoe vectors import matrix.json --domain chess
 
 steermoe vectors import matrix.json --domain chess --model ./my-model -o chess.safetensors
+
+steermoe vectors import clusters.json --domain chess --cluster 12 --model ./my-model
 """
 MAX_KEYWORDS = 3
 """Keywords that are listed per vector."""
@@ -205,12 +207,17 @@ def import_(
     matrix: Annotated[
         Path,
         typer.Argument(
-            metavar="MATRIX.json", help="A JSON list with a list of N numbers (experts) for each of L layers."
+            metavar="MATRIX",
+            help="JSON, a list with a list of N numbers (experts) for each of L layers, or such a .npy file; with "
+            "--model also a flat list.",
         ),
     ],
     domain: Annotated[str, typer.Option("--domain", "-d", help="Name of the vector.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model that the vector is for; the shape is checked.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Key of the vector, if MATRIX is a dictionary of several. Default: DOMAIN.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -220,7 +227,7 @@ def import_(
     trust_remote_code: o.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Convert a JSON matrix, the format of the method's authors, into a vector file. Prints the file's path."""
+    """Convert a matrix, such as the JSON of the method's authors, into a vector file. Prints the file's path."""
     from steermoe.errors import VectorError
     from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
     from steermoe.vectors.matrix import import_matrix
@@ -237,9 +244,16 @@ def import_(
     if is_there and not force:
         raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another file")
     if description is None:
-        vector = import_matrix(matrix, domain)
+        vector = import_matrix(matrix, domain, cluster=cluster)
     else:
-        vector = import_matrix(matrix, domain, layers=description.moe_layers, info=VectorInfo.of(description.shape))
+        vector = import_matrix(
+            matrix,
+            domain,
+            layers=description.moe_layers,
+            experts=max(description.experts),
+            info=VectorInfo.of(description.shape),
+            cluster=cluster,
+        )
         vector.check_fits(description.shape)
     write_vector(vector, path)
     record = {**read_header(path).as_dict(), "path": str(path)}

@@ -93,7 +93,7 @@ def build(
         Path | None, typer.Option("--output", "-o", help="Folder for the vectors. Default: steering_vectors/MODEL.")
     ] = None,
     selection: Selection,
-    text_field: o.TextField = "text",
+    reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     label_field: Annotated[
         str | None,
         typer.Option(
@@ -101,14 +101,14 @@ def build(
             rich_help_panel="Corpus",
         ),
     ] = None,
-    max_tokens: o.MaxTokens = 512,
     model: loading.Source,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: o.Json = False,
 ) -> None:
     """Build a vector for each domain from its texts. Prints the paths, and with --against the lists of experts."""
     from steermoe.cli.terminal import console
-    from steermoe.discovery.corpus import read_domains
+    from steermoe.discovery.cutting import thinness
+    from steermoe.discovery.domains import read_domains
     from steermoe.vectors import file
     from steermoe.vectors.library import places_for
 
@@ -116,18 +116,22 @@ def build(
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
-            sources, against, text_field=text_field, label_field=label_field, on_read=print_problems
+            sources,
+            against,
+            text_field=reading.text_field,
+            label_field=label_field,
+            include=reading.include or (),
+            encoding=reading.encoding,
+            on_read=print_problems,
         )
     loaded = model.source()
     total = sum(map(len, corpora.values())) + len(others)
     with console.counting("Embedding", "texts", total) as progress:
-        vectors, made = selection.vectors(loaded, corpora, others if against else None, max_tokens, progress)
-    from steermoe.discovery.cutting import thinness
-
+        vectors, made = selection.vectors(loaded, corpora, others if against else None, reading.max_tokens, progress)
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
         if remark := thinness(vector):
-            console.err.print(console.printable(f"steermoe: {vector.domain}: {remark}"), soft_wrap=True)
+            console.note(f"steermoe: {vector.domain}: {remark}")
     if json:
         console.write_json([_record(paths[v.domain], *made[i : i + 1]) for i, v in enumerate(vectors)])
         return

@@ -8,7 +8,7 @@ import typer
 
 from steermoe.cli import loading
 from steermoe.cli import options as o
-from steermoe.cli.embed import embed_into
+from steermoe.cli.embed import embed_into, open_embeddings
 
 if TYPE_CHECKING:
     from steermoe.discovery.store import EmbeddingStore
@@ -118,6 +118,7 @@ def discover(
     clustering: Clustering,
     texts: o.CorpusOptions,
     model: loading.Loaded,
+    context: typer.Context,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report; other files stay.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -127,11 +128,10 @@ def discover(
     """
     from steermoe.cli.terminal import console
     from steermoe.discovery import page, report
-    from steermoe.discovery.store import EmbeddingStore, is_store
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    store = EmbeddingStore.open(source) if is_store(source) else _embed(source, output / EMBEDDINGS, texts, model)
+    store = _embeddings(source, output / EMBEDDINGS, texts, model, context)
     if not store.meta.complete:
         console.note(f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used")
     from steermoe.discovery.discover import DiscoveryOptions
@@ -178,8 +178,14 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
     return parsed
 
 
-def _embed(source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions) -> "EmbeddingStore":
-    """Embed a corpus, or resume an earlier run."""
+def _embeddings(
+    source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions, context: typer.Context
+) -> "EmbeddingStore":
+    """Open embeddings; or embed a corpus into a folder, or resume an earlier run."""
+    from steermoe.discovery.store import is_store
+
+    if is_store(source):
+        return open_embeddings(source, texts, model, context)
     corpus = texts.open(source)
     loaded = model.load()
     from steermoe.discovery.embedder import EmbeddingOptions

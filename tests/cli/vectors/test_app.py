@@ -358,6 +358,17 @@ def test_import_for_a_model(run, matrix, tiny_checkpoint):
     assert record["created_by"] == "steermoe vectors import"
 
 
+def test_import_of_one_of_several_flat_vectors(run, matrix, tiny_checkpoint):
+    flat = [0.0] * 24
+    flat[9] = 0.5
+    Path("clusters.json").write_text(json.dumps({"0": {"embedding": [1.0] * 24}, "12": {"embedding": flat}}))
+    arguments = ["vectors", "import", "clusters.json", "-d", "chess", "-m", tiny_checkpoint]
+    assert "there are '0', '12': pass --cluster" in one_line(run(*arguments).err)
+    assert run(*arguments, "--cluster", "12").code == 0
+    vector = read_vector(Path("steering_vectors/tiny-mixtral/chess.safetensors"))
+    assert vector.chosen() == {0: {}, 1: {1: 0.5}, 2: {}}
+
+
 def test_import_refuses_to_overwrite(run, matrix):
     output = ["vectors", "import", matrix, "-d", "chess", "-o", "mine.safetensors"]
     assert run(*output).code == 0

@@ -80,6 +80,17 @@ def test_the_label_field_changes_what_is_contrasted(run, tiny_checkpoint, labell
     assert run(*arguments, "--label-field", "kind").code == 0
 
 
+def test_build_reads_any_files_in_any_encoding(run, tiny_checkpoint, texts):
+    (texts / "sport" / "a.md").write_bytes("гол".encode("cp1251"))
+    arguments = ["vectors", "build", "--texts", "sport=sport", "--texts", "food=food", "--model", tiny_checkpoint]
+    arguments += ["--threshold", "0.5", "--force"]
+    result = run(*arguments)
+    assert "not read in 'sport': 1 of 3 files (1 .md)" in result.err
+    result = run(*arguments, "--include", "*.txt", "--include", "*.md", "--encoding", "cp1251")
+    assert result.code == 0, result.err
+    assert library.load_vector("sport").info.texts == 3
+
+
 def test_the_folder_is_called_as_the_model(run, tiny_checkpoint, texts, monkeypatch):
     monkeypatch.chdir(tiny_checkpoint)
     arguments = ["--texts", f"sport={texts}/sport", "--threshold", "1.1", "--model", "."]

@@ -199,6 +199,25 @@ def test_a_corpus_is_embedded_first_and_once(run, tmp_path, tiny_checkpoint, mon
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (["--max-tokens", "5"], "were made with 512, not 5: leave out --max-tokens, or embed the corpus into another"),
+        (["--model", "other/model"], "were made with tiny-mixtral, not model: leave out --model"),
+        (["--dtype", "bfloat16"], "were made with none, not bfloat16: leave out --dtype"),
+        (["--label-field", "kind"], "were made with none, not kind: leave out --label-field"),
+        (["--include", "*.py"], "exist already: leave out --include"),
+        (["--encoding", "cp1251"], "exist already: leave out --encoding"),
+    ],
+)
+def test_options_that_embeddings_do_not_have_are_refused(run, embeddings, tmp_path, options, expected):
+    code, out, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", *options)
+    assert (code, out) == (1, "")
+    assert expected in one_line(err)
+    same = ["--max-tokens", "512", "--model", "somewhere/tiny-mixtral", "--threshold", "1.5"]
+    assert run("vectors", "discover", embeddings, "-o", tmp_path / "report", *same).code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
         (["--name", "0"], "--name '0': write a cluster's number or name and its new name, for example 3=football"),
         (["--name", "=x"], "--name '=x': write"),
         (["--name", "0=A b"], "domain name 'A b' is not allowed"),
