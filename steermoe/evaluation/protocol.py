@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import torch
 
+from steermoe.engines.request import Sampling
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import DEFAULT_BUDGET
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
+from steermoe.steering.spec import MOST_STRENGTH, quoted
 from steermoe.vectors.vector import SteeringVector
 
 Cut = Literal["own", "absolute", "relative"]
@@ -33,6 +35,9 @@ class EvaluationSettings:
         max_new_tokens, temperature: of the sampling.
         forced_texts: the number of texts of each domain, and of neutral ones, to read with and without steering.
         batch_size: stories in one batch; a setting because it affects floating-point results.
+
+    Raises:
+        GenerationError: a value outside its range. SteeringError: texts too short to be steered.
     """
 
     openings: tuple[str, ...]
@@ -41,6 +46,14 @@ class EvaluationSettings:
     temperature: float = 0.7
     forced_texts: int = 24
     batch_size: int = 150
+
+    def __post_init__(self) -> None:
+        Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        if self.max_new_tokens < 2:
+            raise SteeringError(
+                f"max_new_tokens {self.max_new_tokens} is too few to steer: the model does not read the last token; "
+                "generate 2 or more"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"openings": list(self.openings)}
@@ -223,7 +236,10 @@ def parse_numbers(text: str, what: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise SteeringError(f"{what} '{text}': write numbers joined by commas, such as 1,2,4") from error
-    if not numbers or not all(0 < number < float("inf") for number in numbers):
-        raise SteeringError(f"{what} '{text}': expected numbers above 0 joined by commas, such as 1,2,4")
+        raise SteeringError(f"{what} '{quoted(text)}': write numbers joined by commas, such as 1,2,4") from error
+    if not numbers or not all(0 < number <= MOST_STRENGTH for number in numbers):
+        raise SteeringError(
+            f"{what} '{quoted(text)}': expected numbers above 0, at most {MOST_STRENGTH:g}, joined by commas, such as "
+            "1,2,4"
+        )
     return sorted(set(numbers))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
 from steermoe.steering.banks import Bank
+from steermoe.steering.narrowing import narrowed
 
 RAISED, FORCED, BANNED = 1, 2, 4
 """Bits of a plan's marks: where E > 0, and the experts to force and to ban."""
@@ -86,7 +87,7 @@ class LayerEditor:
         else:
             steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
         _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, self._place, *tokens.places)
-        return steered if steered.dtype == logits.dtype else steered.to(logits.dtype)
+        return steered if steered.dtype == logits.dtype else narrowed(steered, logits.dtype)
 
 
 def _address(array: NDArray[Any], dtype: Any) -> int:

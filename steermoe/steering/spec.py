@@ -6,7 +6,7 @@ reader and the table in the docs follow from it. Imports no torch, so that the o
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,39 @@ NO_DOMAIN = "none"
 """The domain that leaves a text unsteered."""
 MOST_DOMAINS = 32
 """How many domains a spec in JSON may mix: a server reads all of their files for one request."""
+MOST_EXPERTS = 1 << 14
+"""How many experts a plan may force, or ban."""
+MOST_STRENGTH = 1e6
+"""The largest strength, and the largest weight of a domain.
+
+No router's logits times this leave float32, and far less of it decides every choice of experts.
+"""
+LARGEST = 2**31 - 1
+"""The largest token, layer or expert that a plan may name."""
 EXAMPLE = '{"domain": "sport"}'
 QUOTED = 60
 """How many characters of a wrong value its message quotes."""
+
+# ---- wrong values in messages ----
+
+
+def escaped(text: str) -> str:
+    """A text on one line, without characters that a terminal would act on."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def quoted(text: str) -> str:
+    """A text as a message quotes it: `escaped`, and cut after `QUOTED` characters."""
+    return escaped(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
+
+
+def shown(value: Any, write: Callable[[Any], str] | None = None) -> str:
+    """Any value as a message quotes it; by default as JSON, where that is possible."""
+    try:
+        return quoted(json.dumps(value, default=repr, ensure_ascii=False) if write is None else write(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__}"
+
 
 # ---- the notations of single values ----
 
@@ -37,25 +67,43 @@ def parse_domain(text: str) -> tuple[str, float]:
         number = float(weight)
     except ValueError as error:
         raise SteeringError(
-            f"domain '{text}': '{weight}' is not a weight; write a number, such as sport=0.7"
+            f"domain '{quoted(text)}': '{quoted(weight)}' is not a weight; write a number, such as sport=0.7"
         ) from error
     if not name or not abs(number) < float("inf"):
-        raise SteeringError(f"domain '{text}': write a domain and a finite weight, such as sport=0.7")
+        raise SteeringError(f"domain '{quoted(text)}': write a domain and a finite weight, such as sport=0.7")
+    if number and not 1 / MOST_STRENGTH <= abs(number) <= MOST_STRENGTH:
+        raise SteeringError(
+            f"domain '{quoted(text)}': the weight {number:g} is out of range: expected {1 / MOST_STRENGTH:g} to "
+            f"{MOST_STRENGTH:g}, or the same below 0, such as sport=0.7"
+        )
     return name, number
 
 
 def parse_layers(text: str) -> tuple[int, int]:
     """`10-20` or `12`, decoder layers counted from 0, both ends included."""
-    if match := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
-        return int(match[1]), int(match[2] or match[1])
-    raise SteeringError(f"layers '{text}' is not a range: write first-last, such as 10-20")
+    if match := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text):
+        first = whole(match[1], "layer")
+        return first, whole(match[2], "layer") if match[2] else first
+    raise SteeringError(f"layers '{quoted(text)}' is not a range: write first-last, such as 10-20")
 
 
 def parse_expert(text: str) -> "LayerExpert":
     """`12:5`, expert 5 of decoder layer 12."""
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return int(match[1]), int(match[2])
-    raise SteeringError(f"expert '{text}': write layer:expert, such as 12:5")
+    if match := re.fullmatch(r"([0-9]+):([0-9]+)", text):
+        return whole(match[1], "layer"), whole(match[2], "expert")
+    raise SteeringError(f"expert '{quoted(text)}': write layer:expert, such as 12:5")
+
+
+def whole(digits: str, what: str) -> int:
+    """The number that digits write.
+
+    Raises:
+        SteeringError: it is above `LARGEST`.
+    """
+    own = digits.lstrip("0") or "0"
+    if len(own) > len(str(LARGEST)) or int(own) > LARGEST:
+        raise SteeringError(f"{what} {quoted(own)} is too large: expected 0 to {LARGEST}")
+    return int(own)
 
 
 def parse_schedule(text: str) -> "Schedule":
@@ -97,7 +145,18 @@ def _layers_of_json(value: str | int | list[Any]) -> str:
 
 
 def _experts_of_json(value: list[Any]) -> tuple[str, ...]:
-    return _texts([f"{one[0]}:{one[1]}" if isinstance(one, list) and len(one) == 2 else one for one in value])
+    check_listed(value)
+    return _texts([f"{one[0]}:{one[1]}" if _is_pair(one) else one for one in value])
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) in (int, str) for number in value)
+
+
+def check_listed(experts: Sequence[Any]) -> None:
+    """Raise SteeringError if a list of experts to force or ban is too long."""
+    if len(experts) > MOST_EXPERTS:
+        raise SteeringError(f"{len(experts)} experts are too many to force or ban: list at most {MOST_EXPERTS}")
 
 
 def _texts(values: list[Any]) -> tuple[str, ...]:
@@ -261,7 +320,7 @@ NAMES = tuple(one.name for one in FIELDS)
 def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
     """What is wrong with the type of a JSON value; "" if nothing is."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        return f"field '{name}' is {_short(value)}, expected {wanted}"
+        return f"field '{name}' is {shown(value)}, expected {wanted}"
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return f"field '{name}' is too large a number"
     return ""
@@ -284,7 +343,7 @@ def read_field(name: str, value: Any) -> Any:
 
 def expected(name: str, value: Any) -> str:
     """The message that a field's value is not what was expected."""
-    return f"field '{name}' is {_short(value)}, expected {SteeringSpec.__dataclass_fields__[name].metadata['wanted']}"
+    return f"field '{name}' is {shown(value)}, expected {SteeringSpec.__dataclass_fields__[name].metadata['wanted']}"
 
 
 def read_spec(spec: Any) -> SteeringSpec:
@@ -297,19 +356,13 @@ def read_spec(spec: Any) -> SteeringSpec:
         try:
             spec = json.loads(spec)
         except (ValueError, RecursionError) as error:
-            raise SteeringError(f"{spec!r:.80} is not JSON ({error}): write an object such as {EXAMPLE}") from error
+            reason = quoted(str(error))
+            raise SteeringError(f"{shown(spec)} is not JSON ({reason}): write an object such as {EXAMPLE}") from error
     if not isinstance(spec, Mapping):
-        raise SteeringError(f"{spec!r:.80} is not a JSON object: write one such as {EXAMPLE}")
+        raise SteeringError(f"{shown(spec)} is not a JSON object: write one such as {EXAMPLE}")
     if unknown := sorted(set(map(str, spec)) - set(NAMES)):
-        raise SteeringError(f"steering has no field {', '.join(unknown)}: its fields are {', '.join(NAMES)}")
+        raise SteeringError(f"steering has no field {quoted(', '.join(unknown))}: its fields are {', '.join(NAMES)}")
     read = SteeringSpec(**{name: read_field(name, value) for name, value in spec.items() if value is not None})
     if not (read.domain or read.force or read.ban):
         raise SteeringError(f"it names no domain, and no experts to force or ban: write an object such as {EXAMPLE}")
     return read
-
-
-def _short(value: Any) -> str:
-    try:
-        return json.dumps(value, default=repr)[:QUOTED]
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"

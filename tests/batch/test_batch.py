@@ -24,7 +24,7 @@ from steermoe.batch.jobs import BatchSettings, PromptFile
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
-from steermoe.engines.request import Request, Sampling
+from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.errors import BatchError
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
@@ -220,6 +220,54 @@ def test_bad_lines_are_reported_and_skipped_and_the_rest_runs(loaded, place):
     again = run_batch(loaded, content, errors=Path("bad.jsonl"))
     assert (again.new, again.already, again.lines_left_out) == (0, 2, 5)
     assert len(stories("bad.jsonl")) == 6
+
+
+def test_a_story_that_no_steering_would_reach_is_named_and_not_written(loaded, place):
+    lines = [
+        {"prompt": "A dog.", "domain": "sport"},
+        {"prompt": "A dog.", "domain": "sport", "max_new_tokens": 1},
+        {"prompt": "A dog.", "domain": "sport", "schedule": "window:50-60"},
+        {"prompt": "A dog.", "domain": "sport", "max_new_tokens": 1, "positions": "all"},
+        {"prompt": "A dog.", "max_new_tokens": 1},
+    ]
+    summary = run_batch(loaded, "\n".join(map(json.dumps, lines)), errors=Path("bad.jsonl"))
+    assert (summary.stories, summary.failed) == (3, 2)
+    assert sorted(story["line"] for story in stories()) == [1, 4, 5]
+    found = sorted(stories("bad.jsonl"), key=lambda error: error["line"])
+    assert [error["line"] for error in found] == [2, 3]
+    assert "would reach none of 1 new tokens" in found[0]["error"]
+    assert "schedule window:50-60" in found[1]["error"]
+
+
+def test_a_story_that_ends_before_it_is_steered_is_named(loaded, place, monkeypatch):
+    generated = Completion.missed.fget
+    monkeypatch.setattr(
+        Completion, "missed", property(lambda done: generated(replace(done, finish_reason="stop", token_ids=())))
+    )
+    lines = [{"prompt": "A dog.", "domain": "sport", "schedule": "window:1-9"}, {"prompt": "A cat."}]
+    summary = run_batch(loaded, "\n".join(map(json.dumps, lines)), errors=Path("bad.jsonl"))
+    assert (summary.stories, summary.new, summary.failed) == (1, 1, 1)
+    assert [error["line"] for error in stories("bad.jsonl")] == [1]
+    assert "ended after 0 tokens, before any" in stories("bad.jsonl")[0]["error"]
+
+
+def test_prompts_that_change_meanwhile_are_noticed(loaded, place):
+    def shrink(done, tokens):
+        Path("p.txt").write_text("A dog.\n")
+
+    with pytest.raises(BatchError, match="'p.txt' changed while the batch ran: [0-9]+ of 3000 stories"):
+        run_batch(
+            loaded, "\n".join(f"A dog {n}." for n in range(3000)), progress=shrink, wanted=settings(max_new_tokens=1)
+        )
+    assert stories()
+
+
+@pytest.mark.parametrize("job", ["f" * 17, "9" * 30, "0x1", "-1", "F" * 16])
+def test_a_job_that_no_batch_has_written(loaded, place, job):
+    Path("s.jsonl").write_text(json.dumps({"job": job}) + "\n")
+    with pytest.raises(BatchError, match="expected 16 hexadecimal digits.*--overwrite"):
+        run_batch(loaded, "A dog.")
+    assert run_batch(loaded, "A dog.", overwrite=True).new == 1
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", '{"prompt": 3}\n'])
