@@ -24,6 +24,7 @@ from steermoe.steering.spec import (
     misfit,
     quoted,
     read_field,
+    read_json,
 )
 
 MAX_LINE = 1 << 20
@@ -34,8 +35,6 @@ KEPT_REASON = 500
 """Characters of a reason."""
 MOST_STORIES = 100_000
 """Stories of one line: its domains times its samples."""
-MOST_DIGITS = 4000
-"""Digits of a whole number; Python itself reads no more than 4,300."""
 MOST_DEPTH = 100
 """Lists in lists in a line."""
 
@@ -219,7 +218,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        given = json.loads(text, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite)
+        given = read_json(text)
     except RecursionError as error:
         raise _BadLine(f"is not JSON: more than {MOST_DEPTH} lists in each other") from error
     except ValueError as error:
@@ -234,23 +233,6 @@ def _parse(text: str) -> dict[str, Any]:
         if value is not None and name != "meta" and (wrong := misfit(name, value, *KINDS[name])):
             raise _BadLine(wrong)
     return {name: value for name, value in given.items() if value is not None or name in ("domain", "meta")}
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"{quoted(digits)} is too long a number")
-    return int(digits)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if abs(number) == float("inf"):
-        raise ValueError(f"{quoted(text)} is not a finite number")
-    return number
 
 
 def _is_deep(value: Any) -> bool:

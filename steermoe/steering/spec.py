@@ -30,6 +30,8 @@ No router's logits times this leave float32, and far less of it decides every ch
 """
 LARGEST = 2**31 - 1
 """The largest token, layer or expert that a plan may name."""
+MOST_DIGITS = 4000
+"""Digits of a whole number in JSON; Python itself reads no more than 4,300."""
 EXAMPLE = '{"domain": "sport"}'
 QUOTED = 60
 """How many characters of a wrong value its message quotes."""
@@ -317,6 +319,32 @@ NAMES = tuple(one.name for one in FIELDS)
 # ---- JSON ----
 
 
+def read_json(text: str) -> Any:
+    """A value of JSON text, with numbers that Python can write again.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or has a number that is not finite or has thousands of digits.
+    """
+    return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_no_constant)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"{quoted(digits)} is too long a number")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if abs(number) == float("inf"):
+        raise ValueError(f"{quoted(text)} is not a finite number")
+    return number
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
 def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
     """What is wrong with the type of a JSON value; "" if nothing is."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -354,10 +382,12 @@ def read_spec(spec: Any) -> SteeringSpec:
     """
     if isinstance(spec, str):
         try:
-            spec = json.loads(spec)
+            spec = read_json(spec)
         except (ValueError, RecursionError) as error:
-            reason = quoted(str(error))
-            raise SteeringError(f"{shown(spec)} is not JSON ({reason}): write an object such as {EXAMPLE}") from error
+            reason = escaped(str(error))
+            raise SteeringError(
+                f"'{quoted(spec)}' is not JSON ({reason}): write an object such as {EXAMPLE}"
+            ) from error
     if not isinstance(spec, Mapping):
         raise SteeringError(f"{shown(spec)} is not a JSON object: write one such as {EXAMPLE}")
     if unknown := sorted(set(map(str, spec)) - set(NAMES)):

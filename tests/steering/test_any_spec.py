@@ -6,7 +6,6 @@ What a plan that was accepted does to logits is finite, in every type and by eve
 import json
 from contextlib import closing
 
-import click
 import pytest
 import torch
 import typer
@@ -31,6 +30,8 @@ from steermoe.vectors.vector import SteeringVector
 
 LAYERS, EXPERTS, TOKENS = 2, 4, 3
 SHAPE = RoutingShape("of the fuzz", (), tuple(RouterShape(layer, EXPERTS, EXPERTS, 2) for layer in range(LAYERS)))
+USAGE_ERROR = typer.BadParameter.__base__
+"""Of the click that typer uses, which may be its own."""
 LONGEST = 1000
 """Characters of a message."""
 
@@ -182,7 +183,7 @@ def test_options(resolver, folder, options):
     arguments = [f"--{name}={value}" for name, value in options]
     try:
         parsed = command.make_context("generate", arguments).params
-    except click.exceptions.UsageError:
+    except USAGE_ERROR:
         return
     spec = SteeringSpec(**{name: parsed[name] for name in NAMES})
     try:

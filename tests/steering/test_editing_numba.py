@@ -110,3 +110,19 @@ def test_memory_is_never_read_beyond_its_end():
     for numbers, factors in ((np.zeros(3, np.int32), np.ones(3, np.float32)), (np.zeros(3, np.int64), np.ones(3))):
         with pytest.raises(TypeError, match="expected a contiguous one"):
             editing_numba.TokenPlans(numbers, factors)
+
+
+@pytest.mark.parametrize("strength", [1e6, -1e6])
+@pytest.mark.parametrize("formula", formulas.FORMULAS)
+def test_the_largest_strength_stays_finite_in_every_type(formula, strength):
+    weights = torch.tensor([[0.5, 0.0, 1.0, 0.25, 0.0, 0.0, 0.0, 0.9]])
+    steering = SteeringPlan(SteeringVector("sport", None, (0,), weights=weights), strength, formula)
+    bank = Bank.of(RouterShape(0, EXPERTS, EXPERTS, 2), 0, [steering])
+    numbers = np.array([formulas.FORMULAS.index(formula)]), np.array([False])
+    layer = editing_numba.LayerEditor(bank, *numbers)
+    tokens = editing_numba.TokenPlans(np.zeros(TOKENS, np.int64), np.ones(TOKENS, np.float32))
+    logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(3)) * 1e4
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        edited = layer.edit(logits.to(dtype), tokens)
+        assert edited.dtype == dtype
+        assert bool(edited.isfinite().all())
