@@ -26,6 +26,8 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 FORCE_MARGIN = 1.0
 """How far a forced expert's logit is raised above the largest one."""
+LOWEST = -80.0
+"""Steering leaves each token a logit of at least that: its sigmoid, 1.8e-35, is still a number in float32."""
 BAN_DEPTH = 1e4
 """How far a banned expert's logit is put below the largest one; finite, so that softmax and sigmoid never give NaN."""
 
@@ -61,6 +63,13 @@ def apply(
         scale: see `Scale`.
         may_lower: whether `push` can have negative entries; False saves time.
     """
+    steered = _steered(formula, logits_TN, push, raised, scale, may_lower)
+    return lift(steered, logits_TN) if may_lower or scale == "paper" else steered
+
+
+def _steered(
+    formula: Formula, logits_TN: Tensor, push: Tensor, raised: Tensor, scale: Scale, may_lower: bool
+) -> Tensor:
     if formula == "additive":
         return logits_TN + push
     largest_T1 = logits_TN.amax(-1, keepdim=True)
@@ -72,6 +81,16 @@ def apply(
     if scale == "magnitude" and may_lower:
         return steered.where(push >= 0, steered.minimum(logits_TN))
     return steered
+
+
+def lift(steered_TN: Tensor, logits_TN: Tensor) -> Tensor:
+    """Move a token's steered logits up together if all have sunk below `LOWEST`.
+
+    Beyond, sigmoids are 0, and weights that a router divides by their sum are NaN. A softmax does not notice.
+    """
+    largest_T1 = steered_TN.amax(-1, keepdim=True)
+    has_sunk_T1 = (largest_T1 < LOWEST) & (largest_T1 < logits_TN.amax(-1, keepdim=True))
+    return steered_TN.where(~has_sunk_T1, (steered_TN - largest_T1) + LOWEST)
 
 
 BY_NAME: dict[Formula, Callable[[Tensor, Tensor, float | Tensor, Scale], Tensor]] = {

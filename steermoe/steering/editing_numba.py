@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
+from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS, LOWEST
 from steermoe.steering.banks import Bank
 from steermoe.steering.narrowing import narrowed
 
@@ -135,6 +135,10 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
             if not paper and push < 0:
                 steered = min(steered, z_N[n])
             z_N[n] = steered
+    top = z_N.max()
+    if top < LOWEST and top < largest:
+        for n in range(len(z_N)):
+            z_N[n] = (z_N[n] - top) + np.float32(LOWEST)
     if listed & FORCED:
         top = z_N.max() + np.float32(FORCE_MARGIN)
         for n in range(len(z_N)):

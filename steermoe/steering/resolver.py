@@ -158,6 +158,8 @@ class PlanResolver:
     def _find(self, name: str) -> list[Path]:
         if len(name) > MOST_NAME:
             raise VectorNotFound(f"no vector '{quoted(name)}': a name has at most {MOST_NAME} characters")
+        if any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name):
+            raise VectorError(f"domain name '{quoted(name)}' is not allowed: it holds control characters")
         if not self._names_only:
             return find_vector(name, folder=self._folder)
         check_domain_name(name)

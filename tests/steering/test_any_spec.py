@@ -152,6 +152,8 @@ def check_effects(plan):
                 for found in edited(router, bank, plan, own, edits):
                     assert found.dtype == dtype
                     assert bool(found.isfinite().all()), (plan.as_dict(), own, found)
+                    chosen = found.float().sigmoid().topk(router.top_k).values
+                    assert bool((chosen / chosen.sum(-1, keepdim=True)).isfinite().all()), (plan.as_dict(), own, found)
 
 
 def edited(router, bank, plan, logits, edits):

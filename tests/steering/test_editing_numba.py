@@ -126,3 +126,15 @@ def test_the_largest_strength_stays_finite_in_every_type(formula, strength):
         edited = layer.edit(logits.to(dtype), tokens)
         assert edited.dtype == dtype
         assert bool(edited.isfinite().all())
+
+
+@pytest.mark.parametrize("formula", formulas.FORMULAS)
+def test_logits_that_sink_together_are_lifted_as_by_the_formulas(formula):
+    experts = torch.linspace(0.1, 1.0, EXPERTS)
+    push, marks = -1e4 * experts, np.full(EXPERTS, editing_numba.RAISED, np.uint8)
+    for shift in (0.0, -200.0):
+        logits = (np.random.default_rng(0).normal(size=EXPERTS) + shift).astype(np.float32)
+        wanted = formulas.apply(formula, torch.from_numpy(logits.copy())[None], push, experts > 0, "magnitude")
+        editing_numba.edit_row(logits, push.numpy(), marks, formulas.FORMULAS.index(formula), False, np.float32(1))
+        torch.testing.assert_close(torch.from_numpy(logits)[None], wanted)
+        assert logits.max() == formulas.LOWEST

@@ -75,6 +75,7 @@ def test_equal_specs_share_a_plan_and_equal_mixtures_a_vector(resolver):
         (SteeringSpec("none", strength=float("inf")), SteeringError, "strength inf is out of range"),
         (SteeringSpec(scale="nosuch", layers="3-1"), SteeringError, "scale 'nosuch' is unknown"),
         (SteeringSpec("a" * 5000), VectorNotFound, "at most 4096 characters"),
+        (SteeringSpec("a\nb\x1b"), VectorError, "'a\\\\nb\\\\x1b' is not allowed"),
         (SteeringSpec("tall"), CompatibilityError, "tall"),
         (SteeringSpec("sport", layers="7-9"), SteeringError, "layers 7-9 hold no router"),
         (SteeringSpec("sport", schedule="decay:0"), SteeringError, "'decay:0'"),
