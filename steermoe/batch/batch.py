@@ -18,9 +18,9 @@ from steermoe.batch.worker import EngineWorker, PlannedJob, Worker
 from steermoe.engines.engine import Engine
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
+from steermoe.steering.limits import shown
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.resolver import PlanResolver
-from steermoe.steering.spec import shown
 
 OTHER_FORM = ("layers", "force", "ban")
 """Fields that a story records in another form than the options."""

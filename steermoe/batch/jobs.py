@@ -15,17 +15,8 @@ from typing import IO, Any, Literal
 
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering.spec import (
-    FIELDS,
-    NO_DOMAIN,
-    SteeringSpec,
-    escaped,
-    expected,
-    misfit,
-    quoted,
-    read_field,
-    read_json,
-)
+from steermoe.steering.limits import escaped, quoted
+from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
 MAX_LINE = 1 << 20
 """The most bytes of a line: a file without line ends must not fill the memory."""

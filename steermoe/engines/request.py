@@ -44,7 +44,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, is_right, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31, "1 or more, below 2**31"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
             (
                 "temperature",

@@ -10,8 +10,8 @@ from steermoe.engines.request import Sampling
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import DEFAULT_BUDGET
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.steering.limits import MOST_STRENGTH, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
-from steermoe.steering.spec import MOST_STRENGTH, quoted
 from steermoe.vectors.vector import SteeringVector
 
 Cut = Literal["own", "absolute", "relative"]
@@ -22,6 +22,8 @@ Kind = Literal["unsteered", "steered", "shuffled", "prompted", "both"]
 """`shuffled`: the same vector with its experts shuffled in each layer. `prompted`: the prompt asks for the domain in
 words, nothing is steered. `both`: prompted and steered. (Another domain's vector needs no runs of its own.)"""
 
+MOST_STORIES = 1_000_000
+"""Of each condition."""
 ASKING = "The following story is about {domain}.\n\n{opening}"
 
 
@@ -49,6 +51,11 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        if not 1 <= self.seeds * len(self.openings) <= MOST_STORIES:
+            raise SteeringError(
+                f"{self.seeds} seeds of {len(self.openings)} openings are too many, or none: ask for 1 to "
+                f"{MOST_STORIES} stories of each condition"
+            )
         if self.max_new_tokens < 2:
             raise SteeringError(
                 f"max_new_tokens {self.max_new_tokens} is too few to steer: the model does not read the last token; "

@@ -8,7 +8,7 @@ def narrowed(steered: Tensor, dtype: torch.dtype) -> Tensor:
     """Edited logits in the router's own type.
 
     float16 ends at 65,504, and what lies beyond would become infinite, then NaN in a softmax: the largest number takes
-    its place. The other types reach as far as float32. Logits that are infinite by themselves stay so.
+    its place. The other types reach as far as float32. Logits that are infinite already stay so.
     """
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max

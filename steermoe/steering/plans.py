@@ -15,7 +15,7 @@ from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.tracker import select
-from steermoe.steering.spec import LARGEST, MOST_STRENGTH, check_listed, quoted, shown, whole
+from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, quoted, shown, whole
 from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_FORMULA: Formula = "max_scaled"
@@ -36,7 +36,7 @@ class Schedule:
     tokens A to B-1.
 
     Raises:
-        SteeringError: another kind, or numbers that it can't have; they go up to `spec.LARGEST`.
+        SteeringError: another kind, or numbers that it can't have; they go up to `limits.LARGEST`.
     """
 
     kind: Literal["constant", "decay", "window"] = "constant"

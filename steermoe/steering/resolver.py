@@ -12,8 +12,9 @@ from pathlib import Path
 from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
+from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
-from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, escaped, parse_domain, quoted
+from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_vector
 from steermoe.vectors.library import find_vector, find_vectors, read_fitting
 from steermoe.vectors.mixing import mix

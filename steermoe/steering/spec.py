@@ -6,13 +6,14 @@ reader and the table in the docs follow from it. Imports no torch, so that the o
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
+from steermoe.steering.limits import MOST_STRENGTH, check_listed, escaped, quoted, shown, whole
 
 if TYPE_CHECKING:
     from steermoe.steering.plans import LayerExpert, Schedule
@@ -21,42 +22,9 @@ NO_DOMAIN = "none"
 """The domain that leaves a text unsteered."""
 MOST_DOMAINS = 32
 """How many domains a spec in JSON may mix: a server reads all of their files for one request."""
-MOST_EXPERTS = 1 << 14
-"""How many experts a plan may force, or ban."""
-MOST_STRENGTH = 1e6
-"""The largest strength, and the largest weight of a domain.
-
-No router's logits times this leave float32, and far less of it decides every choice of experts.
-"""
-LARGEST = 2**31 - 1
-"""The largest token, layer or expert that a plan may name."""
 MOST_DIGITS = 4000
 """Digits of a whole number in JSON; Python itself reads no more than 4,300."""
 EXAMPLE = '{"domain": "sport"}'
-QUOTED = 60
-"""How many characters of a wrong value its message quotes."""
-
-# ---- wrong values in messages ----
-
-
-def escaped(text: str) -> str:
-    """A text on one line, without characters that a terminal would act on."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def quoted(text: str) -> str:
-    """A text as a message quotes it: `escaped`, and cut after `QUOTED` characters."""
-    return escaped(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
-
-
-def shown(value: Any, write: Callable[[Any], str] | None = None) -> str:
-    """Any value as a message quotes it; by default as JSON, where that is possible."""
-    try:
-        return quoted(json.dumps(value, default=repr, ensure_ascii=False) if write is None else write(value))
-    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
-        return f"a {type(value).__name__}"
-
-
 # ---- the notations of single values ----
 
 
@@ -94,18 +62,6 @@ def parse_expert(text: str) -> "LayerExpert":
     if match := re.fullmatch(r"([0-9]+):([0-9]+)", text):
         return whole(match[1], "layer"), whole(match[2], "expert")
     raise SteeringError(f"expert '{quoted(text)}': write layer:expert, such as 12:5")
-
-
-def whole(digits: str, what: str) -> int:
-    """The number that digits write.
-
-    Raises:
-        SteeringError: it is above `LARGEST`.
-    """
-    own = digits.lstrip("0") or "0"
-    if len(own) > len(str(LARGEST)) or int(own) > LARGEST:
-        raise SteeringError(f"{what} {quoted(own)} is too large: expected 0 to {LARGEST}")
-    return int(own)
 
 
 def parse_schedule(text: str) -> "Schedule":
@@ -153,12 +109,6 @@ def _experts_of_json(value: list[Any]) -> tuple[str, ...]:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(number) in (int, str) for number in value)
-
-
-def check_listed(experts: Sequence[Any]) -> None:
-    """Raise SteeringError if a list of experts to force or ban is too long."""
-    if len(experts) > MOST_EXPERTS:
-        raise SteeringError(f"{len(experts)} experts are too many to force or ban: list at most {MOST_EXPERTS}")
 
 
 def _texts(values: list[Any]) -> tuple[str, ...]:

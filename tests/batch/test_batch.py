@@ -251,6 +251,30 @@ def test_a_story_that_ends_before_it_is_steered_is_named(loaded, place, monkeypa
     assert "ended after 0 tokens, before any" in stories("bad.jsonl")[0]["error"]
 
 
+def test_no_number_of_a_line_ends_the_batch(loaded, place):
+    digits = [9 * "9", 20 * "9", 400 * "9", 5000 * "9"]
+    bad = [
+        *(f'{{"prompt": "x", "domain": {{"sport": {number}}}}}' for number in (*digits, "1e400", "-1e300", "1e-300")),
+        *(f'{{"prompt": "x", "domain": "sport={number}"}}' for number in (*digits, "1e400", "1e-300")),
+        *(f'{{"prompt": "x", "domain": "sport", "strength": {number}}}' for number in (*digits, "1e39", "-1e400")),
+        *(f'{{"prompt": "x", "domain": "sport", "schedule": "decay:{number}"}}' for number in digits[1:]),
+        *(f'{{"prompt": "x", "domain": "sport", "schedule": "window:0-{number}"}}' for number in digits[1:]),
+        *(f'{{"prompt": "x", "domain": "sport", "layers": "{number}"}}' for number in digits),
+        *(f'{{"prompt": "x", "domain": "sport", "layers": [0, {number}]}}' for number in digits[2:]),
+        *(f'{{"prompt": "x", "ban": ["0:{number}"]}}' for number in digits),
+        *(f'{{"prompt": "x", "ban": [[{number}, 0]]}}' for number in digits),
+        *(f'{{"prompt": "x", "samples": {number}}}' for number in (*digits, "9e12", "-1")),
+        *(f'{{"prompt": "x", "{name}": {digits[3]}}}' for name in ("seed", "temperature", "top_p", "id", "meta")),
+        '{"prompt": "x", "formula": "nosuch"}',
+        '{"prompt": "x", "domain": null, "positions": "nosuch"}',
+    ]
+    reported = []
+    summary = run_batch(loaded, "\n".join([*bad, '{"prompt": "A dog."}']), on_problem=reported.append)
+    assert (summary.stories, summary.lines_left_out, summary.failed) == (1, len(bad), 0)
+    assert [problem.line for problem in reported] == list(range(1, len(bad) + 1))
+    assert all(problem.reason.isprintable() and len(problem.reason) <= 500 for problem in reported)
+
+
 def test_prompts_that_change_meanwhile_are_noticed(loaded, place, monkeypatch):
     monkeypatch.setattr(worker, "WINDOW", 4)
 

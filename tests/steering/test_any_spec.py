@@ -22,9 +22,10 @@ from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
 from steermoe.steering.editing_graph import Edits, edit
+from steermoe.steering.limits import LARGEST, MOST_STRENGTH
 from steermoe.steering.narrowing import narrowed
 from steermoe.steering.resolver import PlanResolver, check_spec
-from steermoe.steering.spec import LARGEST, MOST_STRENGTH, NAMES, SteeringSpec
+from steermoe.steering.spec import NAMES, SteeringSpec
 from steermoe.vectors.file import write_vector
 from steermoe.vectors.vector import SteeringVector
 

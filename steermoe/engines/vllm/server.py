@@ -22,9 +22,9 @@ from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
+from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
-from steermoe.steering.spec import escaped, quoted
 
 STEERED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 """Paths of requests for texts, which are steered; longer paths, such as /v1/chat/completions/batch, count too."""
@@ -229,7 +229,7 @@ class SteeringMiddleware:
 
 
 def _admission(args: Any) -> Callable[[Scope], bool]:
-    """Tells whether a request carries one of the server's keys, as vLLM itself does; if there are none, all may in."""
+    """Whether a request carries one of the server's keys, as vLLM itself does; if there are none, all may in."""
     from starlette.datastructures import Headers
     from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 

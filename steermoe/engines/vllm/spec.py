@@ -7,8 +7,9 @@ from typing import Any
 
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import SteeringError
+from steermoe.steering.limits import quoted
 from steermoe.steering.resolver import PlanResolver
-from steermoe.steering.spec import quoted, read_spec
+from steermoe.steering.spec import read_spec
 
 
 def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
