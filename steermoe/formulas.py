@@ -26,8 +26,11 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 FORCE_MARGIN = 1.0
 """How far a forced expert's logit is raised above the largest one."""
-LOWEST = -80.0
-"""Steering leaves each token a logit of at least that: its sigmoid, 1.8e-35, is still a number in float32."""
+LOWEST, FLOOR = -40.0, -87.0
+"""The largest of a token's logits stays above the first, every one above the second, unless it was below before.
+
+The sigmoid of -87, 1.6e-38, is nearly the smallest number of float32.
+"""
 BAN_DEPTH = 1e4
 """How far a banned expert's logit is put below the largest one; finite, so that softmax and sigmoid never give NaN."""
 
@@ -64,7 +67,7 @@ def apply(
         may_lower: whether `push` can have negative entries; False saves time.
     """
     steered = _steered(formula, logits_TN, push, raised, scale, may_lower)
-    return lift(steered, logits_TN) if may_lower or scale == "paper" else steered
+    return bound(steered, logits_TN) if may_lower or scale == "paper" else steered
 
 
 def _steered(
@@ -83,14 +86,17 @@ def _steered(
     return steered
 
 
-def lift(steered_TN: Tensor, logits_TN: Tensor) -> Tensor:
-    """Move a token's steered logits up together if all have sunk below `LOWEST`.
+def bound(steered_TN: Tensor, logits_TN: Tensor) -> Tensor:
+    """Keep steered logits from sinking so far that a sigmoid makes them 0; routers divide by a sum of sigmoids.
 
-    Beyond, sigmoids are 0, and weights that a router divides by their sum are NaN. A softmax does not notice.
+    A token's logits move up together if all have sunk below `LOWEST`, and none sinks below `FLOOR`. What a softmax
+    gives stays the same: a logit at `FLOOR` is 47 below the largest one or more, a weight of 4e-21.
     """
     largest_T1 = steered_TN.amax(-1, keepdim=True)
-    has_sunk_T1 = (largest_T1 < LOWEST) & (largest_T1 < logits_TN.amax(-1, keepdim=True))
-    return steered_TN.where(~has_sunk_T1, (steered_TN - largest_T1) + LOWEST)
+    have_sunk_T1 = (largest_T1 < LOWEST) & (largest_T1 < logits_TN.amax(-1, keepdim=True))
+    some_sank_T1 = ((steered_TN < FLOOR) & (steered_TN < logits_TN)).any(-1, keepdim=True)
+    lifted_TN = steered_TN.where(~have_sunk_T1, (steered_TN - largest_T1) + LOWEST)
+    return lifted_TN.masked_fill((lifted_TN < FLOOR) & some_sank_T1, FLOOR)
 
 
 BY_NAME: dict[Formula, Callable[[Tensor, Tensor, float | Tensor, Scale], Tensor]] = {

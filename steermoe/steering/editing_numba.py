@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS, LOWEST
+from steermoe.formulas import BAN_DEPTH, FLOOR, FORCE_MARGIN, FORMULAS, LOWEST
 from steermoe.steering.banks import Bank
 from steermoe.steering.narrowing import narrowed
 
@@ -124,8 +124,9 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
         largest = max(largest, z_N[n])
         listed |= marks_N[n]
     scale = largest if paper else abs(largest)
+    top, some_sank = np.float32(-np.inf), False
     for n in range(len(z_N)):
-        push = push_N[n] * factor
+        push, before = push_N[n] * factor, z_N[n]
         if formula == ADDITIVE:
             z_N[n] += push
         elif formula == MAX_SCALED:
@@ -135,10 +136,15 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
             if not paper and push < 0:
                 steered = min(steered, z_N[n])
             z_N[n] = steered
-    top = z_N.max()
-    if top < LOWEST and top < largest:
+        top = max(top, z_N[n])
+        some_sank |= z_N[n] < np.float32(FLOOR) and z_N[n] < before
+    if top < np.float32(LOWEST) and top < largest:
         for n in range(len(z_N)):
             z_N[n] = (z_N[n] - top) + np.float32(LOWEST)
+    if some_sank:
+        for n in range(len(z_N)):
+            if z_N[n] < np.float32(FLOOR):
+                z_N[n] = np.float32(FLOOR)
     if listed & FORCED:
         top = z_N.max() + np.float32(FORCE_MARGIN)
         for n in range(len(z_N)):
