@@ -48,7 +48,7 @@ FASTER_THAN_NOTEBOOK = 2.0
 COMMANDS: dict[tuple[str, ...], float] = {
     ("--help",): 0.2,
     ("vectors", "list"): 0.4,
-    ("generate", "--domain", DOMAIN, "--max-new-tokens", "1"): 6.0,
+    ("generate", "--domain", DOMAIN, "--max-new-tokens", "2"): 6.0,
 }
 """The most seconds that a whole process may take."""
 SHAPES = ((49152, 576), (3072, 576))

@@ -26,6 +26,11 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 FORCE_MARGIN = 1.0
 """How far a forced expert's logit is raised above the largest one."""
+LOWEST, FLOOR = -40.0, -87.0
+"""The largest of a token's logits stays above the first, every one above the second, unless it was below before.
+
+The sigmoid of -87, 1.6e-38, is nearly the smallest number of float32.
+"""
 BAN_DEPTH = 1e4
 """How far a banned expert's logit is put below the largest one; finite, so that softmax and sigmoid never give NaN."""
 
@@ -61,6 +66,13 @@ def apply(
         scale: see `Scale`.
         may_lower: whether `push` can have negative entries; False saves time.
     """
+    steered = _steered(formula, logits_TN, push, raised, scale, may_lower)
+    return bound(steered, logits_TN) if may_lower or scale == "paper" else steered
+
+
+def _steered(
+    formula: Formula, logits_TN: Tensor, push: Tensor, raised: Tensor, scale: Scale, may_lower: bool
+) -> Tensor:
     if formula == "additive":
         return logits_TN + push
     largest_T1 = logits_TN.amax(-1, keepdim=True)
@@ -72,6 +84,19 @@ def apply(
     if scale == "magnitude" and may_lower:
         return steered.where(push >= 0, steered.minimum(logits_TN))
     return steered
+
+
+def bound(steered_TN: Tensor, logits_TN: Tensor) -> Tensor:
+    """Keep steered logits from sinking so far that a sigmoid makes them 0; routers divide by a sum of sigmoids.
+
+    A token's logits move up together if all have sunk below `LOWEST`, and none sinks below `FLOOR`. What a softmax
+    gives stays the same: a logit at `FLOOR` is 47 below the largest one or more, a weight of 4e-21.
+    """
+    largest_T1 = steered_TN.amax(-1, keepdim=True)
+    have_sunk_T1 = (largest_T1 < LOWEST) & (largest_T1 < logits_TN.amax(-1, keepdim=True))
+    some_sank_T1 = ((steered_TN < FLOOR) & (steered_TN < logits_TN)).any(-1, keepdim=True)
+    lifted_TN = steered_TN.where(~have_sunk_T1, (steered_TN - largest_T1) + LOWEST)
+    return lifted_TN.masked_fill((lifted_TN < FLOOR) & some_sank_T1, FLOOR)
 
 
 BY_NAME: dict[Formula, Callable[[Tensor, Tensor, float | Tensor, Scale], Tensor]] = {

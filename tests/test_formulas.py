@@ -121,3 +121,25 @@ def test_force_and_ban_of_each_token():
     wanted_TN = torch.tensor([[True, False], [False, True]])
     assert formulas.force(torch.zeros(2, 2), wanted_TN).argmax(-1).tolist() == [0, 1]
     assert formulas.ban(torch.zeros(2, 2), wanted_TN).argmin(-1).tolist() == [0, 1]
+
+
+def test_logits_that_sink_stay_within_reach_of_a_sigmoid():
+    logits_TN = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [-300.0, -310.0, -305.0]])
+    push_TN = torch.tensor([[-1e6, -2e6, -1e6], [-42.0, -42.0, -42.0], [0.0, -1e6, -80.0], [0.0, 0.0, 0.0]])
+    steered_TN = formulas.apply("additive", logits_TN, push_TN, push_TN > 0, "magnitude")
+    assert steered_TN.tolist() == [
+        [-40.0, -87.0, -41.0],  # all sank: they move up together, and none below the floor
+        [-39.0, -41.0, -40.0],  # not that far
+        [3.0, -87.0, -78.0],
+        [-300.0, -310.0, -305.0],  # they were there before
+    ]
+    assert bool((steered_TN[:3].sigmoid() > 0).all())
+
+
+@pytest.mark.parametrize("push", [-1000.0, -90.0])
+def test_softmax_does_not_notice_that_logits_stay_in_reach(push):
+    logits_TN = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * 3
+    for lowered in (16, 15, 3):
+        push_N = torch.tensor([push] * lowered + [0.0] * (16 - lowered))
+        bounded_TN = formulas.apply("additive", logits_TN, push_N, push_N > 0, "magnitude")
+        torch.testing.assert_close(bounded_TN.softmax(-1), (logits_TN + push_N).softmax(-1), atol=1e-4, rtol=1e-3)

@@ -1,5 +1,6 @@
 """Turns a file of prompts into a file of stories: skips the finished ones and lets a worker generate the rest."""
 
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, BatchSettings, Job, Problem, PromptFile
+from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, BatchSettings, Job, Problem, PromptFile, one_line
 from steermoe.batch.keys import StoryKeys
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.worker import EngineWorker, PlannedJob, Worker
 from steermoe.engines.engine import Engine
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
+from steermoe.steering.limits import shown
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.resolver import PlanResolver
 
@@ -146,14 +148,19 @@ class Batch:
             try:
                 keys = [int(self._keys.key(job, self._resolver.plan(job.steering)), 16) for job in line]
             except SteerMoEError as error:
-                on_problem(Problem(line[0].line, str(error), line[0].prompt[:KEPT_TEXT]))
+                on_problem(Problem(line[0].line, one_line(error), line[0].prompt[:KEPT_TEXT]))
             else:
                 yield from zip(line, keys, strict=True)
 
     def _finished_keys(self) -> Iterator[int]:
         foreign, first = 0, ""
         for number, record in self._output.records():
-            key = int(record["job"], 16)
+            key = _key_of(record)
+            if key is None:
+                raise BatchError(
+                    f"line {number} of '{self._output.path}' has the job {shown(record['job'])}, expected 16 "
+                    "hexadecimal digits: name another file, or replace this one with --overwrite"
+                )
             if key in self._requested:
                 yield key
             else:
@@ -191,7 +198,8 @@ class Batch:
             ordered: put the file into the order of the prompts at the end.
 
         Raises:
-            BatchError: the output can't be written. SteeringError: requested steering did not happen.
+            BatchError: the output can't be written, or the prompts changed meanwhile. SteeringError: requested
+                steering did not happen.
         """
         started, new, tokens = time.perf_counter(), 0, 0
 
@@ -206,6 +214,11 @@ class Batch:
                 progress(1, record["new_tokens"])
         self._output.sync()
         seconds = time.perf_counter() - started
+        if missing := self.total - self.already - new - self._failed:
+            raise BatchError(
+                f"'{self._prompts.name}' changed while the batch ran: {missing} of {self.total} stories that it asked "
+                "for are missing; run again to add them"
+            )
         if ordered:
             self._output.sort(self._requested.place)
         return BatchSummary(
@@ -251,6 +264,12 @@ class _Numbers:
         position = int(np.searchsorted(self._sorted, wanted))
         is_there = position < len(self._sorted) and self._sorted[position] == wanted
         return int(self._first[position]) if is_there else -1
+
+
+def _key_of(record: dict[str, Any]) -> int | None:
+    """The key of a story in the file; None if it is none that this program writes."""
+    job = record["job"]
+    return int(job, 16) if isinstance(job, str) and re.fullmatch(r"[0-9a-f]{16}", job) else None
 
 
 def _difference(record: dict[str, Any], settings: BatchSettings, engine: Engine) -> str:

@@ -15,12 +15,21 @@ from typing import IO, Any, Literal
 
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field
+from steermoe.steering.limits import escaped, quoted
+from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
 MAX_LINE = 1 << 20
 """The most bytes of a line: a file without line ends must not fill the memory."""
 KEPT_TEXT = 200
 """Characters of a bad line that its `Problem` quotes."""
+KEPT_REASON = 500
+"""Characters of a reason."""
+MOST_STORIES = 100_000
+"""Stories of one line: its domains times its samples."""
+MOST_DEPTH = 100
+"""Lists in lists in a line."""
+
+_MOST_SAMPLES = f"expected 1 or more, and at most {MOST_STORIES} times the domains of a prompt"
 
 Format = Literal["auto", "text", "jsonl"]
 
@@ -41,8 +50,8 @@ class BatchSettings:
     samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise BatchError(f"samples {self.samples} is out of range: expected 1 or more")
+        if not 1 <= self.samples * max(1, len(self.domains)) <= MOST_STORIES:
+            raise BatchError(f"samples {self.samples} is out of range: {_MOST_SAMPLES}")
 
     def steerings(self) -> list[SteeringSpec]:
         """The steerings of a line that names none itself."""
@@ -85,6 +94,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.reason}"
+
+
+def one_line(problem: Exception) -> str:
+    """An error's message as a `Problem` gives it: printable, on one line, and not too long."""
+    return escaped(str(problem)[:KEPT_REASON])
 
 
 class _BadLine(Exception):
@@ -145,7 +159,8 @@ class PromptFile:
                 given = _parse(text) if self.is_json else {"prompt": text.rstrip("\r\n")}
                 yield _expand(number, given, settings)
             except (_BadLine, SteerMoEError) as problem:
-                yield Problem(number, str(problem), content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT])
+                text = content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT]
+                yield Problem(number, one_line(problem), text)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines with their numbers, from 1; of a line that is too long, enough to see that."""
@@ -196,21 +211,32 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        given = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        given = read_json(text)
+    except RecursionError as error:
+        raise _BadLine(f"is not JSON: more than {MOST_DEPTH} lists in each other") from error
+    except ValueError as error:
         raise _BadLine(f"is not JSON ({error})") from error
     if not isinstance(given, dict):
         raise _BadLine(f"is of type {type(given).__name__}, not a JSON object")
+    if _is_deep(given):
+        raise _BadLine(f"has more than {MOST_DEPTH} lists or objects in each other")
     for name, value in given.items():
         if name not in KINDS:
-            raise _BadLine(f"has an unknown field '{name}': use {', '.join(KINDS)}")
+            raise _BadLine(f"has an unknown field '{quoted(name)}': use {', '.join(KINDS)}")
         if value is not None and name != "meta" and (wrong := misfit(name, value, *KINDS[name])):
             raise _BadLine(wrong)
     return {name: value for name, value in given.items() if value is not None or name in ("domain", "meta")}
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number in JSON")
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested deeper than a story can hold them."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [one for one in level if isinstance(one, dict | list)]
+        level = [one for each in inner for one in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _expand(line: int, given: dict[str, Any], settings: BatchSettings) -> list[Job]:
@@ -228,8 +254,8 @@ def _expand(line: int, given: dict[str, Any], settings: BatchSettings) -> list[J
     steerings = [replace(steering, **changes) for steering in _steerings(given, settings)]
     sampling = replace(settings.sampling, **{name: given[name] for name in SAMPLING_FIELDS if name in given})
     samples = given.get("samples", settings.samples)
-    if samples < 1:
-        raise _BadLine(f"samples {samples} is out of range: expected 1 or more")
+    if not 1 <= samples * len(steerings) <= MOST_STORIES:
+        raise _BadLine(f"samples {samples} is out of range: {_MOST_SAMPLES}")
     return [
         Job(
             line,
@@ -255,6 +281,8 @@ def _steerings(given: dict[str, Any], settings: BatchSettings) -> list[SteeringS
     listed = wanted if isinstance(wanted, list) else [wanted]
     if not listed:
         raise _BadLine("has an empty list of domains")
+    if len(listed) > MOST_STORIES:
+        raise _BadLine(f"has {len(listed)} domains: expected at most {MOST_STORIES}")
     return [replace(settings.steering, domain=_domain(one)) for one in listed]
 
 

@@ -95,7 +95,10 @@ class EngineWorker:
         decoder = self._engine.decoder(self._most_rows)
         try:
             for ready, completion in self._complete(decoder, self._ready(jobs, skip), skip):
-                yield self._record(ready, completion)
+                if completion.missed:
+                    skip(ready.job, completion.missed)
+                else:
+                    yield self._record(ready, completion)
             self.report = decoder.report()
         finally:
             decoder.close()
@@ -108,6 +111,7 @@ class EngineWorker:
                 job = planned.job
                 request = Request(job.prompt, planned.plan, job.sampling)
                 try:
+                    request.require_steered()
                     prompt = self._engine.encode(request, prompts.get(job.prompt))
                 except SteerMoEError as error:
                     skip(job, str(error))

@@ -191,6 +191,10 @@ def batch(
 
     settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples)
     check_apart(prompts, output, files.errors)
+    from steermoe.steering.resolver import check_spec
+
+    for spec in settings.steerings():
+        check_spec(spec, vectors)
     with (
         closing(PromptFile(prompts, files.format)) as source,
         StoryFile(output, files.overwrite) as stories,
@@ -206,6 +210,8 @@ def batch(
         summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
         problems.sum_up()
     _print(summary, output, json)
+    if not summary.stories:
+        raise BatchError(f"no story could be generated, and '{output}' holds none: stderr and --errors say why")
 
 
 def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":

@@ -61,20 +61,24 @@ def compare(
     from steermoe.engines.request import Request
 
     text = o.read_prompt(prompt)
-    runner = model.open()
     from steermoe.evaluation.comparison import compare_completions
-    from steermoe.steering.resolver import PlanResolver
+    from steermoe.steering.resolver import PlanResolver, check_spec
 
-    resolver = PlanResolver(runner.shape, vectors)
     formulas: list[Any] = [one.value for one in formula or ()]
-    plans = [
-        resolver.plan(replace(steering, domain=(names,), formula=f, strength=c))
+    specs = [
+        replace(steering, domain=(names,), formula=f, strength=c)
         for names in domain or ["sport"]
         for f in formulas or (None,)
         for c in strength or (None,)
     ]
+    for spec in specs:
+        check_spec(spec, vectors)
+    runner = model.open()
+    plans = list(map(PlanResolver(runner.shape, vectors).plan, specs))
     o.warn_beyond_safe_range(plans)
     requests = [Request(text, plan, sampling) for plan in (None, *plans)]
+    for request in requests:
+        request.require_steered()
     with console.working(f"Generating {len(requests)} stories ..."):
         completions = runner.generate(requests, record=True)
     columns = compare_completions(completions)
@@ -87,3 +91,4 @@ def compare(
         print_columns(text, columns)
     if svg is not None:
         save_svg(text, columns, svg)
+    o.check_steered(completions)

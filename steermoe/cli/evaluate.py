@@ -157,9 +157,11 @@ def evaluate(
     from steermoe.cli.terminal import console
     from steermoe.evaluation.texts import choose_openings, heldout_texts
     from steermoe.figures import check_matplotlib
-    from steermoe.vectors.library import vectors_for
+    from steermoe.vectors.library import find_vector, vectors_for
 
     design, settings = compared.design(), protocol.settings(choose_openings(openings))
+    for name in domain or ():
+        find_vector(name, folder=vectors)
     check_matplotlib()
     loaded = model.load()
     chosen = vectors_for(loaded.shape, domain or (), folder=vectors)

@@ -43,12 +43,14 @@ def generate(
     from steermoe.engines.request import Request
 
     text = o.read_prompt(prompt)
-    runner = model.open()
-    from steermoe.steering.resolver import PlanResolver
+    from steermoe.steering.resolver import PlanResolver, check_spec
 
+    check_spec(steering, vectors)
+    runner = model.open()
     plan = PlanResolver(runner.shape, vectors).plan(steering)
     o.warn_beyond_safe_range([plan])
     request = Request(text, plan, sampling)
+    request.require_steered()
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:
         runner.encode(request)
@@ -63,6 +65,7 @@ def generate(
         else:
             console.write(f"{text}{completion.text}\n")
     _print_report(completion, runner.shape)
+    o.check_steered([completion])
 
 
 def _print_report(completion: "Completion", shape: "RoutingShape") -> None:

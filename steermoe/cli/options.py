@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from steermoe.discovery.corpus import Corpus
+    from steermoe.engines.request import Completion
     from steermoe.steering.plans import SteeringPlan
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
@@ -273,6 +274,14 @@ def read_prompt(prompt: str | None) -> str:
         raise GenerationError(f"stdin {not_utf8(error)}") from error
     except OSError as error:
         raise GenerationError(f"can't read stdin: {error.strerror}; give the prompt as an argument") from error
+
+
+def check_steered(completions: "Sequence[Completion]") -> None:
+    """Raise SteeringError if a text was to be steered, and ended before any token was."""
+    from steermoe.errors import SteeringError
+
+    for reason in filter(None, (completion.missed for completion in completions)):
+        raise SteeringError(reason)
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:

@@ -46,12 +46,13 @@ def serve(
     require_vllm()
     if model.startswith("-"):  # no MODEL before the arguments of vLLM
         model, arguments = "smollm2-moe", [model, *(arguments or ())]
-    loading.pull_if_needed(model)
     from steermoe.engines.vllm.server import ServerOptions, serve
 
+    options = ServerOptions(host, port, api_key or (), vectors)
+    loading.pull_if_needed(model)
     serve(
         model,
-        ServerOptions(host, port, api_key or (), vectors),
+        options,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         eager=eager,

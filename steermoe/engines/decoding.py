@@ -118,6 +118,14 @@ def by_prompt(rows: Sequence[Row[S]]) -> list[list[Row[S]]]:
     return list(groups.values())
 
 
+def require_steering(requests: Sequence[Request]) -> None:
+    """Raise SteeringError if steering was asked for and could happen in none of the requests."""
+    asked = [request for request in requests if request.plan is not None and request.plan.does_something]
+    if not any(request.plan.steers(1, request.sampling.max_new_tokens - 1) for request in asked if request.plan):
+        for request in asked:
+            request.require_steered()
+
+
 def complete(
     decoder: Decoder,
     requests: Sequence[Request],
@@ -140,6 +148,7 @@ def complete(
     """
     if not requests:
         return []
+    require_steering(requests)
     if on_text is not None and len(requests) != 1:
         raise GenerationError(f"text can be streamed for one request at a time, not for {len(requests)}")
     done: dict[int, list[Completion]] = {}

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import GenerationError
+from steermoe.errors import GenerationError, SteeringError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
 
+MOST_SCALING = 1e9
+"""The largest temperature or penalty; 1 / 1e9 is the smallest. Scores times this stay finite."""
 LISTS = ("force", "ban")
 """Fields of a plan that a completion leaves out, since lists can be long; stories have them at the end."""
 
@@ -42,12 +44,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, is_right, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31, "1 or more, below 2**31"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
-            ("temperature", 0 < self.temperature < float("inf"), "above 0 (for greedy decoding: --no-do-sample)"),
+            (
+                "temperature",
+                1 / MOST_SCALING <= self.temperature <= MOST_SCALING,
+                f"above 0, {1 / MOST_SCALING:g} to {MOST_SCALING:g} (for greedy decoding: --no-do-sample)",
+            ),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 to 2**31 - 1"),
+            (
+                "repetition_penalty",
+                1 / MOST_SCALING <= self.repetition_penalty <= MOST_SCALING,
+                f"above 0, {1 / MOST_SCALING:g} to {MOST_SCALING:g}",
+            ),
             ("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
         ):
             if not is_right:
@@ -61,6 +71,24 @@ class Request:
     prompt: str
     plan: "SteeringPlan | None" = None
     sampling: Sampling = field(default_factory=Sampling)
+
+    def require_steered(self) -> None:
+        """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
+        if self.plan is not None:
+            require_steered(self.plan, self.sampling.max_new_tokens)
+
+
+def require_steered(plan: "SteeringPlan", most: int) -> None:
+    """Raise SteeringError if a plan asks for steering, but can't steer any token of a text of `most` new tokens.
+
+    The model does not read the last one. All tokens of a prompt are steered alike, so one stands for it here.
+    """
+    if plan.does_something and not plan.steers(1, most - 1):
+        raise SteeringError(
+            f"steering was asked for, but it would reach none of {most} new tokens, the last of which the model does "
+            f"not read (positions {plan.positions}, schedule {plan.schedule}): generate more, or steer with "
+            "positions all and schedule constant"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +116,19 @@ class Completion:
     @property
     def new_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def missed(self) -> str:
+        """Why none of its tokens was steered although its plan asks for it; "" if some was, or none was to be."""
+        plan = self.request.plan
+        read = self.new_tokens - (self.finish_reason == "length")
+        if plan is None or not plan.does_something or plan.steers(self.prompt_tokens, read):
+            return ""
+        return (
+            f"steering was asked for, but the text ended after {self.new_tokens} tokens, before any that was to be "
+            f"steered (positions {plan.positions}, schedule {plan.schedule}): take another seed, or steer with "
+            "positions all and schedule constant"
+        )
 
     def as_dict(self, model: str) -> dict[str, Any]:
         """One flat object for JSON lines."""

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import torch
 
+from steermoe.engines.request import Sampling
 from steermoe.errors import SteeringError
 from steermoe.evaluation.calibration import DEFAULT_BUDGET
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.steering.limits import MOST_STRENGTH, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
 from steermoe.vectors.vector import SteeringVector
 
@@ -20,6 +22,8 @@ Kind = Literal["unsteered", "steered", "shuffled", "prompted", "both"]
 """`shuffled`: the same vector with its experts shuffled in each layer. `prompted`: the prompt asks for the domain in
 words, nothing is steered. `both`: prompted and steered. (Another domain's vector needs no runs of its own.)"""
 
+MOST_STORIES = 1_000_000
+"""Of each condition."""
 ASKING = "The following story is about {domain}.\n\n{opening}"
 
 
@@ -33,6 +37,9 @@ class EvaluationSettings:
         max_new_tokens, temperature: of the sampling.
         forced_texts: the number of texts of each domain, and of neutral ones, to read with and without steering.
         batch_size: stories in one batch; a setting because it affects floating-point results.
+
+    Raises:
+        GenerationError: a value outside its range. SteeringError: texts too short to be steered.
     """
 
     openings: tuple[str, ...]
@@ -41,6 +48,19 @@ class EvaluationSettings:
     temperature: float = 0.7
     forced_texts: int = 24
     batch_size: int = 150
+
+    def __post_init__(self) -> None:
+        Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        if not 1 <= self.seeds * len(self.openings) <= MOST_STORIES:
+            raise SteeringError(
+                f"{self.seeds} seeds of {len(self.openings)} openings are too many, or none: ask for 1 to "
+                f"{MOST_STORIES} stories of each condition"
+            )
+        if self.max_new_tokens < 2:
+            raise SteeringError(
+                f"max_new_tokens {self.max_new_tokens} is too few to steer: the model does not read the last token; "
+                "generate 2 or more"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"openings": list(self.openings)}
@@ -223,7 +243,10 @@ def parse_numbers(text: str, what: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise SteeringError(f"{what} '{text}': write numbers joined by commas, such as 1,2,4") from error
-    if not numbers or not all(0 < number < float("inf") for number in numbers):
-        raise SteeringError(f"{what} '{text}': expected numbers above 0 joined by commas, such as 1,2,4")
+        raise SteeringError(f"{what} '{quoted(text)}': write numbers joined by commas, such as 1,2,4") from error
+    if not numbers or not all(0 < number <= MOST_STRENGTH for number in numbers):
+        raise SteeringError(
+            f"{what} '{quoted(text)}': expected numbers above 0, at most {MOST_STRENGTH:g}, joined by commas, such as "
+            "1,2,4"
+        )
     return sorted(set(numbers))

@@ -1,5 +1,6 @@
 """Check that plans fit a model, and lay them out as tensors for each of its layers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,7 +45,8 @@ class Bank:
                 experts[place, : plan.vector.num_experts] = plan.vector.experts[number]
             for listed, marks in ((plan.force, forced), (plan.ban, banned)):
                 for layer, expert in listed:
-                    marks[place, expert] |= layer == router.layer
+                    if layer == router.layer:  # lists can be long
+                        marks[place, expert] = True
         push = experts * torch.tensor([float(plan.strength) for plan in plans] or [0.0])[:, None]
         raised = experts > 0
         wanted = torch.nn.functional.pad(raised | forced, (0, router.width - router.num_experts))
@@ -101,8 +103,11 @@ def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
     layers, routers = shape.layers, shape.routers
     if plan.vector is not None:
         plan.vector.check_fits(shape)
+    experts_of: dict[int, int] = {}
+    for router in routers:
+        experts_of[router.layer] = max(router.num_experts, experts_of.get(router.layer, 0))
     for layer, expert in (*plan.force, *plan.ban):
-        experts = max((router.num_experts for router in routers if router.layer == layer), default=0)
+        experts = experts_of.get(layer, 0)
         if not 0 <= expert < experts:
             raise SteeringError(
                 f"expert ({layer}, {expert}) does not exist: {shape.name} has routers in layers "
@@ -111,18 +116,17 @@ def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
     if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
         first, last = plan.layers
         raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
+    forced, banned = (Counter(layer for layer, _ in set(listed)) for listed in (plan.force, plan.ban))
     for router in routers:
-        forced = {expert for layer, expert in plan.force if layer == router.layer}
-        if len(forced) > router.top_k:
+        if forced[router.layer] > router.top_k:
             raise SteeringError(
-                f"{len(forced)} experts are forced in layer {router.layer}, but it chooses {router.top_k} per token: "
-                f"force at most {router.top_k}"
+                f"{forced[router.layer]} experts are forced in layer {router.layer}, but it chooses {router.top_k} per "
+                f"token: force at most {router.top_k}"
             )
-        banned = {expert for layer, expert in plan.ban if layer == router.layer}
-        if len(banned) > router.num_experts - router.top_k:
+        if banned[router.layer] > router.num_experts - router.top_k:
             raise SteeringError(
-                f"{len(banned)} of {router.num_experts} experts are banned in layer {router.layer}, but it chooses "
-                f"{router.top_k} per token: ban at most {router.num_experts - router.top_k}"
+                f"{banned[router.layer]} of {router.num_experts} experts are banned in layer {router.layer}, but it "
+                f"chooses {router.top_k} per token: ban at most {router.num_experts - router.top_k}"
             )
 
 

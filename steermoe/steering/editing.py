@@ -18,6 +18,7 @@ from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
 from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
+from steermoe.steering.narrowing import narrowed
 from steermoe.steering.plans import SteeringPlan
 
 PENDING_LIMIT = 1 << 16
@@ -117,7 +118,7 @@ class Editor:
             steered = _edit_alike(own, bank, step.plan, step.factor)
         else:
             steered = self._edit_rows(own, bank, step)
-        steered = steered.to(logits.dtype)
+        steered = narrowed(steered, logits.dtype)
         if steered.shape[1] != flat.shape[1]:
             steered = torch.cat([steered, flat[:, steered.shape[1] :]], -1)
         return steered if logits.dim() == 2 else steered.view_as(logits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN
+from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, bound
 from steermoe.steering.banks import Bank
 from steermoe.steering.plans import SteeringPlan
 
@@ -104,5 +104,6 @@ def edit(logits_BN: Tensor, router: int, tensors: Sequence[Tensor]) -> Tensor:
     gain_B1 = torch.where(additive, 1.0, torch.where(magnitude, largest_B1.abs(), largest_B1))
     steered = logits_BN.masked_fill(zeroed[router], 0.0) + gain_B1 * push_BN
     steered = torch.where(only_lower & (push_BN < 0), steered.minimum(logits_BN), steered)
+    steered = bound(steered, logits_BN)
     steered = torch.where(forced[router], steered.amax(-1, keepdim=True) + FORCE_MARGIN, steered)
     return torch.where(banned[router], steered.amax(-1, keepdim=True) - BAN_DEPTH, steered)

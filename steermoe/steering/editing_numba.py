@@ -20,8 +20,9 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, FORMULAS
+from steermoe.formulas import BAN_DEPTH, FLOOR, FORCE_MARGIN, FORMULAS, LOWEST
 from steermoe.steering.banks import Bank
+from steermoe.steering.narrowing import narrowed
 
 RAISED, FORCED, BANNED = 1, 2, 4
 """Bits of a plan's marks: where E > 0, and the experts to force and to ban."""
@@ -86,7 +87,7 @@ class LayerEditor:
         else:
             steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
         _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, self._place, *tokens.places)
-        return steered if steered.dtype == logits.dtype else steered.to(logits.dtype)
+        return steered if steered.dtype == logits.dtype else narrowed(steered, logits.dtype)
 
 
 def _address(array: NDArray[Any], dtype: Any) -> int:
@@ -123,8 +124,9 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
         largest = max(largest, z_N[n])
         listed |= marks_N[n]
     scale = largest if paper else abs(largest)
+    top, some_sank = np.float32(-np.inf), False
     for n in range(len(z_N)):
-        push = push_N[n] * factor
+        push, before = push_N[n] * factor, z_N[n]
         if formula == ADDITIVE:
             z_N[n] += push
         elif formula == MAX_SCALED:
@@ -134,6 +136,15 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
             if not paper and push < 0:
                 steered = min(steered, z_N[n])
             z_N[n] = steered
+        top = max(top, z_N[n])
+        some_sank |= z_N[n] < np.float32(FLOOR) and z_N[n] < before
+    if top < np.float32(LOWEST) and top < largest:
+        for n in range(len(z_N)):
+            z_N[n] = (z_N[n] - top) + np.float32(LOWEST)
+    if some_sank:
+        for n in range(len(z_N)):
+            if z_N[n] < np.float32(FLOOR):
+                z_N[n] = np.float32(FLOOR)
     if listed & FORCED:
         top = z_N.max() + np.float32(FORCE_MARGIN)
         for n in range(len(z_N)):

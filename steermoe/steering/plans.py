@@ -15,6 +15,7 @@ from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.tracker import select
+from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, quoted, shown, whole
 from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_FORMULA: Formula = "max_scaled"
@@ -33,23 +34,38 @@ class Schedule:
 
     `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers only
     tokens A to B-1.
+
+    Raises:
+        SteeringError: another kind, or numbers that it can't have; they go up to `limits.LARGEST`.
     """
 
     kind: Literal["constant", "decay", "window"] = "constant"
     start: int = 0
     stop: int = 0
 
+    def __post_init__(self) -> None:
+        numbers = (self.start, self.stop)
+        is_right = all(isinstance(number, int) and 0 <= number <= LARGEST for number in numbers) and (
+            self.kind == "constant"
+            or (self.kind == "decay" and self.stop > 0)
+            or (self.kind == "window" and self.start < self.stop)
+        )
+        if not is_right:
+            raise _unknown(f"{self.kind}, {shown(self.start, repr)}, {shown(self.stop, repr)}")
+
     @classmethod
     def parse(cls, text: str) -> "Schedule":
         if text == "constant":
             return cls()
-        if (match := re.fullmatch(r"decay:(\d+)", text)) and int(match[1]) > 0:
-            return cls("decay", 0, int(match[1]))
-        if (match := re.fullmatch(r"window:(\d+)-(\d+)", text)) and int(match[1]) < int(match[2]):
-            return cls("window", int(match[1]), int(match[2]))
-        raise SteeringError(
-            f"schedule '{text}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), in tokens"
-        )
+        match = re.fullmatch(r"decay:([0-9]+)|window:([0-9]+)-([0-9]+)", text)
+        if not match:
+            raise _unknown(text)
+        decay, start, stop = (None if digits is None else whole(digits, "schedule: token") for digits in match.groups())
+        if decay:
+            return cls("decay", 0, decay)
+        if start is None or stop is None or start >= stop:
+            raise _unknown(text)
+        return cls("window", start, stop)
 
     def factor(self, index: Tensor) -> Tensor:
         """The factor for the strength at generated token number `index` (negative in the prompt)."""
@@ -67,6 +83,13 @@ class Schedule:
         }[self.kind]
 
 
+def _unknown(schedule: str) -> SteeringError:
+    return SteeringError(
+        f"schedule '{quoted(schedule)}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), in "
+        "tokens"
+    )
+
+
 @dataclass(frozen=True)
 class SteeringPlan:
     """Everything that decides how tokens are steered.
@@ -82,7 +105,7 @@ class SteeringPlan:
         force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
 
     Raises:
-        SteeringError: an unknown name, a strength that is not a finite number, or nothing to do.
+        SteeringError: an unknown name, a strength or a number that is out of range, or nothing to do.
     """
 
     vector: SteeringVector | None = None
@@ -97,13 +120,13 @@ class SteeringPlan:
 
     def __post_init__(self) -> None:
         for name, known in (("formula", FORMULAS), ("scale", SCALES), ("positions", POSITIONS)):
-            if getattr(self, name) not in known:
-                raise SteeringError(f"{name} '{getattr(self, name)}' is unknown: use {', '.join(known)}")
+            if (value := getattr(self, name)) not in known:
+                raise SteeringError(f"{name} '{quoted(str(value))}' is unknown: use {', '.join(known)}")
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
-        if not isinstance(self.strength, int | float) or not abs(self.strength) < float("inf"):
-            raise SteeringError(f"strength {self.strength!r} must be a finite number, such as {DEFAULT_STRENGTH:g}")
+        self._check_strength()
         for name in ("force", "ban"):
+            check_listed(getattr(self, name))
             object.__setattr__(self, name, tuple(_pair(name, entry) for entry in getattr(self, name)))
         if self.layers is not None:
             object.__setattr__(self, "layers", _pair("layers", self.layers))
@@ -113,8 +136,26 @@ class SteeringPlan:
                 )
         if self.vector is None and not self.force and not self.ban:
             raise SteeringError("a plan needs a vector, or experts to force or ban")
-        if both := set(self.force) & set(self.ban):
-            raise SteeringError(f"experts {sorted(both)} are both forced and banned: keep each in one of the lists")
+        if both := sorted(set(self.force) & set(self.ban)):
+            raise SteeringError(f"experts {both[:3]} are both forced and banned: keep each in one of the lists")
+
+    def _check_strength(self) -> None:
+        """What is added to logits must stay finite: NaN would spoil a text, and all that share its cached blocks."""
+        number = self.strength
+        if not isinstance(number, int | float) or not abs(number) <= MOST_STRENGTH:
+            of = "" if self.vector is None else f" for '{quoted(self.vector.domain)}'"
+            raise SteeringError(
+                f"strength {shown(number, repr)}{of} is out of range: expected a finite number from "
+                f"{-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, such as {DEFAULT_STRENGTH:g}"
+            )
+        if self.vector is None or self.vector.weights is None:  # frequencies are at most 1
+            return
+        largest = float(self.vector.experts.abs().max())
+        if abs(number) * largest > MOST_STRENGTH * 1.01:  # frequencies may be 1 too, up to rounding
+            raise SteeringError(
+                f"strength {number:g} times the largest weight of '{quoted(self.vector.domain)}', {largest:g}, is out "
+                f"of range: expected at most {MOST_STRENGTH:g}; lower one of them"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the vector's numbers, as JSON values, for completions, vLLM's wire format and story keys.
@@ -132,12 +173,25 @@ class SteeringPlan:
         """How strongly each token is steered, as a multiple of the strength; `index` as in `Schedule.factor`."""
         return self.schedule.factor(index) * select(self.positions, index) * self.does_something
 
+    def steers(self, prompt: int, generated: int) -> bool:
+        """Whether it steers any token of a text.
+
+        Args:
+            prompt: tokens of the prompt.
+            generated: generated tokens that the model reads; it does not read the last one of a text.
+        """
+        firsts = [-1] * (prompt > 0)  # of the prompt, of what is generated, of a window: they stand for the others
+        firsts += [first for first in {0, self.schedule.start} if first < generated]
+        return bool(firsts) and bool(self.factor(torch.tensor(firsts)).any())
+
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(number, int) for number in value):
-        return value[0], value[1]
+        if all(abs(number) <= LARGEST for number in value):
+            return value[0], value[1]
+        raise SteeringError(f"{name}: {shown(value, repr)} is out of range, expected whole numbers from 0 to {LARGEST}")
     wanted = "(first, last)" if name == "layers" else "(layer, expert) pairs"
-    raise SteeringError(f"{name}: {value!r} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
+    raise SteeringError(f"{name}: {shown(value, repr)} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
 
 
 def _plain(value: Any) -> Any:

@@ -3,14 +3,16 @@
 Knows the model's shape, but no engine.
 """
 
+import logging
 from collections.abc import Hashable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
+from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
+from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_vector
@@ -19,6 +21,52 @@ from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
 KEPT_VECTORS, KEPT_PLANS = 64, 1024
+MOST_NAME = 4096
+"""Characters of a domain or a path."""
+MOST_SUM = 1e30
+"""Above any expert vector of a mixture; 3e38 would be the end of float32."""
+
+log = logging.getLogger(__name__)
+
+
+def check_spec(spec: SteeringSpec, vectors: Path | None = None) -> None:
+    """Raise what is wrong with a spec for any model, before a model is loaded for it.
+
+    Args:
+        spec: what to check; its vectors are looked for, but not read.
+        vectors: a folder of vectors to search first.
+
+    Raises:
+        SteerMoEError: a field that can't be read, a number out of range, or a domain that has no vector.
+    """
+    _check_fields(spec)
+    if spec.domain != (NO_DOMAIN,):
+        for name, _ in map(parse_domain, _parts(spec.domain)):
+            find_vector(name, folder=vectors)
+
+
+def _check_fields(spec: SteeringSpec) -> None:
+    """Raise SteeringError for fields that are wrong in any plan, also if the spec asks for no steering."""
+    fields = spec.plan_fields()
+    if not fields["force"] and not fields["ban"]:
+        fields["ban"] = ((0, 0),)  # a plan without a vector needs something to do
+    plan_for(None, **fields)
+
+
+def _parts(domain: tuple[str, ...], *, names_only: bool = False) -> list[str]:
+    """Each domain or vector file separately, with its weight; a path may contain the + of a mixture."""
+    parts: list[str] = []
+    for text in domain:
+        path = text if text.endswith(SUFFIX) else text.rpartition("=")[0]
+        parts += [text] if not names_only and path.endswith(SUFFIX) and _is_file(path) else text.split("+")
+    return parts
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 class PlanResolver:
@@ -41,6 +89,7 @@ class PlanResolver:
         self._plan = lru_cache(KEPT_PLANS)(self._make)
         self._vector = lru_cache(KEPT_VECTORS)(self._find_vector)
         self._check = lru_cache(KEPT_PLANS)(partial(check_plan, shape))
+        self._fits = lru_cache(KEPT_PLANS)(self._read_fits)
 
     def plan(self, spec: SteeringSpec) -> SteeringPlan | None:
         """The plan; None if the spec asks for nothing, or for no steering.
@@ -56,44 +105,62 @@ class PlanResolver:
         Raises:
             SteerMoEError: as `check_plan`.
         """
-        strength = float(plan.strength != 0)
+        strength = min(abs(plan.strength), 1.0)
         alike = replace(plan, strength=strength, formula=DEFAULT_FORMULA, scale=DEFAULT_SCALE, schedule=Schedule())
         self._check(replace(alike, positions="generated"))
 
     def domains(self) -> list[str]:
-        """The domains on the search path whose vectors fit the model."""
+        """The domains on the search path whose vectors fit the model; a file that can't be read is left out."""
         found = set()
         for file in find_vectors(self._folder):
-            try:
-                read_vector(file.path).check_fits(self.shape)
-            except (CompatibilityError, VectorError):
-                continue
-            found.add(file.domain)
+            if file.domain not in found and self._fits(file.path, _stamp(file.path)):
+                found.add(file.domain)
         return sorted(found)
 
+    def _read_fits(self, path: Path, stamp: Hashable) -> bool:
+        """Whether a file holds a vector that fits; says once in the log why it can't be read."""
+        try:
+            read_vector(path).check_fits(self.shape)
+        except CompatibilityError:
+            return False
+        except VectorError as error:
+            log.warning("steermoe leaves out a vector file: %s", escaped(str(error)))
+            return False
+        return True
+
     def _make(self, spec: SteeringSpec, stamps: Hashable) -> SteeringPlan | None:
-        fields = spec.plan_fields()
         if spec.is_unsteered:
+            _check_fields(spec)
             return None
-        plan = plan_for(self._vector(spec.domain, stamps) if spec.domain else None, **fields)
+        plan = plan_for(self._vector(spec.domain, stamps) if spec.domain else None, **spec.plan_fields())
         self.check(plan)
         return plan
 
     def _find_vector(self, domain: tuple[str, ...], stamps: Hashable) -> SteeringVector:
         """A vector or mixture; `stamps` only distinguish states of its files."""
-        parts = map(parse_domain, self._parts(domain))
-        return mix([(read_fitting(self._find(name), self.shape)[1], weight) for name, weight in parts])
+        weights = [parse_domain(part) for part in _parts(domain, names_only=self._names_only)]
+        parts = [(self._read(name), weight) for name, weight in weights]
+        if not sum(abs(weight) * float(vector.experts.abs().max()) for vector, weight in parts) < MOST_SUM:
+            raise SteeringError(
+                f"domain '{quoted('+'.join(domain))}': the weights times those in the vectors are too large: lower them"
+            )
+        return mix(parts)
 
-    def _parts(self, domain: tuple[str, ...]) -> list[str]:
-        """Each domain or vector file separately, with its weight; a path may contain the + of a mixture."""
-        parts: list[str] = []
-        for text in domain:
-            path = text if text.endswith(SUFFIX) else text.rpartition("=")[0]
-            is_file = not self._names_only and path.endswith(SUFFIX) and Path(path).is_file()
-            parts += [text] if is_file else text.split("+")
-        return parts
+    def _read(self, name: str) -> SteeringVector:
+        paths = self._find(name)
+        try:
+            return read_fitting(paths, self.shape)[1]
+        except VectorError as error:
+            if not self._names_only:
+                raise
+            log.warning("steermoe can't read vector '%s': %s", name, escaped(str(error)))
+            raise VectorError(f"the file of vector '{name}' can't be read: the server's log says why") from None
 
     def _find(self, name: str) -> list[Path]:
+        if len(name) > MOST_NAME:
+            raise VectorNotFound(f"no vector '{quoted(name)}': a name has at most {MOST_NAME} characters")
+        if any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name):
+            raise VectorError(f"domain name '{quoted(name)}' is not allowed: it holds control characters")
         if not self._names_only:
             return find_vector(name, folder=self._folder)
         check_domain_name(name)
@@ -108,12 +175,17 @@ class PlanResolver:
         if not self._watch or domain == (NO_DOMAIN,):
             return None
         stamps = []
-        for part in self._parts(domain):
+        for part in _parts(domain, names_only=self._names_only):
             name, _ = parse_domain(part)
             for path in self._find(name):
-                try:
-                    status = path.stat()
-                except OSError:
-                    continue  # reading it will raise what is wrong
-                stamps.append((str(path), status.st_mtime_ns, status.st_size))
+                stamps.append((str(path), _stamp(path)))
         return tuple(stamps)
+
+
+def _stamp(path: Path) -> Hashable:
+    """A value that changes when a file does; None if there is none, and reading it will raise what is wrong."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return status.st_mtime_ns, status.st_size

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
+from steermoe.steering.limits import MOST_STRENGTH, check_listed, escaped, quoted, shown, whole
 
 if TYPE_CHECKING:
     from steermoe.steering.plans import LayerExpert, Schedule
@@ -21,10 +22,9 @@ NO_DOMAIN = "none"
 """The domain that leaves a text unsteered."""
 MOST_DOMAINS = 32
 """How many domains a spec in JSON may mix: a server reads all of their files for one request."""
+MOST_DIGITS = 4000
+"""Digits of a whole number in JSON; Python itself reads no more than 4,300."""
 EXAMPLE = '{"domain": "sport"}'
-QUOTED = 60
-"""How many characters of a wrong value its message quotes."""
-
 # ---- the notations of single values ----
 
 
@@ -37,25 +37,31 @@ def parse_domain(text: str) -> tuple[str, float]:
         number = float(weight)
     except ValueError as error:
         raise SteeringError(
-            f"domain '{text}': '{weight}' is not a weight; write a number, such as sport=0.7"
+            f"domain '{quoted(text)}': '{quoted(weight)}' is not a weight; write a number, such as sport=0.7"
         ) from error
     if not name or not abs(number) < float("inf"):
-        raise SteeringError(f"domain '{text}': write a domain and a finite weight, such as sport=0.7")
+        raise SteeringError(f"domain '{quoted(text)}': write a domain and a finite weight, such as sport=0.7")
+    if number and not 1 / MOST_STRENGTH <= abs(number) <= MOST_STRENGTH:
+        raise SteeringError(
+            f"domain '{quoted(text)}': the weight {number:g} is out of range: expected {1 / MOST_STRENGTH:g} to "
+            f"{MOST_STRENGTH:g}, or the same below 0, such as sport=0.7"
+        )
     return name, number
 
 
 def parse_layers(text: str) -> tuple[int, int]:
     """`10-20` or `12`, decoder layers counted from 0, both ends included."""
-    if match := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
-        return int(match[1]), int(match[2] or match[1])
-    raise SteeringError(f"layers '{text}' is not a range: write first-last, such as 10-20")
+    if match := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text):
+        first = whole(match[1], "layer")
+        return first, whole(match[2], "layer") if match[2] else first
+    raise SteeringError(f"layers '{quoted(text)}' is not a range: write first-last, such as 10-20")
 
 
 def parse_expert(text: str) -> "LayerExpert":
     """`12:5`, expert 5 of decoder layer 12."""
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return int(match[1]), int(match[2])
-    raise SteeringError(f"expert '{text}': write layer:expert, such as 12:5")
+    if match := re.fullmatch(r"([0-9]+):([0-9]+)", text):
+        return whole(match[1], "layer"), whole(match[2], "expert")
+    raise SteeringError(f"expert '{quoted(text)}': write layer:expert, such as 12:5")
 
 
 def parse_schedule(text: str) -> "Schedule":
@@ -97,7 +103,12 @@ def _layers_of_json(value: str | int | list[Any]) -> str:
 
 
 def _experts_of_json(value: list[Any]) -> tuple[str, ...]:
-    return _texts([f"{one[0]}:{one[1]}" if isinstance(one, list) and len(one) == 2 else one for one in value])
+    check_listed(value)
+    return _texts([f"{one[0]}:{one[1]}" if _is_pair(one) else one for one in value])
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) in (int, str) for number in value)
 
 
 def _texts(values: list[Any]) -> tuple[str, ...]:
@@ -258,10 +269,36 @@ NAMES = tuple(one.name for one in FIELDS)
 # ---- JSON ----
 
 
+def read_json(text: str) -> Any:
+    """A value of JSON text, with numbers that Python can write again.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or has a number that is not finite or has thousands of digits.
+    """
+    return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_no_constant)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"{quoted(digits)} is too long a number")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if abs(number) == float("inf"):
+        raise ValueError(f"{quoted(text)} is not a finite number")
+    return number
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
 def misfit(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> str:
     """What is wrong with the type of a JSON value; "" if nothing is."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        return f"field '{name}' is {_short(value)}, expected {wanted}"
+        return f"field '{name}' is {shown(value)}, expected {wanted}"
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return f"field '{name}' is too large a number"
     return ""
@@ -284,7 +321,7 @@ def read_field(name: str, value: Any) -> Any:
 
 def expected(name: str, value: Any) -> str:
     """The message that a field's value is not what was expected."""
-    return f"field '{name}' is {_short(value)}, expected {SteeringSpec.__dataclass_fields__[name].metadata['wanted']}"
+    return f"field '{name}' is {shown(value)}, expected {SteeringSpec.__dataclass_fields__[name].metadata['wanted']}"
 
 
 def read_spec(spec: Any) -> SteeringSpec:
@@ -295,21 +332,17 @@ def read_spec(spec: Any) -> SteeringSpec:
     """
     if isinstance(spec, str):
         try:
-            spec = json.loads(spec)
+            spec = read_json(spec)
         except (ValueError, RecursionError) as error:
-            raise SteeringError(f"{spec!r:.80} is not JSON ({error}): write an object such as {EXAMPLE}") from error
+            reason = escaped(str(error))
+            raise SteeringError(
+                f"'{quoted(spec)}' is not JSON ({reason}): write an object such as {EXAMPLE}"
+            ) from error
     if not isinstance(spec, Mapping):
-        raise SteeringError(f"{spec!r:.80} is not a JSON object: write one such as {EXAMPLE}")
+        raise SteeringError(f"{shown(spec)} is not a JSON object: write one such as {EXAMPLE}")
     if unknown := sorted(set(map(str, spec)) - set(NAMES)):
-        raise SteeringError(f"steering has no field {', '.join(unknown)}: its fields are {', '.join(NAMES)}")
+        raise SteeringError(f"steering has no field {quoted(', '.join(unknown))}: its fields are {', '.join(NAMES)}")
     read = SteeringSpec(**{name: read_field(name, value) for name, value in spec.items() if value is not None})
     if not (read.domain or read.force or read.ban):
         raise SteeringError(f"it names no domain, and no experts to force or ban: write an object such as {EXAMPLE}")
     return read
-
-
-def _short(value: Any) -> str:
-    try:
-        return json.dumps(value, default=repr)[:QUOTED]
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"

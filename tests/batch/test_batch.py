@@ -24,7 +24,7 @@ from steermoe.batch.jobs import BatchSettings, PromptFile
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
-from steermoe.engines.request import Request, Sampling
+from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.errors import BatchError
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
@@ -220,6 +220,79 @@ def test_bad_lines_are_reported_and_skipped_and_the_rest_runs(loaded, place):
     again = run_batch(loaded, content, errors=Path("bad.jsonl"))
     assert (again.new, again.already, again.lines_left_out) == (0, 2, 5)
     assert len(stories("bad.jsonl")) == 6
+
+
+def test_a_story_that_no_steering_would_reach_is_named_and_not_written(loaded, place):
+    lines = [
+        {"prompt": "A dog.", "domain": "sport"},
+        {"prompt": "A dog.", "domain": "sport", "max_new_tokens": 1},
+        {"prompt": "A dog.", "domain": "sport", "schedule": "window:50-60"},
+        {"prompt": "A dog.", "domain": "sport", "max_new_tokens": 1, "positions": "all"},
+        {"prompt": "A dog.", "max_new_tokens": 1},
+    ]
+    summary = run_batch(loaded, "\n".join(map(json.dumps, lines)), errors=Path("bad.jsonl"))
+    assert (summary.stories, summary.failed) == (3, 2)
+    assert sorted(story["line"] for story in stories()) == [1, 4, 5]
+    found = sorted(stories("bad.jsonl"), key=lambda error: error["line"])
+    assert [error["line"] for error in found] == [2, 3]
+    assert "would reach none of 1 new tokens" in found[0]["error"]
+    assert "schedule window:50-60" in found[1]["error"]
+
+
+def test_a_story_that_ends_before_it_is_steered_is_named(loaded, place, monkeypatch):
+    generated = Completion.missed.fget
+    monkeypatch.setattr(
+        Completion, "missed", property(lambda done: generated(replace(done, finish_reason="stop", token_ids=())))
+    )
+    lines = [{"prompt": "A dog.", "domain": "sport", "schedule": "window:1-9"}, {"prompt": "A cat."}]
+    summary = run_batch(loaded, "\n".join(map(json.dumps, lines)), errors=Path("bad.jsonl"))
+    assert (summary.stories, summary.new, summary.failed) == (1, 1, 1)
+    assert [error["line"] for error in stories("bad.jsonl")] == [1]
+    assert "ended after 0 tokens, before any" in stories("bad.jsonl")[0]["error"]
+
+
+def test_no_number_of_a_line_ends_the_batch(loaded, place):
+    digits = [9 * "9", 20 * "9", 400 * "9", 5000 * "9"]
+    bad = [
+        *(f'{{"prompt": "x", "domain": {{"sport": {number}}}}}' for number in (*digits, "1e400", "-1e300", "1e-300")),
+        *(f'{{"prompt": "x", "domain": "sport={number}"}}' for number in (*digits, "1e400", "1e-300")),
+        *(f'{{"prompt": "x", "domain": "sport", "strength": {number}}}' for number in (*digits, "1e39", "-1e400")),
+        *(f'{{"prompt": "x", "domain": "sport", "schedule": "decay:{number}"}}' for number in digits[1:]),
+        *(f'{{"prompt": "x", "domain": "sport", "schedule": "window:0-{number}"}}' for number in digits[1:]),
+        *(f'{{"prompt": "x", "domain": "sport", "layers": "{number}"}}' for number in digits),
+        *(f'{{"prompt": "x", "domain": "sport", "layers": [0, {number}]}}' for number in digits[2:]),
+        *(f'{{"prompt": "x", "ban": ["0:{number}"]}}' for number in digits),
+        *(f'{{"prompt": "x", "ban": [[{number}, 0]]}}' for number in digits),
+        *(f'{{"prompt": "x", "samples": {number}}}' for number in (*digits, "9e12", "-1")),
+        *(f'{{"prompt": "x", "{name}": {digits[3]}}}' for name in ("seed", "temperature", "top_p", "id", "meta")),
+        '{"prompt": "x", "formula": "nosuch"}',
+        '{"prompt": "x", "domain": null, "positions": "nosuch"}',
+    ]
+    reported = []
+    summary = run_batch(loaded, "\n".join([*bad, '{"prompt": "A dog."}']), on_problem=reported.append)
+    assert (summary.stories, summary.lines_left_out, summary.failed) == (1, len(bad), 0)
+    assert [problem.line for problem in reported] == list(range(1, len(bad) + 1))
+    assert all(problem.reason.isprintable() and len(problem.reason) <= 500 for problem in reported)
+
+
+def test_prompts_that_change_meanwhile_are_noticed(loaded, place, monkeypatch):
+    monkeypatch.setattr(worker, "WINDOW", 4)
+
+    def shrink(done, tokens):
+        Path("p.txt").write_text("A dog.\n")
+
+    prompts = "\n".join(f"{number} dogs{' ran' * 35}" for number in range(1000))
+    with pytest.raises(BatchError, match=r"'p.txt' changed while the batch ran: [0-9]+ of 1000 stories"):
+        run_batch(loaded, prompts, progress=shrink, wanted=settings(max_new_tokens=1))
+    assert 0 < len(stories()) < 1000
+
+
+@pytest.mark.parametrize("job", ["f" * 17, "9" * 30, "0x1", "-1", "F" * 16])
+def test_a_job_that_no_batch_has_written(loaded, place, job):
+    Path("s.jsonl").write_text(json.dumps({"job": job}) + "\n")
+    with pytest.raises(BatchError, match=r"expected 16 hexadecimal digits.*--overwrite"):
+        run_batch(loaded, "A dog.")
+    assert run_batch(loaded, "A dog.", overwrite=True).new == 1
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", '{"prompt": 3}\n'])

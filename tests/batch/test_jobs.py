@@ -144,6 +144,18 @@ def test_domains_of_a_line(read, name):
         ('{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens 0 is out of range"),
         ('{"prompt": "x", "temperature": 0}', "temperature 0 is out of range"),
         ('{"prompt": "x", "samples": 0}', "samples 0 is out of range"),
+        ('{"prompt": "x", "samples": 9000000000000}', "samples 9000000000000 is out of range: expected 1 or more, and"),
+        ('{"prompt": "x", "domains": ["a", "b"], "samples": 50001}', "at most 100000 times the domains"),
+        ('{"prompt": "x", "samples": ' + "9" * 5000 + "}", "is not JSON (999"),
+        ('{"prompt": "x", "id": ' + "9" * 40 + "}", "too large"),
+        ('{"prompt": "x", "meta": 1e400}', "1e400 is not a finite number"),
+        ('{"prompt": "x", "meta": ' + "[" * 101 + "]" * 101 + "}", "more than 100 lists"),
+        ('{"prompt": "x", "temperature": 1e-300}', "temperature 1e-300 is out of range"),
+        ('{"prompt": "x", "repetition_penalty": 1e300}', "repetition_penalty 1e+300 is out of range"),
+        ('{"prompt": "x", "top_k": 9999999999}', "top_k 9999999999 is out of range"),
+        ('{"prompt": "x", "ban": [["a", {}]]}', "field 'ban'"),
+        ('{"' + "y" * 5000 + '": 1, "prompt": "x"}', "unknown field 'yyy"),
+        ('{"prompt": "x", "a\\u001b\\n": 1}', "unknown field 'a\\x1b\\n'"),
         ('{"prompt": "x", "do_sample": 1}', "expected true or false"),
         ('{"prompt": "x", "strength": "4"}', "field 'strength' is \"4\", expected a number"),
         ('{"prompt": "x", "layers": [1]}', "field 'layers' is [1], expected text such as 15-29"),
@@ -168,6 +180,8 @@ def test_bad_lines_have_a_number_and_a_reason_and_the_rest_is_read(read, line, r
     assert reason in bad.reason
     assert str(bad).startswith("line 3: ")
     assert len(bad.text) <= jobs.KEPT_TEXT
+    assert len(bad.reason) <= jobs.KEPT_REASON
+    assert bad.reason.isprintable()
     assert (good[0].prompt, other[0].prompt) == ("x", "y")
 
 
@@ -198,6 +212,14 @@ def test_unreadable_prompts(tmp_path, name):
         PromptFile(tmp_path / name)
 
 
-def test_samples_out_of_range():
-    with pytest.raises(BatchError, match="samples 0"):
-        replace(BatchSettings(), samples=0)
+@pytest.mark.parametrize("samples", [0, 10**5 + 1, 10**30])
+def test_samples_out_of_range(samples):
+    with pytest.raises(BatchError, match=f"samples {samples}"):
+        replace(BatchSettings(), samples=samples)
+    with pytest.raises(BatchError, match="samples 50001"):
+        BatchSettings(domains=("sport", "food"), samples=50001)
+
+
+def test_the_most_stories_of_a_line_are_fast(read):
+    (line,) = read('{"prompt": "x", "samples": 100000, "meta": ' + "[" * 99 + "]" * 99 + "}")
+    assert (len(line), line[-1].sampling.seed) == (100_000, 99_999)

@@ -86,6 +86,9 @@ def test_bad_lines(run, tiny_checkpoint, vectors):
         (["p.txt", "-o", "/dev/full", *SHORT], 1, "can't write '/dev/full': No space left on device"),
         (["p.txt", "-o", "s.jsonl", "--errors", "no/x"], 1, "can't write the errors to 'no/x'"),
         (["p.txt", "-o", "s.jsonl", "--samples", "0"], 1, "samples 0 is out of range"),
+        (["p.txt", "-o", "s.jsonl", "--samples", "9000000000000"], 1, "samples 9000000000000 is out of range"),
+        (["p.txt", "-o", "s.jsonl", "--strength", "1e39", "-d", "sport"], 1, "strength 1e+39 is out of range"),
+        (["p.txt", "-o", "s.jsonl", "-d", "sport=1e300"], 1, "the weight 1e+300 is out of range"),
         (["p.txt", "-o", "s.jsonl", "--temperature", "0"], 1, "temperature 0.0 is out of range"),
         (["p.txt", "-o", "s.jsonl", "--seed", "-1"], 1, "seed -1 is out of range"),
         (["p.txt", "-o", "s.jsonl", "-d", "nosuch"], 1, "no vector 'nosuch'"),
@@ -106,6 +109,19 @@ def test_wrong_input_is_one_clear_line(run, tiny_checkpoint, vectors, arguments,
         assert result.err.strip().count("\n") == 0
     assert not Path("s.jsonl").exists()
     assert Path("p.txt").read_text() == "A dog.\nIt rained.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["--max-new-tokens", "100000"], "shorten the prompt"), (["-d", "sport", "--max-new-tokens", "1"], "would reach")],
+)
+def test_no_story_at_all_is_an_error(run, tiny_checkpoint, vectors, options, reason):
+    result = run("batch", "p.txt", "-o", "s.jsonl", "--errors", "bad.jsonl", "-m", tiny_checkpoint, *options)
+    assert result.code == 1
+    assert result.out == "0 stories in s.jsonl, 0 of them new\n"
+    assert result.err.splitlines()[-1].startswith("steermoe: no story could be generated")
+    assert reason in result.err
+    assert [reason in error["error"] for error in stories("bad.jsonl")] == [True, True]
 
 
 def test_other_settings_with_the_same_file(run, tiny_checkpoint, vectors):

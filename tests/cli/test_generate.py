@@ -90,6 +90,13 @@ def test_odd_prompts_stay_text(run, tiny_checkpoint, vectors, prompt):
         (["generate", "x", "--ban", "0:99"], 1, "does not exist"),
         (["generate", "x", "--temperature", "0"], 1, "temperature 0.0 is out of range"),
         (["generate", "x", "--strength", "inf", "-d", "sport"], 1, "finite"),
+        (["generate", "x", "--strength", "1e39", "-d", "sport"], 1, "strength 1e+39 is out of range"),
+        (["generate", "x", "-d", "sport=1e300"], 1, "domain 'sport=1e300': the weight 1e+300 is out of range"),
+        (["generate", "x", "-d", "sport", "--max-new-tokens", "1"], 1, "would reach none of 1 new tokens"),
+        (["generate", "x", "-d", "sport", "--schedule", "window:50-60", *SHORT], 1, "schedule window:50-60"),
+        (["generate", "x", "--ban", "0:1", "--max-new-tokens", "1", "--stream"], 1, "would reach none of 1"),
+        (["compare", "x", "-d", "sport", "--max-new-tokens", "1"], 1, "would reach none of 1 new tokens"),
+        (["compare", "x", "-d", "sport", "--schedule", "window:50-60", *SHORT], 1, "schedule window:50-60"),
         (["generate", "x", "--formula", "wrong"], 2, "--formula"),
         (["generate", "x", "--nonsense"], 2, "--nonsense"),
     ],
@@ -102,6 +109,58 @@ def test_wrong_input_is_one_clear_line(run, tiny_checkpoint, vectors, arguments,
     assert "Traceback" not in result.err
     if code == 1:
         assert result.err.strip().count("\n") == 0
+
+
+SETTINGS = [
+    (["--strength", "1e39", "-d", "sport"], "strength 1e+39 is out of range"),
+    (["--schedule", "decay:" + "9" * 30], "is too large"),
+    (["--layers", "5-3"], "layers 5-3 is not a range"),
+    (["--layers", "x"], "layers 'x' is not a range"),
+    (["--ban", "0"], "expert '0'"),
+    (["-d", "nosuch"], "no vector 'nosuch'"),
+    (["-d", "sport=much"], "'much' is not a weight"),
+    (["--force", "0:1", "--ban", "0:1"], "both forced and banned"),
+]
+EVERYWHERE = [("generate", "x"), ("compare", "x"), ("batch", "p.txt", "-o", "s.jsonl")]
+
+
+@pytest.mark.parametrize("command", EVERYWHERE, ids=[command[0] for command in EVERYWHERE])
+@pytest.mark.parametrize(("options", "message"), SETTINGS)
+def test_settings_are_checked_before_a_model_is_looked_for(run, vectors, command, options, message):
+    (vectors / "p.txt").write_text("A dog.\n")
+    result = run(*command, *options, "-m", "/no/such/folder")
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not (vectors / "s.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate", "-o", "e", "--strengths", "1e39"], "at most 1e+06"),
+        (["evaluate", "-o", "e", "--max-new-tokens", "1"], "max_new_tokens 1 is too few to steer"),
+        (["evaluate", "-o", "e", "--seeds", "9" * 30], "are too many"),
+        (["evaluate", "-o", "e", "--temperature", "0"], "temperature 0.0 is out of range"),
+        (["evaluate", "-o", "e", "-d", "nosuch"], "no vector 'nosuch'"),
+        (["calibrate", "-d", "nosuch"], "no vector 'nosuch'"),
+    ],
+)
+def test_settings_of_measurements_are_checked_first_too(run, vectors, command, message):
+    result = run(*command, "-m", "/no/such/folder")
+    assert (result.code, result.out) == (1, "")
+    assert message in result.err
+
+
+def test_a_text_that_ends_before_it_is_steered_is_told(run, tiny_checkpoint, vectors, monkeypatch):
+    from steermoe.engines.request import Completion
+
+    monkeypatch.setattr(Completion, "missed", property(lambda done: "it ended early" if done.request.plan else ""))
+    for command in ("generate", "compare"):
+        result = run(command, "A dog.", "-d", "sport", "-m", tiny_checkpoint, *SHORT)
+        assert result.code == 1
+        assert "A dog." in result.out
+        assert result.err.splitlines()[-1] == "steermoe: it ended early"
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_embed_and_build(run, gguf, vectors):
         (("-d", "other"), "has 3x8 experts"),
         (("-d", "sport", "--layers", "7-9"), "hold no router"),
         (("--ban", "0:99"), "does not exist"),
+        (("-d", "sport", "--max-new-tokens", "1"), "would reach none of 1 new tokens"),
+        (("-d", "sport", "--strength", "1e39"), "strength 1e+39 is out of range"),
         (("--dtype", "bfloat16"), "belong to --engine hf"),
     ],
 )

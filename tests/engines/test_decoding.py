@@ -8,9 +8,9 @@ from steermoe.engines.decoding import Row, by_prompt, complete, finish
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.hf.static import StaticDecoder
-from steermoe.engines.request import Request, Sampling
+from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import continuation
-from steermoe.errors import GenerationError
+from steermoe.errors import GenerationError, SteeringError
 from tests.support import steering_models as tiny
 from tests.support.rolling import plans_for, requests_for
 
@@ -194,3 +194,37 @@ def test_an_interrupted_text_leaves_nothing(engine, model, decoder, error):
         alone(decoder, engine, Request("A dog", tiny.plan_for_experts(model, 1), SAMPLED), stop)
     assert len(decoder) == 0
     assert tiny.traces(model) == []
+
+
+def test_steering_that_would_reach_no_token_is_refused_before_anything_runs():
+    loaded = tiny.loaded(tiny.build("mixtral"))
+    engine = HFEngine(loaded)
+    short, plan = Sampling(max_new_tokens=1), tiny.plan_for_experts(loaded.model, 1)
+    windowed = replace(plan, schedule="window:50-60")
+    for asked in (Request("the", plan, short), Request("the", windowed, Sampling(max_new_tokens=10))):
+        with pytest.raises(SteeringError, match=r"would reach none of [0-9]+ new tokens.*positions generated"):
+            engine.generate([asked, asked])
+        assert len(engine.generate([asked, Request("the", plan, SAMPLED)])) == 2  # as in Python: some is steered
+    for other in (None, replace(plan, strength=0.0), replace(plan, positions="all"), replace(plan, positions="prompt")):
+        (done,) = engine.generate([Request("the", other, short)])
+        assert done.missed == ""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tokens", "reason", "is_missed"),
+    [
+        ("constant", 0, "stop", True),
+        ("constant", 1, "stop", False),
+        ("constant", 1, "length", True),
+        ("window:3-9", 3, "stop", True),
+        ("window:3-9", 4, "stop", False),
+        ("window:3-9", 4, "length", True),
+    ],
+)
+def test_a_completion_knows_whether_it_was_steered(schedule, tokens, reason, is_missed):
+    plan = replace(tiny.plan_for_experts(tiny.build("mixtral"), 1), schedule=schedule)
+    done = Completion(Request("the", plan), "", (5,) * tokens, 3, reason, 0.1)
+    assert bool(done.missed) == is_missed
+    assert not is_missed or f"ended after {tokens} tokens" in done.missed
+    assert replace(done, request=Request("the")).missed == ""
+    assert replace(done, request=Request("the", replace(plan, positions="all"))).missed == ""

@@ -194,3 +194,13 @@ def test_report_of_finished_rows(model):
     fed = (out[:, 5:-1] != 0) & (out[:, 5:-1] != end)
     assert fed.sum(-1).tolist()[0] == 1
     assert handle.report().tokens_steered == int(fed.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("formula", formulas.FORMULAS)
+def test_no_accepted_strength_gives_a_text_of_nan(formula, dtype):
+    model = tiny.build("mixtral").to(dtype)
+    tokens = torch.arange(1, 9)[None]
+    for strength in (1e5, 1e6, -1e6):
+        with steer(model, tiny.vector_for(model, 1), strength, formula=formula, positions="all"):
+            assert bool(model(tokens).logits.isfinite().all())

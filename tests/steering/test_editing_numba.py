@@ -110,3 +110,31 @@ def test_memory_is_never_read_beyond_its_end():
     for numbers, factors in ((np.zeros(3, np.int32), np.ones(3, np.float32)), (np.zeros(3, np.int64), np.ones(3))):
         with pytest.raises(TypeError, match="expected a contiguous one"):
             editing_numba.TokenPlans(numbers, factors)
+
+
+@pytest.mark.parametrize("strength", [1e6, -1e6])
+@pytest.mark.parametrize("formula", formulas.FORMULAS)
+def test_the_largest_strength_stays_finite_in_every_type(formula, strength):
+    weights = torch.tensor([[0.5, 0.0, 1.0, 0.25, 0.0, 0.0, 0.0, 0.9]])
+    steering = SteeringPlan(SteeringVector("sport", None, (0,), weights=weights), strength, formula)
+    bank = Bank.of(RouterShape(0, EXPERTS, EXPERTS, 2), 0, [steering])
+    numbers = np.array([formulas.FORMULAS.index(formula)]), np.array([False])
+    layer = editing_numba.LayerEditor(bank, *numbers)
+    tokens = editing_numba.TokenPlans(np.zeros(TOKENS, np.int64), np.ones(TOKENS, np.float32))
+    logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(3)) * 1e4
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        edited = layer.edit(logits.to(dtype), tokens)
+        assert edited.dtype == dtype
+        assert bool(edited.isfinite().all())
+
+
+@pytest.mark.parametrize("formula", formulas.FORMULAS)
+def test_logits_that_sink_together_are_lifted_as_by_the_formulas(formula):
+    experts = torch.linspace(0.1, 1.0, EXPERTS)
+    push, marks = -1e4 * experts, np.full(EXPERTS, editing_numba.RAISED, np.uint8)
+    for shift in (0.0, -200.0):
+        logits = (np.random.default_rng(0).normal(size=EXPERTS) + shift).astype(np.float32)
+        wanted = formulas.apply(formula, torch.from_numpy(logits.copy())[None], push, experts > 0, "magnitude")
+        editing_numba.edit_row(logits, push.numpy(), marks, formulas.FORMULAS.index(formula), False, np.float32(1))
+        torch.testing.assert_close(torch.from_numpy(logits)[None], wanted)
+        assert logits.max() == formulas.LOWEST

@@ -11,6 +11,7 @@ from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 FREQUENCY = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
 VECTOR = SteeringVector("sport", FREQUENCY, (0, 1), threshold=1.5)
+HEAVY = SteeringVector("heavy", None, (0, 1), weights=3e5 * FREQUENCY / 0.7)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,18 @@ VECTOR = SteeringVector("sport", FREQUENCY, (0, 1), threshold=1.5)
         ({"strength": float("nan")}, ["nan", "finite"]),
         ({"strength": float("-inf")}, ["-inf", "finite"]),
         ({"strength": "4"}, ["'4'", "finite number"]),
+        ({"strength": 1e39}, ["1e+39", "'sport'", "from -1e+06 to 1e+06"]),
+        ({"strength": -1.1e6}, ["-1100000.0", "from -1e+06"]),
+        ({"strength": 10**400}, ["1000000", "finite number"]),
+        ({"strength": 10**5000}, ["strength a int", "finite number"]),
+        ({"vector": HEAVY, "strength": 4.0}, ["strength 4", "'heavy', 300000", "at most 1e+06", "lower one"]),
+        ({"schedule": "decay:" + "9" * 30}, ["999999", "too large", "0 to 2147483647"]),
+        ({"schedule": "window:0-" + "9" * 5000}, ["999999", "too large"]),
+        ({"schedule": "window:2147483648-2147483649"}, ["2147483648 is too large"]),
+        ({"schedule": "decay:\u0663"}, ["is unknown", "N over 0"]),
+        ({"layers": (0, 2**31)}, ["(0, 2147483648)", "out of range"]),
+        ({"force": ((0, 10**5000),)}, ["force: a tuple", "0 to 2147483647"]),
+        ({"ban": ((0, 1),) * 16385}, ["16385 experts", "at most 16384"]),
         ({"layers": (3, 1)}, ["3-1", "first and last"]),
         ({"layers": (-1, 1)}, ["-1-1", "counted from 0"]),
         ({"layers": 3}, ["3", "(first, last)"]),
@@ -39,6 +52,51 @@ def test_errors_name_the_value_and_the_fix(fields, parts):
         SteeringPlan(**{"vector": VECTOR, **fields})
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "decay", "stop": 0},
+        {"kind": "decay", "stop": 10**30},
+        {"kind": "window", "start": 3, "stop": 3},
+        {"kind": "window", "start": -1, "stop": 3},
+        {"kind": "window", "start": 0, "stop": 2.5},
+        {"kind": "sometimes"},
+    ],
+)
+def test_schedules_are_checked_however_they_are_made(fields):
+    with pytest.raises(SteeringError, match="is unknown: use constant"):
+        Schedule(**fields)
+
+
+def test_the_largest_numbers_are_taken():
+    for schedule in ("decay:2147483647", "window:2147483646-2147483647", "decay:" + "0" * 40 + "7"):
+        factor_T = SteeringPlan(VECTOR, -1e6, schedule=schedule).factor(torch.tensor([0, 2**31 - 2, 2**40]))
+        assert bool(((factor_T >= 0) & (factor_T <= 1)).all())
+    assert SteeringPlan(HEAVY, 3.0).strength == 3.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "generated", "expected"),
+    [
+        ({}, 5, 0, False),
+        ({}, 5, 1, True),
+        ({"schedule": "decay:1"}, 5, 1, True),
+        ({"schedule": "window:50-60"}, 5, 50, False),
+        ({"schedule": "window:50-60"}, 5, 51, True),
+        ({"schedule": "window:50-60", "positions": "all"}, 5, 0, True),
+        ({"schedule": "window:50-60", "positions": "all"}, 0, 0, False),
+        ({"positions": "prompt"}, 1, 0, True),
+        ({"positions": "prompt"}, 0, 9, False),
+        ({"strength": 0.0}, 5, 9, False),
+        ({"strength": 0.0, "ban": ((0, 1),)}, 5, 9, True),
+    ],
+)
+def test_whether_any_token_of_a_text_is_steered(fields, prompt, generated, expected):
+    plan = SteeringPlan(VECTOR, **fields)
+    assert plan.steers(prompt, generated) == expected
+    assert bool(plan.factor(torch.arange(-prompt, generated)).any()) == expected
 
 
 def test_lists_become_tuples_so_that_plans_compare_and_hash():

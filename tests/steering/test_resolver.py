@@ -1,15 +1,17 @@
 """From specs to plans: vectors are found, mixed and checked; what is kept, and what a server must not reveal."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
+from steermoe.errors import CompatibilityError, SteeringError, SteerMoEError, VectorError, VectorNotFound
 from steermoe.routing.routers import shape_of
+from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.plans import SteeringPlan
-from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.resolver import PlanResolver, check_spec
 from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors.file import write_vector
 from steermoe.vectors.vector import SteeringVector
@@ -65,6 +67,15 @@ def test_equal_specs_share_a_plan_and_equal_mixtures_a_vector(resolver):
     [
         (SteeringSpec("knitting"), VectorNotFound, "'knitting'"),
         (SteeringSpec("sport=0"), VectorError, "sport=0"),
+        (SteeringSpec("sport=1e300"), SteeringError, "'sport=1e300': the weight 1e\\+300 is out of range"),
+        (SteeringSpec("sport", strength=1e39), SteeringError, "strength 1e\\+39 for 'sport' is out of range"),
+        (SteeringSpec("sport=1e6", strength=2.0), SteeringError, "times the largest weight of 'sport'"),
+        (SteeringSpec("huge=1000+huge"), SteeringError, "'huge=1000\\+huge': the weights times"),
+        (SteeringSpec(formula="nosuch"), SteeringError, "formula 'nosuch' is unknown"),
+        (SteeringSpec("none", strength=float("inf")), SteeringError, "strength inf is out of range"),
+        (SteeringSpec(scale="nosuch", layers="3-1"), SteeringError, "scale 'nosuch' is unknown"),
+        (SteeringSpec("a" * 5000), VectorNotFound, "at most 4096 characters"),
+        (SteeringSpec("a\nb\x1b"), VectorError, "'a\\\\nb\\\\x1b' is not allowed"),
         (SteeringSpec("tall"), CompatibilityError, "tall"),
         (SteeringSpec("sport", layers="7-9"), SteeringError, "layers 7-9 hold no router"),
         (SteeringSpec("sport", schedule="decay:0"), SteeringError, "'decay:0'"),
@@ -76,8 +87,56 @@ def test_equal_specs_share_a_plan_and_equal_mixtures_a_vector(resolver):
 def test_errors(resolver, vectors, spec, error, match):
     frequency = torch.full((4, tiny.EXPERTS), 1 / tiny.EXPERTS)
     write_vector(SteeringVector("tall", frequency, (0, 1, 2, 3)), vectors / "tall.safetensors")
+    huge = torch.full((tiny.LAYERS, tiny.EXPERTS), 1e38)
+    write_vector(SteeringVector("huge", None, tuple(range(tiny.LAYERS)), weights=huge), vectors / "huge.safetensors")
     with pytest.raises(error, match=match):
         resolver.plan(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        (SteeringSpec("sport", schedule="later"), "schedule 'later' is unknown"),
+        (SteeringSpec("sport", strength=1e39), "strength 1e\\+39 is out of range"),
+        (SteeringSpec("sport=1e300"), "the weight 1e\\+300"),
+        (SteeringSpec("sport", layers="3-1"), "layers 3-1 is not a range"),
+        (SteeringSpec(formula="nosuch"), "formula 'nosuch'"),
+        (SteeringSpec("sport+knitting"), "no vector 'knitting'"),
+        (SteeringSpec(force=("0:1",), ban=("0:1",)), "both forced and banned"),
+    ],
+)
+def test_what_is_wrong_for_any_model_is_found_without_one(vectors, spec, match):
+    with pytest.raises(SteerMoEError, match=match):
+        check_spec(spec, vectors)
+
+
+def test_what_may_be_right_for_some_model_passes(vectors):
+    for spec in (SteeringSpec(), SteeringSpec("none"), SteeringSpec("sport=0.5+food", layers="900", ban=("900:900",))):
+        check_spec(spec, vectors)
+
+
+def test_a_file_that_cannot_be_read_is_left_out_with_one_line_in_the_log(model, vectors, caplog):
+    resolver = PlanResolver(shape_of(model), vectors, watch=True, names_only=True)
+    (vectors / "bad.safetensors").write_bytes(b"\x1b[31mnonsense")
+    with caplog.at_level("WARNING"):
+        assert [resolver.domains() for _ in range(3)] == [["food", "sport"]] * 3
+        with pytest.raises(VectorNotFound, match="there are food, sport"):
+            resolver.plan(SteeringSpec("knitting"))
+    assert [str(vectors) in record.getMessage() for record in caplog.records] == [True]
+    assert caplog.records[0].getMessage().isprintable()
+    with pytest.raises(VectorError) as caught:
+        resolver.plan(SteeringSpec("bad"))
+    assert str(caught.value) == "the file of vector 'bad' can't be read: the server's log says why"
+    write_vector(tiny.vector_for(model, 3, domain="bad"), vectors / "bad.safetensors")
+    assert resolver.domains() == ["bad", "food", "sport"]
+
+
+def test_long_lists_are_checked_in_little_time(vectors):
+    shape = RoutingShape("large", (), tuple(RouterShape(layer, 256, 256, 8) for layer in range(60)))
+    banned = tuple(f"{layer}:{expert}" for layer in range(60) for expert in range(240))
+    started = time.perf_counter()
+    assert len(PlanResolver(shape, vectors).plan(SteeringSpec(ban=banned)).ban) == 14400
+    assert time.perf_counter() - started < 5
 
 
 def test_packed_plans_are_checked_too(resolver, model):

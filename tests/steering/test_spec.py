@@ -42,6 +42,9 @@ def test_parse(parse, text, expected):
         (parse_domain, "sport="),
         (parse_domain, "=1"),
         (parse_domain, "sport=nan"),
+        (parse_domain, "sport=1e300"),
+        (parse_domain, "sport=-1000001"),
+        (parse_domain, "sport=1e-320"),
         (parse_layers, "1-"),
         (parse_layers, "-3"),
         (parse_layers, "all"),
@@ -53,6 +56,30 @@ def test_parse_errors_name_the_text_and_an_example(parse, text):
     with pytest.raises(SteeringError, match="such as") as caught:
         parse(text)
     assert f"'{text}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "part"),
+    [
+        (parse_layers, "9" * 5000, "layer 99"),
+        (parse_layers, f"0-{2**31}", f"layer {2**31} is too large: expected 0 to {2**31 - 1}"),
+        (parse_expert, f"0:{'9' * 400}", "expert 99"),
+        (parse_domain, "a" * 5000 + "=x", "aaaa...'"),
+        (parse_layers, "\x1b[31m\n", "'\\x1b[31m\\n' is not a range"),
+    ],
+)
+def test_long_and_odd_texts_are_quoted_in_part_and_on_one_line(parse, text, part):
+    with pytest.raises(SteeringError) as caught:
+        parse(text)
+    assert part in str(caught.value)
+    assert len(str(caught.value)) < 250
+    assert str(caught.value).isprintable()
+
+
+def test_digits_of_other_scripts_and_leading_zeros():
+    assert parse_layers("0" * 5000 + "7") == (7, 7)
+    with pytest.raises(SteeringError, match="is not a range"):
+        parse_layers("\u0663")
 
 
 def test_lists_and_single_texts_of_options_become_tuples():
@@ -126,6 +153,9 @@ def test_values_of_json(name, value, expected):
         ("force", "0:1", ["field 'force' is \"0:1\", expected a list such as"]),
         ("ban", [5], ["field 'ban' is [5]"]),
         ("ban", [["x" * 200]], ["field 'ban' is [[\"xxx", "expected a list"]),
+        ("ban", [[[1], 2]], ["field 'ban' is [[[1], 2]]", "expected a list"]),
+        ("force", ["1:1"] * 16385, ["16385 experts", "at most 16384"]),
+        ("domain", {"sport": 10**5000}, ["field 'domain' is a dict", "names and weights"]),
     ],
 )
 def test_wrong_values_of_json_are_named_with_what_was_expected(name, value, parts):

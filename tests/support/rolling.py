@@ -37,10 +37,15 @@ def requests_for(model, plans=None, count=14):
         Sampling(max_new_tokens=1, seed=7),
         Sampling(max_new_tokens=11, top_k=9, seed=8, temperature=1.3),
     ]
-    return [
-        Request(STORIES[i % len(STORIES)], plans[i % len(plans)], replace(samplings[i % len(samplings)], seed=i))
-        for i in range(count)
-    ]
+    asked = [(plans[i % len(plans)], replace(samplings[i % len(samplings)], seed=i)) for i in range(count)]
+    return [Request(STORIES[i % len(STORIES)], _reached(*one), one[1]) for i, one in enumerate(asked)]
+
+
+def _reached(plan, sampling):
+    """A plan that steers a text of that length: of one token, only the prompt can be steered."""
+    if plan is None or plan.steers(1, sampling.max_new_tokens - 1):
+        return plan
+    return replace(plan, positions="all")
 
 
 def roll(decoder, engine, requests, rows):

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.spec import packed
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
@@ -279,6 +280,9 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
                 if getattr(self, "steermoe_resolver", None) is None:
                     self.steermoe_resolver = PlanResolver(shape_of_config(self.model_config), watch=True)
                 plan = packed(self.steermoe_resolver, asked)
+                most = getattr(params, "max_tokens", None)
+                if plan is not None and plan is not asked and most is not None:
+                    require_steered(unpack(plan), most)
             except SteerMoEError as error:
                 refused = _load("vllm.exceptions", "VLLMValidationError")
                 raise refused(f"steering: {error}", parameter=KEY) from error

@@ -15,16 +15,26 @@ from typing import Any
 
 from starlette.requests import Request
 
+from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
 from steermoe.engines.vllm.spec import packed, spec_of_name
-from steermoe.engines.vllm.wire import KEY
+from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
+from steermoe.steering.limits import escaped, quoted
+from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 
-GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-"""Paths of requests for texts."""
+STEERED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+"""Paths of requests for texts, which are steered; longer paths, such as /v1/chat/completions/batch, count too."""
+ABSENT = ("/invocations", "/inference", "/generative_scoring", "/v1/systemone", "/v1/audio", "/v1/realtime", "/cohere")
+"""Paths where vLLM would run the model without the steering that was asked for."""
+OPEN = ("/health", "/ping", "/version", "/metrics", "/load", "/docs", "/redoc", "/openapi.json", "/static")
+"""Paths that answer without a key: how the server is, and vLLM's description of its API."""
+LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""Fields of requests that limit the new tokens, the first that is given first."""
+KEY_VARIABLES = ("STEERMOE_API_KEY", "VLLM_API_KEY")
 PLUGIN_GROUPS = ("general", "io_processor", "platform", "stat_logger")
 
 Scope = MutableMapping[str, Any]
@@ -42,12 +52,27 @@ class ServerOptions:
         api_keys: a request must carry one of these keys; if there are none, everyone who reaches the port is let in.
         vectors: a folder of vectors to search first. The server searches it at each request, so vectors may be added
             while it runs.
+
+    Raises:
+        ModelError: an empty key, which would let everyone in.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: Sequence[str] = ()
     vectors: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_keys(self.api_keys)
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Raise ModelError for an empty key, given here or in the environment: vLLM would let everyone in."""
+    if not all(key.strip() for key in keys):
+        raise ModelError("--api-key is empty, which would let everyone in: give a key, or leave the option out")
+    for name in KEY_VARIABLES if not keys else ():
+        if not os.environ.get(name, "a key").strip():
+            raise ModelError(f"${name} is empty, which would let everyone in: set it to a key, or unset it")
 
 
 def serve(
@@ -74,27 +99,28 @@ def serve(
     Raises:
         ModelError: the model can't be found, or vLLM can't be started. UnsupportedModel: it can't be steered.
     """
-    source = find_source(model, dtype)
     server = server or ServerOptions()
+    check_keys(server.api_keys)
+    sizes = parallel_sizes(parallel or {})
+    check_sizes(sizes, compiled=not eager)
+    source = find_source(model, dtype)
     if server.vectors is not None:
         before = os.environ.get("STEERMOE_VECTORS")
         os.environ["STEERMOE_VECTORS"] = os.pathsep.join(filter(None, (str(server.vectors), before)))
     _allow_plugins()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    sizes = parallel_sizes(parallel or {})
-    check_sizes(sizes, compiled=not eager)
     prepare_environment(math.prod(sizes.values()), in_process=False)
     given = ["--model", source.folder, "--served-model-name", source.name, "--dtype", source.dtype]
     given += ["--host", server.host, "--port", str(server.port), "--worker-extension-cls", WORKER]
-    given += [part for key in server.api_keys for part in ("--api-key", key)]
     given += ["--trust-remote-code"] * trust_remote_code + ["--enforce-eager"] * eager
     given += [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items() if size > 1]
     if not any(part.startswith(("--kv-cache-memory", "--gpu-memory")) for part in arguments) and _is_cpu():
         given += ["--kv-cache-memory-bytes", str(cache_bytes())]
-    _run([*given, *arguments])
+    _run([*given, *arguments], server.api_keys)
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str], keys: Sequence[str]) -> None:
+    """Run vLLM's server; `keys` are added to those of its arguments, of which the last option alone would count."""
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -104,6 +130,8 @@ def _run(arguments: Sequence[str]) -> None:
 
     plugin.register()
     args = make_arg_parser(FlexibleArgumentParser(prog="steermoe serve MODEL --")).parse_args(list(arguments))
+    args.api_key = [*keys, *(args.api_key or ())] or None
+    check_keys(args.api_key or ())
     try:
         validate_parsed_serve_args(args)
         uvloop.run(run_server(args))
@@ -163,16 +191,31 @@ async def list_models(request: Request) -> Any:
 
 
 class SteeringMiddleware:
-    """Turns the steering of a request into what the plugin reads, or answers 400 with the reason why it can't."""
+    """Turns the steering of a request into what the plugin reads, or answers 400 with the reason why it can't.
+
+    vLLM asks for a key under some paths only; here it is asked for under all that are not `OPEN`.
+    """
 
     def __init__(self, app: Any, state: Any) -> None:
         self._app, self._state = app, state
+        self._is_admitted = _admission(state.args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_text = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith(GENERATING)
-        if not is_text:
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not _is_under(path, OPEN) and scope.get("method") != "OPTIONS" and not self._is_admitted(scope):
+            await _answer(scope, receive, send, 401, {"error": "Unauthorized"})
+        elif _is_under(path, ABSENT):
+            reason = f"{path} is not offered here, where it would run unsteered: use {', '.join(STEERED)}"
+            await _answer(scope, receive, send, 404, {"error": {"message": reason, "code": 404}})
+        elif scope.get("method") == "POST" and _is_under(path, STEERED):
+            await self._steer(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _steer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
         if body is None:
             return
@@ -183,6 +226,29 @@ class SteeringMiddleware:
             await _refuse(scope, receive, send, str(error))
             return
         await self._app(_with_length(scope, changed), _replay(changed, receive), send)
+
+
+def _admission(args: Any) -> Callable[[Scope], bool]:
+    """Whether a request carries one of the server's keys, as vLLM itself does; if there are none, all may in."""
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+    check = AuthenticationMiddleware(None, keys)  # type: ignore[arg-type]  # only asked about headers
+    return lambda scope: not keys or check.verify_token(Headers(scope=scope))
+
+
+def _is_under(path: str, places: Sequence[str]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
+async def _answer(scope: Scope, receive: Receive, send: Send, status: int, content: Any) -> None:
+    from fastapi.responses import JSONResponse
+
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await JSONResponse(content=content, status_code=status)(scope, receive, send)
 
 
 def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> bytes:
@@ -208,15 +274,22 @@ def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> byte
     if found is None and spec is None:
         return body
     if found is not None and spec is not None:
-        raise SteeringError(f"both model '{name}' and vllm_xargs ask for steering: leave one of them out")
+        raise SteeringError(f"both model '{quoted(str(name))}' and vllm_xargs ask for steering: leave one of them out")
     if asked.get("use_beam_search"):
         raise SteeringError("vLLM's beam search can't be steered: leave use_beam_search out")
     if found is not None:
         asked["model"], spec = found
-    packed(resolver, spec)
+    _check_length(unpack(plan) if (plan := packed(resolver, spec)) else None, asked)
     own = extra if isinstance(extra, dict) else {}
     asked["vllm_xargs"] = {**own, KEY: spec if isinstance(spec, str) else json.dumps(spec)}
     return json.dumps(asked).encode()
+
+
+def _check_length(plan: SteeringPlan | None, asked: Mapping[str, Any]) -> None:
+    """Raise SteeringError if a request asks for too few tokens to steer any."""
+    most = next((asked[name] for name in LIMITS if asked.get(name) is not None), None)
+    if plan is not None and isinstance(most, int) and most > 0:
+        require_steered(plan, most)
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -247,8 +320,7 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, message: str) -> None:
-    from fastapi.responses import JSONResponse
     from vllm.entrypoints.serve import create_error_response
 
-    answer = create_error_response(f"steering: {message}", param=KEY)
-    await JSONResponse(content=answer.model_dump(), status_code=400)(scope, receive, send)
+    answer = create_error_response(f"steering: {escaped(message)}", param=KEY)
+    await _answer(scope, receive, send, 400, answer.model_dump())

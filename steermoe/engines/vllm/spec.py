@@ -7,6 +7,7 @@ from typing import Any
 
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import SteeringError
+from steermoe.steering.limits import quoted
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import read_spec
 
@@ -36,6 +37,8 @@ def spec_of_name(name: str, served: list[str]) -> tuple[str, dict[str, Any]] | N
         if name.startswith(f"{base}:") and name not in served:
             domains = [part.strip() for part in name[len(base) + 1 :].split(",")]
             if not all(domains):
-                raise SteeringError(f"model '{name}' names no domain after its colon: write, for example, {base}:sport")
+                raise SteeringError(
+                    f"model '{quoted(name)}' names no domain after its colon: write, for example, {base}:sport"
+                )
             return base, {"domain": domains}
     return None

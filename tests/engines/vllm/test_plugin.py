@@ -107,6 +107,12 @@ def test_a_request_that_can_not_be_read_is_refused(engine, steering):
     assert params.extra_args == {"steering": steering}
 
 
+def test_a_request_of_too_few_tokens_to_steer_is_refused(engine):
+    params = vllm.SamplingParams(max_tokens=1, extra_args={"steering": {"ban": ["0:1"]}})
+    with pytest.raises(VLLMValidationError, match="would reach none of 1 new tokens"):
+        engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
+
+
 def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
     other = write_checkpoint("mixtral", tmp_path / "deep", num_hidden_layers=3)
     plan = SteeringPlan(vector(other.loaded.model, 1), 2.0)

@@ -183,6 +183,12 @@ def test_32_requests_at_once_each_under_its_own_steering(server):
     assert together == [alone[one] for one in asked]
 
 
+LONG_DECAY = json.dumps({"domain": "sport", "schedule": "decay:" + "9" * 30})
+LONG_WINDOW = json.dumps({"domain": "sport", "schedule": "window:0-" + "9" * 30})
+LONG_LAYERS = json.dumps({"domain": "sport", "layers": "0-" + "9" * 5000})
+HUGE = json.dumps({"domain": "sport", "strength": 3.5e38})
+HUGER = '{"domain": "sport", "strength": ' + "9" * 5000 + "}"
+MANY = json.dumps({"force": ["1:1"] * 100_000})
 BAD = [
     ("an unknown domain", {"model": "tiny:nosuch"}, "no vector 'nosuch'; there are food, sport"),
     ("no domain", {"model": "tiny:"}, "names no domain"),
@@ -197,6 +203,15 @@ BAD = [
         "leave one of them out",
     ),
     ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs in vllm_xargs"),
+    ("30 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_DECAY}}, "is too large: expected 0 to 2147483647"),
+    ("30 digits in a window", {"model": "tiny", "vllm_xargs": {"steering": LONG_WINDOW}}, "is too large"),
+    ("5,000 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_LAYERS}}, "is too large"),
+    ("no float32", {"model": "tiny", "vllm_xargs": {"steering": HUGE}}, "strength 3.5e+38 for 'sport' is out of range"),
+    ("no float", {"model": "tiny", "vllm_xargs": {"steering": HUGER}}, "is not JSON (99"),
+    ("a huge weight", {"model": "tiny:sport=1e38"}, "the weight 1e+38 is out of range"),
+    ("a long name", {"model": "tiny:" + "a" * 100_000}, "a name has at most 4096 characters"),
+    ("100,000 experts", {"model": "tiny", "vllm_xargs": {"steering": MANY}}, "100000 experts are too many"),
+    ("one token", {"model": "tiny:sport", "max_tokens": 1}, "would reach none of 1 new tokens"),
     ("beam search", {"model": "tiny:sport", "use_beam_search": True, "n": 2}, "beam search can't be steered"),
 ]
 
@@ -212,6 +227,39 @@ def test_bad_steering_is_refused_with_400(server, case, body, message, stream):
         assert (status, answer["error"]["code"]) == (400, 400)
         assert message in answer["error"]["message"]
         assert str(server.folder) not in answer["error"]["message"]
+
+
+def test_the_largest_strengths_spoil_no_other_text(server):
+    expected = server.tokens("tiny")
+    for formula in ("additive", "max_scaled", "zero_max_scaled"):
+        for strength in (1e6, -1e6):
+            asked = {"domain": "sport", "strength": strength, "formula": formula, "positions": "all"}
+            assert len(server.tokens("tiny", steering=asked)) == TOKENS
+            assert server.tokens("tiny") == expected
+            assert len(server.tokens("tiny:sport", prompt="A")) == TOKENS
+
+
+def test_no_route_runs_unsteered_or_without_the_key(server):
+    body = {"model": "tiny:sport", "prompt": "x", "max_tokens": 4}
+    for path in ("/invocations", "/inference/v1/generate", "/generative_scoring"):
+        assert server.post(path, body, key="wrong")[0] == 401
+        status, answer = server.post(path, body)
+        assert status == 404
+        assert "is not offered here, where it would run unsteered" in answer["error"]["message"]
+
+
+def test_a_bad_file_in_the_folder_is_left_out(server):
+    bad = server.folder / "tiny" / "bad.safetensors"
+    bad.write_bytes(b"nonsense")
+    try:
+        assert {model.id for model in server.client.models.list()} == {"tiny", "tiny:food", "tiny:sport"}
+        status, answer = server.post("/v1/completions", {"model": "tiny:nosuch", "prompt": "x"})
+        assert (status, answer["error"]["message"]) == (400, "steering: no vector 'nosuch'; there are food, sport")
+        status, answer = server.post("/v1/completions", {"model": "tiny:bad", "prompt": "x"})
+        assert (status, str(server.folder) in answer["error"]["message"]) == (400, False)
+        assert "the server's log says why" in answer["error"]["message"]
+    finally:
+        bad.unlink()
 
 
 def test_the_openai_client_raises_what_it_should(server):

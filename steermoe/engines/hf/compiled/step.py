@@ -18,6 +18,7 @@ from steermoe.errors import UnsupportedModel
 from steermoe.routing.intercept import intercept
 from steermoe.routing.routers import Router, chosen_experts, find_routers
 from steermoe.steering.editing_graph import edit
+from steermoe.steering.narrowing import narrowed
 
 EXPERTS = "batched_mm"
 """The transformers implementation whose shapes do not depend on the chosen experts."""
@@ -72,7 +73,7 @@ class _GraphEditor:
     def edit(self, logits: Tensor) -> Tensor:
         flat = logits.flatten(0, -2)
         experts = self._router.num_experts
-        steered = edit(flat[:, :experts].float(), self._number, self._call.edits).to(logits.dtype)
+        steered = narrowed(edit(flat[:, :experts].float(), self._number, self._call.edits), logits.dtype)
         if experts < flat.shape[1]:
             steered = torch.cat([steered, flat[:, experts:]], -1)
         return steered.view(logits.shape)

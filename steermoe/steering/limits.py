@@ -1,0 +1,55 @@
+"""What the numbers of a plan may be, and how messages quote what a user wrote instead. Imports no torch."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from steermoe.errors import SteeringError
+
+MOST_EXPERTS = 1 << 14
+"""How many experts a plan may force, or ban."""
+MOST_STRENGTH = 1e6
+"""The largest strength, and the largest weight of a domain.
+
+No router's logits times this leave float32, and far less of it decides every choice of experts.
+"""
+LARGEST = 2**31 - 1
+"""The largest token, layer or expert that a plan may name."""
+QUOTED = 60
+"""How many characters of a wrong value its message quotes."""
+
+
+def escaped(text: str) -> str:
+    """A text on one line, without characters that a terminal would act on."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def quoted(text: str) -> str:
+    """A text as a message quotes it: `escaped`, and cut after `QUOTED` characters."""
+    return escaped(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
+
+
+def shown(value: Any, write: Callable[[Any], str] | None = None) -> str:
+    """Any value as a message quotes it; by default as JSON, where that is possible."""
+    try:
+        return quoted(json.dumps(value, default=repr, ensure_ascii=False) if write is None else write(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__}"
+
+
+def whole(digits: str, what: str) -> int:
+    """The number that digits write.
+
+    Raises:
+        SteeringError: it is above `LARGEST`.
+    """
+    own = digits.lstrip("0") or "0"
+    if len(own) > len(str(LARGEST)) or int(own) > LARGEST:
+        raise SteeringError(f"{what} {quoted(own)} is too large: expected 0 to {LARGEST}")
+    return int(own)
+
+
+def check_listed(experts: Sequence[Any]) -> None:
+    """Raise SteeringError if a list of experts to force or ban is too long."""
+    if len(experts) > MOST_EXPERTS:
+        raise SteeringError(f"{len(experts)} experts are too many to force or ban: list at most {MOST_EXPERTS}")
