@@ -103,7 +103,7 @@ FORCED, BANNED = (2,), (0, 1, 3, 6)
 @pytest.mark.parametrize("reach", ["graph", "pieces"])
 @pytest.mark.parametrize("lists", [(FORCED, ()), ((), BANNED), (FORCED, BANNED)], ids=str)
 def test_lists_hold_whatever_the_biases(adverse, reach, lists, strength):
-    loaded, path = adverse
+    _, path = adverse
     force, ban = ([(layer, expert) for layer in range(tiny_ggufs.LAYERS) for expert in named] for named in lists)
     plan = replace(make_plan(), strength=strength, force=tuple(force), ban=tuple(ban), positions="all")
     engine = LlamaCppEngine(str(path), reach=reach, cache="f32")
