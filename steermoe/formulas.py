@@ -25,14 +25,16 @@ They agree wherever max(z) > 0. Below zero, the paper's own sign turns steering 
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
 FORCE_MARGIN = 1.0
-"""How far a forced expert's logit is raised above the largest one."""
+"""How far a forced expert's logit is raised above the largest one, at least."""
 LOWEST, FLOOR = -40.0, -87.0
 """The largest of a token's logits stays above the first, every one above the second, unless it was below before.
 
 The sigmoid of -87, 1.6e-38, is nearly the smallest number of float32.
 """
 BAN_DEPTH = 1e4
-"""How far a banned expert's logit is put below the largest one; finite, so that softmax and sigmoid never give NaN."""
+"""How far a banned expert's logit is put below the largest one, at least; finite, so that softmax and sigmoid never
+give NaN."""
+FLOAT32_EPS = 2.0**-23
 
 
 def additive(logits_TN: Tensor, experts: Tensor, strength: float | Tensor, scale: Scale = "magnitude") -> Tensor:
@@ -106,11 +108,23 @@ BY_NAME: dict[Formula, Callable[[Tensor, Tensor, float | Tensor, Scale], Tensor]
 }
 
 
-def force(logits_TN: Tensor, forced: Tensor) -> Tensor:
-    """Lift forced experts (bool, [N] or [T, N]) above all others, as SteerMoE (2509.09660) activates experts."""
-    return logits_TN.where(~forced, logits_TN.amax(-1, keepdim=True) + FORCE_MARGIN)
+def force(logits_TN: Tensor, forced: Tensor, eps: float = FLOAT32_EPS) -> Tensor:
+    """Lift forced experts (bool, [N] or [T, N]) above all others, as SteerMoE (2509.09660) activates experts.
+
+    Args:
+        logits_TN: z.
+        forced: the experts.
+        eps: the precision of the type that the result is rounded to; by default float32's.
+    """
+    largest_T1 = logits_TN.amax(-1, keepdim=True)
+    return logits_TN.where(~forced, largest_T1 + (largest_T1.abs() * eps).clamp(min=FORCE_MARGIN))
 
 
-def ban(logits_TN: Tensor, banned: Tensor) -> Tensor:
-    """Push banned experts (bool, [N] or [T, N]) far below all others, as SteerMoE and Mixture of Tunable Experts do."""
-    return logits_TN.where(~banned, logits_TN.amax(-1, keepdim=True) - BAN_DEPTH)
+def ban(logits_TN: Tensor, banned: Tensor, eps: float = FLOAT32_EPS) -> Tensor:
+    """Push banned experts (bool, [N] or [T, N]) far below all others, as SteerMoE and Mixture of Tunable Experts do.
+
+    Args: as for `force`.
+    """
+    smallest_T1 = logits_TN.amin(-1, keepdim=True)
+    below_T1 = smallest_T1 - (smallest_T1.abs() * eps).clamp(min=FORCE_MARGIN)
+    return logits_TN.where(~banned, below_T1.minimum(logits_TN.amax(-1, keepdim=True) - BAN_DEPTH))

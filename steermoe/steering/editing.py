@@ -6,7 +6,7 @@ Shapes: T tokens as routers see them (rows after rows), P distinct plans, N expe
 k experts chosen per token, C router calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from steermoe import formulas
 from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
+from steermoe.routing.selection import Lists
 from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.narrowing import narrowed
@@ -50,6 +51,11 @@ class RowLayout:
             here_P = torch.tensor([(plan.formula, plan.scale) == (formula, scale) for plan in plans])
             ways.append((formula, scale, (here_P[plan_T] & (factor_T != 0))[:, None]))
         return cls(plan_T, factor_T[:, None], tuple(ways))
+
+    @property
+    def steered_T1(self) -> Tensor:
+        """Which tokens are steered, bool."""
+        return torch.stack([here_T1 for *_, here_T1 in self.ways]).any(0)
 
     def on(self, device: torch.device) -> "RowLayout":
         """The same on a device; moved once."""
@@ -91,6 +97,8 @@ class Editor:
     Attributes:
         step: how the current forward call is steered in this layer; None if it is not.
         calls: edited calls of the router that the tally has counted.
+        listed: places of forced experts in those calls that they took, all of them, and the same of banned ones;
+            [4], or 0 without lists.
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class Editor:
         self.bank: Bank
         self.step: Step | None = None
         self.calls = 0
+        self.listed: int | Tensor = 0
         self._tally = tally
 
     def active(self) -> bool:
@@ -114,21 +123,50 @@ class Editor:
         flat = logits if logits.dim() == 2 else logits.flatten(0, -2)
         own = flat if flat.shape[1] == self.router.num_experts else flat[:, : self.router.num_experts]
         own = own if own.dtype == torch.float64 else own.float()
+        eps = torch.finfo(logits.dtype).eps
         if step.plan is not None:
-            steered = _edit_alike(own, bank, step.plan, step.factor)
+            steered = _edit_alike(own, bank, step.plan, step.factor, eps)
         else:
-            steered = self._edit_rows(own, bank, step)
+            steered = self._edit_rows(own, bank, step, eps)
         steered = narrowed(steered, logits.dtype)
         if steered.shape[1] != flat.shape[1]:
             steered = torch.cat([steered, flat[:, steered.shape[1] :]], -1)
         return steered if logits.dim() == 2 else steered.view_as(logits)
+
+    def has_lists(self) -> bool:
+        """Whether a plan of this call may force or ban experts here; their choice must then be caught."""
+        return self.step is not None and self.bank.has_lists
+
+    def lists(self, device: torch.device) -> Lists:
+        """The experts that the tokens of this call force and ban, [T, N], or [1, N] for all."""
+        step, bank = self.step, self.bank.on(device)
+        assert step is not None
+        if step.layout is None:
+            return Lists(bank.forced, bank.banned)
+        layout = step.layout.on(device)
+        return Lists(bank.forced[layout.plan_T] & layout.steered_T1, bank.banned[layout.plan_T] & layout.steered_T1)
 
     def observe(self, output: Any) -> None:
         assert self.step is not None
         assert self._chosen is not None
         self._tally.add(self, self.step, self._chosen(output))
 
-    def _edit_rows(self, logits: Tensor, bank: Bank, step: Step) -> Tensor:
+    def check_lists(self) -> None:
+        """Raise SteeringError if a counted call did not choose a forced expert, or chose a banned one."""
+        counts = listed_counts([self.listed])
+        missed = counts["forced_places"] - counts["forced_hits"]
+        if missed:
+            wrong = f"left out a forced expert in {missed / counts['forced_places']:.1%}"
+        elif counts["banned_hits"]:
+            wrong = f"chose a banned expert in {counts['banned_hits'] / counts['banned_places']:.1%}"
+        else:
+            return
+        raise SteeringError(
+            f"router '{self.name}' {wrong} of its places: this architecture does not keep to lists; leave layer "
+            f"{self.router.layer} out of them, and please report it"
+        )
+
+    def _edit_rows(self, logits: Tensor, bank: Bank, step: Step, eps: float) -> Tensor:
         """Apply each formula once to all tokens, with every token's own expert vector and strength."""
         assert step.layout is not None
         layout = step.layout.on(logits.device)
@@ -142,18 +180,25 @@ class Editor:
         for formula, scale, here_T1 in layout.ways:
             steered = formulas.apply(formula, logits, push, raised, scale, bank.may_lower)
             if bank.has_lists:
-                steered = formulas.ban(formulas.force(steered, bank.forced[plan_T]), bank.banned[plan_T])
+                steered = formulas.ban(formulas.force(steered, bank.forced[plan_T], eps), bank.banned[plan_T], eps)
             out = steered.where(here_T1, out)
         return out
 
 
-def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float) -> Tensor:
+def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float, eps: float) -> Tensor:
     """Edit all tokens alike, by the bank's only row."""
     push = bank.push if factor == 1 else bank.push * factor
     steered = formulas.apply(plan.formula, logits, push, bank.raised, plan.scale, bank.may_lower)
     if bank.has_lists:
-        steered = formulas.ban(formulas.force(steered, bank.forced), bank.banned)
+        steered = formulas.ban(formulas.force(steered, bank.forced, eps), bank.banned, eps)
     return steered
+
+
+def listed_counts(listed: Iterable[int | Tensor]) -> dict[str, int]:
+    """The counts of `SteeringReport` for forced and banned experts, summed over routers."""
+    names = ("forced_hits", "forced_places", "banned_hits", "banned_places")
+    whole = [counts.tolist() for counts in listed if isinstance(counts, Tensor)]
+    return {name: sum(counts[place] for counts in whole) for place, name in enumerate(names)}
 
 
 class Tally:
@@ -179,6 +224,8 @@ class Tally:
         groups: dict[Any, list[tuple[Bank, Tensor]]] = {}
         for editor, step, bank, chosen in pending:
             editor.calls += 1
+            if bank.has_lists:
+                editor.listed = editor.listed + _count_listed(step, bank, chosen)
             groups.setdefault((step, bank.wanted.shape, chosen.shape, chosen.device), []).append((bank, chosen))
         for (step, *_), calls in groups.items():
             self._count_alike(step, [bank for bank, _ in calls], [chosen for _, chosen in calls])
@@ -209,3 +256,19 @@ class Tally:
     def slots(self) -> int:
         """Top-k slots of the steered tokens, over all calls that were counted."""
         return int(self._slots)
+
+
+def _count_listed(step: Step, bank: Bank, chosen_Tk: Tensor) -> Tensor:
+    """Places of forced experts that they took, all of them, and the same of banned ones, [4]."""
+    device, tokens = chosen_Tk.device, len(chosen_Tk)
+    bank = bank.on(device)
+    marks_2TN = torch.stack([bank.forced, bank.banned])
+    if step.layout is not None:
+        layout = step.layout.on(device)
+        marks_2TN = marks_2TN[:, layout.plan_T] & layout.steered_T1
+    if step.counted_T is not None and len(step.counted_T) == tokens:
+        marks_2TN = marks_2TN & step.counted_T.to(device)[:, None]
+    marks_2TN = marks_2TN.expand(-1, tokens, -1)
+    was_chosen_TW = bank.wanted.new_zeros(tokens, bank.wanted.shape[1]).scatter_(1, chosen_Tk.long(), True)
+    taken_2 = (marks_2TN & was_chosen_TW[:, : marks_2TN.shape[2]]).sum((1, 2))
+    return torch.stack([taken_2, marks_2TN.sum((1, 2))], 1).flatten()

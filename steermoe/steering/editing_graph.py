@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FORCE_MARGIN, bound
+from steermoe import formulas
 from steermoe.steering.banks import Bank
 from steermoe.steering.plans import SteeringPlan
 
@@ -90,13 +90,14 @@ class Edits:
         )
 
 
-def edit(logits_BN: Tensor, router: int, tensors: Sequence[Tensor]) -> Tensor:
+def edit(logits_BN: Tensor, router: int, tensors: Sequence[Tensor], eps: float = formulas.FLOAT32_EPS) -> Tensor:
     """What `formulas.apply`, `force` and `ban` do, for rows of different plans at once, float32.
 
     Args:
         logits_BN: one router's logits.
         router: its number.
         tensors: as `Edits.tensors` returns them.
+        eps: as for `formulas.force`.
     """
     push, zeroed, forced, banned, additive, magnitude, only_lower = tensors
     push_BN = push[router]
@@ -104,6 +105,13 @@ def edit(logits_BN: Tensor, router: int, tensors: Sequence[Tensor]) -> Tensor:
     gain_B1 = torch.where(additive, 1.0, torch.where(magnitude, largest_B1.abs(), largest_B1))
     steered = logits_BN.masked_fill(zeroed[router], 0.0) + gain_B1 * push_BN
     steered = torch.where(only_lower & (push_BN < 0), steered.minimum(logits_BN), steered)
-    steered = bound(steered, logits_BN)
-    steered = torch.where(forced[router], steered.amax(-1, keepdim=True) + FORCE_MARGIN, steered)
-    return torch.where(banned[router], steered.amax(-1, keepdim=True) - BAN_DEPTH, steered)
+    steered = formulas.bound(steered, logits_BN)
+    return formulas.ban(formulas.force(steered, forced[router], eps), banned[router], eps)
+
+
+def count_listed(tensors: Sequence[Tensor], chosen_RBk: Tensor) -> Tensor:
+    """Places of forced experts that they took, all of them, and the same of banned ones, [4]."""
+    _, _, forced_RBN, banned_RBN, *_ = tensors
+    was_chosen_RBN = torch.zeros_like(forced_RBN).scatter_(2, chosen_RBk, True)
+    both = (forced_RBN, banned_RBN)
+    return torch.stack([count for marks in both for count in ((marks & was_chosen_RBN).sum(), marks.sum())])

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FLOOR, FORCE_MARGIN, FORMULAS, LOWEST
+from steermoe.formulas import BAN_DEPTH, FLOAT32_EPS, FLOOR, FORCE_MARGIN, FORMULAS, LOWEST
 from steermoe.steering.banks import Bank
 from steermoe.steering.narrowing import narrowed
 
@@ -86,7 +86,8 @@ class LayerEditor:
             steered = logits.clone(memory_format=torch.contiguous_format)
         else:
             steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
-        _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, self._place, *tokens.places)
+        eps = torch.finfo(logits.dtype).eps
+        _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, eps, self._place, *tokens.places)
         return steered if steered.dtype == logits.dtype else narrowed(steered, logits.dtype)
 
 
@@ -107,7 +108,7 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @njit(cache=True, error_model="numpy")
-def edit_row(z_N, push_N, marks_N, formula, paper, factor):
+def edit_row(z_N, push_N, marks_N, formula, paper, factor, eps=FLOAT32_EPS):
     """Steer one token's logits in place, as `steermoe.formulas` does.
 
     Args:
@@ -117,6 +118,7 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
         formula: its number in FORMULAS.
         paper: whether the scale is `paper` and not `magnitude`.
         factor: multiplies the push.
+        eps: the precision of the type that the logits are rounded to afterwards.
     """
     largest = np.float32(-np.inf)
     listed = np.uint8(0)
@@ -146,12 +148,15 @@ def edit_row(z_N, push_N, marks_N, formula, paper, factor):
             if z_N[n] < np.float32(FLOOR):
                 z_N[n] = np.float32(FLOOR)
     if listed & FORCED:
-        top = z_N.max() + np.float32(FORCE_MARGIN)
+        top = z_N.max()
+        top += max(np.float32(FORCE_MARGIN), abs(top) * np.float32(eps))
         for n in range(len(z_N)):
             if marks_N[n] & FORCED:
                 z_N[n] = top
     if listed & BANNED:
-        bottom = z_N.max() - np.float32(BAN_DEPTH)
+        bottom = z_N.min()
+        bottom -= max(np.float32(FORCE_MARGIN), abs(bottom) * np.float32(eps))
+        bottom = min(bottom, z_N.max() - np.float32(BAN_DEPTH))
         for n in range(len(z_N)):
             if marks_N[n] & BANNED:
                 z_N[n] = bottom
@@ -174,8 +179,8 @@ def narrow(z_N, bits_N):
         bits_N[n] = np.uint32(0x7FC0) if np.isnan(z_N[n]) else (wide_N[n] + half) >> np.uint32(16)
 
 
-@njit(types.void(*[types.int64] * 2, types.boolean, *[types.int64] * 4), cache=True, error_model="numpy")
-def _edit(logits, columns, is_bfloat16, layer, plans, factors, tokens):
+@njit(types.void(*[types.int64] * 2, types.boolean, types.float64, *[types.int64] * 4), cache=True, error_model="numpy")
+def _edit(logits, columns, is_bfloat16, eps, layer, plans, factors, tokens):
     """In place. Arguments are addresses: unpacking an array that Python passes costs more than steering it."""
     state = carray(pointer(layer), (5,), np.int64)
     experts = state[0]
@@ -193,8 +198,8 @@ def _edit(logits, columns, is_bfloat16, layer, plans, factors, tokens):
         if is_bfloat16:
             z_N = carray(pointer(logits + 2 * t * columns), (experts,), np.uint16)
             widen(z_N, row_N)
-            edit_row(row_N, push_N, marks_N, formula, paper, factor_T[t])
+            edit_row(row_N, push_N, marks_N, formula, paper, factor_T[t], eps)
             narrow(row_N, z_N)
         else:
             z_N = carray(pointer(logits + 4 * t * columns), (experts,), np.float32)
-            edit_row(z_N, push_N, marks_N, formula, paper, factor_T[t])
+            edit_row(z_N, push_N, marks_N, formula, paper, factor_T[t], eps)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
 from steermoe.routing.routers import chosen_experts, find_routers, language_model, shape_of
+from steermoe.routing.selection import keep_lists
 from steermoe.routing.tracker import Tracker, Window
 from steermoe.steering.banks import banks_for
-from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.steering.editing import Editor, RowLayout, Step, Tally, listed_counts
 from steermoe.steering.mapping import UNSTEERED, PlanMapping
 from steermoe.steering.plans import (
     DEFAULT_FORMULA,
@@ -83,6 +84,7 @@ class SteeringHandle:
             undo.callback(self._tracker.close)
             for router, editor in zip(self._routers, self._editors, strict=True):
                 undo.callback(intercept(self._model, router, editor))
+                undo.callback(keep_lists(self._model, router, editor))
             _STEERED[first] = self
             undo.callback(_STEERED.pop, first, None)
             self._undo = undo.pop_all()
@@ -147,14 +149,19 @@ class SteeringHandle:
             tokens_steered=int(self._tokens_steered),
             hits=self._tally.hits,
             slots=self._tally.slots,
+            **listed_counts(editor.listed for editor in self._editors),
         )
 
     def verify(self) -> None:
         """Make sure that what was asked for happened.
 
         Raises:
-            SteeringError: in some forward call, a router that should have been steered was bypassed.
+            SteeringError: in some forward call, a router that should have been steered was bypassed, did not choose a
+                forced expert, or chose a banned one.
         """
+        self._tally.count()
+        for editor in self._editors:
+            editor.check_lists()
         if self._bypassed:
             name, times = next(iter(self._bypassed.items()))
             raise SteeringError(

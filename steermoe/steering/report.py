@@ -15,6 +15,10 @@ class SteeringReport:
         tokens_steered: those of them that were steered.
         hits: top-k slots of the steered tokens that went to experts that their plans raise or force.
         slots: all top-k slots of the steered tokens, in all routers that were steered.
+        forced_hits: places of forced experts that they took. An expert has a place in each steered token's choice.
+        forced_places: all places of forced experts, over the steered tokens and their plans' lists.
+        banned_hits: places of banned experts that they took.
+        banned_places: all places of banned experts.
     """
 
     router_calls: int = 0
@@ -22,11 +26,25 @@ class SteeringReport:
     tokens_steered: int = 0
     hits: int = 0
     slots: int = 0
+    forced_hits: int = 0
+    forced_places: int = 0
+    banned_hits: int = 0
+    banned_places: int = 0
 
     @property
     def vector_share(self) -> float:
         """Share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1; 0 without slots."""
         return self.hits / self.slots if self.slots else 0.0
+
+    @property
+    def forced_share(self) -> float:
+        """Share of the places of forced experts that they took, 0 to 1; it should be 1. 1 without such places."""
+        return self.forced_hits / self.forced_places if self.forced_places else 1.0
+
+    @property
+    def banned_share(self) -> float:
+        """Share of the places of banned experts that they took, 0 to 1; it should be 0."""
+        return self.banned_hits / self.banned_places if self.banned_places else 0.0
 
     def __add__(self, other: "SteeringReport") -> "SteeringReport":
         return SteeringReport(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -35,10 +53,15 @@ class SteeringReport:
         return f"SteeringReport({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
 
     def as_dict(self) -> dict[str, float]:
-        """What users read: the share instead of the counts behind it."""
+        """What users read: shares instead of the counts behind them; those of lists only if there were any."""
+        shares = {
+            "forced_share": self.forced_share if self.forced_places else None,
+            "banned_share": self.banned_share if self.banned_places else None,
+        }
         return {
             "router_calls": self.router_calls,
             "tokens_seen": self.tokens_seen,
             "tokens_steered": self.tokens_steered,
             "vector_share": self.vector_share,
+            **{name: share for name, share in shares.items() if share is not None},
         }

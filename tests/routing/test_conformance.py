@@ -3,11 +3,12 @@
 Then the routers that transformers does not have: remote code, quantised and wrapped gates, kernels that bypass them.
 """
 
+import copy
 import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ from steermoe import (
 from steermoe.errors import SteeringError, UnsupportedModel
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.families import UNKNOWN_REASON, Family
+from steermoe.routing.recording import RoutingRecord
 from steermoe.routing.routers import Router
+from steermoe.steering.handle import SteeringHandle
 from tests.support.tiny_models import (
     CORRECTION,
     EXPERTS,
@@ -75,6 +78,7 @@ INDICES_UNSEEN = {
     "zaya": "passes the tokens that skip a layer to expert 0, times 0",
 }
 """Families whose experts are not given the indices that the router chose: these can't be checked from outside."""
+CHOICE_UNREADABLE = {"nllb_moe": "returns only weights, and that of its second expert underflows to 0 here"}
 NO_CACHE = {"openai_privacy_filter": "classifies tokens, reading both ways"}
 KINDS = {
     "mixtral": "softmax, then top-k",
@@ -378,6 +382,99 @@ def test_experts_implementations_agree(case: Case) -> None:
                     assert torch.equal(run(case.model, batch)[1, -6:], plain[1, -6:])
     finally:
         case.model.set_experts_implementation("eager")
+
+
+# ---- lists of experts to force and to ban ----
+
+ADVERSE = [0.0, 1.0, 8.0]
+"""Correction biases against the lists: 0 leaves those of the tiny models, real checkpoints have up to 12."""
+
+
+def set_biases(model: nn.Module, wanted: Sequence[int], unwanted: Sequence[int], size: float) -> None:
+    """Random correction biases of this size, lowest for the experts in `wanted` and highest for those in `unwanted`."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if CORRECTION.search(name) or name.endswith("balancing_biases"):
+            biases = torch.randn(tensor.shape, generator=generator) * size
+            biases[..., list(unwanted)] = 2 * size + biases[..., list(unwanted)].abs()
+            biases[..., list(wanted)] = -2 * size - biases[..., list(wanted)].abs()
+            with torch.no_grad():
+                tensor.copy_(biases)
+
+
+@pytest.fixture
+def adverse(case: Case) -> Iterator[Callable[..., None]]:
+    """Sets the case's biases; they are as before when the test ends."""
+    before = copy.deepcopy(case.model.state_dict())
+    buffers = {name: buffer.clone() for name, buffer in case.model.named_buffers()}
+    yield lambda wanted, unwanted, size: size and set_biases(case.model, wanted, unwanted, size)
+    case.model.load_state_dict(before)
+    for name, buffer in case.model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def check_lists(
+    case: Case, handle: SteeringHandle, record: RoutingRecord, forced: list[int], banned: list[int]
+) -> None:
+    """Every token chose the forced experts and no banned one, and the report says the same."""
+    assert record.counts is not None
+    tokens_of_text = case.inputs["input_ids"].shape[1]
+    for expert in forced:
+        assert record.counts[:, :, expert].eq(tokens_of_text).all()
+    for expert in banned:
+        assert record.counts[:, :, expert].eq(0).all()
+    report = handle.report()
+    places = tokens_of_text * len(record.counts) * len(case.routers)
+    assert (report.forced_hits, report.forced_places) == (places * len(forced),) * 2
+    assert (report.banned_hits, report.banned_places) == (0, places * len(banned))
+    handle.verify()
+
+
+@pytest.mark.parametrize("size", ADVERSE)
+@pytest.mark.parametrize("strength", [0.0, 25.0, 1e4])
+def test_forced_experts_are_always_chosen(case: Case, adverse: Any, size: float, strength: float) -> None:
+    """One of each group where all places can be forced; the vector lifts others."""
+    forced = [2, EXPERTS - 3][: min(router.top_k for router in case.routers)]
+    adverse(forced, [], size)
+    force = tuple((router.layer, expert) for router in case.routers for expert in forced)
+    vector = case.vector if strength else None
+    with record_routing(case.model) as record:
+        with steer(case.model, vector, strength or None, force=force, positions="all") as handle:
+            output = run(case.model, case.inputs)
+        check_lists(case, handle, record, forced, [])
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("size", ADVERSE)
+@pytest.mark.parametrize("strength", [0.0, 25.0, 1e4])
+def test_banned_experts_are_never_chosen(case: Case, adverse: Any, size: float, strength: float) -> None:
+    """As many as can be banned; what is left lies in two groups where a token may use only one."""
+    if strength == 1e4 and case.family in CHOICE_UNREADABLE:
+        pytest.skip(f"{case.family} {CHOICE_UNREADABLE[case.family]}")
+    left = [2, EXPERTS - 3]
+    banned = [expert for expert in range(EXPERTS) if expert not in left]
+    adverse([], banned, size)
+    ban = tuple((router.layer, expert) for router in case.routers for expert in banned)
+    vector = case.vector if strength else None
+    with record_routing(case.model) as record:
+        with steer(case.model, vector, strength or None, ban=ban, positions="all") as handle:
+            output = run(case.model, case.inputs)
+        check_lists(case, handle, record, [], banned)
+    assert output.isfinite().all()
+
+
+def test_lists_leave_other_rows_alone(case: Case) -> None:
+    """A row without lists beside one that has them, with a vector and without, to the last bit where rows can be."""
+    batch = left_padded(case, (9, 9))
+    listed = tuple((router.layer, 2) for router in case.routers)
+    with steer(case.model, rows=[plan_for(case.vector, STRENGTH, positions="all"), None]):
+        expected = run(case.model, batch)
+    with steer(case.model, rows=[plan_for(None, force=listed, positions="all"), None]):
+        other = run(case.model, batch)
+    plain = run(case.model, batch)
+    torch.testing.assert_close(other[1], plain[1], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(other[1], expected[1], rtol=0, atol=TOLERANCE)
+    assert (other[0] - plain[0]).abs().max() > 10 * TOLERANCE
 
 
 # ---- every formula on each kind of router ----

@@ -1,7 +1,7 @@
 """What the tests of vLLM share: tiny checkpoints that its kernels support, plans of every kind, and engines."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,13 @@ OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 26,
 PROMPTS = ("A dog ran home.", "It rained all night", "Two sisters met at the old station.")
 
 
-def write_checkpoint(family: str, folder: Path, **overrides: Any) -> HFEngine:
-    """A random model of the family in a folder, with a byte tokenizer; returns its hf engine."""
+def write_checkpoint(
+    family: str, folder: Path, change: Callable[[nn.Module], None] | None = None, **overrides: Any
+) -> HFEngine:
+    """A random model of the family in a folder, perhaps changed, with a byte tokenizer; returns its hf engine."""
     model = build(family, **{**SIZES, **FAMILIES.get(family, {}), **overrides})
+    if change is not None:
+        change(model)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     model.save_pretrained(folder)

@@ -10,6 +10,9 @@ they are computed, and writes them back; the graph then runs in pieces, one per 
 turns logits into probabilities becomes a custom operation instead, which edits the logits and then does what the node
 did; the graph stays whole.
 
+Where experts are forced or banned, the callback also asks for the order of all experts by score, from which llama.cpp
+takes the first k, and moves forced experts to its front and banned ones to its end.
+
 Shapes: T tokens of a forward call, N experts of a layer, L routers, P distinct plans, B texts, k experts chosen.
 """
 
@@ -19,11 +22,11 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from steermoe.engines.llamacpp.pointers import ask_host, copy_tensor, half_word, word
-from steermoe.steering.editing_numba import FORCED, RAISED, edit_row, pointer
+from steermoe.steering.editing_numba import BANNED, FORCED, RAISED, edit_row, pointer
 
 NAME_BYTES = 64
 FFN_MOE = int.from_bytes(b"ffn_moe_", "little")
-LOGITS, BIASED, PROBABILITIES, TOP_K = 0, 1, 2, 3
+LOGITS, BIASED, PROBABILITIES, TOP_K, ORDER = 0, 1, 2, 3, 4
 """Kinds of nodes of the graph, by name; others are -1."""
 
 # Positions in the state's header, an array of 64-bit integers that the callback gets as its user data.
@@ -35,6 +38,7 @@ _FIELDS = (
     *("tokens", "outputs", "has_texts", "hits", "slots", "problem"),
     *("a_row", "a_active", "a_push", "a_marks", "a_formula", "a_paper", "a_slot", "a_factor", "a_output", "a_text"),
     *("a_counts", "a_calls", "a_saved", "a_scratch", "a_state"),
+    *("any_listed", "a_listed", "a_ordered", "forced_hits", "forced_places", "banned_hits", "banned_places"),
 )
 FIELD = {name: number for number, name in enumerate(_FIELDS)}
 _AT_NAME, _AT_OP, _AT_OP_PARAMS, _AT_SRC, _AT_DATA, _AT_NE, _AT_NB, _AT_BUFFER = range(8)
@@ -43,6 +47,7 @@ _KIND, _IN_GRAPH, _FROM_TOPK, _STOP_AFTER, _EXPERTS, _TOP_K, _MAX_LAYER, _ROUTER
 _TOKENS, _OUTPUTS, _HAS_TEXTS, _HITS, _SLOTS, _PROBLEM = range(24, 30)
 _A_ROW, _A_ACTIVE, _A_PUSH, _A_MARKS, _A_FORMULA, _A_PAPER, _A_SLOT, _A_FACTOR, _A_OUTPUT, _A_TEXT = range(30, 40)
 _A_COUNTS, _A_CALLS, _A_SAVED, _A_SCRATCH, _A_STATE = range(40, 45)
+_ANY_LISTED, _A_LISTED, _A_ORDERED, _FORCED_HITS, _FORCED_PLACES, _BANNED_HITS, _BANNED_PLACES = range(45, 52)
 
 PROBLEM_SHAPE, PROBLEM_TYPE = 1, 2
 PARAMETERS = 6
@@ -152,6 +157,65 @@ def _count_node(state, row, tensor, steered):
 
 
 @njit(error_model="numpy")
+def _keep_lists(marks_N, order_N):
+    """Move forced experts to the front and banned ones to the end; all others keep their order."""
+    front, end = 0, len(order_N) - 1
+    for n in range(len(order_N)):
+        expert = order_N[n]
+        if marks_N[expert] & FORCED:
+            for m in range(n, front, -1):
+                order_N[m] = order_N[m - 1]
+            order_N[front] = expert
+            front += 1
+    for n in range(len(order_N) - 1, -1, -1):
+        expert = order_N[n]
+        if marks_N[expert] & BANNED:
+            for m in range(n, end):
+                order_N[m] = order_N[m + 1]
+            order_N[end] = expert
+            end -= 1
+
+
+@njit(error_model="numpy")
+def _order_node(state, row, tensor):
+    """Make one layer's order of all experts [T, N] keep to the lists, and count what they achieve."""
+    experts = word(tensor + state[_AT_NE])
+    tokens = word(tensor + state[_AT_NE] + 8)
+    every, outputs, routers, top_k = state[_TOKENS], state[_OUTPUTS], state[_ROUTERS], state[_TOP_K]
+    if experts != state[_EXPERTS] or tokens not in (every, outputs):
+        state[_PROBLEM] = PROBLEM_SHAPE
+        return
+    if word(tensor + state[_AT_NB]) != 4 or word(tensor + state[_AT_NB] + 8) != 4 * experts:
+        state[_PROBLEM] = PROBLEM_TYPE
+        return
+    is_host = ask_host(state[_IS_HOST], _buffer(state, tensor)) != 0
+    data = word(tensor + state[_AT_DATA]) if is_host else state[_A_SCRATCH]
+    if not is_host:
+        copy_tensor(state[_GET], tensor, data, 4 * tokens * experts)
+    order_TN = carray(pointer(data), (tokens, experts), np.int32)
+    slot_T = carray(pointer(state[_A_SLOT]), (every,), np.int32)
+    factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
+    output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
+    carray(pointer(state[_A_ORDERED]), (routers,), np.int64)[row] += 1
+    for t in range(tokens):
+        token = t if tokens == every else output_T[t]
+        slot = slot_T[token]
+        if slot < 0 or factor_T[token] == 0:
+            continue
+        marks_N = carray(pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
+        _keep_lists(marks_N, order_TN[t])
+        for n in range(experts):
+            marks = marks_N[order_TN[t, n]]
+            state[_FORCED_PLACES] += (marks & FORCED) != 0
+            state[_BANNED_PLACES] += (marks & BANNED) != 0
+            if n < top_k:
+                state[_FORCED_HITS] += (marks & FORCED) != 0
+                state[_BANNED_HITS] += (marks & BANNED) != 0
+    if not is_host:
+        copy_tensor(state[_SET], tensor, data, 4 * tokens * experts)
+
+
+@njit(error_model="numpy")
 def _buffer(state, tensor):
     """The backend buffer of a tensor, or of the tensor that it is a view of."""
     return word(tensor + state[_AT_BUFFER])
@@ -172,6 +236,8 @@ def _kind_of(state, tensor):
             kind, at = BIASED, 22
     elif name[8] == 112 and name[9] == 114 and name[12] == 115 and name[13] == 45:  # "pr", "s-": probs
         kind, at = PROBABILITIES, 14
+    elif name[8] == 97 and name[9] == 114 and name[14] == 116 and name[15] == 45:  # "ar", "t-": argsort
+        kind, at = ORDER, 16
     elif name[8] == 116 and name[9] == 111 and name[11] == 107 and name[12] == 45:  # "to", "k-": topk
         kind, at = TOP_K, 13
     if kind < 0:
@@ -188,7 +254,7 @@ def _kind_of(state, tensor):
 @njit(error_model="numpy")
 def _router_of(state, tensor):
     """A node's kind and the router that it belongs to; (-1, -1) if it is of no use here."""
-    if state[_IN_GRAPH] != 0 and state[_FROM_TOPK] == 0:
+    if state[_IN_GRAPH] != 0 and state[_FROM_TOPK] == 0 and state[_ANY_LISTED] == 0:
         # llama.cpp reads the operation anyway, but not the name, which would have to come from memory
         op = half_word(tensor + state[_AT_OP])
         if op != state[_OP_SOFTMAX] and op != state[_OP_UNARY] and op != state[_OP_CUSTOM]:
@@ -209,6 +275,11 @@ def _on_node(tensor, asks, state):
         if asks != 0:
             _switch(state, row, tensor, active)
         return asks == 0
+    if kind == ORDER:
+        is_listed = carray(pointer(state[_A_LISTED]), (state[_ROUTERS],), np.uint8)[row] != 0
+        if asks == 0 and is_listed:
+            _order_node(state, row, tensor)
+        return is_listed if asks != 0 else True
     if kind == TOP_K:
         wanted = state[_FROM_TOPK] != 0 and (active or state[_HAS_TEXTS] != 0)
         if asks == 0 and wanted:

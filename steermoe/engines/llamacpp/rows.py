@@ -67,8 +67,10 @@ class Run:
         self._state = state
         self._plans = PlanMapping()
         self._calls = self._seen = self._steered = self._hits = self._slots = 0
+        self._listed = SteeringReport()
         state.install([])
         state.take_share()
+        state.take_listed()
         self.clear()
 
     def clear(self) -> None:
@@ -111,7 +113,8 @@ class Run:
         hits, slots = self._state.take_share()
         self._hits += hits
         self._slots += slots
-        return SteeringReport(self._calls, self._seen, self._steered, self._hits, self._slots)
+        self._listed += SteeringReport(**self._state.take_listed())
+        return SteeringReport(self._calls, self._seen, self._steered, self._hits, self._slots) + self._listed
 
     def _drop(self) -> list[LlamaRow]:
         """Take the finished rows out, and close the gaps that they leave."""

@@ -80,6 +80,8 @@ class CallbackState:
         self._keep("output", np.zeros(capacity, dtype=np.int32))
         self._keep("text", np.full(capacity, -1, dtype=np.int32))
         self._keep("calls", np.zeros(routers, dtype=np.int64))
+        self._keep("listed", np.zeros(routers, dtype=np.uint8))
+        self._keep("ordered", np.zeros(routers, dtype=np.int64))
         self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
         self._keep("scratch", np.zeros(capacity * int(self.header[FIELD["experts"]]), dtype=np.float32))
         self._set("a_state", self.header.ctypes.data)
@@ -102,8 +104,8 @@ class CallbackState:
         banks = banks_for(self._model.shape, plans)
         push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
         marks_PLN = np.stack([marks_of(bank) for bank in banks], 1)
-        busy_PL = (push_PLN != 0).any(-1) | (marks_PLN & (FORCED | BANNED) != 0).any(-1)
-        self._busy_PL = busy_PL
+        self._listed_PL = (marks_PLN & (FORCED | BANNED) != 0).any(-1)
+        self._busy_PL = (push_PLN != 0).any(-1) | self._listed_PL
         self._keep("push", np.ascontiguousarray(push_PLN))
         self._keep("marks", np.ascontiguousarray(marks_PLN))
         self._keep("formula", np.array([FORMULAS.index(plan.formula) for plan in plans] or [0], dtype=np.int32))
@@ -150,9 +152,12 @@ class CallbackState:
         steered_T = (slot_T[:tokens] >= 0) & (factor_T[:tokens] != 0)
         used = np.unique(slot_T[:tokens][steered_T])
         self._kept["active"][:] = self._busy_PL[used].any(0) if len(used) else 0
+        self._kept["listed"][:] = self._listed_PL[used].any(0) if len(used) else 0
+        self._set("any_listed", int(self._kept["listed"].any()))
         self._set("tokens", tokens)
         self._set("outputs", len(outputs))
         self._kept["calls"][:] = 0
+        self._kept["ordered"][:] = 0
         return int(steered_T.sum())
 
     def verify(self) -> int:
@@ -184,6 +189,13 @@ class CallbackState:
                 f"node '{self._model.node}-{layer}' in a known way: this architecture can't be steered here; "
                 "use --engine hf"
             )
+        unordered = (self._kept["listed"] != 0) & (self._kept["ordered"] == 0)
+        if unordered.any():
+            layer = self._model.layers[int(unordered.argmax())]
+            raise SteeringError(
+                f"llama.cpp computed no node 'ffn_moe_argsort-{layer}', so no expert can be forced or banned in "
+                f"{self._model.architecture} here; use --engine hf, or a llama-cpp-python that steermoe was tested with"
+            )
         return int(calls_L.sum())
 
     def take_share(self) -> tuple[int, int]:
@@ -192,3 +204,11 @@ class CallbackState:
         self._set("hits", 0)
         self._set("slots", 0)
         return hits, slots
+
+    def take_listed(self) -> dict[str, int]:
+        """The counts of `SteeringReport` for forced and banned experts since the last call."""
+        names = ("forced_hits", "forced_places", "banned_hits", "banned_places")
+        counts = {name: int(self.header[FIELD[name]]) for name in names}
+        for name in names:
+            self._set(name, 0)
+        return counts

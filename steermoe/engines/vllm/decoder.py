@@ -16,6 +16,7 @@ from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import Tokenizer
 from steermoe.engines.vllm.steps import RECORD
 from steermoe.engines.vllm.wire import KEY, pack
+from steermoe.errors import SteeringError
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
 from steermoe.steering.report import SteeringReport
@@ -33,13 +34,20 @@ class VLLMDecoder:
         tokenizer: the model's tokenizer.
         ends: tokens that end a text.
         record: also fill `Completion.frequency`.
+        no_lists: why plans that force or ban experts are refused; "" if they are not.
     """
 
     def __init__(
-        self, vllm: Any, shape: RoutingShape, tokenizer: Tokenizer, ends: set[int], record: bool = False
+        self,
+        vllm: Any,
+        shape: RoutingShape,
+        tokenizer: Tokenizer,
+        ends: set[int],
+        record: bool = False,
+        no_lists: str = "",
     ) -> None:
         self._vllm, self._shape, self._tokenizer, self._ends = vllm, shape, tokenizer, ends
-        self._record = record
+        self._record, self._no_lists = record, no_lists
         self._rows: dict[str, Row[None]] = {}
         self._was_steered = False
 
@@ -55,7 +63,20 @@ class VLLMDecoder:
         self.clear()
 
     def report(self) -> SteeringReport | None:
-        return report_of(self._vllm) if self._was_steered else None
+        """As `Decoder.report`.
+
+        Raises:
+            SteeringError: a forced expert was not chosen, or a banned one was.
+        """
+        if not self._was_steered:
+            return None
+        found = report_of(self._vllm)
+        if found.forced_share < 1 or found.banned_share > 0:
+            raise SteeringError(
+                f"vLLM's routers chose forced experts in {found.forced_share:.1%} of their places and banned ones in "
+                f"{found.banned_share:.1%}: this architecture does not keep to lists here; use --engine hf"
+            )
+        return found
 
     def start(
         self,
@@ -89,6 +110,8 @@ class VLLMDecoder:
         extra: dict[str, Any] = {RECORD: b"1"} if self._record else {}  # bytes, which no client of a server can send
         if request.plan is not None and request.plan.does_something:
             check_plan(self._shape, request.plan)
+            if self._no_lists and (request.plan.force or request.plan.ban):
+                raise SteeringError(f"vLLM can't force or ban experts here: {self._no_lists}; use --engine hf")
             extra[KEY] = pack(request.plan)
         params.extra_args = extra or None
         return params

@@ -66,6 +66,7 @@ class VLLMEngine:
         if reason := next(filter(None, self.ask("steermoe_reason")), ""):
             self.close()
             raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
+        self._no_lists = next(filter(None, self.ask("steermoe_no_lists")), "")
         self.shape = replace(shape_of_config(self._vllm.model_config), name=self.name)
         self.tokenizer = self._source.tokenizer(trust_remote_code)
         self.ends = end_tokens(self._source.eos_token_id(), self.tokenizer)
@@ -117,7 +118,7 @@ class VLLMEngine:
 
     def decoder(self, rows: int = MAX_TEXTS, *, record: bool = False) -> VLLMDecoder:
         """As `Engine.decoder`; vLLM itself decides how many requests run together."""
-        return VLLMDecoder(self._vllm, self.shape, self.tokenizer, self.ends, record)
+        return VLLMDecoder(self._vllm, self.shape, self.tokenizer, self.ends, record, self._no_lists)
 
     def report(self) -> SteeringReport:
         """What was steered since the last report, by all workers together."""

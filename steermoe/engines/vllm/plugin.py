@@ -3,6 +3,7 @@
 Where vLLM is touched, and nowhere else:
 - every MoE layer is run by `MoERunner`; its replacement (`register_oot`, vLLM's own way) edits the router's logits
   right before they are dispatched and top-k reads them;
+- the router of such a layer computes its choice in `_compute_routing`, which is wrapped to keep to lists of experts;
 - a worker's model runner knows which tokens each forward call holds (`_prepare_inputs`), and when it is over;
 - a request's steering is read, checked and packed where requests come in (`InputProcessor.process_inputs`);
 - the prefix cache keeps apart what was computed under different steering (the hash of each block of keys and values);
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from steermoe.engines.request import require_steered
+from steermoe.engines.vllm.selection import Choice
 from steermoe.engines.vllm.spec import packed
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
@@ -37,7 +39,7 @@ from steermoe.steering.resolver import PlanResolver
 TESTED = "0.32."
 """What the versions of vLLM that this was tested with begin with."""
 ANY_VERSION = "STEERMOE_ANY_VLLM"
-SALT = "steermoe-1"
+SALT = "steermoe-2"
 """Distinguishes compiled artifacts with steering from those without; must change when the compiled op does."""
 NUMBAS_LIBRARY = "llvmlite.binding.ffi"
 PADDING = 1024
@@ -95,6 +97,13 @@ def _register_op() -> None:
     library.define("steer(Tensor logits, int router) -> Tensor")
     library.impl("steer", _steer, "CompositeExplicitAutograd")
     torch.library.register_fake("steermoe::steer", lambda logits, router: torch.empty_like(logits), lib=library)
+    library.define("choose(Tensor logits, Tensor weights, Tensor experts, int router) -> (Tensor, Tensor)")
+    library.impl("choose", _choose, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        "steermoe::choose",
+        lambda logits, weights, experts, router: (torch.empty_like(weights), torch.empty_like(experts)),
+        lib=library,
+    )
     register.library = library  # type: ignore[attr-defined]  # the op lives as long as this object
 
 
@@ -102,6 +111,27 @@ def _steer(logits: Tensor, router: int) -> Tensor:
     """The op that compiled code calls: what it returns must be a new tensor."""
     steered = logits if _active is None else _active.edit(router, logits)
     return logits.clone() if steered is logits else steered
+
+
+def _choose(logits: Tensor, weights: Tensor, experts: Tensor, router: int) -> tuple[Tensor, Tensor]:
+    """The op that compiled code calls: what it returns must be new tensors."""
+    found = (weights, experts) if _active is None else _active.choose(router, logits, weights, experts)
+    return (weights.clone(), experts.clone()) if found[1] is experts else found
+
+
+def _around_routing(steps: Steps, number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wrap the method with which a layer's router turns logits into weights and experts."""
+
+    def around(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def _compute_routing(hidden: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            weights, experts = compute(hidden, router_logits, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return torch.ops.steermoe.choose(router_logits, weights, experts, number)
+            return steps.choose(number, router_logits, weights, experts)
+
+        return _compute_routing
+
+    return around
 
 
 def _steered(runner: type) -> type:
@@ -162,10 +192,15 @@ def _attach(model_runner: Any) -> Steps:
         plans=config.scheduler_config.max_num_seqs,
         device=model_runner.device,
         graphs=compiled and model_runner.device.type != "cpu",
+        choices=[Choice.of(found[router.layer].router) for _, router in mine],
+        lists_reason=next(filter(None, (_no_lists(found[router.layer]) for _, router in mine)), ""),
     )
     for number, (_, router) in enumerate(mine):
         module = found[router.layer]
         module.steering, module.router_number = steps, number
+        if steps.choices[number] is not None:
+            routing = _need(module.router, "_compute_routing")
+            module.router._compute_routing = _around_routing(steps, number)(routing)
         if not compiled:
             module.router.set_capture_fn(functools.partial(steps.chose, number))
     _active = steps
@@ -208,6 +243,18 @@ def _refuse_layer(router: RouterShape, module: Any) -> None:
             f"layer {router.layer} chooses {top_k} of {experts} experts in vLLM, {router.top_k} of "
             f"{router.num_experts} in transformers: they are not the same model"
         )
+
+
+def _no_lists(module: Any) -> str:
+    """Why a layer can't keep to lists of experts; "" if it can."""
+    kind = type(module.router).__name__
+    if module.is_monolithic:
+        return f"layer {module.layer_id} ({kind}) chooses its experts in the kernel that runs them"
+    if module.do_naive_dispatch_combine or module.moe_config.pcp_size > 1:
+        return f"layer {module.layer_id} ({kind}) chooses experts for tokens of other workers too"
+    if getattr(module.router, "num_fused_shared_experts", 0):
+        return f"layer {module.layer_id} ({kind}) adds shared experts to its choice"
+    return ""
 
 
 def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,6 +304,11 @@ class WorkerReport:
             return ""
         return getattr(self.model_runner, "steermoe_reason", "its plugin was not loaded")
 
+    def steermoe_no_lists(self) -> str:
+        """Why this worker can't force or ban experts; "" if it can."""
+        steps = getattr(self.model_runner, "steermoe", None)
+        return "" if steps is None else steps.lists_reason
+
     def steermoe_recorded(self) -> dict[str, list[tuple[int, list[int]]]]:
         """As `Steps.recorded`, by the names that callers gave to the requests."""
         found = self.model_runner.steermoe.recorded()
@@ -283,6 +335,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
                 most = getattr(params, "max_tokens", None)
                 if plan is not None and plan is not asked and most is not None:
                     require_steered(unpack(plan), most)
+                _refuse_lists(plan, getattr(self, "steermoe_no_lists", ""))
             except SteerMoEError as error:
                 refused = _load("vllm.exceptions", "VLLMValidationError")
                 raise refused(f"steering: {error}", parameter=KEY) from error
@@ -293,6 +346,12 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
         return process(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs
+
+
+def _refuse_lists(plan: bytes | None, reason: str) -> None:
+    """Raise UnsupportedModel for a plan that forces or bans experts where there is a reason against it."""
+    if reason and plan is not None and (unpack(plan).force or unpack(plan).ban):
+        raise UnsupportedModel(f"experts can't be forced or banned here: {reason}; leave force and ban out")
 
 
 def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:

@@ -174,6 +174,8 @@ class SteeringEndpoint:
             raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
         resolver = PlanResolver(shape_of_config(engine_client.model_config), watch=True, names_only=True)
         engine_client.input_processor.steermoe_resolver = resolver
+        no_lists = await engine_client.collective_rpc("steermoe_no_lists")
+        engine_client.input_processor.steermoe_no_lists = next(filter(None, no_lists), "")
         state.steermoe = resolver, list(args.served_model_name)
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steermoe.engines.vllm.selection import Choice
 from steermoe.engines.vllm.wire import unpack
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
-from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.steering.editing import Editor, RowLayout, Step, Tally, listed_counts
 from steermoe.steering.mapping import UNSTEERED, factor_table
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
@@ -78,9 +79,12 @@ class Steps:
         plans: the most plans of a forward call.
         device: where logits are.
         graphs: whether calls may be captured and replayed; then no decision may depend on values of the host.
+        choices: how each router chooses; None for one that takes the largest logits.
+        lists_reason: why plans with lists of experts are refused; "" if they are not.
 
     Attributes:
         uses_kernels: whether compiled kernels edit the logits, and not torch.
+        choices, lists_reason: as given.
     """
 
     def __init__(
@@ -91,8 +95,11 @@ class Steps:
         plans: int,
         device: torch.device,
         graphs: bool,
+        choices: Sequence[Choice | None] = (),
+        lists_reason: str = "",
     ) -> None:
         self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
+        self.choices, self.lists_reason = list(choices) or [None] * len(self.routers), lists_reason
         self._tally = Tally()
         self.editors = [Editor(f"layer {router.layer}", router, self._tally) for router in routers]
         for editor in self.editors:
@@ -166,6 +173,29 @@ class Steps:
             return editor.edit(logits)
         return torch.cat([editor.edit(logits[:tokens]), logits[tokens:]])
 
+    def choose(self, number: int, logits: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and experts [T, k] that keep to the tokens' lists; the same tensors if there is nothing to do.
+
+        Args:
+            number: the router's.
+            logits: its edited logits [T, W].
+            weights: the weights of its own choice.
+            experts: its own choice.
+        """
+        editor, choice = self.editors[number], self.choices[number]
+        if choice is None:
+            return weights, experts
+        if self._graphs:
+            editor.step = Step(0, None, layout=self._filled_layout(len(logits)))
+            return choice.again(logits, editor.lists(logits.device), weights, experts)
+        step = editor.step
+        if step is None or step.layout is None or not editor.has_lists():
+            return weights, experts
+        here, lists = slice(len(step.layout.plan_T)), editor.lists(logits.device)
+        new = choice.again(logits[here], lists, weights[here], experts[here])
+        rest = slice(len(step.layout.plan_T), None)
+        return torch.cat([new[0], weights[rest]]), torch.cat([new[1], experts[rest]])
+
     def chose(self, number: int, chosen_Tk: Tensor) -> None:
         """Count the experts that the `number`-th router chose; only if calls are not compiled."""
         editor = self.editors[number]
@@ -192,10 +222,11 @@ class Steps:
         self._tally.count()
         calls = sum(editor.calls for editor in self.editors)
         tally = self._tally
-        found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, tally.hits, tally.slots)
+        listed = listed_counts(editor.listed for editor in self.editors)
+        found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, tally.hits, tally.slots, **listed)
         self._tally = Tally()
         for editor in self.editors:
-            editor.calls, editor._tally = 0, self._tally
+            editor.calls, editor.listed, editor._tally = 0, 0, self._tally
         self._tokens_seen = self._tokens_steered = 0
         return found
 
@@ -281,6 +312,10 @@ class Steps:
                 oldest = min((key for key in known if key not in keep), key=lambda key: known[key].used)
                 self._free.append(known.pop(oldest).number)
             plan = unpack(data)
+            if self.lists_reason and (plan.force or plan.ban):
+                raise SteeringError(
+                    f"experts can't be forced or banned here: {self.lists_reason}; use --engine hf, or a vector"
+                )
             found = _Installed(self._free.pop(), plan, WAYS.index((plan.formula, plan.scale)), 0)
             self._install(found)
             known[data] = found
@@ -290,7 +325,6 @@ class Steps:
     def _install(self, new: _Installed) -> None:
         self._tally.count()  # it reads the plans that are in the banks now
         self._last = None
-        plans = [other.plan for other in self._installed.values()] + [new.plan]
         self._formula_P[new.number] = FORMULAS.index(new.plan.formula)
         self._paper_P[new.number] = new.plan.scale == "paper"
         for number, (editor, row) in enumerate(zip(self.editors, self.rows, strict=True)):
@@ -303,7 +337,7 @@ class Steps:
                 editor.bank = replace(
                     editor.bank,
                     is_idle=editor.bank.is_idle and own.is_idle,
-                    has_lists=any(plan.force or plan.ban for plan in plans),
+                    has_lists=bool((editor.bank.forced | editor.bank.banned).any()),
                     may_lower=editor.bank.may_lower or own.may_lower,
                 )
 

@@ -1,9 +1,11 @@
 """Families of transformers in llama.cpp: the same weights choose the same experts, steered and not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.support import tiny_ggufs
+from tests.support import tiny_ggufs, tiny_models
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
 pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
@@ -81,3 +83,36 @@ def test_choices_on_a_text(family):
     moved = (counts - record.counts[0]).abs().sum() / 2
     assert moved <= (1 - SAME) * counts.sum()
     assert counts.sum() == record.counts.sum()
+
+
+@pytest.fixture(scope="module", params=tiny_ggufs.FAMILIES)
+def adverse(request, tmp_path_factory):
+    """A family whose correction biases, if it has any, are against the lists of the test."""
+    loaded = tiny_ggufs.build(request.param)
+    for name, tensor in [*loaded.model.named_parameters(), *loaded.model.named_buffers()]:
+        if tiny_models.CORRECTION.search(name):
+            tensor.data[:] = torch.tensor([8.0 if expert in BANNED else -8.0 for expert in range(len(tensor))])
+    return loaded, tiny_ggufs.write(loaded, tmp_path_factory.mktemp("gguf"))
+
+
+FORCED, BANNED = (2,), (0, 1, 3, 6)
+"""With groups of 4 of which a token uses one: bans leave the first group too few experts."""
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e4])
+@pytest.mark.parametrize("reach", ["graph", "pieces"])
+@pytest.mark.parametrize("lists", [(FORCED, ()), ((), BANNED), (FORCED, BANNED)], ids=str)
+def test_lists_hold_whatever_the_biases(adverse, reach, lists, strength):
+    _, path = adverse
+    force, ban = ([(layer, expert) for layer in range(tiny_ggufs.LAYERS) for expert in named] for named in lists)
+    plan = replace(make_plan(), strength=strength, force=tuple(force), ban=tuple(ban), positions="all")
+    engine = LlamaCppEngine(str(path), reach=reach, cache="f32")
+    tokens = torch.randint(3, 250, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    chosen_TLN = engine.chosen(tokens, plan)
+    assert (chosen_TLN[:, :, lists[0]] == 1).all()
+    assert (chosen_TLN[:, :, lists[1]] == 0).all()
+    (ours,) = engine.generate([Request(PROMPT, plan, GREEDY)])
+    places = ours.report.tokens_steered + 12  # the last layer computes only the prompt's last token, and 11 new ones
+    assert ours.report.forced_places == ours.report.forced_hits == places * len(lists[0])
+    assert ours.report.banned_places == places * len(lists[1])
+    assert ours.report.banned_hits == 0

@@ -1,6 +1,7 @@
 """The vLLM engine against the hf engine: the same greedy tokens, for every kind of plan, on several families."""
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
@@ -8,8 +9,10 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.engines.vllm.engine import VLLMEngine
 from steermoe.models import loading
+from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
+from tests.support.tiny_models import CORRECTION
 from tests.support.vllm_engines import (
     FAMILIES,
     OPTIONS,
@@ -18,6 +21,7 @@ from tests.support.vllm_engines import (
     one_by_one,
     plans_of_every_kind,
     requests,
+    vector,
     write_checkpoint,
 )
 
@@ -40,6 +44,47 @@ def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
     assert len(set(expected)) > len(plans) // 2, "steering must change these texts, or the test shows nothing"
     found = all_at_once(engine, asked)
     assert dict(zip(plans, found, strict=True)) == dict(zip(plans, expected, strict=True))
+
+
+FORCED, BANNED = 2, (0, 1, 3, 6)
+"""With groups of 4 of which a token uses one: bans leave the first group too few experts."""
+
+
+def adverse(model):
+    """Correction biases against the lists, as large as in real checkpoints."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if CORRECTION.search(name):
+            tensor.data[:] = torch.tensor([6.0 if n in BANNED else -6.0 if n == FORCED else n / 8 for n in range(8)])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["glm4_moe", "mixtral"])
+def test_lists_hold_whatever_the_biases(family, compiled, tmp_path):
+    reference = write_checkpoint(family, tmp_path / family, adverse)
+    engine = VLLMEngine(str(tmp_path / family), compiled=compiled, **OPTIONS)
+    try:
+        layers = engine.shape.layers
+        force, ban = tuple((layer, FORCED) for layer in layers), tuple((layer, n) for layer in layers for n in BANNED)
+        sport = vector(engine.shape, 4, 7)
+        plans = [
+            SteeringPlan(force=force, positions="all"),
+            None,
+            SteeringPlan(ban=ban, positions="all"),
+            SteeringPlan(sport, 25.0, force=force, ban=ban),
+            SteeringPlan(sport, 25.0, "additive", force=force, positions="all"),
+        ]
+        asked = requests(plans)
+        assert all_at_once(engine, asked) == one_by_one(reference, asked)
+        for request in asked:
+            (found,) = engine.generate([request])
+            if request.plan is not None and not compiled:
+                report = found.report
+                assert report.forced_hits == report.forced_places
+                assert (report.forced_places > 0) == bool(request.plan.force)
+                assert report.banned_hits == 0
+                assert (report.banned_places > 0) == bool(request.plan.ban)
+    finally:
+        end(engine)
 
 
 @pytest.mark.default_model

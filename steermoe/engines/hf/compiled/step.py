@@ -17,6 +17,7 @@ from steermoe.engines.hf.cache import DummyLayer, empty_cache
 from steermoe.errors import UnsupportedModel
 from steermoe.routing.intercept import intercept
 from steermoe.routing.routers import Router, chosen_experts, find_routers
+from steermoe.routing.selection import Lists, keep_lists
 from steermoe.steering.editing_graph import edit
 from steermoe.steering.narrowing import narrowed
 
@@ -73,10 +74,18 @@ class _GraphEditor:
     def edit(self, logits: Tensor) -> Tensor:
         flat = logits.flatten(0, -2)
         experts = self._router.num_experts
-        steered = narrowed(edit(flat[:, :experts].float(), self._number, self._call.edits), logits.dtype)
+        eps = torch.finfo(logits.dtype).eps
+        steered = narrowed(edit(flat[:, :experts].float(), self._number, self._call.edits, eps), logits.dtype)
         if experts < flat.shape[1]:
             steered = torch.cat([steered, flat[:, experts:]], -1)
         return steered.view(logits.shape)
+
+    def has_lists(self) -> bool:
+        return True  # some rows of some call may have them
+
+    def lists(self, device: torch.device) -> Lists:
+        _, _, forced, banned, *_ = self._call.edits
+        return Lists(forced[self._number], banned[self._number])
 
     def observe(self, output: Any) -> None:
         self._call.chosen[self._number] = chosen_experts(self._router, output)
@@ -139,7 +148,9 @@ class DecodeStep(nn.Module):
         config: Any = self.model.config
         with ExitStack() as undo:
             for number, router in enumerate(self.routers):
-                undo.callback(intercept(self.model, router, _GraphEditor(self._call, number, router)))
+                editor = _GraphEditor(self._call, number, router)
+                undo.callback(intercept(self.model, router, editor))
+                undo.callback(keep_lists(self.model, router, editor))
             undo.callback(self.model.set_experts_implementation, config._experts_implementation)
             self.model.set_experts_implementation(EXPERTS)
             yield

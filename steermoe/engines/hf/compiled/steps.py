@@ -14,7 +14,8 @@ from steermoe.engines.hf.cache import RowCache
 from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
-from steermoe.steering.editing_graph import Edits
+from steermoe.steering.editing import listed_counts
+from steermoe.steering.editing_graph import Edits, count_listed
 from steermoe.steering.mapping import PlanMapping
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
@@ -43,6 +44,7 @@ class CompiledSteps:
         """Start a new report."""
         self._tokens_seen = self._tokens_steered = self._router_calls = self._slots = 0
         self._hits = torch.zeros((), dtype=torch.long)
+        self._listed = torch.zeros(4, dtype=torch.long)
 
     def serves(self, rows: int) -> bool:
         """Whether there is a step for this many rows."""
@@ -71,6 +73,7 @@ class CompiledSteps:
         columns = torch.arange(states[0].shape[2])
         mask_BC = (columns >= (column - cached_B)[:, None]) & (columns <= column)
         edits, wanted_RBN, steered = self._edits(plans, index_B)
+        has_lists = any(bank.has_lists for bank in self._banks)
         logits_BV, chosen_RBk = step(
             tokens_B1, cached_B[:, None], mask_BC.long(), torch.tensor([column]), states, edits
         )
@@ -80,6 +83,8 @@ class CompiledSteps:
             self._router_calls += self._steered_routers
             self._hits += wanted_RBN.gather(-1, chosen_RBk).sum()
             self._slots += steered * chosen_RBk.shape[-1] * self._steered_routers
+            if has_lists:
+                self._listed += count_listed(edits, chosen_RBk)
         return logits_BV
 
     def saw(self, tokens: int) -> None:
@@ -94,6 +99,7 @@ class CompiledSteps:
             tokens_steered=self._tokens_steered,
             hits=int(self._hits),
             slots=self._slots,
+            **listed_counts([self._listed]),
         )
 
     def _step(self, rows: int) -> CompiledStep | None:

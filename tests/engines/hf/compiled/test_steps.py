@@ -10,16 +10,21 @@ import pytest
 import torch
 
 from steermoe.engines.hf.compiled import artifacts
+from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import GenerationError, ModelError
 from steermoe.models.quantization import quantize, quantize_model
+from steermoe.routing.recording import record_routing
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import banks_for
-from steermoe.steering.editing_graph import Edits, edit
+from steermoe.steering.editing_graph import Edits, count_listed, edit
 from steermoe.steering.handle import steer
+from steermoe.steering.mapping import PlanMapping
+from steermoe.steering.plans import SteeringPlan
 from tests.support import steering_models as tiny
 from tests.support.rolling import build, requests_for, roll
+from tests.support.tiny_models import CORRECTION
 
 QUICK = ("granitemoeshared", "gpt_oss")
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe", "glm4_moe", "phimoe", "ernie4_5_moe", "dots1")
@@ -81,6 +86,72 @@ def test_edits_of_a_step_are_those_of_the_formulas(formula, scale, strength):
     expected = BY_NAME[formula](logits[:1], plan.vector.experts[1], strength, scale)
     torch.testing.assert_close(edited[:1], expected)
     assert torch.equal(edited[1:], logits[1:])
+
+
+FORCED, BANNED = 2, (0, 1, 3, 6)
+"""With groups of 4 of which a token uses one: bans leave the first group too few experts."""
+
+
+def adverse(family):
+    """A model whose correction biases are against the lists, as large as in real checkpoints."""
+    model = build(family)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if CORRECTION.search(name):
+            tensor.data[:] = torch.tensor([6.0 if n in BANNED else -6.0 if n == FORCED else n / 8 for n in range(8)])
+    return model
+
+
+def plans_with_lists(model):
+    layers = shape_of(model).layers
+    force, ban = tuple((layer, FORCED) for layer in layers), tuple((layer, n) for layer in layers for n in BANNED)
+    return [
+        SteeringPlan(force=force),
+        None,
+        SteeringPlan(ban=ban),
+        tiny.plan_for_experts(model, 4, strength=25.0, force=force, ban=ban),
+    ]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "mixtral"])
+def test_a_traced_step_keeps_to_the_lists_of_each_row(family):
+    model = adverse(family)
+    plans = plans_with_lists(model)
+    mapping = PlanMapping(plans)
+    banks = banks_for(shape_of(model), mapping.plans)
+    tensors = Edits.of(mapping.plans, banks, mapping.numbers(plans), torch.ones(len(plans))).tensors()
+    step, ids = DecodeStep(model), torch.tensor([[40], [41], [42], [43]])
+    with torch.no_grad(), record_routing(model) as plain:
+        model(input_ids=ids)
+    with torch.no_grad(), step.traceable():
+        step._call.edits = tensors
+        model(input_ids=ids)
+    chosen_RBk = torch.stack([step._call.chosen[number] for number in range(len(step.routers))])
+    for row, plan in enumerate(plans):
+        for number, layer in enumerate(shape_of(model).layers):
+            chosen = set(chosen_RBk[number, row].tolist())
+            if plan is None:
+                assert chosen == set(plain.counts[row, number].nonzero().flatten().tolist())
+            else:
+                assert {expert for at, expert in plan.force if at == layer} <= chosen
+                assert not {expert for at, expert in plan.ban if at == layer} & chosen
+    places = 2 * len(step.routers)
+    assert count_listed(tensors, chosen_RBk).tolist() == [places, places, 0, places * len(BANNED)]
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_lists_hold_whatever_the_biases(family, compiled):
+    model = adverse(family)
+    compiled(model, ["one"])
+    own, faster = HFEngine(tiny.loaded(model), compiled=False), HFEngine(tiny.loaded(model))
+    assert faster.compiled_steps().serves(1)
+    for plan in plans_with_lists(model):
+        request = Request("Once upon a time", plan, Sampling(max_new_tokens=12, min_new_tokens=12, do_sample=False))
+        (expected,), (found,) = own.generate([request]), faster.generate([request])
+        assert found.token_ids == expected.token_ids
+        if plan is not None:
+            assert found.report == expected.report
+            assert found.report.forced_hits == found.report.forced_places == (22 if plan.force else 0)
+            assert (found.report.banned_hits, found.report.banned_places) == (0, 22 * len(BANNED) if plan.ban else 0)
 
 
 def test_streaming_gives_the_same_pieces(compiled):
