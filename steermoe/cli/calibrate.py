@@ -57,13 +57,13 @@ def calibrate(
     from steermoe.vectors import file, library
 
     check_budget(budget)
-    paths = [library.find_vector(name, folder=vectors) for name in dict.fromkeys(domain)]
+    paths = {name: library.find_vector(name, folder=vectors) for name in dict.fromkeys(domain)}
     loaded = model.load()
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.teacher_forcing import TeacherForcing
     from steermoe.evaluation.texts import neutral_texts
 
-    found = [library.read_fitting(each, loaded.shape) for each in paths]
+    found = [library.read_fitting(each, loaded.shape, foreign=library.is_path(name)) for name, each in paths.items()]
     source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):
         neutral = neutral_texts(source)

@@ -53,6 +53,7 @@ def compare(
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: ModelOptions,
+    special_tokens: o.SpecialTokens = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw the comparison as this SVG file.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -76,7 +77,8 @@ def compare(
     runner = model.open()
     plans = list(map(PlanResolver(runner.shape, vectors).plan, specs))
     o.warn_beyond_safe_range(plans)
-    requests = [Request(text, plan, sampling) for plan in (None, *plans)]
+    special = o.has_special_tokens(prompt, special_tokens)
+    requests = [Request(text, plan, sampling, special) for plan in (None, *plans)]
     for request in requests:
         request.require_steered()
     with console.working(f"Generating {len(requests)} stories ..."):

@@ -32,6 +32,7 @@ def generate(
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: ModelOptions,
+    special_tokens: o.SpecialTokens = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Print text as it is generated. Default: on a terminal only."),
@@ -49,7 +50,7 @@ def generate(
     runner = model.open()
     plan = PlanResolver(runner.shape, vectors).plan(steering)
     o.warn_beyond_safe_range([plan])
-    request = Request(text, plan, sampling)
+    request = Request(text, plan, sampling, o.has_special_tokens(prompt, special_tokens))
     request.require_steered()
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:

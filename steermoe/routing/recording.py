@@ -16,6 +16,7 @@ from steermoe.routing.intercept import intercept
 from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.routers import Router, chosen_experts, find_routers, language_model, module_that_routes, scoring
 from steermoe.routing.tracker import Stack, Tracker, Window, select
+from steermoe.routing.wrapping import Hook
 
 
 class RoutingRecord:
@@ -193,7 +194,7 @@ def record_routing(
                     intercept(model, router, _LogitsWatcher(record, number, router, scoring(router.module, config)))
                 )
             host = module_that_routes(model, router)
-            undo.callback(host.register_forward_hook(partial(_on_router, record, number, router)).remove)
+            undo.callback(host.register_forward_hook(Hook(partial(_on_router, record, number, router))).remove)
         yield record
 
 

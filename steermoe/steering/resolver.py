@@ -15,8 +15,8 @@ from steermoe.steering.banks import check_plan
 from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
-from steermoe.vectors.file import SUFFIX, check_domain_name, read_vector
-from steermoe.vectors.library import find_vector, find_vectors, read_fitting
+from steermoe.vectors.file import SUFFIX, check_domain_name
+from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
@@ -120,7 +120,7 @@ class PlanResolver:
     def _read_fits(self, path: Path, stamp: Hashable) -> bool:
         """Whether a file holds a vector that fits; says once in the log why it can't be read."""
         try:
-            read_vector(path).check_fits(self.shape)
+            read_fitting([path], self.shape)
         except CompatibilityError:
             return False
         except VectorError as error:
@@ -149,7 +149,7 @@ class PlanResolver:
     def _read(self, name: str) -> SteeringVector:
         paths = self._find(name)
         try:
-            return read_fitting(paths, self.shape)[1]
+            return read_fitting(paths, self.shape, foreign=is_path(name))[1]
         except VectorError as error:
             if not self._names_only:
                 raise

@@ -87,7 +87,7 @@ app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(vectors: Folder = None, json: Json = False) -> None:
-    """List all vectors. If a domain has several, steering uses the first that fits the model."""
+    """List all vectors. If a domain has several, steering uses the model's own."""
     from steermoe.cli.terminal import tables
     from steermoe.errors import VectorError
     from steermoe.vectors.file import read_header
@@ -283,7 +283,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
     """The record of one file for `check`; if a domain has several files, of the one that fits the model."""
     from steermoe.errors import CompatibilityError, VectorError
     from steermoe.vectors.file import read_header, read_vector, write_vector
-    from steermoe.vectors.library import find_vector, read_fitting
+    from steermoe.vectors.library import find_vector, is_path, read_fitting
 
     result = dict.fromkeys(("path", "domain", "layers", "num_experts", "covers", "error"), None) | {"target": target}
     try:
@@ -292,7 +292,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
         if description is None:
             path, vector = paths[0], read_vector(paths[0])
         else:
-            path, vector = read_fitting(paths, description.shape)
+            path, vector = read_fitting(paths, description.shape, foreign=is_path(target))
         if rehash and read_header(path).sha256 is None:
             write_vector(vector, path)
         covers = "numbers" if read_header(path).sha256 is None else "all"
