@@ -151,9 +151,7 @@ def discover(
         console.write_json(record)
     else:
         _print_clusters(record)
-    notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
-    for line in (*record["warnings"], *notes):
-        console.err.print(console.printable(f"steermoe: {line}"), soft_wrap=True)
+    _print_remarks(record)
     console.err.print(f"report in {output / page.INDEX}", soft_wrap=True, style="dim")
 
 
@@ -187,6 +185,15 @@ def _embed(source: Path, folder: Path, texts: o.CorpusOptions, model: loading.Mo
     from steermoe.discovery.embedder import EmbeddingOptions
 
     return embed_into(folder, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
+
+
+def _print_remarks(record: dict[str, Any]) -> None:
+    """What speaks against the clusters, and remarks on their vectors, on stderr."""
+    from steermoe.cli.terminal import console
+
+    notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
+    for line in (*record["warnings"], *notes):
+        console.err.print(console.printable(f"steermoe: {line}"), soft_wrap=True)
 
 
 def _print_clusters(record: dict[str, Any]) -> None:
