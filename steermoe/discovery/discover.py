@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +108,7 @@ class Discovery:
         adjusted_rand: agreement of the clusters with the known labels (1 is perfect, 0 is chance), over the texts that
             have one; noise counts as a cluster of its own. None without clusters or without two different labels.
         noise: number of texts in no cluster.
-        options: as given, with the threshold, cluster size and metric that were used.
+        options: as given, with the threshold, cluster size, metric and other seeds that were used.
         stability: the lowest agreement with the clusters that other seeds give, in the same measure; None if no other
             seed was tried.
     """
@@ -170,7 +171,8 @@ def discover(
         CorpusError: too few texts, or an option out of range. VectorError: a new name that is not allowed, or for a
             cluster that doesn't exist. SteerMoEError: an extra is missing.
     """
-    options = _checked(options or DiscoveryOptions(), len(embedded))
+    options = options or DiscoveryOptions()
+    seeds = _check(options, len(embedded))
     names = {old: check_domain_name(name) for old, name in (names or {}).items()}
     notify = progress or (lambda step: None)
     metric: Metric = options.metric or ("hellinger" if embedded.hidden is None else "cosine")
@@ -178,10 +180,10 @@ def discover(
     notify(f"Clustering {len(embedded)} texts ...")
     features = embedded.features()
     found = clustering.cluster(features, method)
-    if options.other_seeds:
-        notify(f"Clustering with {count_of(options.other_seeds, 'other seed')} ...")
-    other_seeds = [(options.seed + step) % 2**32 for step in range(1, options.other_seeds + 1)]
-    stability = clustering.agreement_of_seeds(features, found, method, other_seeds)
+    if seeds:
+        notify(f"Clustering with {count_of(seeds, 'other seed')} ...")
+    others = [(options.seed + step) % 2**32 for step in range(1, seeds + 1)]
+    stability = clustering.agreement_of_seeds(features, found, method, others)
     notify("Finding keywords ...")
     keywords = cluster_keywords([text.text for text in embedded.texts], found.labels, NUM_KEYWORDS)
     notify("Building vectors ...")
@@ -192,20 +194,22 @@ def discover(
         cluster = _describe(embedded, number, name, keywords[number], members, points)
         vector, note = _build_vector(embedded, cluster, members, baseline, options)
         clusters.append(replace(cluster, vector=vector, note=note))
-    threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
+    used: dict[str, Any] = {"min_cluster_size": found.min_cluster_size, "metric": metric, "other_seeds": seeds}
+    if options.threshold is None:
+        used["threshold"] = DEFAULT_THRESHOLD
     return Discovery(
         embedded,
         found,
         tuple(clusters),
         _agreement(embedded.labels, found),
         int((found.labels < 0).sum()),
-        replace(options, threshold=threshold, min_cluster_size=found.min_cluster_size, metric=metric),
+        replace(options, **used),
         stability,
     )
 
 
-def _checked(options: DiscoveryOptions, texts: int) -> DiscoveryOptions:
-    """The options with the number of other seeds.
+def _check(options: DiscoveryOptions, texts: int) -> int:
+    """The number of other seeds to cluster with.
 
     Raises:
         VectorError: an impossible threshold. CorpusError: a negative number of seeds.
@@ -213,10 +217,10 @@ def _checked(options: DiscoveryOptions, texts: int) -> DiscoveryOptions:
     if options.threshold is not None and not 0 <= options.threshold < np.inf:
         raise VectorError(f"threshold {options.threshold} must be a finite number, 0 or more")
     if options.other_seeds is None:
-        return replace(options, other_seeds=OTHER_SEEDS if texts <= STABILITY_TEXTS else 0)
+        return OTHER_SEEDS if texts <= STABILITY_TEXTS else 0
     if options.other_seeds < 0:
         raise CorpusError(f"other_seeds is {options.other_seeds}: give 0 or more")
-    return options
+    return options.other_seeds
 
 
 def _describe(

@@ -103,7 +103,7 @@ def source_groups(discovery: Discovery) -> list[Group]:
     """Texts without a known label first; then the labels, the most frequent first. Empty if no label is known.
 
     A label looks like the cluster in which it is the most frequent, so that the two maps can be compared. If there are
-    more labels than can be told apart, the rarest are one group.
+    more labels than the eye can keep apart, the rarest are one group.
     """
     labels = np.array(discovery.embedded.labels, dtype=object)
     names = [name for name in most_common(discovery.embedded.labels) if name]

@@ -149,9 +149,7 @@ def discover(
         console.write_json(record)
     else:
         _print_clusters(record)
-    notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
-    for line in (*record["warnings"], *notes):
-        console.note(f"steermoe: {line}")
+    _print_remarks(record)
     console.note(f"report in {output / page.INDEX}", "dim")
 
 
@@ -191,6 +189,15 @@ def _embeddings(
     from steermoe.discovery.embedder import EmbeddingOptions
 
     return embed_into(folder, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
+
+
+def _print_remarks(record: dict[str, Any]) -> None:
+    """What speaks against the clusters, and remarks on their vectors, on stderr."""
+    from steermoe.cli.terminal import console
+
+    notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
+    for line in (*record["warnings"], *notes):
+        console.note(f"steermoe: {line}")
 
 
 def _print_clusters(record: dict[str, Any]) -> None:

@@ -106,4 +106,4 @@ def test_legend(vector, legend):
 
 def test_legend_knows_the_largest_frequency():
     vector = weighted([0.0, 0.5], info=VectorInfo(top_k=4))
-    assert lines_of(vector)[-1] == "1 of 2 experts are in the vector; no frequency exceeds 1/k = 0.25"
+    assert lines_of(vector)[-1] == "1 of 2 experts is in the vector; no frequency exceeds 1/k = 0.25"
