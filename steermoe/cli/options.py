@@ -67,6 +67,8 @@ MOST_NUMBER = 2**63 - 1
 
 def _bounded(hint: Any) -> Any:
     """The annotation of an option; that of a whole number checks that the number is not too large."""
+    if get_origin(hint) is not Annotated:  # the context of the command
+        return hint
     kind, *marks = get_args(hint)
     if int not in (kind, *get_args(kind)):
         return hint
