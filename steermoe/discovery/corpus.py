@@ -33,6 +33,8 @@ from steermoe.errors import CorpusError
 
 KEPT_PROBLEMS = 1000
 """At most this many problems are kept verbatim; all are counted."""
+MOST_SHOWN = 200
+"""Characters of a file's own text in a message."""
 STDIN = "-"
 HIDDEN = "hidden"
 """The kind of a file whose name begins with a dot."""
@@ -139,13 +141,13 @@ class Corpus:
         try:
             yield from READERS[kind](self, file, name)
         except UnicodeError as error:
-            reason = " ".join(str(error).split())
+            reason = _one_line(str(error))
             self._report(name, None, f"is not text of its encoding ({reason}): --encoding names another")
         except BROKEN as error:
-            self._report(name, None, f"is damaged or cut short ({error})")
+            self._report(name, None, f"is damaged or cut short ({_one_line(str(error))})")
         except OSError as error:
             if error.errno is None:  # a compressed file is no such file
-                self._report(name, None, f"is damaged or not {file.suffix} ({' '.join(str(error).split())[:200]})")
+                self._report(name, None, f"is damaged or not {file.suffix} ({_one_line(str(error))})")
             else:
                 raise CorpusError(f"can't read '{error.filename or file}': {error.strerror or error}") from error
 
@@ -319,11 +321,14 @@ class Corpus:
         try:
             for number, item in table.read(fields, lambda columns: self._check_columns(file, columns, nested=True)):
                 yield from self._from_item(name, number, item)
-        except (table.broken, OSError) as error:
+        except CorpusError:
+            raise
+        except Exception as error:  # a damaged file can make pyarrow raise anything
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             kind = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
-            self._report(name, None, f"is damaged or not {kind} ({str(error).splitlines()[0]})")
+            reason = _one_line(str(error)) or type(error).__name__
+            self._report(name, None, f"is damaged or not {kind} ({reason})")
 
     def _check_columns(self, file: Path, columns: list[str], *, nested: bool = False) -> None:
         for field, option in ((self.text_field, "--text-field"), (self.label_field, "--label-field")):
@@ -356,7 +361,7 @@ class Corpus:
 
     def _what_is_wrong(self, record: dict[str, Any], text: Any, given: Any, label: str) -> str:
         """Why a record can't be used; "" if it can."""
-        fields = ", ".join(map(str, record)) or "nothing"
+        fields = _one_line(", ".join(map(str, record))) or "nothing"
         for option, field, value in (
             ("--text-field", self.text_field, text),
             ("--label-field", self.label_field, given),
@@ -377,6 +382,12 @@ class Corpus:
         return ""
 
 
+def _one_line(text: str) -> str:
+    """The beginning of a text from a file, for a message."""
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}..."
+
+
 def _joined(value: Any) -> Any:
     """A list of texts as one text."""
     is_list = isinstance(value, list) and value and all(isinstance(part, str) for part in value)
@@ -385,7 +396,7 @@ def _joined(value: Any) -> Any:
 
 def _has_parts(field: str, value: dict[str, Any], option: str) -> str:
     """What is wrong with a field that holds fields."""
-    example = f"{option} {field}.{next(iter(value), 'name')}"
+    example = _one_line(f"{option} {field}.{next(iter(value), 'name')}")
     return f"field '{field}' holds fields: name one of them, for example {example}"
 
 

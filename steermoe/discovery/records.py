@@ -154,14 +154,12 @@ class ColumnTable:
 
     def __init__(self, path: Path) -> None:
         try:
-            import pyarrow
+            import pyarrow  # noqa: F401
         except ImportError as error:
             raise CorpusError(
                 f"Parquet and Arrow files need pyarrow ({error}): pip install 'steermoe[parquet]'"
             ) from error
         self._path = path
-        self.broken: type[Exception] = pyarrow.ArrowException
-        """What a damaged file raises, besides `OSError` without a number."""
 
     def read(self, fields: list[str], check: Any) -> Iterator[Item]:
         """The rows, with only the columns that `fields` name; `check` is called with the names of all columns."""
@@ -171,6 +169,8 @@ class ColumnTable:
             columns = list(dict.fromkeys(column_of(field, names) for field in fields))
             number = 0
             for batch in self._batches(table, columns):
+                if not self._is_parquet:
+                    batch.validate(full=True)  # Arrow is used as it lies in the file, so places in it could be wrong
                 for cells in zip(*(batch.column(name) for name in columns), strict=True):
                     number += 1
                     try:

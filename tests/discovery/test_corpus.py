@@ -12,6 +12,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steermoe.discovery.corpus import Corpus
 from steermoe.errors import CorpusError
@@ -510,6 +512,68 @@ def test_stdin_is_read_as_often_as_needed(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(CorpusError, match="stdin contains no texts"):
         list(Corpus("-"))
+
+
+def columns_bytes(ending):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table, sink = pa.Table.from_pylist([{**record, "meta": {"n": 1}} for record in RECORDS]), pa.BufferOutputStream()
+    if ending == "parquet":
+        parquet.write_table(table, sink)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+CONTENTS = {
+    "txt": b"a goal",
+    "jsonl": LINES.encode(),
+    "json": json.dumps(RECORDS, indent=1).encode(),
+    "csv": b'text,kind\n"a goal",sport\n',
+    "parquet": columns_bytes("parquet"),
+    "arrow": columns_bytes("arrow"),
+    "jsonl.gz": gzip.compress(LINES.encode()),
+    "jsonl.xz": lzma.compress(LINES.encode()),
+    "jsonl.zst": zstd(LINES.encode()),
+}
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzzed")
+
+
+@pytest.mark.fuzz
+@given(
+    ending=st.sampled_from(sorted(CONTENTS)),
+    place=st.integers(0, 10**6),
+    piece=st.binary(max_size=12) | st.sampled_from([b"[" * 99, b'{"', b"\xff\xfe", b"\0\0\xfe\xff", b"\r", b"\\ud800"]),
+    cut=st.integers(0, 30),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "label_field": st.sampled_from(["kind", "meta.n"]),
+            "encoding": st.sampled_from(["utf-16", "cp1251"]),
+        },
+    ),
+)
+def test_any_damage_of_a_file_is_reported_in_one_line(fuzzed, ending, place, piece, cut, options):
+    content = CONTENTS[ending]
+    place %= len(content) + 1
+    path = fuzzed / f"t.{ending}"
+    path.write_bytes(content[:place] + piece + content[place + cut :])
+    corpus = Corpus(path, **options)
+    try:
+        texts = list(corpus)
+    except CorpusError as error:
+        problems = [str(error)]
+    else:
+        problems = [str(problem) for problem in corpus.problems]
+        assert len({text.id for text in texts}) == len(texts)
+        assert all(text.text.strip() and text.text.encode() and text.label.encode() is not None for text in texts)
+    assert all("\n" not in problem for problem in problems)
 
 
 def test_large_files_stream(tmp_path):
