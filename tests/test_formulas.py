@@ -117,6 +117,26 @@ def test_ban_pushes_below_all_others_and_stays_finite(logits):
     assert banned.softmax(-1).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 300.0, 3e4, 1e7])
+def test_force_and_ban_survive_rounding(dtype, size):
+    """Where a step between two numbers of the type is larger than the margin."""
+    if size > torch.finfo(dtype).max / 4:
+        pytest.skip("such logits are infinite in this type")
+    eps = torch.finfo(dtype).eps
+    logits_TN = (torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * size).to(dtype).float()
+    marks = torch.arange(8)
+    steered = formulas.ban(formulas.force(logits_TN, marks == 3, eps), marks == 5, eps).to(dtype)
+    others = steered[:, [0, 1, 2, 4, 6, 7]]
+    assert (steered[:, 3:4] > others).all()
+    assert (steered[:, 5:6] < others).all()
+
+
+def test_a_banned_expert_is_below_logits_that_were_pushed_far_down():
+    banned = formulas.ban(torch.tensor([[5.0, -1e6, 3e5, 0.0]]), torch.tensor([True, False, False, False]))
+    assert banned.argmin() == 0
+
+
 def test_force_and_ban_of_each_token():
     wanted_TN = torch.tensor([[True, False], [False, True]])
     assert formulas.force(torch.zeros(2, 2), wanted_TN).argmax(-1).tolist() == [0, 1]

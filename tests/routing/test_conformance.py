@@ -643,6 +643,93 @@ def test_foreign_gate_equals_the_reference(name: str) -> None:
     assert torch.equal(run(case.model, case.inputs), case.plain)
 
 
+@pytest.mark.parametrize("name", FOREIGN_GATES)
+def test_foreign_gate_keeps_to_lists(name: str) -> None:
+    """With logits so large that sigmoids and softmaxes tie."""
+    case = Case.of(stand_in(FOREIGN_GATES[name]))
+    with torch.no_grad():
+        for router in case.routers:
+            for parameter in router.module.parameters():
+                parameter *= 100
+    forced, banned = [2], [0, 1, 3, 6]
+    force, ban = (tuple((router.layer, n) for router in case.routers for n in named) for named in (forced, banned))
+    with record_routing(case.model) as record:
+        with steer(case.model, case.vector, 25.0, force=force, ban=ban, positions="all") as handle:
+            run(case.model, case.inputs)
+        check_lists(case, handle, record, forced, banned)
+
+
+class SortingMoEGate(MoEGate):
+    """Takes the first of all experts in order."""
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, indices = torch.sort(self.logits(hidden_BSH.flatten(0, -2)).sigmoid(), descending=True)
+        return indices[:, : self.top_k], weights[:, : self.top_k], None
+
+
+class OrderingMoEGate(MoEGate):
+    """Takes the first of all experts in order, without their weights."""
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights = self.logits(hidden_BSH.flatten(0, -2)).sigmoid()
+        indices = weights.argsort(-1, descending=True)[:, : self.top_k]
+        return indices, weights.gather(1, indices), None
+
+
+class CountingMoEGate(MoEGate):
+    """Chooses by an operation that steermoe does not catch."""
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, None]:
+        scores = self.logits(hidden_BSH.flatten(0, -2)).sigmoid()
+        places = [scores.kthvalue(EXPERTS - place, -1, keepdim=True).indices for place in range(self.top_k)]
+        indices = torch.cat(places, -1)
+        return indices, scores.gather(1, indices), None
+
+
+@pytest.mark.parametrize("make_gate", [SortingMoEGate, OrderingMoEGate])
+def test_routers_that_sort_keep_to_lists(make_gate: type[MoEGate]) -> None:
+    case = Case.of(stand_in(make_gate))
+    with torch.no_grad():
+        for router in case.routers:
+            router.module.weight *= 100  # sigmoids of 1 tie
+    force, ban = (tuple((router.layer, n) for router in case.routers) for n in (2, 3))
+    with record_routing(case.model) as record:
+        with steer(case.model, force=force, ban=ban, positions="all") as handle:
+            run(case.model, case.inputs)
+        check_lists(case, handle, record, [2], [3])
+
+
+@pytest.mark.parametrize("lists", [{"force": ((0, 4),)}, {"ban": ((0, 1),)}], ids=str)
+def test_a_router_that_chooses_in_another_way_is_an_error(lists: dict[str, Any]) -> None:
+    case = Case.of(stand_in(CountingMoEGate))
+    with pytest.raises(
+        SteeringError, match=r"router 'layers\.0\.mlp\.gate' \(CountingMoEGate\) chooses its experts in a way"
+    ):
+        case.steered(**lists)
+    assert torch.equal(run(case.model, case.inputs), case.plain)
+
+
+class LateMoEGate(MoEGate):
+    """Does not return what it chose."""
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, None]:
+        indices, weights, _ = super().forward(hidden_BSH)
+        return torch.arange(self.top_k).expand_as(indices), weights, None
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"force": ((0, 4),)}, "left out a forced expert in 100.0% of its places"),
+        ({"ban": ((0, 1),)}, "chose a banned expert in 100.0% of its places"),
+    ],
+)
+def test_a_choice_that_does_not_keep_to_lists_is_an_error(lists: dict[str, Any], message: str) -> None:
+    case = Case.of(stand_in(LateMoEGate))
+    with pytest.raises(SteeringError, match=f"router 'layers.0.mlp.gate' {message}"):
+        case.steered(**lists)
+
+
 class TwiceMoEGate(MoEGate):
     """Computes its logits twice."""
 

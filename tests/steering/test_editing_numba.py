@@ -138,3 +138,17 @@ def test_logits_that_sink_together_are_lifted_as_by_the_formulas(formula):
         editing_numba.edit_row(logits, push.numpy(), marks, formulas.FORMULAS.index(formula), False, np.float32(1))
         torch.testing.assert_close(torch.from_numpy(logits)[None], wanted)
         assert logits.max() == formulas.LOWEST
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 300.0, 1e4])
+def test_lists_survive_rounding(dtype, size):
+    router = RouterShape(0, EXPERTS, EXPERTS, 2)
+    bank = Bank.of(router, 0, [SteeringPlan(force=((0, 3),), ban=((0, 5),))])
+    layer = editing_numba.LayerEditor(bank, np.zeros(1, np.int64), np.zeros(1, np.bool_))
+    logits = (torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
+    tokens = editing_numba.TokenPlans(np.zeros(TOKENS, np.int64), np.ones(TOKENS, np.float32))
+    steered = layer.edit(logits, tokens)
+    others = steered[:, [0, 1, 2, 4, 6, 7]]
+    assert (steered[:, 3:4] > others).all()
+    assert (steered[:, 5:6] < others).all()

@@ -42,6 +42,16 @@ def test_users_read_the_share_and_processes_pass_the_counts():
     assert SteeringReport(**json.loads(json.dumps(asdict(report)))) == report
 
 
+def test_lists_are_told_where_there_are_any():
+    report = SteeringReport(2, 10, 6, 3, 12, forced_hits=5, forced_places=6, banned_hits=1, banned_places=4)
+    shares = {name: share for name, share in report.as_dict().items() if name not in SteeringReport().as_dict()}
+    assert shares == {"forced_share": pytest.approx(5 / 6), "banned_share": 0.25}
+    assert SteeringReport().as_dict().keys() & shares.keys() == set()
+    assert (SteeringReport().forced_share, SteeringReport().banned_share) == (1.0, 0.0)
+    assert (report + report).banned_places == 8
+    assert SteeringReport(**json.loads(json.dumps(asdict(report)))) == report
+
+
 def report_of(model, plans, ids):
     with steer(model, rows=plans) as handle:
         tiny.continued(model, ids, 5)

@@ -185,14 +185,18 @@ def _attach(model_runner: Any) -> Steps:
     for _, router in mine:
         _refuse_layer(router, found.get(router.layer))
     compiled = int(config.compilation_config.mode or 0) != 0
+    graphs = compiled and model_runner.device.type != "cpu"
+    choices = [Choice.of(found[router.layer].router) for _, router in mine]
+    if graphs:  # there, whatever is done to tokens with lists is done to all: only where the logits do not decide
+        choices = [None if choice is None or choice.follows_logits else choice for choice in choices]
     steps = Steps(
         [router for _, router in mine],
         [row for row, _ in mine],
         capacity=model_runner.max_num_tokens + PADDING,
         plans=config.scheduler_config.max_num_seqs,
         device=model_runner.device,
-        graphs=compiled and model_runner.device.type != "cpu",
-        choices=[Choice.of(found[router.layer].router) for _, router in mine],
+        graphs=graphs,
+        choices=choices,
         lists_reason=next(filter(None, (_no_lists(found[router.layer]) for _, router in mine)), ""),
     )
     for number, (_, router) in enumerate(mine):

@@ -53,6 +53,11 @@ class Choice:
             float(getattr(router, "routed_scaling_factor", None) or 1.0),
         )
 
+    @property
+    def follows_logits(self) -> bool:
+        """Whether the largest logits win, as long as no two of them differ by more than 100, where softmax ends."""
+        return self.scoring == "softmax" and self.biases is None and self.groups == 1
+
     def scores(self, logits: Tensor) -> Tensor:
         """The scores [T, N] of logits, float32."""
         if self.scoring == "softmax":
