@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import ModelError
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 from steermoe.models.gguf.header import read_header
+from steermoe.routing.architectures import NOT_RUN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,6 +128,13 @@ def _auto_class(config: Any) -> Any:
     return next((auto for auto in known if type(config) in auto._model_mapping or auto.__name__ in own), None)
 
 
+def _why_not_run(config: Any) -> str:
+    """Why no command can generate text with a model of this configuration; "" if they can."""
+    if config.model_type in NOT_RUN:
+        return NOT_RUN[config.model_type]
+    return "" if _auto_class(config) else "transformers has no class for it that continues a text"
+
+
 def _parse_dtype(name: str) -> Any:
     import torch
 
@@ -168,7 +176,7 @@ def _weight_bytes(where: str) -> int:
 OUTDATED = re.compile(
     r"cannot import name '(?P<name>\w+)' from '(?P<module>transformers[\w.]*)'"
     r"|No module named '(?P<gone>transformers\.[\w.]+)'"
-    r"|module '(?P<owner>transformers[\w.]*)' has no attribute '(?P<missing>\w+)'"
+    r"|module '?transformers[\w.]*'? has no attribute '?(?P<missing>\w+)"
 )
 """Errors of a checkpoint's own code that was written for another version of transformers."""
 
@@ -214,11 +222,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _why_not_loaded(name: str, error: Exception, where: str = "") -> str:
-    text = _one_line(error)
+    text = " ".join(str(error).split())
     if outdated := _why_outdated(name, error, where):
         return outdated
     if "trust_remote_code" in text:
         return f"'{name}' brings its own model code: pass --trust-remote-code if you trust it"
     if isinstance(error, OSError) and ("offline" in text.lower() or "connect" in text.lower() or "not a local" in text):
         return f"can't find '{name}', neither as a folder nor on the hub: check the name and the connection"
-    return f"can't load '{name}': {text}"
+    return f"can't load '{name}': {text[:300]}"

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from steermoe.errors import ModelError, UnsupportedModel
-from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded
+from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded, _why_not_run
+from steermoe.routing.architectures import PYTHON_ONLY
 from steermoe.routing.routers import find_routers, scoring, shape_of
 from steermoe.routing.shape import RoutingShape
 
@@ -94,8 +95,8 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         routers, reason = find_routers(built), "its routers' logits are changed before top-k"
     except UnsupportedModel as error:
         routers, reason = [], str(error)
-    if routers and generates is None:
-        routers, reason = [], f"{type(built).__name__} generates no text by itself: it is a part of another model"
+    if routers and (wrong := _why_not_run(config)):
+        reason = f"{PYTHON_ONLY}: {wrong}"
     return ModelDescription(
         shape=RoutingShape(name, (built.config.model_type,), tuple(router.shape for router in routers)),
         model_class=type(built).__name__,

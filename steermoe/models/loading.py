@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import ModelError
-from steermoe.models.checkpoint import _auto_class, _locate, _natural_dtype, _parse_dtype, _why_not_loaded
+from steermoe.errors import ModelError, UnsupportedModel
+from steermoe.models.checkpoint import _auto_class, _locate, _natural_dtype, _parse_dtype, _why_not_loaded, _why_not_run
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def load(
         ModelError: it can't be found or loaded. UnsupportedModel: it has no routers.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from steermoe.routing.routers import find_routers
 
@@ -120,15 +120,17 @@ def load(
         weights["quantization_config"] = GgufConfig(dequantize=True)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-        loaded = (_auto_class(config) or AutoModelForCausalLM).from_pretrained(
+        if wrong := _why_not_run(config):
+            raise UnsupportedModel(f"'{name}' ({config.model_type}) can't be run by steermoe: {wrong}")
+        loaded = _auto_class(config).from_pretrained(
             where, dtype=chosen, device_map=device_map, trust_remote_code=trust_remote_code, **weights
         )
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error, where)) from error
     find_routers(loaded)
-    if type(loaded).__module__.startswith("transformers_modules"):
-        _try_remote_code(loaded, name, where)
     if quantize is not None:
         from steermoe.models.quantization import quantize_model
 
@@ -138,13 +140,20 @@ def load(
     return LoadedModel(name, loaded.eval(), tokenizer)
 
 
-def _try_remote_code(model: Any, name: str, where: str) -> None:
-    """Generate two tokens with code that came with a checkpoint: if it is outdated, that is known at once."""
+def try_remote_code(loaded: LoadedModel) -> None:
+    """Generate two tokens with code that came with a checkpoint: if it is outdated, that is known before long work.
+
+    Raises:
+        ModelError: it does not run.
+    """
     import torch
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
+    model: Any = loaded.model
+    if not type(model).__module__.startswith("transformers_modules"):
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=loaded.device)
     try:
         with torch.inference_mode():
-            model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     except Exception as error:  # foreign code can raise anything
-        raise ModelError(_why_not_loaded(name, error, where)) from error
+        raise ModelError(_why_not_loaded(loaded.name, error, model.config.name_or_path)) from error

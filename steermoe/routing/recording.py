@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
 from steermoe.routing.positions import POSITIONS, Positions
-from steermoe.routing.routers import Router, chosen_experts, find_routers, language_model, module_that_routes, scoring
+from steermoe.routing.routers import (
+    Router,
+    _text_config,
+    chosen_experts,
+    find_routers,
+    language_model,
+    module_that_routes,
+    scoring,
+)
 from steermoe.routing.tracker import Stack, Tracker, Window, select
 from steermoe.routing.wrapping import Hook
 
@@ -186,8 +194,7 @@ def record_routing(
     record = RoutingRecord(routers, positions)
     with ExitStack() as undo:
         undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
-        whole: Any = model
-        config = whole.config.get_text_config() if hasattr(model, "config") else None
+        config = _text_config(model)
         for number, router in enumerate(routers):
             if probabilities:
                 undo.callback(

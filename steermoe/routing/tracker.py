@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routing.positions import Positions
-from steermoe.routing.wrapping import Hook, wrap_method
+from steermoe.routing.wrapping import EagerHook, wrap_method
 
 Stack = Literal["encoder", "decoder"]
 STACKS: tuple[Stack, ...] = get_args(Stack)
@@ -131,7 +131,7 @@ class Tracker:
         """Stop watching, once no other thread is inside a call."""
         with self._turn:
             self._undo.close()
-        for stack in STACKS:  # if it was called inside a forward call, whose end is no longer told
+        for stack in STACKS:  # if it was called inside a forward call, whose end is no longer noticed
             self._end_turn(stack)
 
     def _watch(
@@ -139,7 +139,6 @@ class Tracker:
     ) -> None:
         signature = inspect.signature(module.forward)
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if getattr(called, "_is_replica", False):
                 raise SteeringError(
@@ -150,18 +149,16 @@ class Tracker:
             self._windows[stack] = window(_arguments(signature, args, kwargs))
             self._before(self._windows[stack])
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._after is not None:
                 self._after(self._windows[stack])
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._end_turn(stack)
 
-        undo.callback(module.register_forward_pre_hook(Hook(before), with_kwargs=True).remove)
-        undo.callback(module.register_forward_hook(Hook(after)).remove)
-        undo.callback(module.register_forward_hook(Hook(end), always_call=True).remove)  # after a failure too
+        undo.callback(module.register_forward_pre_hook(EagerHook(before), with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(EagerHook(after)).remove)
+        undo.callback(module.register_forward_hook(EagerHook(end), always_call=True).remove)  # after a failure too
 
     def _take_turn(self, stack: Stack) -> None:
         self._turn.acquire()

@@ -1,4 +1,4 @@
-"""Hang hooks and wrapped methods on one instance, so that other libraries' wrappers and copies of the model survive.
+"""Hang hooks and wrapped methods on one instance, so that other libraries' wrappers survive, and copying does too.
 
 A copy of a module (`copy.deepcopy`, `pickle`, `torch.save`) takes its attributes along, ours too. Ours turn into what
 was there before: a copy belongs to itself, and runs its own weights without us.
@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 Around = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -85,6 +86,14 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _as_it_is, (nothing,)
+
+
+class EagerHook(Hook):
+    """A hook that torch.compile leaves alone."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:

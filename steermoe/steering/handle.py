@@ -72,8 +72,8 @@ class _Steering(NamedTuple):
 class SteeringHandle:
     """Steering that is attached to a model. `set` changes it between tokens, `remove` takes it off.
 
-    Create it with `attach`. Threads that share a model take turns: one call of `generate` at a time. Copies of the
-    model (`copy.deepcopy`, `torch.save`, spawned processes) are not steered.
+    Create it with `attach`. Threads that share a model take turns: one call of `generate` at a time. A copied
+    model (`copy.deepcopy`, `torch.save`, a spawned process) is not steered.
     """
 
     def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Request
 from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel
 from steermoe.models import checkpoint, loading
 from steermoe.models.default import assemble, base, pull, spec
@@ -116,6 +118,39 @@ def test_remote_code_needs_consent(tmp_path):
         ModelError, match="'remote' brings its own model code: pass --trust-remote-code if you trust it"
     ):
         describe(folder)
+
+
+OLD_CODE = """
+from transformers import PreTrainedConfig
+BROKEN
+class Config(PreTrainedConfig):
+    model_type = "mine"
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "lacks"),
+    [
+        ("from transformers.utils import is_no_longer_there", "lacks is_no_longer_there"),
+        ("import transformers.no_longer_there", "lacks transformers.no_longer_there"),
+        ("import transformers\ntransformers.no_longer_there()", "lacks no_longer_there"),
+        ("PreTrainedConfig.no_longer_there()", "has no attribute 'no_longer_there'"),
+    ],
+)
+@pytest.mark.parametrize("version", ["4.39.3", None])
+def test_outdated_remote_code_names_the_version_that_runs_it(tmp_path, monkeypatch, broken, lacks, version):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    folder = config_folder(tmp_path / "remote", config | ({"transformers_version": version} if version else {}))
+    (folder / "code.py").write_text(OLD_CODE.replace("BROKEN", broken))
+    runs = rf"transformers {version} runs \(its config.json says so\)" if version else "an older transformers runs"
+    for use in (describe, loading.load):
+        with pytest.raises(
+            ModelError, match=rf"'remote' brings its own model code, which {runs} and 5.* does not"
+        ) as error:
+            use(folder, trust_remote_code=True)
+        assert lacks in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 # ---- describe ----
@@ -286,3 +321,30 @@ def test_a_damaged_gguf_file_never_reaches_transformers(tmp_path, content):
     for use in (loading.load, describe):
         with pytest.raises(ModelError, match=r"bad.gguf' is not a GGUF file or is cut off"):
             use(tmp_path / "bad.gguf")
+
+
+OLD_MODEL = """
+from transformers import MixtralConfig, MixtralForCausalLM
+class Config(MixtralConfig):
+    model_type = "mine"
+class Model(MixtralForCausalLM):
+    config_class = Config
+    def forward(self, *args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            past_key_values.get_usable_length(1)
+        return super().forward(*args, **kwargs)
+"""
+
+
+def test_remote_code_that_is_outdated_where_it_generates(tmp_path, tiny_checkpoint, monkeypatch):
+    """It can still be loaded, for what needs no cache, such as embedding texts."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "remote"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.39.3"}))
+    (folder / "code.py").write_text(OLD_MODEL)
+    engine = HFEngine(loading.load(folder, trust_remote_code=True))
+    for use in (lambda: engine.generate([Request("a")]), lambda: engine.decoder(2)):
+        with pytest.raises(ModelError, match=r"which transformers 4\.39\.3 runs .*no attribute 'get_usable_length'"):
+            use()

@@ -218,10 +218,10 @@ def bytes_of_a_token(model: Any) -> int:
     cache = None if model.config.is_encoder_decoder else empty_cache(model)
     given: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=input_device(model))}
     if cache is None:
-        given["decoder_input_ids"] = given["input_ids"]
+        given["decoder_input_ids"] = given["input_ids"]  # it caches unasked; its encoder may refuse to be asked
     else:
-        given["past_key_values"] = cache
-    output = model(**given, use_cache=True)
+        given |= {"past_key_values": cache, "use_cache": True}
+    output = model(**given)
     return _bytes_in(getattr(output, "past_key_values", None))
 
 
