@@ -258,6 +258,9 @@ def test_steering_that_did_not_happen_is_an_error(path):
 def test_a_damaged_file(path, tmp_path):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match=r"bad.gguf' is not a GGUF file or is cut off"):
+        LlamaCppEngine(str(bad))
+    bad.write_bytes(path.read_bytes().replace(b"output_norm.weight", b"output_nase.weight"))
     with pytest.raises(ModelError, match=r"llama.cpp can't load '.*bad.gguf': "):
         LlamaCppEngine(str(bad))
 
