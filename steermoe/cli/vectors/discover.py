@@ -104,8 +104,7 @@ def discover(
         float | None,
         typer.Option(
             min=0,
-            help="Keep experts whose frequency exceeds this many times the usual one. Default: 3, less for a cluster "
-            "whose vector would reach too few layers.",
+            help="Keep experts used more than this many times as often as usual. Default: 3, less if few layers have any.",
         ),
     ] = None,
     relative: Annotated[
