@@ -104,7 +104,7 @@ def discover(
         float | None,
         typer.Option(
             min=0,
-            help="Keep experts used more than this many times as often as usual. Default: 3, less if few layers have any.",
+            help="Keep experts over this many times as frequent as usual. Default: 3, less if few layers have any.",
         ),
     ] = None,
     relative: Annotated[
@@ -135,13 +135,12 @@ def discover(
         console.err.print(
             f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used", soft_wrap=True
         )
-    from steermoe.discovery.discover import DiscoveryOptions
-    from steermoe.discovery.discover import discover as find_domains
+    from steermoe.discovery import discover as domains
 
     with console.err.status("Reading the embeddings ...") as status:
-        found = find_domains(
+        found = domains.discover(
             store.load(),
-            DiscoveryOptions(threshold=threshold, relative=relative, **asdict(clustering)),
+            domains.DiscoveryOptions(threshold=threshold, relative=relative, **asdict(clustering)),
             names=names,
             progress=status.update,
         )
