@@ -104,8 +104,7 @@ def discover(
         float | None,
         typer.Option(
             min=0,
-            help="Keep experts whose frequency exceeds this many times the usual one. Default: 3, less for a cluster "
-            "whose vector would reach too few layers.",
+            help="Keep experts over this many times as frequent as usual. Default: 3, less if few layers have any.",
         ),
     ] = None,
     relative: Annotated[
@@ -134,13 +133,12 @@ def discover(
     store = _embeddings(source, output / EMBEDDINGS, texts, model, context)
     if not store.meta.complete:
         console.note(f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used")
-    from steermoe.discovery.discover import DiscoveryOptions
-    from steermoe.discovery.discover import discover as find_domains
+    from steermoe.discovery import discover as domains
 
     with console.working("Reading the embeddings ...") as show:
-        found = find_domains(
+        found = domains.discover(
             store.load(),
-            DiscoveryOptions(threshold=threshold, relative=relative, **asdict(clustering)),
+            domains.DiscoveryOptions(threshold=threshold, relative=relative, **asdict(clustering)),
             names=names,
             progress=show,
         )
