@@ -65,13 +65,8 @@ def compare(
     from steermoe.evaluation.comparison import compare_completions
     from steermoe.steering.resolver import PlanResolver, check_spec
 
-    formulas: list[Any] = [one.value for one in formula or ()]
-    specs = [
-        replace(steering, domain=(names,), formula=f, strength=c)
-        for names in domain or ["sport"]
-        for f in formulas or (None,)
-        for c in strength or (None,)
-    ]
+    fields = {"domain": domain or ["sport"], "formula": formula, "strength": strength}
+    specs = _specs(steering, **{name: values or [None] for name, values in fields.items()})
     for spec in specs:
         check_spec(spec, vectors)
     runner = model.open()
@@ -94,3 +89,13 @@ def compare(
     if svg is not None:
         save_svg(text, columns, svg)
     o.check_steered(completions)
+
+
+def _specs(steering: SteeringSpec, domain: list[Any], formula: list[Any], strength: list[Any]) -> list[SteeringSpec]:
+    """One spec for each combination; None leaves a field as it is."""
+    return [
+        replace(steering, domain=(names,), formula=one and one.value, strength=c)
+        for names in domain
+        for one in formula
+        for c in strength
+    ]

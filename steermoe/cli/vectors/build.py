@@ -77,6 +77,15 @@ class Selection:
         return [contrast.vector for contrast in made], made
 
 
+LabelField = Annotated[
+    str | None,
+    typer.Option(
+        help="Use only records in which this field is the domain's name; for --against, those of no domain.",
+        rich_help_panel="Corpus",
+    ),
+]
+
+
 @o.spread
 def build(
     *,
@@ -94,13 +103,7 @@ def build(
     ] = None,
     selection: Selection,
     reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
-    label_field: Annotated[
-        str | None,
-        typer.Option(
-            help="Use only records in which this field is the domain's name; for --against, those of no domain.",
-            rich_help_panel="Corpus",
-        ),
-    ] = None,
+    label_field: LabelField = None,
     model: loading.Source,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: o.Json = False,
