@@ -19,6 +19,7 @@ from steermoe.engines.engine import Engine
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
 from steermoe.steering.limits import shown
+from steermoe.steering.plans import doubts
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.resolver import PlanResolver
 
@@ -107,6 +108,7 @@ class Batch:
         self._finished = _Numbers(array("Q"))
         self._lines_left_out = self._failed = 0
         self._last_skipped = (0, "")
+        self._warnings: dict[str, None] = {}
         self._worker = EngineWorker(engine, options.rows) if options.worker is None else options.worker
 
     # ---- preparing ----
@@ -120,6 +122,11 @@ class Batch:
     def already(self) -> int:
         """How many of them were in the file before this run."""
         return len(self._finished)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful about the strengths of the requested stories, once each."""
+        return list(self._warnings)
 
     def prepare(self) -> None:
         """Read all prompts and the stories so far; only a number is kept of each.
@@ -146,10 +153,12 @@ class Batch:
                 on_problem(line)
                 continue
             try:
-                keys = [int(self._keys.key(job, self._resolver.plan(job.steering)), 16) for job in line]
+                plans = [self._resolver.plan(job.steering) for job in line]
+                keys = [int(self._keys.key(job, plan), 16) for job, plan in zip(line, plans, strict=True)]
             except SteerMoEError as error:
                 on_problem(Problem(line[0].line, one_line(error), line[0].prompt[:KEPT_TEXT]))
             else:
+                self._warnings |= dict.fromkeys(doubt for plan in plans for doubt in doubts(plan))
                 yield from zip(line, keys, strict=True)
 
     def _finished_keys(self) -> Iterator[int]:

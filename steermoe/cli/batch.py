@@ -220,6 +220,8 @@ def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
 
     with console.working("Reading the prompts ..."):
         job.prepare()
+    for warning in job.warnings[:SHOWN_PROBLEMS]:
+        console.note(f"steermoe: {warning}")
     if job.already:
         console.note(f"{job.already} of {job.total} stories are already in '{output}'", "dim")
     try:

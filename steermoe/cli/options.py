@@ -302,9 +302,7 @@ def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool:
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:
     """Warn once about each vector whose strength is a guess, or beyond its calibrated safe range."""
     from steermoe.cli.terminal.console import note
-    from steermoe.steering.plans import beyond_safe_range, guessed_strength
+    from steermoe.steering.plans import doubts
 
-    asked = [plan for plan in plans if plan is not None]
-    for warning in dict.fromkeys(find(plan) for plan in asked for find in (guessed_strength, beyond_safe_range)):
-        if warning:
-            note(f"steermoe: {warning}")
+    for warning in dict.fromkeys(warning for plan in plans for warning in doubts(plan)):
+        note(f"steermoe: {warning}")

@@ -216,6 +216,11 @@ def plan_for(vector: SteeringVector | None, strength: float | None = None, **fie
     return SteeringPlan(vector, strength, **fields)
 
 
+def doubts(plan: SteeringPlan | None) -> list[str]:
+    """Warnings about a plan's strength: that it is a guess, or beyond the calibrated range."""
+    return [] if plan is None else [warning for warning in (guessed_strength(plan), beyond_safe_range(plan)) if warning]
+
+
 def guessed_strength(plan: SteeringPlan) -> str:
     """A warning if the strength is the default one because the vector has none of its own; "" otherwise."""
     if plan.vector is None or plan.vector.info.strength is not None or plan.strength != DEFAULT_STRENGTH:

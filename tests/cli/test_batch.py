@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from steermoe.vectors.file import write_vector
+from steermoe.vectors.vector import VectorInfo
 
 SHORT = ("--max-new-tokens", "6")
 
@@ -60,6 +61,19 @@ def test_a_line_has_every_parameter(run, tiny_checkpoint, vectors):
         name: value for name, value in generated.items() if name not in ("seconds", "steering")
     }
     assert (story["line"], story["sample"], story["ban"], story["force"]) == (1, 0, ["0:3"], [])
+
+
+def test_strengths_that_are_a_guess_or_too_large_are_said(run, tiny_checkpoint, vectors, make_vector):
+    known = {"model": "tiny-mixtral", "architecture": "mixtral", "top_k": 2}
+    measured = {"strength": 4.0, "safe_range": (0.0, 5.0), "formula": "max_scaled", "scale": "magnitude"}
+    for domain, info in (("war", VectorInfo(**known)), ("law", VectorInfo(**known, **measured))):
+        write_vector(make_vector(domain, info=info), vectors / "steering_vectors" / "tiny" / f"{domain}.safetensors")
+    lines = [{"prompt": "A dog.", "domain": "law", "strength": 9}, {"prompt": "It.", "domain": "war"}]
+    Path("w.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[1] | {"seed": 5}]))
+    result = run("batch", "w.jsonl", "-o", "w_stories.jsonl", "-m", tiny_checkpoint, *SHORT)
+    assert result.code == 0, result.err
+    assert result.err.count("'war' is not calibrated: strength 8 is a guess") == 1
+    assert "strength 9 is outside 0 to 5" in result.err
 
 
 def test_bad_lines(run, tiny_checkpoint, vectors):
