@@ -26,6 +26,7 @@ from steermoe.steering.narrowing import narrowed
 
 RAISED, FORCED, BANNED = 1, 2, 4
 """Bits of a plan's marks: where E > 0, and the experts to force and to ban."""
+BFLOAT16_EPS = 2.0**-7
 ADDITIVE, MAX_SCALED, ZERO_MAX_SCALED = (FORMULAS.index(name) for name in ("additive", "max_scaled", "zero_max_scaled"))
 
 
@@ -87,7 +88,7 @@ class LayerEditor:
         else:
             steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
         eps = torch.finfo(logits.dtype).eps
-        _edit(steered.data_ptr(), columns, steered.dtype == torch.bfloat16, eps, self._place, *tokens.places)
+        _edit(steered.data_ptr(), columns, eps, self._place, *tokens.places)
         return steered if steered.dtype == logits.dtype else narrowed(steered, logits.dtype)
 
 
@@ -179,9 +180,12 @@ def narrow(z_N, bits_N):
         bits_N[n] = np.uint32(0x7FC0) if np.isnan(z_N[n]) else (wide_N[n] + half) >> np.uint32(16)
 
 
-@njit(types.void(*[types.int64] * 2, types.boolean, types.float64, *[types.int64] * 4), cache=True, error_model="numpy")
-def _edit(logits, columns, is_bfloat16, eps, layer, plans, factors, tokens):
-    """In place. Arguments are addresses: unpacking an array that Python passes costs more than steering it."""
+@njit(types.void(*[types.int64] * 2, types.float64, *[types.int64] * 4), cache=True, error_model="numpy")
+def _edit(logits, columns, eps, layer, plans, factors, tokens):
+    """In place. Arguments are addresses: unpacking an array that Python passes costs more than steering it.
+
+    The logits are bfloat16 if `eps` is its precision, else float32, whatever they are rounded to afterwards.
+    """
     state = carray(pointer(layer), (5,), np.int64)
     experts = state[0]
     plan_T = carray(pointer(plans), (tokens,), np.int64)
@@ -195,7 +199,7 @@ def _edit(logits, columns, is_bfloat16, eps, layer, plans, factors, tokens):
         marks_N = carray(pointer(state[2] + number * experts), (experts,), np.uint8)
         formula = carray(pointer(state[3] + 8 * number), (1,), np.int64)[0]
         paper = carray(pointer(state[4] + number), (1,), np.uint8)[0] != 0
-        if is_bfloat16:
+        if eps == BFLOAT16_EPS:
             z_N = carray(pointer(logits + 2 * t * columns), (experts,), np.uint16)
             widen(z_N, row_N)
             edit_row(row_N, push_N, marks_N, formula, paper, factor_T[t], eps)

@@ -197,8 +197,8 @@ def _attach(model_runner: Any) -> Steps:
         device=model_runner.device,
         graphs=graphs,
         choices=choices,
-        lists_reason=next(filter(None, (_no_lists(found[router.layer]) for _, router in mine)), ""),
     )
+    steps.lists_reason = next(filter(None, (_no_lists(found[router.layer]) for _, router in mine)), "")
     for number, (_, router) in enumerate(mine):
         module = found[router.layer]
         module.steering, module.router_number = steps, number

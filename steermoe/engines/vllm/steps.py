@@ -80,11 +80,11 @@ class Steps:
         device: where logits are.
         graphs: whether calls may be captured and replayed; then no decision may depend on values of the host.
         choices: how each router chooses; None for one that takes the largest logits.
-        lists_reason: why plans with lists of experts are refused; "" if they are not.
 
     Attributes:
         uses_kernels: whether compiled kernels edit the logits, and not torch.
-        choices, lists_reason: as given.
+        choices: as given.
+        lists_reason: why plans with lists of experts are refused; "" if they are not.
     """
 
     def __init__(
@@ -96,10 +96,9 @@ class Steps:
         device: torch.device,
         graphs: bool,
         choices: Sequence[Choice | None] = (),
-        lists_reason: str = "",
     ) -> None:
         self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
-        self.choices, self.lists_reason = list(choices) or [None] * len(self.routers), lists_reason
+        self.choices, self.lists_reason = list(choices) or [None] * len(self.routers), ""
         self._tally = Tally()
         self.editors = [Editor(f"layer {router.layer}", router, self._tally) for router in routers]
         for editor in self.editors:
