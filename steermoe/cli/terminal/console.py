@@ -98,6 +98,15 @@ def discard(stream: Any) -> None:
         os.close(nowhere)
 
 
+def forget_odd_sizes() -> None:
+    """Remove sizes from the environment in which rich prints nothing at all, or which it can't read."""
+    for name, least in (("COLUMNS", 20), ("LINES", 1)):
+        value = os.environ.get(name, "")
+        if value and not (value.isdecimal() and len(value) < 6 and int(value) >= least):
+            del os.environ[name]
+
+
+forget_odd_sizes()
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(file=cast("Any", _Stderr()), highlight=False, markup=False, emoji=False)
 
