@@ -103,8 +103,6 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
         return DEFAULT_MODEL, str(default_model_folder()), {}
     path = Path(model)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no GGUF file '{path}'")
         read_header(path)  # transformers' own reader trusts whatever a header claims
         return path.stem, str(path.parent), {"gguf_file": path.name}
     if path.is_dir():

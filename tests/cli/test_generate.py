@@ -140,7 +140,7 @@ def test_settings_are_checked_before_a_model_is_looked_for(run, vectors, command
     [
         (["evaluate", "-o", "e", "--strengths", "1e39"], "at most 1e+06"),
         (["evaluate", "-o", "e", "--max-new-tokens", "1"], "max_new_tokens 1 is too few to steer"),
-        (["evaluate", "-o", "e", "--seeds", "9" * 30], "are too many"),
+        (["evaluate", "-o", "e", "--seeds", "9" * 15], "are too many"),
         (["evaluate", "-o", "e", "--temperature", "0"], "temperature 0.0 is out of range"),
         (["evaluate", "-o", "e", "-d", "nosuch"], "no vector 'nosuch'"),
         (["calibrate", "-d", "nosuch"], "no vector 'nosuch'"),

@@ -225,6 +225,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             raise ModelError(f"can't read '{path}': it is no regular file; give a .gguf file")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Header(data).read()
+    except FileNotFoundError as error:
+        raise ModelError(f"no GGUF file '{path}': check the path") from error
     except OSError as error:
         raise ModelError(f"can't read '{path}': {error.strerror or error}; give a .gguf file") from error
     except (struct.error, IndexError) as error:
