@@ -117,7 +117,7 @@ def test_damaged_files(gguf, tmp_path, damage):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ModelError, match="no GGUF file|can't read"):
+    with pytest.raises(ModelError, match="no GGUF file"):
         read_gguf(tmp_path / "no.gguf")
 
 
