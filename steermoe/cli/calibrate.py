@@ -63,7 +63,8 @@ def calibrate(
     from steermoe.evaluation.texts import neutral_texts
 
     found = [
-        library.read_fitting(library.find_vector(name, folder=vectors), loaded.shape) for name in dict.fromkeys(domain)
+        library.read_fitting(library.find_vector(name, folder=vectors), loaded.shape, foreign=library.is_path(name))
+        for name in dict.fromkeys(domain)
     ]
     source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):

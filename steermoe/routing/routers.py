@@ -11,8 +11,9 @@ Shapes: T tokens, W columns of a router's logits, k experts chosen per token.
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ class Router:
         num_experts: experts it can choose from (what expert vectors have columns for).
         width: columns of its logits; some routers have extra columns for shared experts.
         top_k: experts chosen per token.
+        blanks: as in `RouterShape`.
         stack: which of the model's stacks it belongs to.
     """
 
@@ -52,10 +54,11 @@ class Router:
     width: int
     top_k: int
     stack: Literal["encoder", "decoder"] = "decoder"
+    blanks: int = 0
 
     @property
     def shape(self) -> RouterShape:
-        return RouterShape(self.layer, self.num_experts, self.width, self.top_k)
+        return RouterShape(self.layer, self.num_experts, self.width, self.top_k, self.blanks)
 
 
 def find_routers(model: nn.Module) -> list[Router]:
@@ -65,20 +68,22 @@ def find_routers(model: nn.Module) -> list[Router]:
         UnsupportedModel: there are none; the message says why, if known.
     """
     modules = dict(model.named_modules())
+    unused = _unused_copies(modules)
+    used = {name: module for name, module in modules.items() if not f"{name}.".startswith(unused)}
     recorded = _recorded_router_classes(model)
     names = [
         name
-        for name, module in modules.items()
+        for name, module in used.items()
         if _is_router(name, module, recorded) and not _inside_attention(name) and "vision" not in name
     ]
     if not names:
-        names = [name for name, module in modules.items() if _is_linear_gate(name, module, model)]
+        names = [name for name, module in used.items() if _is_linear_gate(name, module, model)]
     encoder_layers = 1 + max((_layer_number(n) for n in names if _stack(n) == "encoder"), default=-1)
     routers = []
     for name in names:
         module = modules[name]
         _, (width, _) = _logits_weight(module)
-        parent = modules[name.rpartition(".")[0]]
+        parent = modules[_parent(name)]
         stack = _stack(name)
         is_after_encoder = stack == "decoder" and encoder_layers > 0
         routers.append(
@@ -90,11 +95,45 @@ def find_routers(model: nn.Module) -> list[Router]:
                 width=width,
                 top_k=_top_k(module, parent, model),
                 stack=stack,
+                blanks=_blanks(module, model),
             )
         )
     if not routers:
         raise UnsupportedModel(f"{type(model).__name__} has no router to steer: {_why_not(model)}")
-    return sorted(routers, key=lambda router: router.layer)
+    routers.sort(key=lambda router: router.layer)
+    for one, other in pairwise(routers):
+        if one.layer == other.layer:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has two routers in layer {one.layer}, '{one.name}' and '{other.name}', and "
+                "nothing says which one is used: take one out, or merge the adapter that brought it"
+            )
+    return routers
+
+
+def _unused_copies(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Prefixes of the names of modules that PEFT keeps beside the one in use, where it trains a copy of a module."""
+    unused = []
+    for name, wrapper in modules.items():
+        parts: Any = wrapper
+        copies = vars(wrapper).get("_modules", {}).get("modules_to_save")
+        if not isinstance(copies, nn.ModuleDict) or not hasattr(wrapper, "original_module"):
+            continue
+        active = getattr(parts, "active_adapter", ())
+        wanted = [active] if isinstance(active, str) else list(active or ())
+        is_off = bool(getattr(parts, "_disable_adapters", False))
+        in_use = None if is_off else next((adapter for adapter in wanted if adapter in copies), None)
+        unused += [f"{name}.modules_to_save.{adapter}." for adapter in copies if adapter != in_use]
+        unused += [] if in_use is None else [f"{name}.original_module."]
+    return tuple(unused)
+
+
+def _place(name: str) -> str:
+    """A module's path without what PEFT adds to it when it trains a copy."""
+    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)$", "", name)
+
+
+def _parent(name: str) -> str:
+    return _place(name).rpartition(".")[0]
 
 
 def _is_router(name: str, module: nn.Module, recorded: tuple[type, ...]) -> bool:
@@ -124,7 +163,7 @@ def _is_linear_gate(name: str, module: Any, model: nn.Module) -> bool:
         getattr(config, key, None)
         for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     } - {None}
-    is_gate = LINEAR_GATE.search(name) is not None and not _inside_attention(name)
+    is_gate = LINEAR_GATE.search(_place(name)) is not None and not _inside_attention(name)
     width = getattr(module, "out_features", 1)
     return is_gate and width in counts and width > 1
 
@@ -171,6 +210,13 @@ def _choosable(module: nn.Module, width: int) -> int:
     return width
 
 
+def _blanks(module: nn.Module, model: nn.Module) -> int:
+    """Columns that compete for a place in the top-k but have no expert."""
+    if hasattr(module, "num_router_classes"):  # zaya: the last one skips the layer
+        return 1
+    return getattr(_text_config(model), "zero_expert_num", 0) or 0
+
+
 def _top_k(module: Any, parent: Any, model: nn.Module) -> int:
     for owner in (module, parent):
         if isinstance(getattr(owner, "top_k", None), int):
@@ -200,7 +246,7 @@ def _why_not(model: nn.Module) -> str:
 
 def module_that_routes(model: nn.Module, router: Router) -> nn.Module:
     """The module whose forward computes the router's logits: the router, or an MXFP4 block, which reads its weight."""
-    parent = model.get_submodule(router.name.rpartition(".")[0])
+    parent = model.get_submodule(_parent(router.name))
     return parent if type(parent).__name__.startswith("Mxfp4") else router.module
 
 
@@ -259,12 +305,13 @@ def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None =
     if isinstance(model, RoutingShape):
         return model
     config = getattr(model, "config", None)
-    name = getattr(config, "name_or_path", "") or type(model).__name__
+    name = getattr(config, "name_or_path", "")
     architecture = getattr(config, "model_type", "")
     return RoutingShape(
-        Path(name).name,
+        Path(name or type(model).__name__).name,
         (architecture,) if architecture else (),
         tuple(router.shape for router in routers or find_routers(language_model(model))),
+        () if name else ("",),
     )
 
 

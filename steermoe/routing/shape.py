@@ -17,12 +17,20 @@ class RouterShape:
         num_experts: experts it can choose from (what expert vectors have columns for), N.
         width: columns of its logits, W; some routers have extra columns for shared experts.
         top_k: experts chosen for each token, k.
+        blanks: how many of `num_experts`, the last ones, are columns without an expert: longcat's zero experts, zaya's
+            skip.
     """
 
     layer: int
     num_experts: int
     width: int
     top_k: int
+    blanks: int = 0
+
+    @property
+    def vector_widths(self) -> tuple[int, ...]:
+        """How many experts a vector may have in this layer: all columns, or those with an expert behind them."""
+        return tuple(dict.fromkeys((self.num_experts, self.num_experts - self.blanks)))
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,13 @@ class RoutingShape:
     Attributes:
         name: for messages, and for the folder of the model's vectors.
         architectures: its `model_type`, then other names for it; messages show the first one. Empty if unknown.
+        known_as: other names of the model, such as the one inside a GGUF file; "" if `name` is only a stopgap.
     """
 
     name: str
     architectures: tuple[str, ...]
     routers: tuple[RouterShape, ...]
+    known_as: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -60,6 +70,32 @@ class RoutingShape:
     def is_a(self, architecture: str) -> bool:
         """Whether a `model_type` is this model's, apart from - and _; true if either is unknown."""
         return not architecture or not self.architectures or _plain(architecture) in map(_plain, self.architectures)
+
+    def is_named(self, model: str) -> bool:
+        """Whether a model's name is this one's, apart from its owner and the type of its weights.
+
+        Also true if either is unknown.
+        """
+        own = {_bare(name) for name in (self.name, *self.known_as)}
+        return not model or not own.isdisjoint({"", _bare(model)})
+
+
+WEIGHT_TYPE = re.compile(
+    r"(?:\.gguf|-\d+-of-\d+|[-_.](?:i?q\d+(?:_[a-z0-9]+)*|bf16|f16|f32|fp16|fp32|fp8|fp4|int8|int4|mxfp4|gguf|awq|gptq))+$"
+)
+"""What files and repositories add to a model's name if only the type of its weights differs."""
+
+
+VERSION = re.compile(r"-[0-9a-f]{12}$")
+"""What the folder of a model in the cache adds to its name."""
+SNAPSHOT = re.compile(r"[0-9a-f]{40}")
+"""The name of a folder that the hub's client keeps a checkpoint in, which does not say what the model is called."""
+
+
+def _bare(name: str) -> str:
+    """`sparse-8b` for `acme/Sparse-8B`, `Sparse-8B-GGUF` and `sparse-8b-Q4_K_M.gguf`; "" if it says nothing."""
+    last = re.split(r"[/\\]", name)[-1].lower()
+    return "" if SNAPSHOT.fullmatch(last) else re.sub("[ _]", "-", VERSION.sub("", WEIGHT_TYPE.sub("", last)))
 
 
 def _plain(name: str) -> str:

@@ -13,8 +13,8 @@ from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
-from steermoe.vectors.file import SUFFIX, check_domain_name, read_vector
-from steermoe.vectors.library import find_vector, find_vectors, read_fitting
+from steermoe.vectors.file import SUFFIX, check_domain_name
+from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
@@ -61,11 +61,11 @@ class PlanResolver:
         self._check(replace(alike, positions="generated"))
 
     def domains(self) -> list[str]:
-        """The domains on the search path whose vectors fit the model."""
+        """The domains on the search path of which the model has a vector."""
         found = set()
         for file in find_vectors(self._folder):
             try:
-                read_vector(file.path).check_fits(self.shape)
+                read_fitting([file.path], self.shape)
             except (CompatibilityError, VectorError):
                 continue
             found.add(file.domain)
@@ -82,7 +82,10 @@ class PlanResolver:
     def _find_vector(self, domain: tuple[str, ...], stamps: Hashable) -> SteeringVector:
         """A vector or mixture; `stamps` only distinguish states of its files."""
         parts = map(parse_domain, self._parts(domain))
-        return mix([(read_fitting(self._find(name), self.shape)[1], weight) for name, weight in parts])
+        return mix([(self._read(name), weight) for name, weight in parts])
+
+    def _read(self, name: str) -> SteeringVector:
+        return read_fitting(self._find(name), self.shape, foreign=is_path(name))[1]
 
     def _parts(self, domain: tuple[str, ...]) -> list[str]:
         """Each domain or vector file separately, with its weight; a path may contain the + of a mixture."""

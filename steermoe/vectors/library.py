@@ -67,7 +67,7 @@ def find_vector(name: str | Path, *, folder: Path | str | None = None, group: st
     Raises:
         VectorNotFound: no such file.
     """
-    if Path(name).suffix == SUFFIX:
+    if is_path(name):
         return [Path(name)]
     domain = check_domain_name(str(name))
     files = [file for file in find_vectors(folder) if group in (None, file.group)]
@@ -81,13 +81,25 @@ def find_vector(name: str | Path, *, folder: Path | str | None = None, group: st
     )
 
 
-def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, SteeringVector]:
-    """The first of several files whose vector fits a model.
+def is_path(name: str | Path) -> bool:
+    """Whether a name is the path of a vector file, which is taken whatever model it was built for, if it fits."""
+    return Path(name).suffix == SUFFIX
+
+
+def read_fitting(paths: Sequence[Path], shape: "RoutingShape", *, foreign: bool = False) -> tuple[Path, SteeringVector]:
+    """The first of several files whose vector fits a model, and was built for it or does not say for which one.
+
+    Models of one shape, such as a base model and its fine-tunes, route differently: each has its own vectors.
+
+    Args:
+        paths: the files.
+        shape: the model's.
+        foreign: if there is none, take the first that was built for another model of this shape.
 
     Raises:
-        CompatibilityError: none fits; the error of the first one.
+        CompatibilityError: none fits; the error of the first one. Or all that fit were built for other models.
     """
-    misfits = []
+    misfits, strangers = [], []
     for path in paths:
         vector = read_vector(path)
         try:
@@ -95,14 +107,28 @@ def read_fitting(paths: Sequence[Path], shape: "RoutingShape") -> tuple[Path, St
         except CompatibilityError as error:
             misfits.append(error)
         else:
-            return path, vector
+            if shape.is_named(vector.info.model):
+                return path, vector
+            strangers.append((path, vector))
+    if strangers and foreign:
+        return strangers[0]
+    if strangers:
+        raise CompatibilityError(_foreign(strangers[0][1], shape))
     raise misfits[0]
+
+
+def _foreign(vector: SteeringVector, shape: "RoutingShape") -> str:
+    """The message that a model has no vector of its own; it names no path, since servers send it to clients."""
+    return (
+        f"vector '{vector.domain}' was built for {vector.info.model}, and {shape.name} has none of its own: build one "
+        "with `steermoe vectors build`, or name the file to use it all the same (`steermoe vectors list` shows it)"
+    )
 
 
 def vectors_for(
     shape: "RoutingShape", names: Sequence[str] = (), *, folder: Path | str | None = None
 ) -> dict[str, SteeringVector]:
-    """The vectors named, or all on the search path that fit a model; by domain.
+    """The vectors named, or all on the search path that are a model's own; by domain. A path may name a foreign one.
 
     Raises:
         VectorNotFound: one that is named, or any. VectorError: a domain twice. CompatibilityError: a named one does not
@@ -118,7 +144,7 @@ def vectors_for(
         if file.domain in found:
             continue
         try:
-            found[file.domain] = load_vector(file.path, shape)
+            found[file.domain] = read_fitting([file.path], shape)[1]
         except CompatibilityError:
             continue
     if not found:
@@ -156,7 +182,8 @@ def load_vector(
 
     Args:
         name: a domain, or the path of a vector file.
-        model: the model to steer, or its shape; of several files of the domain, the first that fits it is taken.
+        model: the model to steer, or its shape; of several files of the domain, the first is taken that fits it and
+            was not built for another model. A path is taken if it fits.
         folder: searched before all others.
         group: only look in this model's folder, such as "smollm2-moe".
 
@@ -168,4 +195,4 @@ def load_vector(
         return read_vector(paths[0])
     from steermoe.routing.routers import shape_of
 
-    return read_fitting(paths, shape_of(model))[1]
+    return read_fitting(paths, shape_of(model), foreign=is_path(name))[1]

@@ -51,12 +51,12 @@ def _check_one_model(parts: Parts) -> None:
     first = parts[0][0]
     shape = _shape_of(first)
     for vector, _ in parts[1:]:
-        vector.check_fits(shape)
         if vector.num_experts != first.num_experts:
             raise CompatibilityError(
                 f"vector '{vector.domain}' has {vector.num_experts} experts per layer, '{first.domain}' has "
                 f"{first.num_experts}: only vectors of one model can be mixed"
             )
+        vector.check_fits(shape)
 
 
 def _info_of(parts: Parts) -> VectorInfo:
@@ -65,7 +65,7 @@ def _info_of(parts: Parts) -> VectorInfo:
     return VectorInfo(
         title=" + ".join(f"{weight:g} {vector.domain}" for vector, weight in parts),
         keywords=tuple(word for vector, weight in parts if weight > 0 for word in vector.info.keywords),
-        model=first.model,
+        model="+".join(dict.fromkeys(vector.info.model for vector, _ in parts if vector.info.model)),
         architecture=first.architecture,
         top_k=first.top_k,
         formula=first.formula,

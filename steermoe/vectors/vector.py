@@ -185,16 +185,15 @@ class SteeringVector:
         Raises:
             CompatibilityError: a different architecture, different layers, or another number of layers or experts.
         """
-        model, widths = shape.name, [router.num_experts for router in shape.routers]
-        built_for = f"it was built for {self.info.model}" if self.info.model else "it was built for another model"
-        fix = f"{built_for}; build one for {model} with `steermoe vectors build`"
-        own, expected = f"{self.num_layers}x{self.num_experts}", f"{len(widths)}x{max(widths)}"
-        if self.num_layers != len(widths) or not all(self.num_experts <= width for width in widths):
+        model, widths = shape.name, sorted({router.num_experts for router in shape.routers})
+        built_for = "another model" if shape.is_named(self.info.model) else self.info.model
+        fix = f"it was built for {built_for}; build one for {model} with `steermoe vectors build`"
+        own = f"{self.num_layers}x{self.num_experts}"
+        expected = f"{len(shape.routers)}x{' or '.join(map(str, widths))}"
+        if self.num_layers != len(shape.routers) or not all(
+            self.num_experts in router.vector_widths for router in shape.routers
+        ):
             raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")
-        if min(widths) - self.num_experts > max(2, min(widths) // 4):
-            raise CompatibilityError(
-                f"vector '{self.domain}' has {self.num_experts} experts per layer, {model} has {min(widths)}: {fix}"
-            )
         if shape.layers != self.layers:
             raise CompatibilityError(
                 f"vector '{self.domain}' is for decoder layers {format_layers(self.layers)}, "

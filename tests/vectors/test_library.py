@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.files import atomic_path
+from steermoe.routing.shape import RoutingShape
+from steermoe.steering.resolver import PlanResolver
+from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors import file, library
 from steermoe.vectors.file import read_header, read_vector, write_vector
 from steermoe.vectors.library import find_vectors, load_vector
 from steermoe.vectors.matrix import import_matrix
+from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
 FULL_INFO = VectorInfo(
@@ -336,6 +340,65 @@ def test_the_first_file_that_fits_the_model_is_taken(places, make_vector, tiny_m
     write_vector(make_vector(info=VectorInfo(architecture="qwen3_moe")), places[0] / "b" / "sport.safetensors")
     write_vector(make_vector(info=VectorInfo(title="right")), places[1] / "c" / "sport.safetensors")
     assert load_vector("sport", tiny_model.model, folder=places[0]).info.title == "right"
+
+
+@pytest.mark.parametrize("folder", ["0", "9"])
+def test_the_model_s_own_vector_is_taken(places, make_vector, tiny_model, folder):
+    """Another model's has the same shape and is found before it or after it."""
+    of = {"5": VectorInfo(model="tiny-mixtral", title="own"), folder: VectorInfo(model="acme/base", title="foreign")}
+    for name, info in of.items():
+        write_vector(make_vector(info=info), places[0] / name / "sport.safetensors")
+    assert load_vector("sport", tiny_model.shape, folder=places[0]).info.title == "own"
+    assert library.vectors_for(tiny_model.shape, folder=places[0])["sport"].info.title == "own"
+    assert PlanResolver(tiny_model.shape, places[0]).plan(SteeringSpec(("sport",))).vector.info.title == "own"
+    path = places[0] / folder / "sport.safetensors"  # on request
+    assert load_vector(path, tiny_model.shape).info.title == "foreign"
+    assert PlanResolver(tiny_model.shape).plan(SteeringSpec((str(path),))).vector.info.title == "foreign"
+
+
+def test_another_model_s_vector_is_not_taken_unasked(places, make_vector, tiny_model):
+    info = VectorInfo(model="acme/base")
+    write_vector(make_vector(info=info), places[0] / "base" / "sport.safetensors")
+    message = r"'sport' was built for acme/base, and tiny-mixtral has none of its own: build one .* or name the file"
+    resolver = PlanResolver(tiny_model.shape, places[0], names_only=True)
+    for use in (
+        lambda: load_vector("sport", tiny_model.shape, folder=places[0]),
+        lambda: library.vectors_for(tiny_model.shape, ["sport"], folder=places[0]),
+        lambda: resolver.plan(SteeringSpec(("sport",))),
+    ):
+        with pytest.raises(CompatibilityError, match=message) as error:
+            use()
+        assert str(places[0]) not in str(error.value)
+    assert resolver.domains() == []
+    with pytest.raises(VectorNotFound, match="no vector fits tiny-mixtral"):
+        library.vectors_for(tiny_model.shape, folder=places[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "built_for", "is_own"),
+    [
+        ("Sparse-8B-Instruct", "acme/Sparse-8B-Instruct", True),
+        ("sparse-8b-instruct-Q4_K_M", "acme/Sparse-8B-Instruct", True),
+        ("sparse-8b.q8_0", "Sparse 8B", True),
+        ("other/sparse-8b-FP8", "sparse-8b", True),
+        ("sparse-8b-0123456789ab", "sparse-8b", True),  # a version in the cache
+        ("0123456789abcdef0123456789abcdef01234567", "acme/sparse-8b", True),  # a snapshot of the hub: it may be
+        ("sparse-8b", "", True),
+        ("sparse-8b-instruct", "sparse-8b", False),
+        ("sparse-8b-thinking", "sparse-8b-instruct", False),
+        ("sparse-8b-2507", "sparse-8b", False),
+    ],
+)
+def test_whose_vector_it_is(model, built_for, is_own):
+    assert RoutingShape(model, (), ()).is_named(built_for) == is_own
+    assert RoutingShape("model-q8_0", (), (), (model,)).is_named(built_for) == is_own  # the name in a GGUF file
+    assert RoutingShape("MixtralForCausalLM", (), (), ("",)).is_named(built_for)  # not known
+
+
+def test_a_mixture_of_two_models_is_nobody_s_own(make_vector):
+    parts = [(make_vector(info=VectorInfo(model=name)), 0.5) for name in ("base", "instruct", "base")]
+    assert mix(parts).info.model == "base+instruct"
+    assert mix(parts[::2]).info.model == "base"
 
 
 def test_a_vector_of_a_foreign_model(places, make_vector, tiny_model):

@@ -115,8 +115,9 @@ def shape(name, layers, widths, architecture):
     [
         ([5, 6, 7], [4, 4, 4], "", "'sport' has 2x4 experts, other has 3x4: it was built for tiny"),
         ([5, 6], [2, 2], "", "'sport' has 2x4 experts, other has 2x2"),
-        ([5, 6], [4, 3], "", "'sport' has 2x4 experts, other has 2x4"),
-        ([5, 6], [64, 64], "", "'sport' has 4 experts per layer, other has 64"),
+        ([5, 6], [4, 3], "", "'sport' has 2x4 experts, other has 2x3 or 4"),
+        ([5, 6], [64, 64], "", "'sport' has 2x4 experts, other has 2x64"),
+        ([5, 6], [5, 5], "", "'sport' has 2x4 experts, other has 2x5"),
         ([0, 1], [4, 4], "", "is for decoder layers 5-6, other has routers in 0-1"),
         ([5, 6], [4, 4], "qwen3_moe", "is for mixtral models, other is qwen3_moe"),
     ],
@@ -128,9 +129,24 @@ def test_a_foreign_model_is_rejected(layers, widths, architecture, message):
     assert "steermoe vectors build" in str(error.value)
 
 
-@pytest.mark.parametrize("widths", [[4, 4], [5, 5], [4, 6]])
-def test_routers_may_have_a_few_more_columns(widths):
-    vector(info=VectorInfo(architecture="mixtral")).check_fits(shape("same", [5, 6], widths, "mixtral"))
+@pytest.mark.parametrize(("experts", "pruned"), [(128, 96), (64, 48), (256, 192)])
+def test_a_vector_of_a_pruned_model_does_not_fit_the_full_one(experts, pruned):
+    built = SteeringVector("sport", torch.full((2, pruned), 1 / pruned), (5, 6))
+    with pytest.raises(CompatibilityError, match=f"2x{pruned} experts, full has 2x{experts}"):
+        built.check_fits(shape("full", [5, 6], [experts] * 2, ""))
+    built.check_fits(shape("pruned", [5, 6], [pruned] * 2, ""))
+
+
+@pytest.mark.parametrize(("columns", "blanks", "fits"), [(4, 0, True), (6, 2, True), (4, 1, True), (6, 1, False)])
+def test_columns_without_an_expert_may_be_left_out(columns, blanks, fits):
+    """Such as longcat's zero experts, which the authors' matrices don't have."""
+    routers = tuple(RouterShape(layer, columns, columns, 1, blanks) for layer in (5, 6))
+    built, same = vector(info=VectorInfo(architecture="mixtral")), RoutingShape("same", ("mixtral",), routers)
+    if fits:
+        built.check_fits(same)
+    else:
+        with pytest.raises(CompatibilityError, match="2x4 experts, same has 2x6"):
+            built.check_fits(same)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 @app.command("list", epilog=LIST_EXAMPLES)
 def list_(vectors: Folder = None, json: Json = False) -> None:
-    """List all vectors. If a domain has several, steering uses the first that fits the model."""
+    """List all vectors. If a domain has several, steering uses the model's own."""
     from steermoe.cli.terminal import tables
     from steermoe.errors import VectorError
     from steermoe.vectors.file import read_header
@@ -250,7 +250,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
     """The record of one file for `check`; if a domain has several files, of the one that fits the model."""
     from steermoe.errors import CompatibilityError, VectorError
     from steermoe.vectors.file import read_vector
-    from steermoe.vectors.library import find_vector, read_fitting
+    from steermoe.vectors.library import find_vector, is_path, read_fitting
 
     result = dict.fromkeys(("path", "domain", "layers", "num_experts", "error"), None) | {"target": target}
     try:
@@ -259,7 +259,7 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
         if description is None:
             path, vector = paths[0], read_vector(paths[0])
         else:
-            path, vector = read_fitting(paths, description.shape)
+            path, vector = read_fitting(paths, description.shape, foreign=is_path(target))
     except (VectorError, CompatibilityError) as error:
         return {**result, "error": str(error)}
     return {

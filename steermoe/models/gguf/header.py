@@ -51,6 +51,7 @@ class GGUFModel:
         chooses_by_logits: whether the experts with the largest logits are chosen: no bias on scores, no groups.
         cache_numbers: numbers in the attention cache per token, all layers together, at most.
         file_type: GGUF's number for how most matrices are stored; None if the file doesn't say.
+        known_as: the name inside the file, if there is one.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class GGUFModel:
     chooses_by_logits: bool
     cache_numbers: int = 0
     file_type: int | None = None
+    known_as: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ class GGUFModel:
     @property
     def shape(self) -> RoutingShape:
         """What vectors must fit; those built for the same model in transformers do."""
-        return RoutingShape(self.name, (*self.model_types, self.architecture), self.routers)
+        return RoutingShape(self.name, (*self.model_types, self.architecture), self.routers, self.known_as)
 
 
 def read_gguf(path: Path | str) -> GGUFModel:
@@ -107,7 +109,7 @@ def read_gguf(path: Path | str) -> GGUFModel:
         for layer, experts in ((layer, int(shapes[f"blk.{layer}.ffn_gate_inp.weight"][-1])) for layer in layers)
     )
     kinds = MODEL_TYPES.get(architecture, (architecture,))
-    written = metadata.get("steermoe.model_type")
+    written, inside = metadata.get("steermoe.model_type"), metadata.get("general.name")
     has_bias = f"blk.{layers[-1]}.ffn_gate_inp.bias" in shapes
     scores_biased = any(re.fullmatch(r"blk\.\d+\.exp_probs_b\.bias", name) for name in shapes)
     return GGUFModel(
@@ -125,6 +127,7 @@ def read_gguf(path: Path | str) -> GGUFModel:
         chooses_by_logits=not scores_biased and int(setting("expert_group_count", 0) or 0) <= 1,
         cache_numbers=_cache_numbers(setting),
         file_type=metadata.get("general.file_type"),
+        known_as=(inside,) if isinstance(inside, str) and inside else (),
     )
 
 

@@ -296,7 +296,7 @@ def test_import_refuses_to_overwrite(run, matrix):
         ("[[1, 2]]", ["-d", "../chess"], "domain name '../chess' is not allowed"),
         ("[[1, 2]]", ["-o", "chess.json"], "'chess.json' is not the name of a vector file: end it in .safetensors"),
         ("[[1, 2]]", ["-m", "TINY"], "has 1 rows, expected one for each of 3 layers"),
-        ("[[1, 2], [1, 2], [1, 2]]", ["-m", "TINY"], "tiny-mixtral has 8"),
+        ("[[1, 2], [1, 2], [1, 2]]", ["-m", "TINY"], "has 3x2 experts, tiny-mixtral has 3x8: it was built for another"),
         (f"[{', '.join([str([1] * 9)] * 3)}]", ["-m", "TINY"], "vector 'chess' has 3x9 experts, tiny-mixtral has 3x8"),
     ],
 )
