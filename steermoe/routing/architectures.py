@@ -18,4 +18,10 @@ LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|
 NO_ROUTER_REASONS = {
     "doge": "its experts are picked by product keys, not by a router over experts",
 }
+PYTHON_ONLY = "in Python only, the commands can't run it"
+"""What is said of a family whose routers are found, but whose models continue no text."""
+NOT_RUN = {
+    "diffusion_gemma": "it writes all tokens of a text at once, by diffusion",
+    "qwen3_omni_moe": "its generate returns speech too; save its thinker as a checkpoint of its own",
+}
 HASH_REASON = "its routers are hash tables, which have no logits"

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steermoe.errors import ModelError
@@ -17,12 +17,16 @@ from steermoe.routing.architectures import (
     LINEAR_GATE,
     NO_ROUTER_REASONS,
     NOT_A_ROUTER,
+    NOT_RUN,
     NOT_TEXT,
+    PYTHON_ONLY,
     ROUTER_CLASS,
 )
 
 UNKNOWN_REASON = "no router class that steermoe knows"
 
+WRITERS = "CAUSAL_LM|SEQ_TO_SEQ_CAUSAL_LM|IMAGE_TEXT_TO_TEXT"
+"""The kinds of models that the commands load."""
 CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
 EXPERTS_CLASS = re.compile(r"Experts?$")
 EXPERTS_IN_CODE = re.compile(
@@ -45,7 +49,8 @@ class Family:
     Attributes:
         family: its folder in `transformers.models`, usually its `model_type` too.
         steerable: whether steermoe finds its routers and steers them.
-        reason: why not; for a steerable family, which of its routers are left alone, or "".
+        reason: why not; for a steerable family, which of its routers are left alone, and whether the commands can't
+            run it; or "".
         routers: the classes that are steered; "Linear" is a plain layer with the name of a gate.
     """
 
@@ -77,8 +82,32 @@ def _list_families(models: Path) -> tuple[Family, ...]:
         data = path.read_bytes()
         if b"xpert" in data:  # most families have none; decoding and searching those would take most of the time
             sources.setdefault(path.parent.name, []).append(data.decode())
-    found = (_read_family(name, "\n".join(texts)) for name, texts in sources.items())
-    return tuple(family for family in found if family is not None)
+    writers = _writers(models / "auto" / "modeling_auto.py")
+    families = []
+    for name, texts in sources.items():
+        source = "\n".join(texts)
+        family = _read_family(name, source)
+        if family is not None and family.steerable and (wrong := _why_not_run(name, source, writers)):
+            family = replace(family, reason="; ".join(filter(None, (family.reason, f"{PYTHON_ONLY}: {wrong}"))))
+        families += [] if family is None else [family]
+    return tuple(families)
+
+
+def _writers(path: Path) -> set[str] | None:
+    """The classes that transformers registers as models that continue a text; None if it has no such file."""
+    if not path.is_file():
+        return None
+    source = path.read_text()
+    blocks = re.findall(rf"^MODEL_FOR_(?:{WRITERS})_MAPPING_NAMES = (.*?)^\)$", source, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r'"(\w+)"\s*\)', "\n".join(blocks)))
+
+
+def _why_not_run(family: str, source: str, writers: set[str] | None) -> str:
+    """Why the commands can't generate with a family whose routers are found; "" if they can."""
+    if family in NOT_RUN:
+        return NOT_RUN[family]
+    is_known = writers is None or not writers.isdisjoint(CLASS.findall(source))
+    return "" if is_known else "transformers has no class for it that continues a text"
 
 
 def _transformers_models() -> Path:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from steermoe.errors import SteeringError
 from steermoe.routing.architectures import ROUTER_CLASS
 from steermoe.routing.routers import Router, _logits_weight, module_that_routes
-from steermoe.routing.wrapping import wrap_method
+from steermoe.routing.wrapping import Hook, wrap_method
 
 
 class LogitsEditor(Protocol):
@@ -121,7 +121,7 @@ def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> 
         edited.clear()  # also after a call that failed halfway
 
     stack = ExitStack()
-    stack.callback(router.module.register_forward_pre_hook(before_router).remove)
-    stack.callback(child.register_forward_hook(on_child).remove)
-    stack.callback(router.module.register_forward_hook(on_router).remove)
+    stack.callback(router.module.register_forward_pre_hook(Hook(before_router)).remove)
+    stack.callback(child.register_forward_hook(Hook(on_child)).remove)
+    stack.callback(router.module.register_forward_hook(Hook(on_router)).remove)
     return stack.close

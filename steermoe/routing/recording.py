@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
 from steermoe.routing.positions import POSITIONS, Positions
-from steermoe.routing.routers import Router, chosen_experts, find_routers, language_model, module_that_routes, scoring
+from steermoe.routing.routers import (
+    Router,
+    _text_config,
+    chosen_experts,
+    find_routers,
+    language_model,
+    module_that_routes,
+    scoring,
+)
 from steermoe.routing.tracker import Stack, Tracker, Window, select
+from steermoe.routing.wrapping import Hook
 
 
 class RoutingRecord:
@@ -185,15 +194,14 @@ def record_routing(
     record = RoutingRecord(routers, positions)
     with ExitStack() as undo:
         undo.callback(Tracker(model, record._before_forward, record._after_forward).close)
-        whole: Any = model
-        config = whole.config.get_text_config() if hasattr(model, "config") else None
+        config = _text_config(model)
         for number, router in enumerate(routers):
             if probabilities:
                 undo.callback(
                     intercept(model, router, _LogitsWatcher(record, number, router, scoring(router.module, config)))
                 )
             host = module_that_routes(model, router)
-            undo.callback(host.register_forward_hook(partial(_on_router, record, number, router)).remove)
+            undo.callback(host.register_forward_hook(Hook(partial(_on_router, record, number, router))).remove)
         yield record
 
 

@@ -7,18 +7,33 @@ Shapes: B rows and S columns of a forward call, P columns of a prompt.
 """
 
 import inspect
+import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from steermoe.errors import SteeringError
 from steermoe.routing.positions import Positions
-from steermoe.routing.wrapping import wrap_method
+from steermoe.routing.wrapping import EagerHook, wrap_method
 
 Stack = Literal["encoder", "decoder"]
+STACKS: tuple[Stack, ...] = get_args(Stack)
+_TURNS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_MAKING_TURNS = threading.Lock()
+
+
+def turn_of(model: nn.Module) -> "threading.RLock":
+    """The lock that a thread holds while it generates with a watched model, or runs its forward.
+
+    Where a token is, and how it is steered, is kept per model: threads that share one take turns.
+    """
+    with _MAKING_TURNS:
+        return _TURNS.setdefault(model, threading.RLock())
 
 
 def select(positions: Positions, index: Tensor) -> Tensor:
@@ -79,6 +94,8 @@ class _Generation:
 class Tracker:
     """Watches a model's forward and generate, and passes the window of each forward call to a listener.
 
+    Threads take turns: one call of `generate`, or one forward call outside of it, at a time.
+
     Args:
         model: the model, without wrappers such as torch.compile (see `language_model`).
         before: called with the window before each forward call, separately for the two stacks of an encoder-decoder.
@@ -97,6 +114,9 @@ class Tracker:
         self._prompt_seen = 0
         self._generation: _Generation | None = None
         self._windows: dict[Stack, Window] = {}
+        self._turn = turn_of(model)
+        self._inside: set[tuple[int, Stack]] = set()
+        """Threads that are inside a forward call, with its stack. More than one only if they wait for their turn."""
         self._is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         with ExitStack() as undo:
             self._watch(model, "decoder", self._window, undo)
@@ -108,25 +128,50 @@ class Tracker:
             self._undo = undo.pop_all()
 
     def close(self) -> None:
-        self._undo.close()
+        """Stop watching, once no other thread is inside a call."""
+        with self._turn:
+            self._undo.close()
+        for stack in STACKS:  # if it was called inside a forward call, whose end is no longer noticed
+            self._end_turn(stack)
 
     def _watch(
         self, module: nn.Module, stack: Stack, window: Callable[[dict[str, Any]], Window], undo: ExitStack
     ) -> None:
         signature = inspect.signature(module.forward)
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if getattr(called, "_is_replica", False):
+                raise SteeringError(
+                    "nn.DataParallel runs replicas of the model, which share its routers: use DistributedDataParallel, "
+                    "or load the model with device_map='auto'"
+                )
+            self._take_turn(stack)
             self._windows[stack] = window(_arguments(signature, args, kwargs))
             self._before(self._windows[stack])
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._after is not None:
                 self._after(self._windows[stack])
 
-        undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.callback(module.register_forward_hook(after).remove)
+        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._end_turn(stack)
+
+        undo.callback(module.register_forward_pre_hook(EagerHook(before), with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(EagerHook(after)).remove)
+        undo.callback(module.register_forward_hook(EagerHook(end), always_call=True).remove)  # after a failure too
+
+    def _take_turn(self, stack: Stack) -> None:
+        self._turn.acquire()
+        here = threading.get_ident(), stack
+        if here in self._inside:  # a compiled call that failed, after which no hook runs
+            self._turn.release()
+        self._inside.add(here)
+
+    def _end_turn(self, stack: Stack) -> None:
+        here = threading.get_ident(), stack
+        if here in self._inside:
+            self._inside.discard(here)
+            self._turn.release()
 
     # ---- generate ----
 
@@ -134,14 +179,15 @@ class Tracker:
         signature = inspect.signature(generate)
 
         def tracked(*args: Any, **kwargs: Any) -> Any:
-            if self._generation is not None:
-                # a decoding method that calls generate itself: its prompt is not the user's
-                return generate(*args, **kwargs)
-            self._generation = self._begin(_arguments(signature, args, kwargs))
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._generation = None
+            with self._turn:
+                if self._generation is not None:
+                    # a decoding method that calls generate itself: its prompt is not the user's
+                    return generate(*args, **kwargs)
+                self._generation = self._begin(_arguments(signature, args, kwargs))
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    self._generation = None
 
         return tracked
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from steermoe.errors import SteeringError
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.plans import SteeringPlan
+from steermoe.vectors.vector import format_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +102,11 @@ def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
         if not 0 <= expert < experts:
             raise SteeringError(
                 f"expert ({layer}, {expert}) does not exist: {shape.name} has routers in layers "
-                f"{layers[0]} to {layers[-1]}, experts 0 to {(experts or routers[0].num_experts) - 1}"
+                f"{format_layers(layers)}, experts 0 to {(experts or routers[0].num_experts) - 1}"
             )
     if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
         first, last = plan.layers
-        raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {layers[0]}-{layers[-1]}")
+        raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {format_layers(layers)}")
     for router in routers:
         forced = {expert for layer, expert in plan.force if layer == router.layer}
         if len(forced) > router.top_k:

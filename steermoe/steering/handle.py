@@ -4,20 +4,23 @@ Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see th
 """
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
 from steermoe.routing.routers import chosen_experts, find_routers, language_model, shape_of
-from steermoe.routing.tracker import Tracker, Window
-from steermoe.steering.banks import banks_for
-from steermoe.steering.editing import Editor, RowLayout, Step, Tally
+from steermoe.routing.tracker import Tracker, Window, turn_of
+from steermoe.routing.wrapping import wrap_method
+from steermoe.steering.banks import Bank, banks_for
+from steermoe.steering.editing import RowLayout, Step, Tally
 from steermoe.steering.mapping import UNSTEERED, PlanMapping
 from steermoe.steering.plans import (
     DEFAULT_FORMULA,
@@ -28,6 +31,7 @@ from steermoe.steering.plans import (
     SteeringPlan,
     plan_for,
 )
+from steermoe.steering.refusals import PACKED, OnceEditor, refuse_checkpointing, refuse_packing
 from steermoe.steering.report import SteeringReport
 from steermoe.vectors.vector import SteeringVector
 
@@ -49,10 +53,26 @@ _STEERED: "weakref.WeakKeyDictionary[nn.Module, SteeringHandle]" = weakref.WeakK
 """Attached handles, by the first router of their model, which no wrapper around the model hides."""
 
 
+class _Steering(NamedTuple):
+    """What plans come to; a forward call uses one from its beginning to its end.
+
+    Attributes:
+        plans: one for all rows, or one per row.
+        numbers: each one's number in the mapping.
+        banks: one per router.
+    """
+
+    plans: tuple[SteeringPlan | None, ...]
+    mapping: PlanMapping
+    numbers: list[int]
+    banks: list[Bank]
+
+
 class SteeringHandle:
     """Steering that is attached to a model. `set` changes it between tokens, `remove` takes it off.
 
-    Create it with `attach`. One forward call at a time: threads that share a model must take turns.
+    Create it with `attach`. Threads that share a model take turns: one call of `generate` at a time. A copied
+    model (`copy.deepcopy`, `torch.save`, a spawned process) is not steered.
     """
 
     def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
@@ -67,7 +87,7 @@ class SteeringHandle:
             )
         self._tally = Tally()
         self._editors = [
-            Editor(router.name, router.shape, self._tally, functools.partial(chosen_experts, router))
+            OnceEditor(router.name, router.shape, self._tally, functools.partial(chosen_experts, router))
             for router in self._routers
         ]
         self._tokens_seen: int | Tensor = 0
@@ -76,11 +96,15 @@ class SteeringHandle:
         self._calls_before: list[int] = []
         self._bypassed: dict[str, int] = {}
         self._layout: tuple[Any, RowLayout] | None = None
-        self._mapping = PlanMapping()
-        self._install(plans)
+        self._setting = threading.Lock()
+        self._used = self._wanted = self._steering(plans, None)
+        self._use(self._wanted)
         with ExitStack() as undo:
             self._tracker = Tracker(self._model, self._before_forward, self._after_forward)
             undo.callback(self._tracker.close)
+            for name in PACKED:
+                if hasattr(self._model, name):
+                    undo.callback(wrap_method(self._model, name, refuse_packing(lambda: self.plans)))
             for router, editor in zip(self._routers, self._editors, strict=True):
                 undo.callback(intercept(self._model, router, editor))
             _STEERED[first] = self
@@ -92,7 +116,7 @@ class SteeringHandle:
     @property
     def plans(self) -> tuple[SteeringPlan | None, ...]:
         """One plan for all rows, or one per row; None leaves a row alone."""
-        return self._plans
+        return self._wanted.plans
 
     def set(
         self,
@@ -102,12 +126,13 @@ class SteeringHandle:
         prompt_length: int | None = None,
         **changes: Any,
     ) -> None:
-        """Change the steering from the next forward call on, without attaching again.
+        """Change the steering from the next forward call on, without attaching again; from any thread.
 
         Args:
             plan: a new plan for all rows.
             rows: new plans, one per row; `[None]` pauses steering.
-            prompt_length: columns that count as the prompt when the model is called directly, not by `generate`.
+            prompt_length: columns that count as the prompt when the model is called directly, not by `generate`; the
+                same for all rows, padding included.
             changes: fields of the plans to replace, such as `strength=2.0`.
 
         Raises:
@@ -115,14 +140,20 @@ class SteeringHandle:
         """
         if plan is not None and rows is not None:
             raise SteeringError("pass either one plan or plans for the rows, not both")
-        plans = list(rows) if rows is not None else [plan] if plan is not None else list(self._plans)
+        if prompt_length is not None and (type(prompt_length) is not int or prompt_length < 0):
+            raise SteeringError(
+                f"prompt_length is {prompt_length!r:.60}, expected one whole number, 0 or more: the columns of the "
+                "padded prompt, the same for all rows"
+            )
         if unknown := sorted(changes.keys() - SteeringPlan.__dataclass_fields__.keys()):
             known = ", ".join(SteeringPlan.__dataclass_fields__)
             raise SteeringError(f"a plan has no {', '.join(unknown)}: it has {known}")
-        if changes:
-            plans = [current and replace(current, **changes) for current in plans]
-        if changes or plan is not None or rows is not None:
-            self._install(plans)
+        with self._setting:
+            plans = _checked(rows if rows is not None else [plan] if plan is not None else self._wanted.plans)
+            if changes:
+                plans = tuple(current and replace(current, **changes) for current in plans)
+            if changes or plan is not None or rows is not None:
+                self._wanted = self._steering(plans, self._wanted)
         if prompt_length is not None:
             self._tracker.prompt_length = prompt_length
 
@@ -135,12 +166,21 @@ class SteeringHandle:
         self._tracker.known_window = window
 
     def remove(self) -> None:
-        """Take the steering off and leave the model as it was. Does nothing the second time."""
-        self._undo.close()
+        """Take the steering off and leave the model as it was. Does nothing the second time.
+
+        Waits while another thread generates.
+        """
+        with turn_of(self._model):
+            self._undo.close()
 
     def report(self) -> SteeringReport:
-        """What has been steered since `attach`."""
-        self._tally.count()
+        """What has been steered since `attach`; while another thread runs the model, up to its last forward call."""
+        turn = turn_of(self._model)
+        if turn.acquire(blocking=False):
+            try:
+                self._tally.count()
+            finally:
+                turn.release()
         return SteeringReport(
             router_calls=sum(editor.calls for editor in self._editors),
             tokens_seen=int(self._tokens_seen),
@@ -166,7 +206,7 @@ class SteeringHandle:
     def require_steered_tokens(self) -> None:
         """As `verify`, and also raise if there was no token to steer."""
         self.verify()
-        if self._was_wanted or not any(plan and plan.does_something for plan in self._plans):
+        if self._was_wanted or not self._does_something:
             return
         seen = int(self._tokens_seen)
         if not seen:
@@ -174,7 +214,7 @@ class SteeringHandle:
                 "steering was asked for, but the model was not called: call the model itself, or its generate, "
                 "inside the block"
             )
-        positions = sorted({plan.positions for plan in self._plans if plan})
+        positions = sorted({plan.positions for plan in self.plans if plan})
         raise SteeringError(
             f"steering was asked for, but none of the {seen} tokens that the model saw was to be steered "
             f"(positions {', '.join(positions)}): generate some, or steer with positions='all'"
@@ -182,30 +222,47 @@ class SteeringHandle:
 
     # ---- plans ----
 
-    def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
-        if not plans:
-            raise SteeringError("no plans given: pass a plan, or one per row (None for rows to leave alone)")
-        if not (self._mapping.plans and self._mapping.knows(plans)):
+    @property
+    def _does_something(self) -> bool:
+        return any(plan and plan.does_something for plan in self.plans)
+
+    def _steering(self, plans: Sequence[SteeringPlan | None], last: _Steering | None) -> _Steering:
+        """What these plans come to, for a later forward call; reuses what the last one made for the same plans.
+
+        Raises:
+            SteeringError: no plans, or some that don't fit.
+        """
+        plans = _checked(plans)
+        if last is not None and last.mapping.plans and last.mapping.knows(plans):
+            mapping, banks = last.mapping, last.banks
+        else:
             mapping = PlanMapping(plans)
             banks = banks_for(self._shape, mapping.plans)
-            for editor, bank in zip(self._editors, banks, strict=True):
-                editor.bank = bank
-            self._mapping = mapping
-        self._plans = tuple(plans)
-        self._numbers = self._mapping.numbers(plans)
+        return _Steering(plans, mapping, mapping.numbers(plans), banks)
+
+    def _use(self, steering: _Steering) -> None:
+        self._used = steering
         self._layout = None
+        for editor, bank in zip(self._editors, steering.banks, strict=True):
+            editor.bank = bank
 
     # ---- what the tracker calls ----
 
     def _before_forward(self, window: Window) -> None:
+        wanted = self._wanted
+        if wanted is not self._used:
+            self._use(wanted)
         self._tokens_seen = self._tokens_seen + window.tokens
-        step = self._step(window)
+        step, trains = self._step(window), torch.is_grad_enabled()
         if step is not None:
+            if trains:
+                refuse_checkpointing(self._model)
             self._tokens_steered = self._tokens_steered + step.tokens
             self._was_wanted = True
         for router, editor in zip(self._routers, self._editors, strict=True):
             if router.stack == window.stack:
                 editor.step = None if editor.bank.is_idle else step
+                editor.trains = trains
         self._calls_before = [editor.calls for editor in self._editors]
 
     def _after_forward(self, window: Window) -> None:
@@ -221,11 +278,12 @@ class SteeringHandle:
         numbers = self._numbers_over(window.rows)
         if max(numbers, default=UNSTEERED) == UNSTEERED:
             return None
-        factor_BS = self._mapping.factors(numbers, window.generated_index())
+        mapping = self._used.mapping
+        factor_BS = mapping.factors(numbers, window.generated_index())
         if not bool(factor_BS.any()):
             return None
         counted_T = None if window.counted is None else window.counted.flatten()
-        plans = self._mapping.plans
+        plans = mapping.plans
         if len(plans) == 1 and UNSTEERED not in numbers and bool((factor_BS == factor_BS[0, 0]).all()):
             return Step(window.tokens, counted_T, plan=plans[0], factor=float(factor_BS[0, 0]))
         steered_T = (factor_BS != 0).flatten()
@@ -238,24 +296,34 @@ class SteeringHandle:
 
     def _numbers_over(self, rows: int) -> list[int]:
         """The number of each row's plan."""
-        if len(self._numbers) == 1:
-            return self._numbers * rows
-        repeats, rest = divmod(rows, len(self._numbers))
+        own = self._used.numbers
+        if len(own) == 1:
+            return own * rows
+        repeats, rest = divmod(rows, len(own))
         if rest:
             raise SteeringError(
-                f"{len(self._numbers)} row plans can't be laid over {rows} rows: give one plan per row, or one for all"
+                f"{len(own)} row plans can't be laid over {rows} rows: give one plan per row, or one for all"
             )
         # beams and return sequences repeat each row
-        return [number for number in self._numbers for _ in range(repeats)]
+        return [number for number in own for _ in range(repeats)]
 
     def _layout_for(self, numbers: list[int], factor_BS: Tensor) -> RowLayout:
         """The layout; the last one if nothing changed, as between tokens while strengths are constant."""
         key = (numbers, factor_BS.tolist()) if factor_BS.shape[1] == 1 else None
         if key is None:
-            return RowLayout.of(self._mapping.plans, numbers, factor_BS)
+            return RowLayout.of(self._used.mapping.plans, numbers, factor_BS)
         if self._layout is None or self._layout[0] != key:
-            self._layout = key, RowLayout.of(self._mapping.plans, numbers, factor_BS)
+            self._layout = key, RowLayout.of(self._used.mapping.plans, numbers, factor_BS)
         return self._layout[1]
+
+
+def _checked(plans: Sequence[SteeringPlan | None]) -> tuple[SteeringPlan | None, ...]:
+    if not plans:
+        raise SteeringError("no plans given: pass a plan, or one per row (None for rows to leave alone)")
+    for plan in plans:
+        if plan is not None and not isinstance(plan, SteeringPlan):
+            raise SteeringError(f"{plan!r:.60} is no plan: make one with plan_for(vector)")
+    return tuple(plans)
 
 
 def attach(

@@ -46,7 +46,7 @@ def flat_vector(model) -> SteeringVector:
         (lambda m: {"vector": flat_vector(m)}, SteeringError, ["'flat'", "threshold 3", "lower the threshold"]),
         (lambda m: {"vector": tiny.vector_for(m), "layers": (2, 5)}, SteeringError, ["2-5 hold no router", "0-1"]),
         (lambda m: {"force": ((0, 8),)}, SteeringError, ["(0, 8) does not exist", "experts 0 to 7"]),
-        (lambda m: {"ban": ((2, 0),)}, SteeringError, ["(2, 0) does not exist", "layers 0 to 1"]),
+        (lambda m: {"ban": ((2, 0),)}, SteeringError, ["(2, 0) does not exist", "layers 0-1"]),
         (lambda m: {"force": ((0, 1),), "layers": (1, 1)}, SteeringError, ["nothing would be steered"]),
         (lambda m: {"force": ((0, 1), (0, 2), (0, 3))}, SteeringError, ["3 experts are forced", "force at most 2"]),
         (lambda m: {"ban": tuple((0, e) for e in range(7))}, SteeringError, ["7 of 8", "ban at most 6"]),

@@ -5,10 +5,7 @@ It picks the decoder: `RollingDecoder` if rows may come and go or compiled steps
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from steermoe.engines.decoding import complete
 from steermoe.engines.engine import Decoder
@@ -17,9 +14,11 @@ from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
-from steermoe.engines.text import encode_prompt, end_tokens, literal_tokens
-from steermoe.models.loading import LoadedModel
+from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
+from steermoe.models.loading import LoadedModel, weights_of
 from steermoe.routing.shape import RoutingShape
+from steermoe.routing.tracker import turn_of
+from steermoe.routing.wrapping import is_untouched
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
@@ -43,6 +42,7 @@ class HFEngine:
     def __init__(self, loaded: LoadedModel, compiled: bool = True) -> None:
         self.loaded = loaded
         self.compiled = compiled
+        self._encoder = HFEncoder(loaded.tokenizer)
         self._steps: CompiledSteps | None = None
 
     @property
@@ -59,12 +59,12 @@ class HFEngine:
 
     @property
     def most_rows(self) -> int:
-        return MOST_ROWS_ON_CPU if self.loaded.model.device.type == "cpu" else MOST_ROWS
+        return MOST_ROWS_ON_CPU if self.loaded.device.type == "cpu" else MOST_ROWS
 
     def room(self) -> Room:
         model: Any = self.loaded.model
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        return Room(int(free_memory(model.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
+        return Room(int(free_memory(self.loaded.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
 
     def decoder(self, rows: int) -> Decoder:
         """As `Engine.decoder`: the best one that the model allows."""
@@ -74,8 +74,7 @@ class HFEngine:
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
-        tokenize = partial(literal_tokens, self.loaded.tokenizer)
-        return encode_prompt(tokenize, request, self.name, self.loaded.context_length, known)
+        return encode_prompt(self._encoder, request, self.name, self.loaded.context_length, known)
 
     def end_tokens(self) -> set[int]:
         """Tokens that end a text."""
@@ -85,15 +84,25 @@ class HFEngine:
         """A hash of class, dtype and a few numbers of every tensor."""
         model: Any = self.loaded.model
         digest = hashlib.sha256(f"{type(model).__name__} {model.dtype}".encode())
-        for name, parameter in model.named_parameters():
-            some = parameter.detach().flatten()[:SAMPLED_WEIGHTS]
-            digest.update(f"{name} {tuple(parameter.shape)} {some.float().cpu().tolist()}".encode())
+        for name, weight in weights_of(model):
+            some = weight.flatten()[:SAMPLED_WEIGHTS]
+            numbers = "" if some.is_meta else some.float().cpu().tolist()
+            digest.update(f"{name} {tuple(weight.shape)} {numbers}".encode())
         return digest.hexdigest()
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
     ) -> list[Completion]:
-        """As `Engine.generate`; all requests run as one batch, by compiled steps where there are any for it."""
+        """As `Engine.generate`; all requests run as one batch, by compiled steps where there are any for it.
+
+        Threads take turns.
+        """
+        with turn_of(self.loaded.model):
+            return self._generate(requests, on_text, record)
+
+    def _generate(
+        self, requests: Sequence[Request], on_text: Callable[[str], None] | None, record: bool
+    ) -> list[Completion]:
         prompts = [self.encode(request) for request in requests]
         steps = self.compiled_steps() if requests and not record else None
         decoder: Decoder
@@ -105,17 +114,11 @@ class HFEngine:
 
     def compiled_steps(self) -> "CompiledSteps | None":
         """The model's compiled steps; None if unwanted, or if they would bypass something attached to the model."""
-        if not self.compiled or self.loaded.model.device.type != "cpu" or not _is_plain(self.loaded.model):
+        model = self.loaded.model
+        if not self.compiled or model.device.type != "cpu" or not all(map(is_untouched, model.modules())):
             return None
         from steermoe.engines.hf.compiled.steps import CompiledSteps
 
         if self._steps is None:
             self._steps = CompiledSteps(self.loaded.model)
         return self._steps
-
-
-def _is_plain(model: torch.nn.Module) -> bool:
-    """Whether no module has a hook or a replaced forward, which a compiled step would not call."""
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    )
