@@ -53,6 +53,7 @@ def compare(
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: ModelOptions,
+    special_tokens: o.SpecialTokens = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw the comparison as this SVG file.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -74,7 +75,8 @@ def compare(
         for c in strength or (None,)
     ]
     o.warn_beyond_safe_range(plans)
-    requests = [Request(text, plan, sampling) for plan in (None, *plans)]
+    special = o.has_special_tokens(prompt, special_tokens)
+    requests = [Request(text, plan, sampling, special) for plan in (None, *plans)]
     with console.working(f"Generating {len(requests)} stories ..."):
         completions = runner.generate(requests, record=True)
     columns = compare_completions(completions)

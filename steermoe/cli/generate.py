@@ -31,6 +31,7 @@ def generate(
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: ModelOptions,
+    special_tokens: o.SpecialTokens = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Print text as it is generated. Default: on a terminal only."),
@@ -47,7 +48,7 @@ def generate(
 
     plan = PlanResolver(runner.shape, vectors).plan(steering)
     o.warn_beyond_safe_range([plan])
-    request = Request(text, plan, sampling)
+    request = Request(text, plan, sampling, o.has_special_tokens(prompt, special_tokens))
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:
         runner.encode(request)

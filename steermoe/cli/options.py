@@ -199,6 +199,14 @@ class CorpusOptions:
 Prompt = Annotated[
     str | None, typer.Argument(help="Beginning of the text; - reads stdin. Default: the opening of a built-in story.")
 ]
+SpecialTokens = Annotated[
+    bool | None,
+    typer.Option(
+        "--special-tokens/--no-special-tokens",
+        help="Encode the special tokens of a PROMPT that begins with one, as a chat template's do, or leave them text. "
+        "Default: encode those of a typed PROMPT.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
@@ -218,6 +226,11 @@ def read_prompt(prompt: str | None) -> str:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise GenerationError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool:
+    """Whether special tokens of the prompt are to be encoded as such: by default those of a typed one."""
+    return prompt not in (None, "-") if wanted is None else wanted
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:

@@ -56,11 +56,17 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One text to continue; `plan` None leaves it unsteered."""
+    """One text to continue; `plan` None leaves it unsteered.
+
+    Attributes:
+        special_tokens: if the prompt begins with a special token, as what a chat template writes does, encode its
+            special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere.
+    """
 
     prompt: str
     plan: "SteeringPlan | None" = None
     sampling: Sampling = field(default_factory=Sampling)
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True, eq=False)

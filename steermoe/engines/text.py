@@ -1,10 +1,14 @@
 """A continuation's text from its tokens: the same whether it is decoded at the end or streamed."""
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from steermoe.engines.request import Request
 from steermoe.errors import GenerationError
+
+logger = logging.getLogger(__name__)
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes decode to while the rest of their character is missing."""
@@ -17,17 +21,30 @@ class Tokenizer(Protocol):
         """The text of tokens; `options` are transformers' own."""
 
 
+class Encoder(Protocol):
+    """How an engine turns text into tokens."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The tokens of a text; what looks like a special token stays text unless `special` is set.
+
+        With `special`, nothing is put before the text, which begins with what belongs there.
+        """
+
+    def leading_special(self, text: str) -> str:
+        """The special token that a text begins with; "" if with none."""
+
+
 def encode_prompt(
-    tokenize: Callable[[str], list[int]],
+    encoder: Encoder,
     request: Request,
     model: str,
     limit: int | None,
     known: list[int] | None = None,
 ) -> list[int]:
-    """A prompt's tokens, checked.
+    """A prompt's tokens, checked. Says on stderr, once, how a special token at the beginning of a prompt is read.
 
     Args:
-        tokenize: gives the tokens of a text; what looks like a special token must stay text.
+        encoder: gives the tokens of a text.
         request: what to check and encode.
         model: the model's name, for the message.
         limit: the size of its context, in tokens; None if unknown.
@@ -40,7 +57,11 @@ def encode_prompt(
         raise GenerationError(
             "the prompt is empty: give the beginning of a text (without PROMPT, a story is generated)"
         )
-    ids = tokenize(request.prompt) if known is None else known
+    leading = encoder.leading_special(request.prompt)
+    special = request.special_tokens and bool(leading)
+    ids = encoder.encode(request.prompt, special) if known is None else known
+    if leading:
+        _tell_reading(leading, special)
     if not ids:
         raise GenerationError(f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another")
     if limit is not None and len(ids) + request.sampling.max_new_tokens > limit:
@@ -51,9 +72,40 @@ def encode_prompt(
     return ids
 
 
-def literal_tokens(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, by a transformers tokenizer; what looks like a special token stays text."""
-    return list(tokenizer(text, split_special_tokens=True)["input_ids"])
+@functools.cache
+def _tell_reading(leading: str, special: bool) -> None:
+    """Say once how prompts that begin with a special token are read."""
+    if special:
+        logger.warning("the prompt begins with %a, a special token: its special tokens are encoded as such", leading)
+    else:
+        logger.warning(
+            "a prompt begins with %a, a special token of the model, but is read as plain text: in `generate`, give it "
+            "as PROMPT or pass --special-tokens; in Python, pass Request(..., special_tokens=True)",
+            leading,
+        )
+
+
+class HFEncoder:
+    """An encoder with a transformers tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """As `Encoder.encode`."""
+        options = {"add_special_tokens": False} if special else {"split_special_tokens": True}
+        return list(self._tokenizer(text, **options)["input_ids"])
+
+    def leading_special(self, text: str) -> str:
+        """As `Encoder.leading_special`."""
+        found = [name for name in self._special if text.startswith(name)]
+        return max(found, key=len, default="")
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        named = getattr(self._tokenizer, "all_special_tokens", ())
+        return tuple({*named, *(token.content for token in added if token.special)} - {""})
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:

@@ -140,7 +140,7 @@ class LlamaCppEngine:
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
-        return encode_prompt(self.tokenizer.encode, request, self.name, self.file.context_length or None, known)
+        return encode_prompt(self.tokenizer, request, self.name, self.file.context_length or None, known)
 
     def decoder(self, rows: int) -> RollingDecoder:
         return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS))

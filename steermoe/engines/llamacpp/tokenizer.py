@@ -8,6 +8,9 @@ import llama_cpp
 
 from steermoe.errors import GenerationError
 
+LONGEST_SPECIAL = 64
+"""Characters of a special token's name, at most."""
+
 
 class GGUFTokenizer:
     """The part of transformers' tokenizer interface that `engines.text` needs."""
@@ -17,15 +20,23 @@ class GGUFTokenizer:
         self.size = int(llama_cpp.llama_vocab_n_tokens(vocabulary))
         self.ends = {token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(vocabulary, token)}
 
-    def encode(self, text: str) -> list[int]:
-        """A text's tokens; what looks like a special token stays text."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """As `Encoder.encode`."""
         raw = text.encode("utf-8")
         room = len(raw) + 8
         tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocabulary, raw, len(raw), tokens, room, True, False)
+        count = llama_cpp.llama_tokenize(self._vocabulary, raw, len(raw), tokens, room, not special, special)
         if count < 0:
             raise GenerationError(f"llama.cpp can't tokenize the text {text[:40]!r}: it returned {count}")
         return list(tokens[:count])
+
+    def leading_special(self, text: str) -> str:
+        """As `Encoder.leading_special`."""
+        first = self.encode(text[:LONGEST_SPECIAL], special=True)[:1]
+        if not first or not llama_cpp.llama_vocab_is_control(self._vocabulary, first[0]):
+            return ""
+        name = llama_cpp.llama_vocab_get_text(self._vocabulary, first[0]).decode("utf-8", errors="replace")
+        return name if name and text.startswith(name) else ""
 
     def decode(self, tokens: Sequence[int], **options: Any) -> str:
         """The text of tokens, without special ones; bytes of an incomplete character become U+FFFD."""

@@ -8,12 +8,11 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from steermoe.engines.decoding import complete
 from steermoe.engines.request import Completion, Request
-from steermoe.engines.text import encode_prompt, end_tokens, literal_tokens
+from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
 from steermoe.engines.vllm.decoder import VLLMDecoder, report_of
 from steermoe.engines.vllm.launch import check_sizes, parallel_sizes, prepare_environment, start
 from steermoe.errors import GenerationError, UnsupportedModel
@@ -68,6 +67,7 @@ class VLLMEngine:
             raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
         self.shape = replace(shape_of_config(self._vllm.model_config), name=self.name)
         self.tokenizer = self._source.tokenizer(trust_remote_code)
+        self._encoder = HFEncoder(self.tokenizer)
         self.ends = end_tokens(self._source.eos_token_id(), self.tokenizer)
 
     @property
@@ -97,7 +97,7 @@ class VLLMEngine:
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
         limit = self._vllm.model_config.max_model_len
-        return encode_prompt(partial(literal_tokens, self.tokenizer), request, self.name, limit, known)
+        return encode_prompt(self._encoder, request, self.name, limit, known)
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False
