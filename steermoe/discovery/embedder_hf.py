@@ -34,7 +34,7 @@ class Embedder:
     def __init__(self, loaded: LoadedModel, options: EmbeddingOptions, record: RoutingRecord) -> None:
         self._inner: Any = _without_head(loaded.model)
         self._tokenizer = loaded.tokenizer
-        self._device = loaded.model.device
+        self._device = loaded.device
         self._options = options
         self._record = record
         routers = find_routers(self._inner)

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from steermoe.discovery.embedder_hf import batches
 from steermoe.engines.request import Completion
-from steermoe.errors import GenerationError
-from steermoe.models.loading import LoadedModel
+from steermoe.errors import GenerationError, UnsupportedModel
+from steermoe.models.loading import LoadedModel, input_device
 from steermoe.routing.routers import chosen_experts, find_routers, module_that_routes
 from steermoe.steering.handle import steer
 from steermoe.steering.plans import SteeringPlan
@@ -86,7 +86,7 @@ class TeacherForcing:
         max_tokens: tokens read of each, at most.
 
     Raises:
-        GenerationError: no text is long enough.
+        GenerationError: no text is long enough. UnsupportedModel: an encoder-decoder.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class TeacherForcing:
         prompt_tokens: int = PROMPT_TOKENS,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
+        _require_decoder(loaded)
         self._model: Any = loaded.model
         self.prompt_tokens = prompt_tokens
         encoded = [loaded.tokenizer(text)["input_ids"][:max_tokens] for text in texts]
@@ -151,7 +152,7 @@ class TeacherForcing:
         )
 
     def _unsteered(self, texts: Sequence[Sequence[int]]) -> _Batch:
-        ids, mask = _padded(texts, self._model.device)
+        ids, mask = _padded(texts, input_device(self._model))
         scored = mask[:, 1:].bool()
         scored[:, : self.prompt_tokens] = False
         logits, chosen = self._read(ids, mask, scored)
@@ -166,6 +167,14 @@ class TeacherForcing:
             return logits, None
         kept = [tensor.view(rows, columns, -1)[:, :-1][scored] for tensor in chosen]
         return logits, torch.stack(kept).to(torch.int16)
+
+
+def _require_decoder(loaded: LoadedModel) -> None:
+    if loaded.model.config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{loaded.name} is an encoder-decoder, which does not continue a text: damage and likelihood are measured "
+            "on models that do"
+        )
 
 
 @contextmanager
@@ -187,14 +196,18 @@ def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) ->
     """Mean negative log-likelihood per token, in nats, of each continuation given its prompt, without steering.
 
     Gibberish is far above what the model itself generates, a loop far below. None for an empty continuation.
+
+    Raises:
+        UnsupportedModel: an encoder-decoder.
     """
+    _require_decoder(loaded)
     model: Any = loaded.model
     prompts = [loaded.tokenizer(done.request.prompt, split_special_tokens=True)["input_ids"] for done in completions]
     texts = [[*prompt, *done.token_ids] for prompt, done in zip(prompts, completions, strict=True)]
     found: list[float | None] = [None] * len(completions)
     order = sorted((i for i, done in enumerate(completions) if done.token_ids), key=lambda i: len(texts[i]))
     for numbers in batches(order, list(map(len, texts)), BATCH_TOKENS):
-        ids, mask = _padded([texts[i] for i in numbers], model.device)
+        ids, mask = _padded([texts[i] for i in numbers], loaded.device)
         first = min(len(prompts[i]) for i in numbers) - 1
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, first:-1].float()

@@ -1,12 +1,14 @@
 """Find a checkpoint, its tokenizer, its end tokens and the dtype to run it in. Loads no weights."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import ModelError
 from steermoe.models.default.pull import DEFAULT_MODEL, default_model_folder, is_pulled
+from steermoe.routing.architectures import NOT_RUN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +45,7 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # a damaged checkpoint can make transformers raise anything
-            raise ModelError(_why_not_loaded(self.name, error)) from error
+            raise ModelError(_why_not_loaded(self.name, error, self.folder)) from error
 
     def eos_token_id(self) -> int | list[int] | None:
         """The end tokens of its generation configuration; None if that names none."""
@@ -111,6 +113,25 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
     return str(model), str(model), {}
 
 
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that builds a text generator from a configuration.
+
+    A causal model if there is one, then an encoder-decoder, then a model that also takes images; None if there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    known = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText)
+    own = getattr(config, "auto_map", None) or {}
+    return next((auto for auto in known if type(config) in auto._model_mapping or auto.__name__ in own), None)
+
+
+def _why_not_run(config: Any) -> str:
+    """Why no command can generate text with a model of this configuration; "" if they can."""
+    if config.model_type in NOT_RUN:
+        return NOT_RUN[config.model_type]
+    return "" if _auto_class(config) else "transformers has no class for it that continues a text"
+
+
 def _parse_dtype(name: str) -> Any:
     import torch
 
@@ -149,8 +170,58 @@ def _weight_bytes(where: str) -> int:
     return sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+OUTDATED = re.compile(
+    r"cannot import name '(?P<name>\w+)' from '(?P<module>transformers[\w.]*)'"
+    r"|No module named '(?P<gone>transformers\.[\w.]+)'"
+    r"|module '?transformers[\w.]*'? has no attribute '?(?P<missing>\w+)"
+)
+"""Errors of a checkpoint's own code that was written for another version of transformers."""
+
+
+def _why_outdated(name: str, error: Exception, where: str) -> str:
+    """The message if a checkpoint's own code does not run with this version of transformers, else ""."""
+    import transformers
+
+    match = OUTDATED.search(str(error))
+    is_own = isinstance(error, AttributeError | ImportError | TypeError) and "transformers_modules" in _files_of(error)
+    if match is None and (isinstance(error, ModuleNotFoundError) or not is_own):
+        return ""
+    lacks = f"it lacks {match['name'] or match['gone'] or match['missing']}" if match else _one_line(error)
+    written = _config_value(where, "transformers_version")
+    runs = f"transformers {written} runs (its config.json says so)" if written else "an older transformers runs"
+    return (
+        f"'{name}' brings its own model code, which {runs} and {transformers.__version__} does not: {lacks}; steermoe "
+        "needs the newer one: try it without --trust-remote-code if `steermoe models list` names its family, or as a "
+        "GGUF file with --engine llamacpp"
+    )
+
+
+def _files_of(error: BaseException) -> str:
+    """The files that an error came through."""
+    import traceback
+
+    return " ".join(frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _config_value(where: str, key: str) -> str:
+    """A text in a checkpoint's configuration; "" if it has none that can be read."""
+    from transformers import PreTrainedConfig
+
+    try:
+        value = PreTrainedConfig.get_config_dict(where)[0].get(key)
+    except Exception:  # the message goes without it, whatever is wrong
+        return ""
+    return value[:20] if isinstance(value, str) and re.fullmatch(r"[\w.+-]+", value) else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _why_not_loaded(name: str, error: Exception, where: str = "") -> str:
     text = " ".join(str(error).split())
+    if outdated := _why_outdated(name, error, where):
+        return outdated
     if "trust_remote_code" in text:
         return f"'{name}' brings its own model code: pass --trust-remote-code if you trust it"
     if isinstance(error, OSError) and ("offline" in text.lower() or "connect" in text.lower() or "not a local" in text):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from steermoe.errors import ModelError, UnsupportedModel
-from steermoe.models.checkpoint import _locate, _why_not_loaded
+from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded, _why_not_run
+from steermoe.routing.architectures import PYTHON_ONLY
 from steermoe.routing.routers import find_routers, scoring, shape_of
 from steermoe.routing.shape import RoutingShape
 
@@ -79,22 +80,23 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
     Raises:
         ModelError: there is no such checkpoint, or no model can be built from its configuration.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel
 
     name, where, extra = _locate(model)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-        causal = type(config) in AutoModelForCausalLM._model_mapping or trust_remote_code
-        factory = AutoModelForCausalLM if causal else AutoModel
+        generates = _auto_class(config)
         with torch.device("meta"):
-            built = factory.from_config(config, trust_remote_code=trust_remote_code)
+            built = (generates or AutoModel).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
-        raise ModelError(_why_not_loaded(name, error)) from error
+        raise ModelError(_why_not_loaded(name, error, where)) from error
     text = config.get_text_config()
     try:
         routers, reason = find_routers(built), "its routers' logits are changed before top-k"
     except UnsupportedModel as error:
         routers, reason = [], str(error)
+    if routers and (wrong := _why_not_run(config)):
+        reason = f"{PYTHON_ONLY}: {wrong}"
     return ModelDescription(
         shape=RoutingShape(name, (built.config.model_type,), tuple(router.shape for router in routers)),
         model_class=type(built).__name__,

@@ -1,14 +1,17 @@
 """Load a checkpoint as a transformers model with its tokenizer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import ModelError
-from steermoe.models.checkpoint import _locate, _natural_dtype, _parse_dtype, _why_not_loaded
+from steermoe.errors import ModelError, UnsupportedModel
+from steermoe.models.checkpoint import _auto_class, _locate, _natural_dtype, _parse_dtype, _why_not_loaded, _why_not_run
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from steermoe.models.quantization import Quantization
@@ -35,9 +38,48 @@ class LoadedModel:
         return replace(shape_of(self.model), name=self.name)
 
     @property
+    def device(self) -> "torch.device":
+        """Where it takes its tokens: the device of its weights, or the one that offloaded weights are moved to."""
+        return input_device(self.model)
+
+    @property
     def context_length(self) -> int | None:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
+
+
+def input_device(model: Any) -> "torch.device":
+    """The device that a model's inputs belong on, also if its first weights are offloaded, so that they are nowhere."""
+    import torch
+
+    if model.device.type != "meta":
+        return model.device
+    found = (getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks_of(module))
+    return torch.device(next((device for device in found if device is not None), "cpu"))
+
+
+def weights_of(model: "nn.Module") -> "Iterator[tuple[str, Tensor]]":
+    """The name and the numbers of each parameter, also of those that are offloaded to memory or disk.
+
+    The order is that of `named_parameters`. What has no numbers anywhere is left on the meta device.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            values = parameter.detach()
+            if parameter.device.type == "meta":
+                maps = (getattr(hook, "weights_map", None) for hook in _hooks_of(module))
+                values = next((weights[name] for weights in maps if weights is not None), values)
+            yield f"{prefix}.{name}" if prefix else name, values
+
+
+def _hooks_of(module: "nn.Module") -> tuple[Any, ...]:
+    """The hooks by which accelerate moves a module's weights."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def load(
@@ -61,7 +103,7 @@ def load(
         ModelError: it can't be found or loaded. UnsupportedModel: it has no routers.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from steermoe.routing.routers import find_routers
 
@@ -75,13 +117,20 @@ def load(
 
         weights["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        if wrong := _why_not_run(config):
+            raise UnsupportedModel(f"'{name}' ({config.model_type}) can't be run by steermoe: {wrong}")
+        loaded = _auto_class(config).from_pretrained(
             where, dtype=chosen, device_map=device_map, trust_remote_code=trust_remote_code, **weights
         )
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
-        raise ModelError(_why_not_loaded(name, error)) from error
+        raise ModelError(_why_not_loaded(name, error, where)) from error
     find_routers(loaded)
+    if type(loaded).__module__.startswith("transformers_modules"):
+        _try_remote_code(loaded, name, where)
     if quantize is not None:
         from steermoe.models.quantization import quantize_model
 
@@ -89,3 +138,15 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return LoadedModel(name, loaded.eval(), tokenizer)
+
+
+def _try_remote_code(model: Any, name: str, where: str) -> None:
+    """Generate two tokens with code that came with a checkpoint: if it is outdated, that is known at once."""
+    import torch
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
+    try:
+        with torch.inference_mode():
+            model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    except Exception as error:  # foreign code can raise anything
+        raise ModelError(_why_not_loaded(name, error, where)) from error

@@ -112,6 +112,39 @@ def test_remote_code_needs_consent(tmp_path):
         describe(folder)
 
 
+OLD_CODE = """
+from transformers import PreTrainedConfig
+BROKEN
+class Config(PreTrainedConfig):
+    model_type = "mine"
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "lacks"),
+    [
+        ("from transformers.utils import is_no_longer_there", "lacks is_no_longer_there"),
+        ("import transformers.no_longer_there", "lacks transformers.no_longer_there"),
+        ("import transformers\ntransformers.no_longer_there()", "lacks no_longer_there"),
+        ("PreTrainedConfig.no_longer_there()", "has no attribute 'no_longer_there'"),
+    ],
+)
+@pytest.mark.parametrize("version", ["4.39.3", None])
+def test_outdated_remote_code_names_the_version_that_runs_it(tmp_path, monkeypatch, broken, lacks, version):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    folder = config_folder(tmp_path / "remote", config | ({"transformers_version": version} if version else {}))
+    (folder / "code.py").write_text(OLD_CODE.replace("BROKEN", broken))
+    runs = rf"transformers {version} runs \(its config.json says so\)" if version else "an older transformers runs"
+    for use in (describe, loading.load):
+        with pytest.raises(
+            ModelError, match=rf"'remote' brings its own model code, which {runs} and 5.* does not"
+        ) as error:
+            use(folder, trust_remote_code=True)
+        assert lacks in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 # ---- describe ----
 
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
+from steermoe.models.loading import input_device
+
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", type("NoDummyLayer", (), {}))
 """The class of layers that keep nothing; transformers before 5.20 does not have it."""
 
@@ -214,12 +216,12 @@ def rows_can_change(model: PreTrainedModel) -> bool:
 def bytes_of_a_token(model: Any) -> int:
     """Bytes that a token takes in the cache, measured, for any kind of cache; 0 if there is none."""
     cache = None if model.config.is_encoder_decoder else empty_cache(model)
-    given: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}
+    given: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=input_device(model))}
     if cache is None:
-        given["decoder_input_ids"] = given["input_ids"]
+        given["decoder_input_ids"] = given["input_ids"]  # it caches unasked; its encoder may refuse to be asked
     else:
-        given["past_key_values"] = cache
-    output = model(**given, use_cache=True)
+        given |= {"past_key_values": cache, "use_cache": True}
+    output = model(**given)
     return _bytes_in(getattr(output, "past_key_values", None))
 
 

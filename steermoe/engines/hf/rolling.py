@@ -47,6 +47,7 @@ class RollingDecoder:
 
     def __init__(self, loaded: LoadedModel, ends: set[int], compiled: "CompiledSteps | None" = None) -> None:
         self._model: Any = loaded.model
+        self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._ends = ends
         self._end_tokens = torch.tensor(sorted(ends), dtype=torch.long)
@@ -166,7 +167,7 @@ class RollingDecoder:
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any, window: Window) -> Tensor:
         """Logits of the last column, float32."""
-        device = self._model.device
+        device = self._device
         if self._handle is not None:
             self._handle.expect(window)
         output = self._model(

@@ -32,6 +32,7 @@ class StaticDecoder:
 
     def __init__(self, loaded: LoadedModel, ends: set[int], record: bool = False) -> None:
         self._model: Any = loaded.model
+        self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._ends, self._record = ends, record
         self._report: SteeringReport | None = None
@@ -90,20 +91,22 @@ class StaticDecoder:
         """Let each row take its tokens."""
         lengths = [len(row.prompt) for row in rows]
         width, pad = max(lengths), self._tokenizer.pad_token_id
+        start = 1 if self._model.config.is_encoder_decoder else width  # an encoder-decoder returns the text alone
         tokens_BS = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
         mask_BS = [[0] * (width - length) + [1] * length for length in lengths]
         samplings = [row.request.sampling for row in rows]
+        own = [1] * len(rows) if self._model.config.is_encoder_decoder else lengths
         limits = [sampling.max_new_tokens for sampling in samplings]
         is_streamed = len(rows) == 1 and rows[0].on_text is not None
         with torch.inference_mode():
             output = self._model.generate(
-                torch.tensor(tokens_BS, device=self._model.device),
-                attention_mask=torch.tensor(mask_BS, device=self._model.device),
-                logits_processor=LogitsProcessorList([RowSampler(samplings, lengths, sorted(self._ends))]),
-                stopping_criteria=StoppingCriteriaList([RowLimits(limits, width)]),
+                torch.tensor(tokens_BS, device=self._device),
+                attention_mask=torch.tensor(mask_BS, device=self._device),
+                logits_processor=LogitsProcessorList([RowSampler(samplings, own, sorted(self._ends))]),
+                stopping_criteria=StoppingCriteriaList([RowLimits(limits, start)]),
                 streamer=RowStreamer(rows[0]) if is_streamed else None,
             )
-        for row, new in zip(rows, output[:, width:].tolist(), strict=True):
+        for row, new in zip(rows, output[:, start:].tolist(), strict=True):
             for token in new:
                 if row.finish_reason:
                     break
@@ -111,7 +114,15 @@ class StaticDecoder:
 
     def _config(self, rows: Sequence[Row[None]]) -> GenerationConfig:
         """Greedy, since RowSampler has drawn the token by the time `generate` picks it."""
+        usual = self._model.generation_config
+        begins = (
+            "bos_token_id",
+            "decoder_start_token_id",
+            "forced_bos_token_id",
+        )  # how an encoder-decoder's text begins
+        kept = {name: getattr(usual, name, None) for name in begins if self._model.config.is_encoder_decoder}
         return GenerationConfig(
+            **kept,
             max_new_tokens=max(row.request.sampling.max_new_tokens for row in rows),
             do_sample=False,
             eos_token_id=sorted(self._ends) or None,
