@@ -129,8 +129,6 @@ def load(
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error, where)) from error
     find_routers(loaded)
-    if type(loaded).__module__.startswith("transformers_modules"):
-        _try_remote_code(loaded, name, where)
     if quantize is not None:
         from steermoe.models.quantization import quantize_model
 
@@ -140,13 +138,20 @@ def load(
     return LoadedModel(name, loaded.eval(), tokenizer)
 
 
-def _try_remote_code(model: Any, name: str, where: str) -> None:
-    """Generate two tokens with code that came with a checkpoint: if it is outdated, that is known at once."""
+def try_remote_code(loaded: LoadedModel) -> None:
+    """Generate two tokens with code that came with a checkpoint: if it is outdated, that is known before long work.
+
+    Raises:
+        ModelError: it does not run.
+    """
     import torch
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
+    model: Any = loaded.model
+    if not type(model).__module__.startswith("transformers_modules"):
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=loaded.device)
     try:
         with torch.inference_mode():
-            model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     except Exception as error:  # foreign code can raise anything
-        raise ModelError(_why_not_loaded(name, error, where)) from error
+        raise ModelError(_why_not_loaded(loaded.name, error, model.config.name_or_path)) from error

@@ -66,8 +66,8 @@ def refuse_packing(
         def packed(*args: Any, **kwargs: Any) -> Any:
             if not all(plan is None or not plan.does_something for plan in plans()) and not _is_alike(plans()):
                 raise SteeringError(
-                    f"{method.__name__} packs the tokens of all texts into one row, where nothing separates texts, prompts "
-                    "and generated tokens: use generate or `steermoe batch`, or steer all texts alike with "
+                    f"{method.__name__} packs the tokens of all texts into one row, where nothing separates texts, or "
+                    "prompts from generated tokens: use generate or `steermoe batch`, or steer all texts alike with "
                     "positions='all' and a constant schedule"
                 )
             return method(*args, **kwargs)

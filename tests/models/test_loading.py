@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Request
 from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel
 from steermoe.models import checkpoint, loading
 from steermoe.models.default import assemble, base, pull, spec
@@ -305,3 +307,30 @@ def test_repeatable_dtype(tiny_checkpoint, tmp_path, monkeypatch):
         assert checkpoint.repeatable_dtype(tiny_checkpoint) == "auto"
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert checkpoint.repeatable_dtype(tiny_checkpoint) == "auto"
+
+
+OLD_MODEL = """
+from transformers import MixtralConfig, MixtralForCausalLM
+class Config(MixtralConfig):
+    model_type = "mine"
+class Model(MixtralForCausalLM):
+    config_class = Config
+    def forward(self, *args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            past_key_values.get_usable_length(1)
+        return super().forward(*args, **kwargs)
+"""
+
+
+def test_remote_code_that_is_outdated_where_it_generates(tmp_path, tiny_checkpoint, monkeypatch):
+    """It can still be loaded, for what needs no cache, such as embedding texts."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "remote"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.39.3"}))
+    (folder / "code.py").write_text(OLD_MODEL)
+    engine = HFEngine(loading.load(folder, trust_remote_code=True))
+    for use in (lambda: engine.generate([Request("a")]), lambda: engine.decoder(2)):
+        with pytest.raises(ModelError, match=r"which transformers 4\.39\.3 runs .*no attribute 'get_usable_length'"):
+            use()

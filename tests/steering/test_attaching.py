@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel
 from steermoe.routing.recording import record_routing
 from steermoe.routing.routers import find_routers
+from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.steering.banks import check_plan
 from steermoe.steering.handle import attach, steer
 from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.vector import SteeringVector
@@ -233,3 +235,11 @@ def test_recording_and_steering_come_and_go_in_any_order(model):
     recording.__exit__(None, None, None)
     assert handle.report().tokens_steered == 2
     assert record.tokens.tolist() == [4]
+
+
+def test_layers_without_a_router_are_left_out_of_messages():
+    shape = RoutingShape("sparse", (), tuple(RouterShape(layer, 8, 8, 2) for layer in (1, 3)))
+    with pytest.raises(SteeringError, match="sparse has routers in layers 1, 3, experts 0 to 7"):
+        check_plan(shape, SteeringPlan(ban=((2, 0),)))
+    with pytest.raises(SteeringError, match="layers 2-2 hold no router: the model has them in 1, 3"):
+        check_plan(shape, SteeringPlan(ban=((1, 0),), layers=(2, 2)))

@@ -15,7 +15,7 @@ from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
-from steermoe.models.loading import LoadedModel, weights_of
+from steermoe.models.loading import LoadedModel, try_remote_code, weights_of
 from steermoe.routing.shape import RoutingShape
 from steermoe.routing.tracker import turn_of
 from steermoe.routing.wrapping import is_untouched
@@ -43,6 +43,7 @@ class HFEngine:
         self.loaded = loaded
         self.compiled = compiled
         self._encoder = HFEncoder(loaded.tokenizer)
+        self._was_tried = False
         self._steps: CompiledSteps | None = None
 
     @property
@@ -68,6 +69,7 @@ class HFEngine:
 
     def decoder(self, rows: int) -> Decoder:
         """As `Engine.decoder`: the best one that the model allows."""
+        self._try_once()
         if rows_can_change(self.loaded.model):
             return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps())
         return StaticDecoder(self.loaded, self.end_tokens())
@@ -103,6 +105,7 @@ class HFEngine:
     def _generate(
         self, requests: Sequence[Request], on_text: Callable[[str], None] | None, record: bool
     ) -> list[Completion]:
+        self._try_once()
         prompts = [self.encode(request) for request in requests]
         steps = self.compiled_steps() if requests and not record else None
         decoder: Decoder
@@ -111,6 +114,12 @@ class HFEngine:
         else:
             decoder = StaticDecoder(self.loaded, self.end_tokens(), record)
         return complete(decoder, requests, prompts, on_text)
+
+    def _try_once(self) -> None:
+        """Raise ModelError if code that came with the checkpoint does not run."""
+        if not self._was_tried:
+            try_remote_code(self.loaded)
+        self._was_tried = True
 
     def compiled_steps(self) -> "CompiledSteps | None":
         """The model's compiled steps; None if unwanted, or if they would bypass something attached to the model."""

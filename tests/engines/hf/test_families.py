@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from steermoe.discovery.embed_corpus import embedder
+from steermoe.discovery.embedder import EmbeddingOptions
 from steermoe.engines.decoding import complete
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.static import StaticDecoder
@@ -76,6 +78,14 @@ def test_it_is_loaded_and_generates_from_text(checkpoint):
     (done,) = engine.generate([Request(PROMPTS[0], banned, GREEDY)], record=True)
     assert done.report.tokens_steered > 0
     assert len(done.token_ids) <= 6
+
+
+def test_its_texts_are_embedded(checkpoint):
+    loaded = loading.load(checkpoint, dtype="float32")
+    with embedder(loaded, EmbeddingOptions()) as embed:
+        frequency = embed.texts(PROMPTS).frequency
+    assert frequency.shape == (2, len(loaded.shape.routers), loaded.shape.num_experts)
+    assert torch.allclose(frequency.sum(-1), torch.ones(()))
 
 
 def test_streamed_and_limited_texts_of_an_encoder_decoder():
