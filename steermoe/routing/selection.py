@@ -99,7 +99,7 @@ def _chooses(module: nn.Module) -> bool:
 
 
 def _laid_over(scores: Tensor, marks: Tensor) -> Tensor:
-    return marks if len(marks) == 1 else marks.reshape(scores.shape)
+    return marks if marks.shape[0] == 1 else marks.reshape(scores.shape)
 
 
 class _Found(NamedTuple):
@@ -131,7 +131,7 @@ class _CatchChoice(TorchFunctionMode):
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() < 2:
             return func(scores, *args[1:], **kwargs)
         lists = self.editor.lists(scores.device)
-        experts, tokens = lists.forced.shape[-1], len(lists.forced)
+        tokens, experts = lists.forced.shape  # not len, which would fix the number of rows of a traced step
         if scores.shape[-1] != experts or (tokens > 1 and scores.numel() != tokens * experts):
             return func(scores, *args[1:], **kwargs)
         return change(self, func, scores, lists, args[1:], kwargs)
