@@ -121,8 +121,10 @@ def open_embeddings(
         given, was = made_with.get(name, (True, False))
         option = "--" + name.replace("_", "-")
         if given != was:
-            unknown = "unknown" if store.version == 1 else "none"
-            made = f"were made with {was or unknown}, not {given}" if name in made_with else "exist already"
+            made = f"were made with {option} {was}, not {given}"
+            if not was:
+                made = "exist already" if name not in made_with else f"were made without {option}"
+                made = "don't say what they were made with" if name in made_with and store.version == 1 else made
             raise CorpusError(
                 f"the embeddings in '{folder}' {made}: leave out {option}, or embed the corpus into another folder"
             )

@@ -70,7 +70,10 @@ def generate(
 
 
 def _print_report(completion: "Completion", shape: "RoutingShape") -> None:
-    """Print the steering report on stderr, with the share of the slots in all MoE layers, steered or not."""
+    """Print the steering report on stderr, with the share of the slots in all MoE layers, steered or not.
+
+    Without a vector there is no such share; what became of forced and banned experts follows.
+    """
     from steermoe.cli.terminal import console
     from steermoe.steering.banks import steered_layers
 
@@ -80,8 +83,12 @@ def _print_report(completion: "Completion", shape: "RoutingShape") -> None:
         steered = layers if plan is None else steered_layers(shape, plan)
         where = "" if steered == layers else f" in {steered} of {layers} MoE layers"
         share = report.vector_share * steered / layers
-        console.note(
-            f"steered {report.tokens_steered} of {report.tokens_seen} tokens{where}; {share:.0%} of their slots "
-            f"went to the vector's experts; {completion.new_tokens / completion.seconds:.1f} tokens/s",
-            "dim",
-        )
+        parts = [f"steered {report.tokens_steered} of {report.tokens_seen} tokens{where}"]
+        if plan is None or plan.vector is not None:
+            parts.append(f"{share:.0%} of their slots went to the vector's experts")
+        if report.forced_places:
+            parts.append(f"forced experts took {report.forced_share:.0%} of their places")
+        if report.banned_places:
+            parts.append(f"banned experts took {report.banned_share:.0%} of theirs")
+        parts.append(f"{completion.new_tokens / completion.seconds:.1f} tokens/s")
+        console.note("; ".join(parts), "dim")

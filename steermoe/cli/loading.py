@@ -40,9 +40,10 @@ class ModelOptions:
     def group(self) -> str:
         """The name of the folder of this model's vectors, which is the model's own name."""
         from steermoe.models.default.pull import DEFAULT_MODEL
+        from steermoe.routing.shape import name_of
 
         path = Path(self.model or DEFAULT_MODEL).resolve()
-        return path.stem if path.suffix.lower() == ".gguf" else path.name
+        return path.stem if path.suffix.lower() == ".gguf" else name_of(path)
 
     def open(self) -> "Engine":
         """As `auto.open_engine`."""

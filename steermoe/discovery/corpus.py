@@ -107,10 +107,20 @@ class Corpus:
                 f"({', '.join(READERS)})"
             ) from error
         if not self.path.is_dir() and self._kind(self.path.name, self.path.name) is None:
-            raise CorpusError(
-                f"'{path}' is not a corpus: expected a folder, or a file ending in {', '.join(READERS)}; "
-                f"--include '{self.path.name}' reads it as one text"
-            )
+            raise CorpusError(self._why_not_read())
+
+    def _why_not_read(self) -> str:
+        """Why a single file is not read."""
+        if self.include:
+            return f"'{self.path}' does not match --include {self._patterns}: leave that out"
+        fix = f"--include '{self.path.name}' reads it as one text"
+        if uncompressed(self.path.name) != self.path.name or self.path.suffix.lower() in ARCHIVES:
+            fix = "unpack it first"
+        return f"'{self.path}' is not a corpus: expected a folder, or a file ending in {', '.join(READERS)}; {fix}"
+
+    @property
+    def _patterns(self) -> str:
+        return ", ".join(map(repr, self.include))
 
     def _reset(self) -> None:
         self.problems: list[BadRecord] = []
@@ -132,6 +142,8 @@ class Corpus:
                 yield text
         if not found:
             others = f", files of other kinds: {self.num_ignored}" if self.num_ignored else ""
+            if self.include and not self.num_read and not self.problems:
+                raise CorpusError(f"no file in '{self.path}' matches --include {self._patterns}: change the pattern")
             first = f"; the first problem: {self.problems[0]}" if self.problems else ""
             what = "stdin" if self._is_stdin else f"'{self.path}'"
             raise CorpusError(f"{what} contains no texts ({', '.join(READERS)} are read{others}){first}")
@@ -299,12 +311,16 @@ class Corpus:
         if wrong := undecoded(first, self.encoding):
             self._report(name, None, wrong)
             return
-        delimiter = records.delimiter_of(first.removeprefix("\ufeff").strip("\r\n"), usual, self.text_field)
+        first = first.removeprefix("\ufeff").strip("\r\n")
+        named = records.named_delimiter(first)
+        delimiter = named or records.delimiter_of(first, usual, self.text_field)
         with open_text(file, self.encoding, "") as stream:
             header: list[str] = []
             for line, row in records.table_rows(stream, delimiter):
                 if isinstance(row, str):
                     self._report(name, line, row)
+                elif named:
+                    named = ""  # the line that names it
                 elif not header:
                     header = row
                     self._check_columns(file, header)
@@ -423,6 +439,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+"""Files that hold files."""
 COLUMN_FILES = (".parquet", ".arrow")
 """Files that can't be compressed as a whole."""
 READERS: dict[str, Callable[[Corpus, Path, str], Iterator[Text]]] = {

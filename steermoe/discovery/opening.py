@@ -119,8 +119,10 @@ def check_encoding(encoding: str | None) -> None:
 def undecoded(text: str, encoding: str | None) -> str:
     """Why a text that `open_text` read is not of its encoding; "" if it is."""
     found = UNDECODED.search(text)
-    if found is None:
+    if found is None and (encoding is not None or "\0" not in text):
         return ""
+    if found is None:
+        return "contains NUL bytes: if it is UTF-16 without its mark, read it with --encoding utf-16-le"
     if encoding is not None and codecs.lookup(encoding).name != UTF_8:
         return f"is not {encoding}: --encoding names another encoding"
     byte = len(text[: found.start()].encode("utf-8", "surrogatepass"))

@@ -32,9 +32,11 @@ EXCERPT, EXCERPT_WIDTH = 240, 60
 NO_CLUSTER, NO_SOURCE, OTHER_SOURCES = "in no cluster", "source unknown", "{} other sources"
 SMALL_GROUP = 4
 """In lines of text: a group that is no higher has its name above it."""
+FARTHEST_NAME = 3
+"""In lines of text: how far a name moves up to find room."""
 FEW_POINTS, MANY_POINTS = 300, 20_000
 MOST_NAMED = 30
-"""At most this many clusters or sources, the largest, are named on the map and in its legend."""
+"""At most this many clusters or sources, the largest, are named in the legend, and on the map where there is room."""
 LONGEST_NAME, TITLE_WIDTH = 28, 70
 """In characters: a longer name is cut, a longer title wraps."""
 
@@ -81,7 +83,10 @@ class Group:
     def short(self) -> str:
         """Its name for maps and legends: short, and without control characters, which fonts lack."""
         name = _plain(self.name)
-        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 4].rstrip()} ..."
+        if len(name) <= LONGEST_NAME:
+            return name
+        half = (LONGEST_NAME - 3) // 2
+        return f"{name[:half]}...{name[-half:]}"  # paths and addresses often begin alike
 
     @property
     def colour(self) -> str:
@@ -185,18 +190,25 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
 
 
 def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float32]) -> None:
-    """Write each group's name where its points are; a name that would hide its points or another name moves up."""
+    """Write each group's name where its points are; a name that would hide its points or another name moves up.
+
+    A name without room near its points, or inside the frame, is in the legend only; larger groups come first.
+    """
     from matplotlib.patheffects import withStroke
 
     taken: list[tuple[float, float, float]] = []
     figure = axes.figure
     figure.draw_without_rendering()  # the layout fixes the scale of data units to pixels
     line = 15 * figure.dpi / 72
+    frame = axes.get_window_extent()
     spots = [(group, *_spot(axes.transData.transform(places_B2[group.rows]), line)) for group in groups]
-    for group, x, y in sorted(spots, key=lambda spot: spot[2]):
+    for group, x, lowest in sorted(spots, key=lambda spot: (-len(spot[0].rows), spot[2])):
         half = 0.3 * line * len(group.short) + 2
-        while any(abs(y - other_y) < line and abs(x - other_x) < half + other for other_x, other_y, other in taken):
-            y += line / 2
+        x = min(max(x, frame.x0 + half), max(frame.x1 - half, frame.x0 + half))
+        heights = (lowest + step * line / 2 for step in range(2 * FARTHEST_NAME + 1))
+        y = next((y for y in heights if not _covers(taken, x, y, half, line)), None)
+        if y is None or y + line / 2 > frame.y1:
+            continue
         taken.append((x, y, half))
         axes.annotate(
             group.short,
@@ -210,6 +222,11 @@ def _name_places(axes: Any, groups: Sequence[Group], places_B2: NDArray[np.float
             parse_math=False,
             path_effects=[withStroke(linewidth=3, foreground="white", alpha=0.85)],
         )
+
+
+def _covers(taken: Sequence[tuple[float, float, float]], x: float, y: float, half: float, line: float) -> bool:
+    """Whether a name at (x, y) would cover one of those that are written already."""
+    return any(abs(y - other_y) < line and abs(x - other_x) < half + other for other_x, other_y, other in taken)
 
 
 def _spot(points: NDArray[np.float64], line: float) -> tuple[float, float]:

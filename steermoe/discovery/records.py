@@ -122,6 +122,11 @@ def delimiter_of(header: str, usual: str, field: str) -> str:
     return max(candidates, key=lambda delimiter: len(columns(delimiter)))
 
 
+def named_delimiter(first: str) -> str:
+    """The delimiter that a first line such as "sep=;" names, which Excel writes and reads; "" if it names none."""
+    return first[4:] if len(first) == 5 and first.lower().startswith("sep=") else ""
+
+
 def table_rows(lines: IO[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """The rows of CSV that aren't blank, each with the line where it begins, or why they can't be read."""
     csv.field_size_limit(MAX_FIELD)

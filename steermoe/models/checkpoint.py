@@ -10,6 +10,7 @@ from steermoe.errors import ModelError
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 from steermoe.models.gguf.header import read_header
 from steermoe.routing.architectures import NOT_RUN
+from steermoe.routing.shape import name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +109,7 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"folder '{path}' contains no model: it has no config.json")
-        return path.resolve().name, str(path), {}
+        return name_of(path.resolve()), str(path), {}
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ModelError(f"no model at '{model}': give a checkpoint folder, a .gguf file, or a hub id")
     return str(model), str(model), {}

@@ -29,7 +29,7 @@ from steermoe.routing.architectures import (
     NOT_A_ROUTER,
     ROUTER_CLASS,
 )
-from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.routing.shape import RouterShape, RoutingShape, name_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +308,7 @@ def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None =
     name = getattr(config, "name_or_path", "")
     architecture = getattr(config, "model_type", "")
     return RoutingShape(
-        Path(name or type(model).__name__).name,
+        name_of(Path(name or type(model).__name__)),
         (architecture,) if architecture else (),
         tuple(router.shape for router in routers or find_routers(language_model(model))),
         () if name else ("",),

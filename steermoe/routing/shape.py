@@ -6,6 +6,7 @@ checkpoint without its weights, `gguf.header.read_gguf` for a GGUF file, `Engine
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ VERSION = re.compile(r"-[0-9a-f]{12}$")
 """What the folder of a model in the cache adds to its name."""
 SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 """The name of a folder that the hub's client keeps a checkpoint in, which does not say what the model is called."""
+
+
+def name_of(checkpoint: Path) -> str:
+    """What a checkpoint's folder calls its model: its own name, or what the hub's client says above a snapshot."""
+    above = checkpoint.parent.parent.name
+    if SNAPSHOT.fullmatch(checkpoint.name) and above.startswith("models--"):
+        return above.rpartition("--")[2] or checkpoint.name
+    return checkpoint.name
 
 
 def _bare(name: str) -> str:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +225,11 @@ class SteeringHandle:
         raise SteeringError(
             f"steering was asked for, but none of the {seen} tokens that the model saw was to be steered "
             f"(positions {', '.join(positions)}): generate some, or steer with positions='all'"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise SteeringError(
+            "a handle belongs to its model and can't be copied or saved: copy the model, and attach its plans to that"
         )
 
     # ---- plans ----

@@ -60,7 +60,14 @@ def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
     """All vector files, in the order of the search path.
 
     Files whose names are not allowed as a domain, such as hidden ones, are left out.
+
+    Raises:
+        VectorNotFound: `folder` is no folder, so that other vectors would be found than those it was to hold.
     """
+    if folder is not None and not Path(folder).is_dir():
+        raise VectorNotFound(
+            f"there is no folder of vectors '{folder}': name one, or leave it out; a vector file is named as a domain"
+        )
     found = []
     for place in search_path(folder):
         for path in sorted(place.glob(f"*{SUFFIX}")) + sorted(place.glob(f"*/*{SUFFIX}")):

@@ -30,6 +30,17 @@ def test_the_story_goes_to_stdout_and_the_report_to_stderr(run, tiny_checkpoint,
     assert "steered 5 of 11 tokens" in result.err
 
 
+def test_the_report_of_lists_counts_lists(run, tiny_checkpoint, vectors):
+    """Without a vector nothing could go to its experts."""
+    arguments = ("generate", "x", "--model", tiny_checkpoint, "--max-new-tokens", "4", "--force", "0:1")
+    both = run(*arguments, "--ban", "0:2").err
+    assert "; forced experts took 100% of their places; banned experts took 0% of theirs; " in both
+    assert "vector" not in both
+    forced = run(*arguments, "-d", "sport").err
+    assert "of their slots went to the vector's experts; forced experts took 100% of their places; " in forced
+    assert "banned" not in forced
+
+
 def test_json_is_one_object_with_all_parameters(run, tiny_checkpoint, vectors):
     result = run("generate", "A dog.", "-d", "sport", "--strength", "2", "-m", tiny_checkpoint, "--json", *SHORT)
     record = json.loads(result.out)

@@ -412,6 +412,40 @@ def test_unread_files_are_counted_by_kind(tmp_path):
     assert (corpus.num_read, corpus.num_ignored) == (1, 7)
 
 
+def test_text_that_holds_nul_bytes_is_no_text(tmp_path):
+    """UTF-16 without its mark would be read as a text of letters and zeros."""
+    write(tmp_path / "a.txt", "a goal".encode("utf-16-le"))
+    write(tmp_path / "b.jsonl", '{"text": "b"}\n'.encode("utf-16-le"))
+    write(tmp_path / "c.csv", "text,label\nc,d\n".encode("utf-16-be"))
+    write(tmp_path / "good.jsonl", '{"text": "a\\u0000b"}\n')
+    corpus = Corpus(tmp_path)
+    assert rows(corpus) == [("good.jsonl:1", "a\0b", "good")]
+    expected = "contains NUL bytes: if it is UTF-16 without its mark, read it with --encoding utf-16-le"
+    assert {problem.reason for problem in corpus.problems} == {expected}
+    assert {problem.file for problem in corpus.problems} == {"a.txt", "b.jsonl", "c.csv"}
+    assert rows(Corpus(tmp_path / "a.txt", encoding="utf-16-le")) == [("a.txt", "a goal", "")]
+
+
+@pytest.mark.parametrize("content", ["sep=;\r\ntext;label\r\na, b;c\r\n", "\ufeffSep=;\ntext;label\na, b;c\n"])
+def test_a_table_may_name_its_delimiter(tmp_path, content):
+    path = write(tmp_path / "t.csv", content)
+    assert rows(Corpus(path, label_field="label")) == [("t.csv:3", "a, b", "c")]
+
+
+def test_patterns_that_match_nothing_are_named(tmp_path):
+    path = write(tmp_path / "a.txt", "a")
+    with pytest.raises(CorpusError, match=r"a\.txt' does not match --include '\*\.py': leave that out$"):
+        Corpus(path, include=["*.py"])
+    with pytest.raises(CorpusError, match=r"no file in .* matches --include '\*\.py', 'b': change the pattern$"):
+        list(Corpus(tmp_path, include=["*.py", "b"]))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.parquet.gz", "a.tgz"])
+def test_an_archive_is_to_be_unpacked(tmp_path, name):
+    with pytest.raises(CorpusError, match=r"is not a corpus: .*; unpack it first$"):
+        Corpus(write(tmp_path / name, b"PK"))
+
+
 def test_include_chooses_files_of_any_kind(tmp_path):
     write(tmp_path / "a.txt", "text")
     write(tmp_path / "src" / "b.py", "print()")

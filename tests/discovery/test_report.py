@@ -381,12 +381,32 @@ def test_maps_with_many_and_long_names_stay_readable(tmp_path, monkeypatch):
     title_box = figure.axes[0].title.get_window_extent()
     assert title_box.x0 >= 0
     assert title_box.x1 <= width
-    assert len(figure.axes[0].texts) == picture.MOST_NAMED
-    assert max(len(text.get_text()) for text in figure.axes[0].texts) <= picture.LONGEST_NAME
+    names = figure.axes[0].texts
+    assert 3 <= len(names) <= picture.MOST_NAMED
+    assert max(len(text.get_text()) for text in names) <= picture.LONGEST_NAME
+    frame = figure.axes[0].get_window_extent()
+    boxes = [text.get_window_extent() for text in names]
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
+    assert len({text.get_text() for text in figure.legends[0].get_texts()}) == 1 + picture.MOST_NAMED
     picture.write_map(discovery, "x", tmp_path / "map.html")
     traces, _ = map_figure(tmp_path)
     assert len(traces) == 2 + 1 + picture.MOST_NAMED
     assert "https://example.org/005" in "".join(hover for trace in traces for hover in trace["hovertext"])
+
+
+def test_names_without_room_are_in_the_legend_only(tmp_path, monkeypatch):
+    """All points at one place: a few names fit above them, and none leaves the frame or lies far away."""
+    figures = []
+    save = picture._save
+    monkeypatch.setattr(picture, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    discovery = labelled(33)
+    discovery.clustering.map_B2[:-1] = 1.0
+    discovery.clustering.map_B2[-1] = 2.0
+    picture.draw_map(discovery, picture.source_groups(discovery), "x", tmp_path / "x.png")
+    (axes,) = figures[0].axes
+    assert 2 <= len(axes.texts) < 10
+    assert {text.get_text() for text in axes.texts} >= {"000", "001", "002"}  # the largest
+    assert len(figures[0].legends[0].get_texts()) == picture.MOST_NAMED
 
 
 def test_many_clusters_are_not_all_named(tmp_path, monkeypatch):

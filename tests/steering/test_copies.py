@@ -3,6 +3,7 @@
 import copy
 import io
 import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_a_copy_keeps_no_part_of_the_original(model):
     for router in find_routers(twin):
         assert id(router.module.forward.__self__) in own
     assert twin.generate.__self__ is twin
+
+
+@pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(model, use):
+    handle = attach(model, tiny.plan_for_experts(model, 1))
+    with pytest.raises(SteeringError, match="a handle belongs to its model and can't be copied or saved"):
+        use(handle)
+    handle.remove()
+    assert tiny.traces(model) == []
 
 
 def _continue(model, ids, answer):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.files import atomic_path
-from steermoe.routing.shape import RoutingShape
+from steermoe.routing.shape import RoutingShape, name_of
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors import file, library
@@ -287,6 +287,7 @@ def places(tmp_path, bare_search_path, monkeypatch) -> list[Path]:
     """All folders of the search path, first to last."""
     monkeypatch.setenv("STEERMOE_VECTORS", os.pathsep.join([str(tmp_path / "env1"), str(tmp_path / "env2")]))
     named = [tmp_path / name for name in ("given", "env1", "env2")]
+    named[0].mkdir()
     return [
         *named,
         bare_search_path / "steering_vectors",
@@ -430,6 +431,30 @@ def test_whose_vector_it_is(model, built_for, is_own):
     assert RoutingShape(model, (), ()).is_named(built_for) == is_own
     assert RoutingShape("model-q8_0", (), (), (model,)).is_named(built_for) == is_own  # the name in a GGUF file
     assert RoutingShape("MixtralForCausalLM", (), (), ("",)).is_named(built_for)  # not known
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models--acme--Sparse-8B-Instruct/snapshots/0123456789abcdef0123456789abcdef01234567", "Sparse-8B-Instruct"),
+        ("models--sparse/snapshots/0123456789abcdef0123456789abcdef01234567", "sparse"),
+        ("a/b/0123456789abcdef0123456789abcdef01234567", "0123456789abcdef0123456789abcdef01234567"),
+        ("models--acme--sparse/snapshots/main", "main"),
+        ("sparse", "sparse"),
+    ],
+)
+def test_what_a_folder_calls_its_model(folder, name):
+    """Else a snapshot of the hub would be nobody's, and the first vector of its shape would be taken."""
+    assert name_of(Path(folder)) == name
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: None])
+def test_a_folder_of_vectors_that_is_not_there_is_not_skipped(places, make_vector, make):
+    write_vector(make_vector(), places[1] / "m" / "sport.safetensors")
+    make(places[0] / "gone")
+    with pytest.raises(VectorNotFound, match=r"there is no folder of vectors '.*gone': name one, or leave it out"):
+        load_vector("sport", folder=places[0] / "gone")
+    assert load_vector("sport").domain == "sport"
 
 
 def test_a_mixture_of_two_models_is_nobody_s_own(make_vector):

@@ -199,10 +199,10 @@ def test_a_corpus_is_embedded_first_and_once(run, tmp_path, tiny_checkpoint, mon
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--max-tokens", "5"], "were made with 512, not 5: leave out --max-tokens, or embed the corpus into another"),
-        (["--model", "other/model"], "were made with tiny-mixtral, not model: leave out --model"),
-        (["--dtype", "bfloat16"], "were made with none, not bfloat16: leave out --dtype"),
-        (["--label-field", "kind"], "were made with none, not kind: leave out --label-field"),
+        (["--max-tokens", "5"], "were made with --max-tokens 512, not 5: leave out --max-tokens, or embed the corpus"),
+        (["--model", "other/model"], "were made with --model tiny-mixtral, not model: leave out --model"),
+        (["--dtype", "bfloat16"], "were made without --dtype: leave out --dtype"),
+        (["--label-field", "kind"], "were made without --label-field: leave out --label-field"),
         (["--include", "*.py"], "exist already: leave out --include"),
         (["--encoding", "cp1251"], "exist already: leave out --encoding"),
     ],
