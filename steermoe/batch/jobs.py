@@ -29,7 +29,7 @@ MOST_STORIES = 100_000
 MOST_DEPTH = 100
 """Lists in lists in a line."""
 
-_MOST_SAMPLES = f"expected 1 or more, and at most {MOST_STORIES} times the domains of a prompt"
+_MOST_SAMPLES = f"expected 1 or more, and at most {MOST_STORIES} stories of a prompt, samples times domains"
 
 Format = Literal["auto", "text", "jsonl"]
 

@@ -286,17 +286,27 @@ class ErrorFile:
             self._file.close()
 
 
+STREAMS = {1: "stdout", 2: "stderr"}
+"""By their descriptors."""
+
+
 def check_apart(prompts: str, output: Path, errors: Path | None) -> None:
     """Make sure that no file is written over another.
 
     Raises:
-        BatchError: two of them are the same.
+        BatchError: two of them are the same, or one takes stdout or stderr too, which are written to as well.
     """
     named = [("prompts", Path(prompts)), ("stories", output), *([("errors", errors)] if errors else [])]
     for number, (kind, path) in enumerate(named):
         for other_kind, other in named[:number]:
             if path == other or _are_same(path, other):
                 raise BatchError(f"the {kind} would overwrite the {other_kind} in '{path}': name another file")
+        for descriptor, stream in STREAMS.items() if path.is_file() and kind != "prompts" else ():
+            if _same_file(descriptor, path):
+                raise BatchError(
+                    f"{stream} goes to '{path}' too, where it would overwrite the {kind}: name another file, or send "
+                    f"{stream} elsewhere"
+                )
 
 
 def _story(content: bytes) -> dict[str, Any] | None:

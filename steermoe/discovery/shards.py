@@ -10,6 +10,7 @@ Shapes: B texts, L MoE layers, N experts per layer, H hidden size.
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -23,7 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.errors import CorpusError
-from steermoe.files import atomic_path
+from steermoe.files import atomic_path, lock
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
@@ -329,7 +332,7 @@ LEFT_BY_A_KILL = re.compile(rf"\.(meta\.json|unfinished\.npz|({'|'.join(KINDS)})
 def locked(folder: Path) -> Iterator[None]:
     """Let no other run write to a folder, which is created if it is missing; remove what killed runs left there.
 
-    A system without locks protects nothing.
+    Where there are no locks, that is logged, and nothing is protected.
 
     Raises:
         CorpusError: another run has it, or it can't be written.
@@ -349,18 +352,13 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _lock(folder: Path) -> int | None:
-    """What to close to release the folder; None on a system without locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
+def _lock(folder: Path) -> int:
+    """What to close to release the folder."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    is_locked = lock(handle)
+    if is_locked is False:
         os.close(handle)
-        raise CorpusError(f"'{folder}' is being written by another run: wait for it, or name another folder") from error
-    except OSError:
-        pass  # this file system has no locks
+        raise CorpusError(f"'{folder}' is being written by another run: wait for it, or name another folder")
+    if is_locked is None:
+        logger.warning("'%s' can't be locked here: make sure that no other run writes to it", folder)
     return handle

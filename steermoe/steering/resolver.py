@@ -15,7 +15,7 @@ from steermoe.steering.banks import check_plan
 from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
-from steermoe.vectors.file import SUFFIX, check_domain_name
+from steermoe.vectors.file import SUFFIX, check_domain_name, read_header
 from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
@@ -33,16 +33,19 @@ def check_spec(spec: SteeringSpec, vectors: Path | None = None) -> None:
     """Raise what is wrong with a spec for any model, before a model is loaded for it.
 
     Args:
-        spec: what to check; its vectors are looked for, but not read.
+        spec: what to check; of its vectors only the header of a file that is named by its path is read.
         vectors: a folder of vectors to search first.
 
     Raises:
-        SteerMoEError: a field that can't be read, a number out of range, or a domain that has no vector.
+        SteerMoEError: a field that can't be read, a number out of range, a domain that has no vector, or a file that is
+            none.
     """
     _check_fields(spec)
     if spec.domain != (NO_DOMAIN,):
         for name, _ in map(parse_domain, _parts(spec.domain)):
-            find_vector(name, folder=vectors)
+            (path, *_) = find_vector(name, folder=vectors)
+            if is_path(name):
+                read_header(path)
 
 
 def _check_fields(spec: SteeringSpec) -> None:

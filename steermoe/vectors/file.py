@@ -238,8 +238,13 @@ def _check_fields(data: dict[str, Any], version: int) -> None:
             raise TypeError(f"{name} is {shown(data[name])}")
     if unknown := set(data) - set(kinds) - {"format_version"}:
         raise TypeError(f"{shown(sorted(unknown))} is unknown")
-    if not all(type(layer) is int and layer < MAX_LAYERS for layer in data["layers"]):
-        raise TypeError(f"layers are {shown(data['layers'])}, expected whole numbers below {MAX_LAYERS}")
+    layers, threshold = data["layers"], data["threshold"]
+    if not all(type(layer) is int and layer < MAX_LAYERS for layer in layers):
+        raise TypeError(f"layers are {shown(layers)}, expected whole numbers below {MAX_LAYERS}")
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+        raise VectorError(f"its layers {shown(layers)} must be one or more, increasing, from 0 on")
+    if not 0 <= threshold < float("inf"):
+        raise VectorError(f"its threshold {threshold} must be a finite number, 0 or more")
     if not 0 < data["num_experts"] <= MAX_EXPERTS:
         raise TypeError(f"num_experts is {shown(data['num_experts'])}, expected 1 to {MAX_EXPERTS}")
     if version > 1 and data[HEADER_HASH] != header_sha256(data):

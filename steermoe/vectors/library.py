@@ -97,6 +97,13 @@ def find_vector(name: str | Path, *, folder: Path | str | None = None, group: st
     )
 
 
+def first_file(name: str | Path, *, folder: Path | str | None = None, group: str | None = None) -> Path:
+    """The first file that a name can mean, where no model decides; arguments and errors as of `find_vector`."""
+    path, *others = find_vector(name, folder=folder, group=group)
+    _report_shadowing(path, others)
+    return path
+
+
 def is_path(name: str | Path) -> bool:
     """Whether a name is the path of a vector file, which is taken whatever model it was built for, if it fits."""
     return Path(name).suffix == SUFFIX
@@ -146,7 +153,7 @@ _reported: set[Path] = set()
 """Files of the working folder that were named."""
 
 
-def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape") -> None:
+def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape | None" = None) -> None:
     """Log once that a vector of the working folder is taken instead of one that comes with the package."""
     here, packaged = WORKING.resolve(), packaged_vectors().resolve()
     if path in _reported or here == packaged or not path.is_relative_to(here):
@@ -155,12 +162,13 @@ def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape")
         if not other.is_relative_to(packaged):
             continue
         try:
-            read_vector(other).check_fits(shape)
+            if shape is not None:
+                read_vector(other).check_fits(shape)
         except (CompatibilityError, VectorError):
             continue
         _reported.add(path)
         logger.warning(
-            "steering with %s of the working folder, not with the vector of that name that comes with steermoe",
+            "using %s of the working folder, not the vector of that name that comes with steermoe",
             repr(str(path)),
         )
         return
@@ -181,13 +189,12 @@ def vectors_for(
             raise VectorError(f"a domain is named twice ({', '.join(names)}): name each once")
         return {vector.domain: vector for vector in named}
     found: dict[str, SteeringVector] = {}
+    files: dict[str, list[Path]] = {}
     for file in find_vectors(folder):
-        if file.domain in found:
-            continue
-        try:
-            found[file.domain] = read_fitting([file.path], shape)[1]
-        except CompatibilityError:
-            continue
+        files.setdefault(file.domain, []).append(file.path)
+    for domain, paths in files.items():
+        with contextlib.suppress(CompatibilityError):
+            found[domain] = read_fitting(paths, shape)[1]
     if not found:
         raise VectorNotFound(f"no vector fits {shape.name}: name one with --domain, or a folder with --vectors")
     return found
@@ -231,9 +238,9 @@ def load_vector(
     Raises:
         VectorNotFound: no such file. CompatibilityError: only files for other models. VectorError: a damaged file.
     """
-    paths = find_vector(name, folder=folder, group=group)
     if model is None:
-        return read_vector(paths[0])
+        return read_vector(first_file(name, folder=folder, group=group))
     from steermoe.routing.routers import shape_of
 
+    paths = find_vector(name, folder=folder, group=group)
     return read_fitting(paths, shape_of(model), foreign=is_path(name))[1]

@@ -145,7 +145,7 @@ def test_domains_of_a_line(read, name):
         ('{"prompt": "x", "temperature": 0}', "temperature 0 is out of range"),
         ('{"prompt": "x", "samples": 0}', "samples 0 is out of range"),
         ('{"prompt": "x", "samples": 9000000000000}', "samples 9000000000000 is out of range: expected 1 or more, and"),
-        ('{"prompt": "x", "domains": ["a", "b"], "samples": 50001}', "at most 100000 times the domains"),
+        ('{"prompt": "x", "domains": ["a", "b"], "samples": 50001}', "at most 100000 stories of a prompt"),
         ('{"prompt": "x", "samples": ' + "9" * 5000 + "}", "is not JSON (999"),
         ('{"prompt": "x", "id": ' + "9" * 40 + "}", "too large"),
         ('{"prompt": "x", "meta": 1e400}', "1e400 is not a finite number"),

@@ -380,3 +380,19 @@ def test_no_file_is_written_over_another(tmp_path, monkeypatch):
     ):
         with pytest.raises(BatchError, match="would overwrite"):
             check_apart(prompts, Path(stories), errors and Path(errors))
+
+
+@pytest.mark.parametrize(("descriptor", "stream"), [(1, "stdout"), (2, "stderr")])
+@pytest.mark.parametrize("kind", ["stories", "errors"])
+def test_a_file_that_takes_stdout_too_is_refused(tmp_path, descriptor, stream, kind):
+    path, kept = tmp_path / "taken", os.dup(descriptor)
+    named = {"stories": Path("s.jsonl"), "errors": Path("bad.jsonl"), kind: path}
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), descriptor)
+    try:
+        with pytest.raises(BatchError, match=f"{stream} goes to .*taken.* would overwrite the {kind}: name another"):
+            check_apart("p.txt", named["stories"], named["errors"])
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+    check_apart("p.txt", named["stories"], named["errors"])

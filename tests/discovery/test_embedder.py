@@ -1,6 +1,7 @@
 """Routing embeddings in batches and on disk: exact with padding, resumable, stopped after the last router."""
 
 import copy
+import errno
 import os
 import signal
 import subprocess
@@ -280,6 +281,17 @@ def test_damaged_shards_are_embedded_again(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 4)
     store, _ = embed_corpus(tiny_model, corpus(5), tmp_path / "emb")
     assert sorted(text.id for text in store.load().texts) == ["t0", "t1", "t2", "t3", "t4"]
+
+
+def test_a_file_system_without_locks_is_told(tiny_model, tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def no_locks(fd, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert embed_corpus(tiny_model, corpus(2), tmp_path / "emb")[0].meta.complete
+    assert caplog.messages == [f"'{tmp_path / 'emb'}' can't be locked here: make sure that no other run writes to it"]
 
 
 def test_two_runs_do_not_write_into_one_folder(tiny_model, tmp_path):

@@ -180,3 +180,12 @@ def test_strangers_name_domains_only_and_learn_no_folders(model, vectors, watch)
     with pytest.raises(VectorNotFound) as caught:
         resolver.plan(SteeringSpec("knitting"))
     assert str(caught.value) == "no vector 'knitting'; there are food, sport"
+
+
+def test_a_file_that_is_no_vector_is_found_without_a_model(tmp_path):
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"garbage garbage")
+    for path, match in ((garbage, "not a safetensors file"), (tmp_path / "none.safetensors", "no vector file")):
+        for domain in (str(path), f"{path}=0.5"):
+            with pytest.raises(VectorError, match=match):
+                check_spec(SteeringSpec(domain=(domain,)))

@@ -121,6 +121,16 @@ def test_the_hash_covers_all_of_the_header(tmp_path, good, change):
             read(path)
 
 
+@pytest.mark.parametrize("change", [{"layers": [-1, 3]}, {"threshold": float("nan")}, {"threshold": float("inf")}])
+def test_a_header_that_no_vector_can_have_is_refused_without_the_matrices(tmp_path, good, change):
+    path = tmp_path / "good.safetensors"
+    header = {**header_of(path), **change}
+    header["sha256"] = header_sha256(header)
+    save_file({"frequency": VECTOR.frequency}, path, {"steermoe": json.dumps(header)})
+    with pytest.raises(VectorError, match=f"its {next(iter(change))} .* must be"):
+        read_header(path)
+
+
 def test_both_hashes_are_in_the_header(tmp_path, good):
     header = read_header(tmp_path / "good.safetensors")
     assert header.sha256 == header_sha256(header_of(tmp_path / "good.safetensors"))

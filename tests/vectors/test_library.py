@@ -18,7 +18,7 @@ from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors import file, library
 from steermoe.vectors.file import read_header, read_vector, write_vector
-from steermoe.vectors.library import find_vectors, load_vector
+from steermoe.vectors.library import find_vectors, first_file, load_vector, vectors_for
 from steermoe.vectors.matrix import import_matrix
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector, VectorInfo
@@ -366,7 +366,27 @@ def test_a_file_of_the_working_folder_that_hides_a_shipped_one_is_named_once(
             load_vector(domain, tiny_model.model)
     load_vector(own, tiny_model.model)
     assert caplog.messages == [
-        f"steering with '{own}' of the working folder, not with the vector of that name that comes with steermoe"
+        f"using '{own}' of the working folder, not the vector of that name that comes with steermoe"
+    ]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda shape: vectors_for(shape),
+        lambda shape: vectors_for(shape, ["sport"]),
+        lambda shape: load_vector("sport"),
+        lambda shape: first_file("sport", group="tiny-mixtral"),
+    ],
+    ids=["all", "named", "no model", "file"],
+)
+def test_whatever_takes_such_a_file_names_it(bare_search_path, tmp_path, make_vector, tiny_model, caplog, use):
+    own = bare_search_path / "steering_vectors" / "tiny-mixtral" / "sport.safetensors"
+    for path in (own, tmp_path / "packaged" / "tiny-mixtral" / "sport.safetensors"):
+        write_vector(make_vector(), path)
+    use(tiny_model.shape)
+    assert caplog.messages == [
+        f"using '{own}' of the working folder, not the vector of that name that comes with steermoe"
     ]
 
 

@@ -56,7 +56,7 @@ def save_svg(prompt: str, columns: Sequence[Column], path: Path) -> None:
         with atomic_path(path) as partial:
             partial.write_text(picture, encoding="utf-8")
     except OSError as error:
-        raise SteerMoEError(f"can't write '{path}': {error.strerror}") from error
+        raise SteerMoEError(f"can't write '{path}': {error.strerror}; name another file") from error
 
 
 def _panel(column: Column) -> Panel:

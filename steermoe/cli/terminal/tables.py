@@ -1,7 +1,7 @@
 """Tables and cards on stdout; a cell is one line of text, never markup or a command to the terminal.
 
 In a terminal rich fits them to its width. In a pipe each row is one line, which grep finds as a whole: columns are as
-wide as their widest cell, nothing is folded or padded at the end.
+wide as their widest cell up to `WIDEST`, nothing is folded or padded at the end.
 """
 
 import sys
@@ -15,6 +15,8 @@ from steermoe.cli.terminal.console import line, out
 
 GAP = "  "
 """Between two columns."""
+WIDEST = 120
+"""Columns are not padded beyond this: one long cell, which comes from a file, must not widen all rows."""
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], wrapping: int = 1) -> None:
@@ -50,7 +52,7 @@ def _cell(text: str) -> Text:
 def _print_lines(rows: Sequence[Sequence[str]]) -> None:
     """Each row on a line of its own."""
     cells = [[line(cell) for cell in row] for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    widths = [min(WIDEST, max(map(cell_len, column))) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         out.print(Text(GAP.join(padded).rstrip()), soft_wrap=True)

@@ -206,7 +206,7 @@ class SteeringMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _path_below_root(scope)
         if not _is_under(path, OPEN) and scope.get("method") != "OPTIONS" and not self._is_admitted(scope):
             await _answer(scope, receive, send, 401, {"error": "Unauthorized"})
         elif _is_under(path, ABSENT):
@@ -238,6 +238,13 @@ def _admission(args: Any) -> Callable[[Scope], bool]:
     keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
     check = AuthenticationMiddleware(None, keys)  # type: ignore[arg-type]  # only asked about headers
     return lambda scope: not keys or check.verify_token(Headers(scope=scope))
+
+
+def _path_below_root(scope: Scope) -> str:
+    """The path by which the app finds a route: a root path counts only where the next part of the path begins."""
+    path, root = scope["path"], scope.get("root_path", "")
+    rest = path.removeprefix(root)
+    return rest if rest.startswith("/") else path
 
 
 def _is_under(path: str, places: Sequence[str]) -> bool:

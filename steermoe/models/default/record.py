@@ -12,6 +12,8 @@ from typing import Any
 from steermoe.models.default import spec
 
 RECORD = "steermoe.json"
+NEEDED = ("config.json", "model.safetensors")
+"""Files without which there is no model."""
 CHEAP_BYTES = 2**23
 """Files up to this size are hashed at every load, which takes milliseconds."""
 
@@ -46,6 +48,8 @@ def find_damage(folder: Path, *, whole: bool = False) -> str:
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return f"its record '{RECORD}' is garbled"
+    if missing := [name for name in NEEDED if name not in files]:
+        return f"its record '{RECORD}' lacks '{missing[0]}'"
     for name, (size, sha256) in files.items():
         path = folder / Path(name).name
         try:

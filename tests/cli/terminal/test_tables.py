@@ -38,6 +38,13 @@ def test_in_a_pipe_a_row_is_one_line_and_columns_have_their_own_width(printed):
     ]
 
 
+def test_in_a_pipe_a_long_cell_widens_no_other_row(printed):
+    rows = [("a", "m" * 100_000, "x"), ("b", "short", "y")]
+    lines = printed(tables.print_table, ("name", "model", "file"), rows, terminal=False).split("\n")
+    assert lines[1] == f"a     {'m' * 100_000}  x"
+    assert lines[2] == f"b     {'short'.ljust(tables.WIDEST)}  y"
+
+
 def test_a_card_in_a_pipe(printed):
     facts = {"file": "/a/[b]/c", "title of it": ":smile: " + LONG}
     lines = printed(tables.print_facts, facts, terminal=False).split("\n")

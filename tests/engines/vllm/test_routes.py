@@ -128,6 +128,18 @@ def test_every_key_is_one(monkeypatch, make_app, steered):
     assert [ask(client, "POST", "/v1/completions", key)[0] for key in ("a", "b", "c", None)] == [400, 400, 401, 401]
 
 
+@pytest.mark.parametrize("root", ["/", "/v1/comp", "/inv"])
+def test_a_root_path_that_is_only_the_beginning_of_a_path_hides_no_route(make_app, steered, root):
+    app = make_app("--api-key", KEY, "--root-path", root)
+    app.state.steermoe = None, ["tiny"]
+    client = TestClient(app, raise_server_exceptions=False)
+    for path, status in (("/v1/completions", 400), ("/invocations", 404)):
+        assert ask(client, "POST", path)[0] == 401
+        assert ask(client, "POST", path, KEY)[0] == status, (root, path)
+    assert len(steered) == 1
+    assert ask(client, "GET", "/health")[0] != 401
+
+
 def test_a_root_path_hides_no_route(make_app, steered):
     app = make_app("--api-key", KEY, "--root-path", "/under")
     app.state.steermoe = None, ["tiny"]

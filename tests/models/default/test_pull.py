@@ -60,6 +60,7 @@ def test_an_assembled_model_is_whole(cache):
         ("config.json", edit_top_k, "'config.json' has other content than it was assembled with"),
         ("config.json", flip_a_bit, "'config.json' has other content"),
         ("steermoe.json", lambda path: path.write_text("{"), "its record 'steermoe.json' is garbled"),
+        ("steermoe.json", lambda path: path.write_text('{"files": {}}'), "its record .* lacks 'config.json'"),
         (
             "steermoe.json",
             lambda path: path.write_text('{"files": {"x": {"bytes": 1e999}}}'),
