@@ -100,7 +100,7 @@ def test_a_traceback_only_on_request(fails, monkeypatch):
         ),
         (["batch", "p.txt", "-o", "s", "--samples", "9" * 5000], "'--samples': "),
         (["batch", "p.txt", "-o", "s", "--batch-size", "-1"], "it is '-1'"),
-        (["embed", "c", "-o", "e", "--max-tokens", str(2**70)], f"{2**70} is too large"),
+        (["embed", "c", "-o", "e", "--max-tokens", str(2**70)], f"it is '{2**70}'"),
         (["models", "export", "--gguf", "x"], "'--gguf': 'x' is not one of 'q8_0'"),
         (["batch", "p.txt"], "Missing option '--output'"),
         (["batch"], "Missing argument 'PROMPTS'"),

@@ -67,7 +67,7 @@ def test_the_model_is_unchanged(tiny_model, teacher_forcing, make_vector):
 
 
 def test_texts_that_are_too_short(tiny_model):
-    with pytest.raises(GenerationError, match="none of 1 texts has more than 17 tokens"):
+    with pytest.raises(GenerationError, match="none of 1 text has more than 17 tokens"):
         TeacherForcing(tiny_model, ["short"])
 
 

@@ -119,7 +119,7 @@ def test_row_limits():
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.1}, "top_p 1.1 .* at most 1"),
-        ({"top_k": -1}, "top_k -1 .* 0 or more"),
+        ({"top_k": -1}, "top_k -1 .* 0 to"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 .* above 0"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**63}, "seed"),

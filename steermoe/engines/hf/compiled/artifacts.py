@@ -39,8 +39,8 @@ from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.errors import GenerationError, ModelError, SteerMoEError, reason
 from steermoe.files import cache_folder
 from steermoe.models import quantization
-from steermoe.routing import architectures, intercept, routers, wrapping
-from steermoe.steering import editing_graph
+from steermoe.routing import architectures, intercept, routers, selection, wrapping
+from steermoe.steering import editing_graph, narrowing
 from steermoe.steering.editing_graph import Edits
 
 logger = logging.getLogger(__name__)
@@ -67,9 +67,11 @@ TRACED: tuple[ModuleType, ...] = (
     formulas,
     editing_graph,
     intercept,
+    narrowing,
     quantization,
     rewrites,
     routers,
+    selection,
     steps,
     wrapping,
     sys.modules[__name__],

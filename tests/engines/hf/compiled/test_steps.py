@@ -179,7 +179,7 @@ def test_what_hangs_on_the_model_is_not_passed_by(compiled):
 def test_a_step_that_is_wrong_is_not_kept(compiled, monkeypatch, tmp_path):
     from steermoe.engines.hf.compiled import step
 
-    monkeypatch.setattr(step, "edit", lambda logits, router, tensors: logits.flip(-1))
+    monkeypatch.setattr(step, "edit", lambda logits, *rest: logits.flip(-1))
     with pytest.raises(ModelError, match="is off by"):
         compiled(build("granitemoeshared"), ["one"])
     assert not list((tmp_path / "compiled").iterdir())
