@@ -1,6 +1,5 @@
 """Turns a file of prompts into a file of stories: skips the finished ones and lets a worker generate the rest."""
 
-import re
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from steermoe.batch.worker import EngineWorker, PlannedJob, Worker
 from steermoe.engines.engine import Engine
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering.limits import shown
 from steermoe.steering.plans import doubts
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.resolver import PlanResolver
@@ -164,21 +162,17 @@ class Batch:
     def _finished_keys(self) -> Iterator[int]:
         foreign, first = 0, ""
         for number, record in self._output.records():
-            key = _key_of(record)
-            if key is None:
-                raise BatchError(
-                    f"line {number} of '{self._output.path}' has the job {shown(record['job'])}, expected 16 "
-                    "hexadecimal digits: name another file, or replace this one with --overwrite"
-                )
+            key = int(record["job"], 16)
             if key in self._requested:
                 yield key
             else:
                 foreign += 1
                 first = first or f"line {number} {_difference(record, self._settings, self._engine)}"
         if foreign and not self._keep:
+            stories = "1 story" if foreign == 1 else f"{foreign} stories"
             raise BatchError(
-                f"'{self._output.path}' holds {foreign} stories that this run does not ask for ({first}): name another "
-                "file, add to this one with --keep, or replace it with --overwrite"
+                f"'{self._output.path}' holds {stories} that this run does not ask for ({first}): name another file, "
+                "add to this one with --keep, or replace it with --overwrite"
             )
 
     # ---- what is skipped ----
@@ -273,12 +267,6 @@ class _Numbers:
         position = int(np.searchsorted(self._sorted, wanted))
         is_there = position < len(self._sorted) and self._sorted[position] == wanted
         return int(self._first[position]) if is_there else -1
-
-
-def _key_of(record: dict[str, Any]) -> int | None:
-    """The key of a story in the file; None if it is none that this program writes."""
-    job = record["job"]
-    return int(job, 16) if isinstance(job, str) and re.fullmatch(r"[0-9a-f]{16}", job) else None
 
 
 def _difference(record: dict[str, Any], settings: BatchSettings, engine: Engine) -> str:

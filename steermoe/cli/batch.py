@@ -238,7 +238,9 @@ def _print(summary: "BatchSummary", output: Path, json: bool) -> None:
     if json:
         console.write_json({"output": str(output), **summary.as_dict()})
         return
-    console.say(f"{summary.stories} stories in {output}, {summary.new} of them new")
+    console.say(
+        f"{summary.stories} stor{'y' if summary.stories == 1 else 'ies'} in {output}, {summary.new} of them new"
+    )
     if summary.new:
         rate = summary.tokens / summary.seconds
         steered = f"; steered {summary.report.tokens_steered} tokens" if summary.report else ""

@@ -111,7 +111,7 @@ def test_a_prompt_that_is_too_long_is_skipped(ray, run, tiny_checkpoint, vectors
     Path("p.txt").write_text("A dog.\n" + "long " * 100 + "\n")
     options = ["--errors", "bad.jsonl", "--max-new-tokens", "6", "-m", tiny_checkpoint]
     result = run("batch", "p.txt", "-o", "s.jsonl", "--ray", "local", *options)
-    assert (result.code, result.out) == (0, "1 stories in s.jsonl, 1 of them new\n")
+    assert (result.code, result.out) == (0, "1 story in s.jsonl, 1 of them new\n")
     (bad,) = map(json.loads, Path("bad.jsonl").read_text().splitlines())
     assert bad["line"] == 2
     assert "256" in bad["error"]
