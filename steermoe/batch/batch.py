@@ -169,9 +169,10 @@ class Batch:
                 foreign += 1
                 first = first or f"line {number} {_difference(record, self._settings, self._engine)}"
         if foreign and not self._keep:
+            stories = "1 story" if foreign == 1 else f"{foreign} stories"
             raise BatchError(
-                f"'{self._output.path}' holds {foreign} stories that this run does not ask for ({first}): name another "
-                "file, add to this one with --keep, or replace it with --overwrite"
+                f"'{self._output.path}' holds {stories} that this run does not ask for ({first}): name another file, "
+                "add to this one with --keep, or replace it with --overwrite"
             )
 
     # ---- what is skipped ----

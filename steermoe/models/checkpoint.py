@@ -87,9 +87,9 @@ def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:
     """
     import torch
 
-    name, where, extra = _locate(model)
-    if extra:
+    if model is not None and Path(model).suffix == ".gguf":
         raise ModelError(f"'{model}' is a GGUF file: run it with --engine llamacpp or --engine hf")
+    name, where, _ = _locate(model)
     device = "auto" if torch.accelerator.is_available() else None
     chosen = _parse_dtype(dtype) if dtype != "auto" else _natural_dtype(where, device)
     return Source(name, where, str(chosen).removeprefix("torch."))

@@ -165,9 +165,7 @@ def test_other_settings_are_not_mixed_into_a_file(loaded, place, now, prompts, w
     now = replace(now, steering=replace(now.steering, strength=now.steering.strength or 5.0))
     run_batch(loaded, "A dog.", wanted=first)
     before = Path("s.jsonl").read_bytes()
-    with pytest.raises(
-        BatchError, match=f"holds 1 stories that this run does not ask for .*{why}.*--keep.*--overwrite"
-    ):
+    with pytest.raises(BatchError, match=f"holds 1 story that this run does not ask for .*{why}.*--keep.*--overwrite"):
         run_batch(loaded, prompts, wanted=now)
     assert Path("s.jsonl").read_bytes() == before
     assert run_batch(loaded, prompts, wanted=now, keep=True).new == 1
@@ -290,7 +288,7 @@ def test_prompts_that_change_meanwhile_are_noticed(loaded, place, monkeypatch):
 @pytest.mark.parametrize("job", ["f" * 17, "9" * 30, "0x1", "-1", "F" * 16])
 def test_a_job_that_no_batch_has_written(loaded, place, job):
     Path("s.jsonl").write_text(json.dumps({"job": job}) + "\n")
-    with pytest.raises(BatchError, match=r"line 1 of .*s.jsonl' is not a story: .*--overwrite"):
+    with pytest.raises(BatchError, match=r"line 1 of 's.jsonl' is not a story: .*--overwrite"):
         run_batch(loaded, "A dog.")
     assert run_batch(loaded, "A dog.", overwrite=True).new == 1
 
