@@ -269,17 +269,17 @@ def read_prompt(prompt: str | None) -> str:
     """
     import sys
 
-    from steermoe.engines.text import check_text, not_utf8
+    from steermoe.engines.text import check_not_empty, check_text, not_utf8
     from steermoe.errors import GenerationError
 
     if prompt is None:
         return DEFAULT_PROMPT
     if prompt != "-":
-        return check_text(prompt, "the prompt")
+        return check_not_empty(check_text(prompt, "the prompt"))
     if sys.stdin is None:
         raise GenerationError("stdin is closed: pipe a text into it, or give the prompt as an argument")
     try:
-        return check_text(sys.stdin.read(), "stdin").rstrip("\n")
+        return check_not_empty(check_text(sys.stdin.read(), "stdin").rstrip("\n"))
     except UnicodeDecodeError as error:
         raise GenerationError(f"stdin {not_utf8(error)}") from error
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steermoe.discovery.opening import undecoded
-from steermoe.errors import CorpusError
+from steermoe.errors import CorpusError, reason
 
 Item = tuple[int | None, dict[str, Any] | str]
 """A line or row, with its record or with the reason why it can't be used."""
@@ -58,7 +58,7 @@ def json_lines(lines: IO[str], encoding: str | None) -> Iterator[Item]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, undecoded(line, encoding) or f"is not JSON ({_one_line(error)})"
+            yield number, undecoded(line, encoding) or f"is not JSON ({reason(error, 200)})"
         else:
             yield number, undecoded(line, encoding) or _as_record(record)
 
@@ -85,7 +85,7 @@ def json_document(stream: IO[str], encoding: str | None) -> Iterator[Item]:
                 record, end = decoder.raw_decode(buffer, place)
             except (ValueError, RecursionError) as error:
                 if is_end or not _may_continue(error, buffer, place):
-                    yield number, undecoded(buffer[place:], encoding) or f"is not JSON ({_one_line(error)})"
+                    yield number, undecoded(buffer[place:], encoding) or f"is not JSON ({reason(error, 200)})"
                     return
             else:
                 yield number, undecoded(buffer[place:end], encoding) or _as_record(record)
@@ -227,7 +227,3 @@ def value_of(record: dict[str, Any], field: str) -> Any:
             return MISSING
         value = value[part]
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -54,10 +54,7 @@ def encode_prompt(
         GenerationError: a prompt that is empty or no text, or leaves no room in the model's context.
     """
     check_text(request.prompt, "the prompt")
-    if not request.prompt.strip():
-        raise GenerationError(
-            "the prompt is empty: give the beginning of a text (without PROMPT, a story is generated)"
-        )
+    check_not_empty(request.prompt)
     leading = encoder.leading_special(request.prompt)
     special = request.special_tokens and bool(leading)
     ids = encoder.encode(request.prompt, special) if known is None else known
@@ -94,6 +91,19 @@ def check_text(text: str, name: str) -> str:
             pass
         raise GenerationError(f"{name} holds half a surrogate pair, which is not text: remove it") from None
     return text
+
+
+def check_not_empty(prompt: str) -> str:
+    """The prompt, if there is anything to continue.
+
+    Raises:
+        GenerationError: it is empty.
+    """
+    if not prompt.strip():
+        raise GenerationError(
+            "the prompt is empty: give the beginning of a text (without PROMPT, a story is generated)"
+        )
+    return prompt
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

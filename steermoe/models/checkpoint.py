@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import ModelError
+from steermoe.errors import ModelError, reason
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 from steermoe.models.gguf.header import read_header
 from steermoe.routing.architectures import NOT_RUN
@@ -188,7 +188,7 @@ def _why_outdated(name: str, error: Exception, where: str) -> str:
     is_own = isinstance(error, AttributeError | ImportError | TypeError) and "transformers_modules" in _files_of(error)
     if match is None and (isinstance(error, ModuleNotFoundError) or not is_own):
         return ""
-    lacks = f"it lacks {match['name'] or match['gone'] or match['missing']}" if match else _one_line(error)
+    lacks = f"it lacks {match['name'] or match['gone'] or match['missing']}" if match else reason(error)
     written = _config_value(where, "transformers_version")
     runs = f"transformers {written} runs (its config.json says so)" if written else "an older transformers runs"
     return (
@@ -216,10 +216,6 @@ def _config_value(where: str, key: str) -> str:
     return value[:20] if isinstance(value, str) and re.fullmatch(r"[\w.+-]+", value) else ""
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _why_not_loaded(name: str, error: Exception, where: str = "") -> str:
     text = " ".join(str(error).split())
     if outdated := _why_outdated(name, error, where):
@@ -228,4 +224,4 @@ def _why_not_loaded(name: str, error: Exception, where: str = "") -> str:
         return f"'{name}' brings its own model code: pass --trust-remote-code if you trust it"
     if isinstance(error, OSError) and ("offline" in text.lower() or "connect" in text.lower() or "not a local" in text):
         return f"can't find '{name}', neither as a folder nor on the hub: check the name and the connection"
-    return f"can't load '{name}': {text[:300]}"
+    return f"can't load '{name}': {reason(error)}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import VectorError, VectorNotFound
+from steermoe.errors import VectorError, VectorNotFound, reason
 from steermoe.vectors.file import check_domain_name
 from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
 
@@ -113,8 +113,9 @@ def _content_of_npy(path: Path, content: bytes) -> Any:
     try:
         matrix = np.load(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # a hostile header can make numpy raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise VectorError(f"'{path}' is a damaged .npy file, or one of objects ({reason}): save numbers") from error
+        raise VectorError(
+            f"'{path}' is a damaged .npy file, or one of objects ({reason(error, 200)}): save numbers"
+        ) from error
     if matrix.dtype.kind not in "fiu" or matrix.ndim not in (1, 2):
         raise VectorError(
             f"'{path}' holds {matrix.ndim} dimensions of {matrix.dtype}, expected L layers x N experts of numbers"

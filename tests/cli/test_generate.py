@@ -163,6 +163,13 @@ def test_settings_of_measurements_are_checked_first_too(run, vectors, command, m
     assert message in result.err
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_an_empty_prompt_is_refused_before_a_model_is_looked_for(run, vectors, command):
+    result = run(command, " ", "-m", "/no/such/folder")
+    assert (result.code, result.out) == (1, "")
+    assert "the prompt is empty" in result.err
+
+
 def test_a_text_that_ends_before_it_is_steered_is_told(run, tiny_checkpoint, vectors, monkeypatch):
     from steermoe.engines.request import Completion
 

@@ -240,6 +240,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def fake_assemble(source, folder):
     folder.mkdir()
     (folder / "config.json").write_text(str(source))
+    (folder / "model.safetensors").write_bytes(b"weights")
 
 
 def test_pull_once(cache, monkeypatch):
