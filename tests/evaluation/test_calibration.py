@@ -175,10 +175,10 @@ def test_generate_says_that_a_strength_is_a_guess(run, vector_file, tiny_checkpo
 
 
 def test_the_share_of_slots_is_one_of_all_layers(run, vector_file, tiny_checkpoint, make_vector):
-    shared = ("generate", "hello", "--max-new-tokens", "3", "--model", tiny_checkpoint)
-    one = run(*shared, "--force", "1:0")
+    shared = ("generate", "hello", "--max-new-tokens", "3", "--model", tiny_checkpoint, "-d", "sport", "--strength", "90")
+    one = run(*shared, "--layers", "1-1")
     assert "steered 2 of 7 tokens in 1 of 3 MoE layers; 17% of their slots" in one.err  # one of two slots of a layer
-    every = run(*shared, "--force", "0:0", "--force", "1:0", "--force", "2:0")
+    every = run(*shared)
     assert "steered 2 of 7 tokens; 50% of their slots" in every.err
 
 
