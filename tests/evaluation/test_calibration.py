@@ -175,7 +175,18 @@ def test_generate_says_that_a_strength_is_a_guess(run, vector_file, tiny_checkpo
 
 
 def test_the_share_of_slots_is_one_of_all_layers(run, vector_file, tiny_checkpoint, make_vector):
-    shared = ("generate", "hello", "--max-new-tokens", "3", "--model", tiny_checkpoint, "-d", "sport", "--strength", "90")
+    shared = (
+        "generate",
+        "hello",
+        "--max-new-tokens",
+        "3",
+        "--model",
+        tiny_checkpoint,
+        "-d",
+        "sport",
+        "--strength",
+        "90",
+    )
     one = run(*shared, "--layers", "1-1")
     assert "steered 2 of 7 tokens in 1 of 3 MoE layers; 17% of their slots" in one.err  # one of two slots of a layer
     every = run(*shared)

@@ -1,5 +1,7 @@
 """Models that are not plain causal ones: with images, and encoder-decoders. They generate from text alone."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -124,6 +126,8 @@ def test_a_family_that_continues_no_text_is_said_to(tmp_path, family, reason):
     assert "in Python only, the commands can't run it" in listed.reason
     assert reason in listed.reason
     config = tiny.tiny_config(family)
+    if family == "diffusion_gemma" and version("transformers").startswith("5.19."):
+        pytest.skip("transformers 5.19 builds none without images")
     if type(config) is not CONFIG_MAPPING[family]:
         config = CONFIG_MAPPING[family](text_config=config.to_dict())
     config.save_pretrained(tmp_path / "it")

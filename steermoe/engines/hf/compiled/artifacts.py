@@ -175,6 +175,14 @@ def _warn_damaged(folder: Path, error: BaseException) -> None:
     logger.warning(text, folder, reason(error))
 
 
+OLDEST_TORCH = (2, 13)
+"""Earlier ones can't export attention over a cache whose length varies."""
+
+
+def torch_is_too_old() -> bool:
+    return tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH
+
+
 def why_not_compiled(model: PreTrainedModel) -> str | None:
     """Why a model's step can't be compiled here, or None."""
     if model.device.type != "cpu":
@@ -183,6 +191,8 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
         return "its cache is more than keys and values per token"
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "there is no C++ compiler: install g++ or clang++"
+    if torch_is_too_old():
+        return f"torch {torch.__version__} can't export it: install torch {'.'.join(map(str, OLDEST_TORCH))} or newer"
     return None
 
 

@@ -33,6 +33,8 @@ FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe", "glm4_m
 def require_compiler():
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("there is no C++ compiler")
+    if artifacts.torch_is_too_old():
+        pytest.skip(f"torch {torch.__version__} compiles no steps")
 
 
 @pytest.fixture
@@ -268,6 +270,7 @@ def traced_modules(model, tmp_path, monkeypatch):
 
 
 def test_a_step_is_found_only_by_the_code_that_was_compiled_into_it(tmp_path, monkeypatch):
+    require_compiler()
     from steermoe import formulas
     from steermoe.routing import architectures
 
@@ -297,6 +300,13 @@ def test_a_step_is_found_only_by_the_models_own_code(tmp_path, monkeypatch):
     folder = artifacts.folder_of(model, "one")
     source.write_text(source.read_text() + "\n    def forward(self, x):\n        return 2 * x\n")
     assert len({plain, folder, artifacts.folder_of(model, "one")}) == 3
+
+
+def test_a_torch_that_is_too_old_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "__version__", "2.12.9+cpu")
+    with pytest.raises(ModelError, match=r"torch 2\.12\.9\+cpu can't export it: install torch 2\.13 or newer"):
+        artifacts.compile_step(build("granitemoeshared"), "one")
 
 
 def test_inputs_with_gaps_are_refused(compiled):
