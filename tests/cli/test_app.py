@@ -290,7 +290,7 @@ def test_a_reader_that_has_enough(arguments):
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("size", ["0", "1", "-5", "\u00b2", "9" * 5000, "x", "\x1b[2J"])
+@pytest.mark.parametrize("size", ["0", "-5", "\u00b2", "9" * 5000])
 def test_odd_sizes_of_the_terminal_lose_nothing(size):
     expected = steermoe("vectors", "show", "sport", env={**os.environ, "COLUMNS": "80", "LINES": "25"})
     result = steermoe("vectors", "show", "sport", env={**os.environ, "COLUMNS": size, "LINES": size})

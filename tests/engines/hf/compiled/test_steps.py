@@ -140,7 +140,8 @@ def test_a_traced_step_keeps_to_the_lists_of_each_row(family):
     assert count_listed(tensors, chosen_RBk).tolist() == [places, places, 0, places * len(BANNED)]
 
 
-@pytest.mark.parametrize("family", ["ernie4_5_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "deepseek_v3"])
 def test_lists_hold_whatever_the_biases(family, compiled):
     model = adverse(family)
     compiled(model, ["one"])
