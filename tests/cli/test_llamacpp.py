@@ -168,4 +168,4 @@ def test_bad_and_dense_files_are_one_clear_line(run, gguf, vectors):
     result = run("generate", "x", "-m", bad, "--engine", "llamacpp")
     assert "is not a GGUF file or is cut off" in result.err
     result = run("generate", "x", "-m", "no.gguf", "--engine", "llamacpp")
-    assert "can't read 'no.gguf'" in result.err
+    assert "no GGUF file 'no.gguf'" in result.err
