@@ -38,3 +38,8 @@ def save(figure: Any, path: Path) -> None:
             figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
         raise SteerMoEError(f"can't write the picture '{path}': {why_not_written(error)}; name another file") from error
+
+
+def drawable(text: str) -> str:
+    """A text as pictures show it: spaces stand for what no font draws."""
+    return "".join(char if char.isprintable() else " " for char in text)

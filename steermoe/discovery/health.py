@@ -17,7 +17,7 @@ from steermoe.discovery.discover import count_of
 from steermoe.discovery.embed_corpus import SHARD_TEXTS, embedder
 from steermoe.discovery.embedder import EmbeddingOptions, TextProgress
 from steermoe.errors import CorpusError, ModelError
-from steermoe.figures import MAX_TICKS, figure_class, save
+from steermoe.figures import MAX_TICKS, drawable, figure_class, save
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.routers import find_routers
 
@@ -203,5 +203,5 @@ def draw_health(health: "RoutingHealth", path: Path) -> None:
     even.set_xlim(0, 1)
     even.set_xlabel("entropy / log N\n(1 = balanced)")
     title = f"{health.model}: {count_of(health.tokens, 'token')} of {count_of(health.texts, 'text')}"
-    figure.suptitle("".join(char if char.isprintable() else " " for char in title), parse_math=False)
+    figure.suptitle(drawable(title), parse_math=False)
     save(figure, path)

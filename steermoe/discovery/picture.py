@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from steermoe.discovery.discover import Discovery, most_common
 from steermoe.errors import SteerMoEError
+from steermoe.figures import drawable
 from steermoe.files import atomic_path, why_not_written
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D00", "#332288", "#882255")
@@ -82,7 +83,7 @@ class Group:
     @property
     def short(self) -> str:
         """Its name for maps and legends: short, and without control characters, which fonts lack."""
-        name = _plain(self.name)
+        name = drawable(self.name)
         if len(name) <= LONGEST_NAME:
             return name
         half = (LONGEST_NAME - 3) // 2
@@ -167,7 +168,7 @@ def draw_map(discovery: Discovery, groups: Sequence[Group], title: str, path: Pa
         if group not in styled[MOST_NAMED:]:
             handles.append(dots)
             labels.append(f" {group.short} ({len(group.rows):,})")  # matplotlib hides what begins with an underscore
-    axes.set_title("\n".join(textwrap.wrap(_plain(title), TITLE_WIDTH)), parse_math=False)
+    axes.set_title("\n".join(textwrap.wrap(drawable(title), TITLE_WIDTH)), parse_math=False)
     axes.margins(0.1)  # room for names at the edges
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
@@ -236,11 +237,6 @@ def _spot(points: NDArray[np.float64], line: float) -> tuple[float, float]:
     return float(x), float(y) if top - points[:, 1].min() > SMALL_GROUP * line else top + line
 
 
-def _plain(text: str) -> str:
-    """Without control characters, which fonts lack."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 def _save(figure: Any, path: Path) -> None:
     try:
         with atomic_path(path) as partial:
@@ -277,7 +273,7 @@ def write_map(discovery: Discovery, title: str, path: Path) -> None:
         figure.update_layout(updatemenus=[_buttons(shown)])
     content = figure.to_html(include_plotlyjs=True, full_html=False, include_mathjax=False, config=PLOTLY)
     with atomic_path(path) as partial:
-        partial.write_text(PAGE.format(title=html.escape(_plain(title)), figure=content), encoding="utf-8")
+        partial.write_text(PAGE.format(title=html.escape(drawable(title)), figure=content), encoding="utf-8")
 
 
 def _trace(group: Group, places_B2: NDArray[np.float32], hovers: Sequence[str]) -> Any:
@@ -328,7 +324,7 @@ def excerpt(text: str, length: int) -> str:
 
 def _marked(text: str) -> str:
     """Text for plotly, escaped so that none of it is taken as HTML. Plotly knows no entity for quotes."""
-    return html.escape(_plain(text), quote=False)
+    return html.escape(drawable(text), quote=False)
 
 
 def _layout(title: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steermoe.figures import MAX_TICKS, figure_class, save
+from steermoe.figures import MAX_TICKS, drawable, figure_class, save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,5 +65,5 @@ def _cut(vector: "SteeringVector") -> str:
 def _title(vector: "SteeringVector") -> str:
     title = f"{vector.domain}: {vector.info.title}" if vector.info.title else vector.domain
     title = f"{title} ({vector.info.model})" if vector.info.model else title
-    plain = "".join(char if char.isprintable() else " " for char in title)
+    plain = drawable(title)
     return "\n".join(textwrap.wrap(plain, TITLE_WIDTH))
