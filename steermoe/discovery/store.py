@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -384,11 +384,12 @@ def _parse_meta(data: dict[str, Any], version: Any) -> EmbeddingMeta:
     known = {
         field.name: field.type for field in fields(EmbeddingMeta) if version > 1 or field.name not in SINCE_VERSION_2
     }
-    if set(data) != set(known):
-        raise KeyError(*sorted(set(data) ^ set(known)))
+    defaults = {field.name for field in fields(EmbeddingMeta) if field.default is not MISSING}
+    if wrong := set(data) ^ set(known) if version > 1 else set(data) ^ (set(known) - (defaults - set(data))):
+        raise KeyError(*sorted(wrong))
     if not isinstance(data["layers"], list) or not data["layers"] or not all(type(n) is int for n in data["layers"]):
         raise TypeError(f"layers are {data['layers']!r:.80}")
     for name, kind in known.items():
-        if name != "layers" and type(data[name]) is not kind:
+        if name in data and name != "layers" and type(data[name]) is not kind:
             raise TypeError(f"{name} is {data[name]!r:.80}")
     return EmbeddingMeta(**{**data, "layers": tuple(data["layers"])})

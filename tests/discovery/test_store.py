@@ -154,6 +154,17 @@ def test_folders_of_earlier_versions_are_read(tmp_path, sound):
         )
 
 
+def test_a_folder_of_version_1_may_lack_what_has_a_default(tmp_path):
+    store = make(tmp_path / "emb", version=1)
+    path = tmp_path / "emb" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({name: meta[name] for name in meta if name not in ("features", "tokens", "max_tokens")}))
+    assert EmbeddingStore.open(tmp_path / "emb").meta == store.meta
+    path.write_text(json.dumps({name: meta[name] for name in meta if name != "top_k"}))
+    with pytest.raises(CorpusError, match="top_k"):
+        EmbeddingStore.open(tmp_path / "emb")
+
+
 def put(name: str, matrix) -> tuple[str, bytes]:
     import io
 
