@@ -80,7 +80,7 @@ def keep_lists(model: nn.Module, router: Router, editor: ListsEditor) -> Callabl
                     f"router '{router.name}' ({type(router.module).__name__}) chooses its experts in a way that "
                     "steermoe does not know, so none can be forced or banned in it: leave its layer out of these lists"
                 )
-            return output
+            return _with_room(router, output, editor) if hasattr(router.module, "expert_capacity") else output
 
         return forward
 
@@ -96,6 +96,25 @@ def _chooses(module: nn.Module) -> bool:
         return any(CHOOSES.search(inspect.getsource(kind)) for kind in own)
     except (OSError, TypeError):
         return True
+
+
+def _with_room(router: Router, output: Any, editor: ListsEditor) -> Any:
+    """What a router with a capacity returned, without having dropped tokens from a forced expert that was full.
+
+    Such routers (Switch Transformers) choose one expert, and first return that choice as marks [..., N], none where the
+    token was dropped. Other tokens are dropped as before.
+
+    Raises:
+        SteeringError: its first output is something else.
+    """
+    marks = output[0] if isinstance(output, tuple) else None
+    if router.top_k != 1 or marks is None or marks.is_floating_point() or marks.shape[-1] != router.num_experts:
+        raise SteeringError(
+            f"router '{router.name}' ({type(router.module).__name__}) drops tokens from experts that are full in a way "
+            "that steermoe does not know, so none can be forced in it: leave its layer out of these lists"
+        )
+    forced = _laid_over(marks, editor.lists(marks.device).forced)
+    return torch.where(forced.any(-1, keepdim=True), forced.to(marks.dtype), marks), *output[1:]
 
 
 def _laid_over(scores: Tensor, marks: Tensor) -> Tensor:
