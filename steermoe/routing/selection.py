@@ -73,7 +73,7 @@ def keep_lists(model: nn.Module, router: Router, editor: ListsEditor) -> Callabl
             if not editor.has_lists():
                 return original(*args, **kwargs)
             choices: list[int] = []
-            with _CatchChoice(editor, router, choices):
+            with _CatchChoice(editor, router.top_k, choices):
                 output = original(*args, **kwargs)
             if not choices:
                 raise SteeringError(
@@ -85,6 +85,33 @@ def keep_lists(model: nn.Module, router: Router, editor: ListsEditor) -> Callabl
         return forward
 
     return wrap_method(host, "forward", around)
+
+
+def chosen_by(lists: Lists, top_k: int, choose: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a function returns that chooses experts by torch's operations, made to keep to lists; and if it did so.
+
+    Args:
+        lists: one row per token that it chooses for, or one for all.
+        top_k: how many experts it chooses.
+        choose: the function; it is called once.
+    """
+    choices: list[int] = []
+    with _CatchChoice(_Given(lists), top_k, choices):
+        found = choose()
+    return found, bool(choices)
+
+
+class _Given:
+    """An editor whose lists are known."""
+
+    def __init__(self, lists: Lists) -> None:
+        self._lists = lists
+
+    def has_lists(self) -> bool:
+        return True
+
+    def lists(self, device: torch.device) -> Lists:
+        return self._lists
 
 
 def _chooses(module: nn.Module) -> bool:
@@ -133,13 +160,13 @@ class _CatchChoice(TorchFunctionMode):
 
     Args:
         editor: has the lists.
-        router: whose call this is.
+        top_k: how many experts the router chooses.
         choices: gets an entry for each choice that was caught.
     """
 
-    def __init__(self, editor: ListsEditor, router: Router, choices: list[int]) -> None:
+    def __init__(self, editor: ListsEditor, top_k: int, choices: list[int]) -> None:
         super().__init__()
-        self.editor, self.router, self.choices = editor, router, choices
+        self.editor, self.top_k, self.choices = editor, top_k, choices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -194,7 +221,7 @@ class _CatchChoice(TorchFunctionMode):
         if self.choices or mask.shape != scores.shape:
             return func(scores, *args, **kwargs)
         forced, banned = (_laid_over(scores, marks) for marks in lists)
-        too_few = (~mask & ~banned).sum(-1, keepdim=True) < self.router.top_k
+        too_few = (~mask & ~banned).sum(-1, keepdim=True) < self.top_k
         kept = forced | (too_few & banned.any(-1, keepdim=True))
         return func(scores, mask & ~kept, named["value"])
 
