@@ -234,7 +234,7 @@ class Steps:
     def _count(self, number: int, lists: Lists, experts: Tensor) -> None:
         """Count in a tensor that stays in place, so that graphs can be replayed."""
         if self.compiled:
-            self._listed_R4[number] += counted(lists, experts)
+            self._listed_R4[number].add_(counted(lists, experts))
 
     def chose(self, number: int, chosen_Tk: Tensor) -> None:
         """Count the experts that the `number`-th router chose; only if calls are not compiled."""
@@ -262,7 +262,7 @@ class Steps:
         self._tally.count()
         calls = sum(editor.calls for editor in self.editors)
         tally = self._tally
-        listed = listed_counts([*(editor.listed for editor in self.editors), *self._listed_R4])
+        listed = listed_counts([*(editor.listed for editor in self.editors), self._listed_R4.sum(0)])
         self._listed_R4.zero_()
         found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, tally.hits, tally.slots, **listed)
         self._tally = Tally()
