@@ -217,8 +217,8 @@ def _attach(model_runner: Any) -> Steps:
         device=model_runner.device,
         graphs=graphs,
         choices=choices,
-        compiled=compiled,
     )
+    steps.compiled = compiled
     hidden = torch.zeros(TRIAL_TOKENS, 1, device=model_runner.device, dtype=config.model_config.dtype)
     reasons = (_no_lists(found[router.layer], router, hidden) for _, router in mine)
     steps.lists_reason = next(filter(None, reasons), "")

@@ -82,11 +82,11 @@ class Steps:
         device: where logits are.
         graphs: whether calls may be captured and replayed; then no decision may depend on values of the host.
         choices: how each router chooses; None for one that chooses by a function of its model.
-        compiled: whether the model is compiled; then `chose` is not called, and lists are counted where they are kept.
 
     Attributes:
         uses_kernels: whether compiled kernels edit the logits, and not torch.
         choices: as given.
+        compiled: whether the model is compiled; then `chose` is not called, and lists are counted where they are kept.
         functions: the method by which each router chooses, as it was before steering, for compiled code.
         lists_reason: why plans with lists of experts are refused; "" if they are not.
     """
@@ -100,12 +100,10 @@ class Steps:
         device: torch.device,
         graphs: bool,
         choices: Sequence[Choice | None] = (),
-        *,
-        compiled: bool = False,
     ) -> None:
         self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
         self.choices, self.lists_reason = list(choices) or [None] * len(self.routers), ""
-        self.compiled = compiled
+        self.compiled = False
         self.functions: list[Any] = [None] * len(self.routers)
         self._listed_R4 = torch.zeros(len(self.routers), 4, dtype=torch.long, device=device)
         self._tally = Tally()

@@ -124,7 +124,8 @@ def test_a_routing_function_is_tried_before_it_is_trusted(function, keeps):
 
 def listed_steps(plan, graphs=False, compiled=True, choices=(None,)):
     """Steps in a call of three tokens of a plan and one without."""
-    steps = Steps([SHAPE], [0], 16, 4, torch.device("cpu"), graphs, choices, compiled=compiled)
+    steps = Steps([SHAPE], [0], 16, 4, torch.device("cpu"), graphs, choices)
+    steps.compiled = compiled
     steps.begin([Row("a", pack(plan), 0, 3, 2), Row("b", None, 0, 1, 2)])
     return steps
 
