@@ -18,6 +18,10 @@ LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|
 NO_ROUTER_REASONS = {
     "doge": "its experts are picked by product keys, not by a router over experts",
 }
+NO_LISTS = {
+    "NllbMoeTop2Router": "transformers runs experts 0 and 1 of an NLLB-MoE layer, whatever its router chooses",
+}
+"""Classes of routers whose choice does not decide which experts run, and why."""
 PYTHON_ONLY = "in Python only, the commands can't run it"
 """What is said of a family whose routers are found, but whose models continue no text."""
 NOT_RUN = {

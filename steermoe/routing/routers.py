@@ -25,6 +25,7 @@ from steermoe.routing.architectures import (
     HASH_REASON,
     LAYER_NUMBER,
     LINEAR_GATE,
+    NO_LISTS,
     NO_ROUTER_REASONS,
     NOT_A_ROUTER,
     ROUTER_CLASS,
@@ -58,7 +59,8 @@ class Router:
 
     @property
     def shape(self) -> RouterShape:
-        return RouterShape(self.layer, self.num_experts, self.width, self.top_k, self.blanks)
+        reason = NO_LISTS.get(type(self.module).__name__, "")
+        return RouterShape(self.layer, self.num_experts, self.width, self.top_k, self.blanks, reason)
 
 
 def find_routers(model: nn.Module) -> list[Router]:

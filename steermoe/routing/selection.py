@@ -73,18 +73,45 @@ def keep_lists(model: nn.Module, router: Router, editor: ListsEditor) -> Callabl
             if not editor.has_lists():
                 return original(*args, **kwargs)
             choices: list[int] = []
-            with _CatchChoice(editor, router, choices):
+            with _CatchChoice(editor, router.top_k, choices):
                 output = original(*args, **kwargs)
             if not choices:
                 raise SteeringError(
                     f"router '{router.name}' ({type(router.module).__name__}) chooses its experts in a way that "
                     "steermoe does not know, so none can be forced or banned in it: leave its layer out of these lists"
                 )
-            return output
+            return _with_room(router, output, editor) if hasattr(router.module, "expert_capacity") else output
 
         return forward
 
     return wrap_method(host, "forward", around)
+
+
+def chosen_by(lists: Lists, top_k: int, choose: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a function returns that chooses experts by torch's operations, made to keep to lists; and if it did so.
+
+    Args:
+        lists: one row per token that it chooses for, or one for all.
+        top_k: how many experts it chooses.
+        choose: the function; it is called once.
+    """
+    choices: list[int] = []
+    with _CatchChoice(_Given(lists), top_k, choices):
+        found = choose()
+    return found, bool(choices)
+
+
+class _Given:
+    """An editor whose lists are known."""
+
+    def __init__(self, lists: Lists) -> None:
+        self._lists = lists
+
+    def has_lists(self) -> bool:
+        return True
+
+    def lists(self, device: torch.device) -> Lists:
+        return self._lists
 
 
 def _chooses(module: nn.Module) -> bool:
@@ -96,6 +123,25 @@ def _chooses(module: nn.Module) -> bool:
         return any(CHOOSES.search(inspect.getsource(kind)) for kind in own)
     except (OSError, TypeError):
         return True
+
+
+def _with_room(router: Router, output: Any, editor: ListsEditor) -> Any:
+    """What a router with a capacity returned, without having dropped tokens from a forced expert that was full.
+
+    Such routers (Switch Transformers) choose one expert, and first return that choice as marks [..., N], none where the
+    token was dropped. Other tokens are dropped as before.
+
+    Raises:
+        SteeringError: its first output is something else.
+    """
+    marks = output[0] if isinstance(output, tuple) else None
+    if router.top_k != 1 or marks is None or marks.is_floating_point() or marks.shape[-1] != router.num_experts:
+        raise SteeringError(
+            f"router '{router.name}' ({type(router.module).__name__}) drops tokens from experts that are full in a way "
+            "that steermoe does not know, so none can be forced in it: leave its layer out of these lists"
+        )
+    forced = _laid_over(marks, editor.lists(marks.device).forced)
+    return torch.where(forced.any(-1, keepdim=True), forced.to(marks.dtype), marks), *output[1:]
 
 
 def _laid_over(scores: Tensor, marks: Tensor) -> Tensor:
@@ -114,13 +160,13 @@ class _CatchChoice(TorchFunctionMode):
 
     Args:
         editor: has the lists.
-        router: whose call this is.
+        top_k: how many experts the router chooses.
         choices: gets an entry for each choice that was caught.
     """
 
-    def __init__(self, editor: ListsEditor, router: Router, choices: list[int]) -> None:
+    def __init__(self, editor: ListsEditor, top_k: int, choices: list[int]) -> None:
         super().__init__()
-        self.editor, self.router, self.choices = editor, router, choices
+        self.editor, self.top_k, self.choices = editor, top_k, choices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -175,7 +221,7 @@ class _CatchChoice(TorchFunctionMode):
         if self.choices or mask.shape != scores.shape:
             return func(scores, *args, **kwargs)
         forced, banned = (_laid_over(scores, marks) for marks in lists)
-        too_few = (~mask & ~banned).sum(-1, keepdim=True) < self.router.top_k
+        too_few = (~mask & ~banned).sum(-1, keepdim=True) < self.top_k
         kept = forced | (too_few & banned.any(-1, keepdim=True))
         return func(scores, mask & ~kept, named["value"])
 

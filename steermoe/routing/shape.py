@@ -20,6 +20,7 @@ class RouterShape:
         top_k: experts chosen for each token, k.
         blanks: how many of `num_experts`, the last ones, are columns without an expert: longcat's zero experts, zaya's
             skip.
+        no_lists: why its experts can't be forced or banned; "" if they can.
     """
 
     layer: int
@@ -27,6 +28,7 @@ class RouterShape:
     width: int
     top_k: int
     blanks: int = 0
+    no_lists: str = ""
 
     @property
     def vector_widths(self) -> tuple[int, ...]:

@@ -117,6 +117,13 @@ def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
     if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
         first, last = plan.layers
         raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {format_layers(layers)}")
+    listed = {layer for layer, _ in (*plan.force, *plan.ban)}
+    for router in routers:
+        if router.no_lists and router.layer in listed:
+            raise SteeringError(
+                f"experts of layer {router.layer} can't be forced or banned: {router.no_lists}; leave force and ban "
+                "out, or use another model"
+            )
     forced, banned = (Counter(layer for layer, _ in set(listed)) for listed in (plan.force, plan.ban))
     for router in routers:
         if forced[router.layer] > router.top_k:

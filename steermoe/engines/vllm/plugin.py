@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from steermoe.engines.request import require_steered
-from steermoe.engines.vllm.selection import Choice
+from steermoe.engines.vllm.selection import TRIAL_TOKENS, Choice, keeps_to_lists
 from steermoe.engines.vllm.spec import packed
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
@@ -39,7 +39,7 @@ from steermoe.steering.resolver import PlanResolver
 TESTED = "0.32."
 """What the versions of vLLM that this was tested with begin with."""
 ANY_VERSION = "STEERMOE_ANY_VLLM"
-SALT = "steermoe-2"
+SALT = "steermoe-3"
 """Distinguishes compiled artifacts with steering from those without; must change when the compiled op does."""
 NUMBAS_LIBRARY = "llvmlite.binding.ffi"
 PADDING = 1024
@@ -104,6 +104,16 @@ def _register_op() -> None:
         lambda logits, weights, experts, router: (torch.empty_like(weights), torch.empty_like(experts)),
         lib=library,
     )
+    library.define("route(Tensor hidden, Tensor logits, int top_k, int router) -> (Tensor, Tensor)")
+    library.impl("route", _route, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        "steermoe::route",
+        lambda hidden, logits, top_k, router: (
+            logits.new_empty(len(logits), top_k, dtype=torch.float32),
+            logits.new_empty(len(logits), top_k, dtype=torch.int32),
+        ),
+        lib=library,
+    )
     register.library = library  # type: ignore[attr-defined]  # the op lives as long as this object
 
 
@@ -119,11 +129,23 @@ def _choose(logits: Tensor, weights: Tensor, experts: Tensor, router: int) -> tu
     return (weights.clone(), experts.clone()) if found[1] is experts else found
 
 
+def _route(hidden: Tensor, logits: Tensor, top_k: int, router: int) -> tuple[Tensor, Tensor]:
+    """The op that compiled code calls where a model routes by a function of its own; `top_k` is for its fake."""
+    steps = _active
+    assert steps is not None  # the model's own, or this op would not have been compiled into it
+    return steps.route(router, len(logits), lambda: steps.functions[router](hidden, logits, None))
+
+
 def _around_routing(steps: Steps, number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Wrap the method with which a layer's router turns logits into weights and experts."""
+    has_function, top_k = steps.choices[number] is None, steps.routers[number].top_k
 
     def around(compute: Callable[..., Any]) -> Callable[..., Any]:
         def _compute_routing(hidden: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if has_function:
+                if torch.compiler.is_compiling():
+                    return torch.ops.steermoe.route(hidden, router_logits, top_k, number)
+                return steps.route(number, len(router_logits), lambda: compute(hidden, router_logits, *args, **kwargs))
             weights, experts = compute(hidden, router_logits, *args, **kwargs)
             if torch.compiler.is_compiling():
                 return torch.ops.steermoe.choose(router_logits, weights, experts, number)
@@ -187,8 +209,6 @@ def _attach(model_runner: Any) -> Steps:
     compiled = int(config.compilation_config.mode or 0) != 0
     graphs = compiled and model_runner.device.type != "cpu"
     choices = [Choice.of(found[router.layer].router) for _, router in mine]
-    if graphs:  # there, whatever is done to tokens with lists is done to all: only where the logits do not decide
-        choices = [None if choice is None or choice.follows_logits else choice for choice in choices]
     steps = Steps(
         [router for _, router in mine],
         [row for row, _ in mine],
@@ -198,13 +218,15 @@ def _attach(model_runner: Any) -> Steps:
         graphs=graphs,
         choices=choices,
     )
-    steps.lists_reason = next(filter(None, (_no_lists(found[router.layer]) for _, router in mine)), "")
+    steps.compiled = compiled
+    hidden = torch.zeros(TRIAL_TOKENS, 1, device=model_runner.device, dtype=config.model_config.dtype)
+    reasons = (_no_lists(found[router.layer], router, hidden) for _, router in mine)
+    steps.lists_reason = next(filter(None, reasons), "")
     for number, (_, router) in enumerate(mine):
         module = found[router.layer]
         module.steering, module.router_number = steps, number
-        if steps.choices[number] is not None:
-            routing = _need(module.router, "_compute_routing")
-            module.router._compute_routing = _around_routing(steps, number)(routing)
+        steps.functions[number] = routing = _need(module.router, "_compute_routing")
+        module.router._compute_routing = _around_routing(steps, number)(routing)
         if not compiled:
             module.router.set_capture_fn(functools.partial(steps.chose, number))
     _active = steps
@@ -249,15 +271,27 @@ def _refuse_layer(router: RouterShape, module: Any) -> None:
         )
 
 
-def _no_lists(module: Any) -> str:
-    """Why a layer can't keep to lists of experts; "" if it can."""
-    kind = type(module.router).__name__
+def _no_lists(module: Any, router: RouterShape, hidden: Tensor) -> str:
+    """Why a layer can't keep to lists of experts; "" if it can.
+
+    Args:
+        module: the layer.
+        router: its shape.
+        hidden: [T, 1], from which the hidden states for a trial are made.
+    """
+    kind, function = type(module.router).__name__, getattr(module.router, "custom_routing_function", None)
     if module.is_monolithic:
         return f"layer {module.layer_id} ({kind}) chooses its experts in the kernel that runs them"
     if module.do_naive_dispatch_combine or module.moe_config.pcp_size > 1:
         return f"layer {module.layer_id} ({kind}) chooses experts for tokens of other workers too"
     if getattr(module.router, "num_fused_shared_experts", 0):
         return f"layer {module.layer_id} ({kind}) adds shared experts to its choice"
+    if function is not None:
+        compute = _need(module.router, "_compute_routing")
+        states = hidden.expand(-1, module.moe_config.hidden_dim).contiguous()
+        if not keeps_to_lists(lambda states, logits: compute(states, logits, None), router, states):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            return f"layer {module.layer_id} chooses its experts by {name}, which steermoe can't make keep to lists"
     return ""
 
 

@@ -1,19 +1,25 @@
 """Make the choice of a vLLM router keep to lists of experts to force and to ban, after the router has made its own.
 
 Its choice may go against the logits: correction biases are added to its scores, groups are left out, scores tie. So for
-tokens with lists the choice is made again, as vLLM makes it, from scores where `lift` has put the lists first. Knows
-routers only by their attributes and does not import vLLM.
+tokens with lists the choice is made again, as vLLM makes it, from scores where `lift` has put the lists first. Where a
+model has a routing function of its own, that function's choice is caught, as in the hf engine (`chosen_by`), if a trial
+shows that this works. Knows routers only by their attributes and does not import vLLM.
 
 Shapes: T tokens, N experts, k experts chosen per token, G groups.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steermoe.routing.selection import Lists, lift
+from steermoe.routing.selection import Lists, chosen_by, lift
+from steermoe.routing.shape import RouterShape
+
+TRIAL_TOKENS = 64
+"""How many tokens a routing function is tried on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +44,7 @@ class Choice:
 
     @classmethod
     def of(cls, router: Any) -> "Choice | None":
-        """How one of vLLM's routers chooses; None if it takes the largest logits by a function of its model."""
+        """How one of vLLM's routers chooses; None if it does by a function of its model."""
         if getattr(router, "custom_routing_function", None) is not None:
             return None
         experts, groups = router.global_num_experts, getattr(router, "num_expert_group", None) or 1
@@ -52,11 +58,6 @@ class Choice:
             getattr(router, "topk_group", None) or groups,
             float(getattr(router, "routed_scaling_factor", None) or 1.0),
         )
-
-    @property
-    def follows_logits(self) -> bool:
-        """Whether the largest logits win, as long as no two of them differ by more than 100, where softmax ends."""
-        return self.scoring == "softmax" and self.biases is None and self.groups == 1
 
     def scores(self, logits: Tensor) -> Tensor:
         """The scores [T, N] of logits, float32."""
@@ -104,3 +105,32 @@ class Choice:
         used_TN = used_TG[..., None].expand_as(grouped_TGN).reshape(by.shape)
         too_few_T1 = (used_TN & ~lists.banned).sum(-1, keepdim=True) < top_k
         return by.masked_fill(~(used_TN | lists.forced | too_few_T1), float("-inf"))
+
+
+def keeps_to_lists(
+    compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], router: RouterShape, hidden: Tensor
+) -> bool:
+    """Whether a routing function can be made to keep to lists: a trial on random logits that are all against them.
+
+    Args:
+        compute: turns hidden states and logits [T, W] into weights and experts [T, k].
+        router: its shape.
+        hidden: hidden states of `TRIAL_TOKENS` tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(TRIAL_TOKENS, router.width, generator=generator).to(hidden)
+    rank_TN = logits[:, : router.num_experts].argsort(-1).argsort(-1)
+    lists = Lists(rank_TN < min(2, router.top_k), rank_TN >= router.top_k)
+    try:
+        (_, experts), was_caught = chosen_by(lists, router.top_k, lambda: compute(hidden, logits))
+    except Exception:  # the code of any model: it takes other arguments, or its assertions fail
+        return False
+    taken, places, wrong, _ = counted(lists, experts).tolist()
+    return was_caught and taken == places and wrong == 0
+
+
+def counted(lists: Lists, experts: Tensor) -> Tensor:
+    """Places of forced experts [T, N] that they took in the choice [T, k], all of them, and the same of banned, [4]."""
+    chosen, is_chosen = experts.long().clamp(min=0), experts >= 0  # -1 for padding
+    taken = [(marks.gather(1, chosen) & is_chosen).sum() for marks in lists]
+    return torch.stack([taken[0], lists.forced.sum(), taken[1], lists.banned.sum()])

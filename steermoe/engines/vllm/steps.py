@@ -8,18 +8,20 @@ they need the same, as between tokens.
 Shapes: R rows, T tokens of a forward call, C tokens and P plans of room, N experts of a layer.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from steermoe.engines.vllm.selection import Choice
+from steermoe.engines.vllm.selection import Choice, counted
 from steermoe.engines.vllm.wire import unpack
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
+from steermoe.routing.selection import Lists, chosen_by
 from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally, listed_counts
@@ -79,11 +81,13 @@ class Steps:
         plans: the most plans of a forward call.
         device: where logits are.
         graphs: whether calls may be captured and replayed; then no decision may depend on values of the host.
-        choices: how each router chooses; None for one that takes the largest logits.
+        choices: how each router chooses; None for one that chooses by a function of its model.
 
     Attributes:
         uses_kernels: whether compiled kernels edit the logits, and not torch.
         choices: as given.
+        compiled: whether the model is compiled; then `chose` is not called, and lists are counted where they are kept.
+        functions: the method by which each router chooses, as it was before steering, for compiled code.
         lists_reason: why plans with lists of experts are refused; "" if they are not.
     """
 
@@ -99,6 +103,9 @@ class Steps:
     ) -> None:
         self.routers, self.rows, self._graphs = list(routers), list(rows), graphs
         self.choices, self.lists_reason = list(choices) or [None] * len(self.routers), ""
+        self.compiled = False
+        self.functions: list[Any] = [None] * len(self.routers)
+        self._listed_R4 = torch.zeros(len(self.routers), 4, dtype=torch.long, device=device)
         self._tally = Tally()
         self.editors = [Editor(f"layer {router.layer}", router, self._tally) for router in routers]
         for editor in self.editors:
@@ -181,19 +188,51 @@ class Steps:
             weights: the weights of its own choice.
             experts: its own choice.
         """
-        editor, choice = self.editors[number], self.choices[number]
-        if choice is None:
+        choice, lists = self.choices[number], self._lists(number, len(logits))
+        if choice is None or lists is None:
             return weights, experts
+        found = choice.again(logits, lists, weights, experts)
+        self._count(number, lists, found[1])
+        return found
+
+    def route(self, number: int, tokens: int, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The weights and experts [T, k] that a routing function of the model computes, made to keep to the lists.
+
+        Args:
+            number: the router's.
+            tokens: T, for how many tokens it computes them.
+            compute: the function.
+
+        Raises:
+            SteeringError: it no longer chooses as in the trial at the start.
+        """
+        lists, router = self._lists(number, tokens), self.routers[number]
+        if lists is None or self.lists_reason:
+            return compute()
+        found, was_caught = chosen_by(lists, router.top_k, compute)
+        if not was_caught:
+            raise SteeringError(
+                f"the router of layer {router.layer} chooses its experts in a way that steermoe does not know, so none "
+                "can be forced or banned in it: leave its layer out of these lists"
+            )
+        self._count(number, lists, found[1])
+        return found
+
+    def _lists(self, number: int, tokens: int) -> Lists | None:
+        """The experts [T, N] that each token of this call forces and bans, padding included; None if none does."""
+        editor = self.editors[number]
         if self._graphs:
-            editor.step = Step(0, None, layout=self._filled_layout(len(logits)))
-            return choice.again(logits, editor.lists(logits.device), weights, experts)
-        step = editor.step
-        if step is None or step.layout is None or not editor.has_lists():
-            return weights, experts
-        here, lists = slice(len(step.layout.plan_T)), editor.lists(logits.device)
-        new = choice.again(logits[here], lists, weights[here], experts[here])
-        rest = slice(len(step.layout.plan_T), None)
-        return torch.cat([new[0], weights[rest]]), torch.cat([new[1], experts[rest]])
+            editor.step = Step(0, None, layout=self._filled_layout(tokens))
+        elif editor.step is None or editor.step.layout is None or not editor.has_lists():
+            return None
+        found = editor.lists(editor.bank.push.device)
+        padding = tokens - len(found.forced)
+        return found if not padding else Lists(*(pad(marks, (0, 0, 0, padding)) for marks in found))
+
+    def _count(self, number: int, lists: Lists, experts: Tensor) -> None:
+        """Count in a tensor that stays in place, so that graphs can be replayed."""
+        if self.compiled:
+            self._listed_R4[number].add_(counted(lists, experts))
 
     def chose(self, number: int, chosen_Tk: Tensor) -> None:
         """Count the experts that the `number`-th router chose; only if calls are not compiled."""
@@ -221,7 +260,8 @@ class Steps:
         self._tally.count()
         calls = sum(editor.calls for editor in self.editors)
         tally = self._tally
-        listed = listed_counts(editor.listed for editor in self.editors)
+        listed = listed_counts([*(editor.listed for editor in self.editors), self._listed_R4.sum(0)])
+        self._listed_R4.zero_()
         found = SteeringReport(calls, self._tokens_seen, self._tokens_steered, tally.hits, tally.slots, **listed)
         self._tally = Tally()
         for editor in self.editors:

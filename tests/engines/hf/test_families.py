@@ -11,7 +11,7 @@ from steermoe.engines.decoding import complete
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.request import Request, Sampling
-from steermoe.errors import UnsupportedModel
+from steermoe.errors import SteeringError, UnsupportedModel
 from steermoe.evaluation.teacher_forcing import TeacherForcing
 from steermoe.models import loading
 from steermoe.models.description import describe
@@ -76,8 +76,12 @@ def test_it_is_loaded_and_generates_from_text(checkpoint):
     decoder.close()
     assert engine.room().rows(10) >= 1
 
-    banned = SteeringPlan(ban=(expert,), positions="all")
-    (done,) = engine.generate([Request(PROMPTS[0], banned, GREEDY)], record=True)
+    plan = SteeringPlan(ban=(expert,), positions="all")
+    if loaded.shape.routers[-1].no_lists:
+        with pytest.raises(SteeringError, match="can't be forced or banned"):
+            engine.generate([Request(PROMPTS[0], plan, GREEDY)])
+        plan = steering.plan_for_experts(loaded.model, 1, positions="all")
+    (done,) = engine.generate([Request(PROMPTS[0], plan, GREEDY)], record=True)
     assert done.report.tokens_steered > 0
     assert len(done.token_ids) <= 6
 

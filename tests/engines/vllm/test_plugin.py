@@ -14,8 +14,10 @@ from vllm.exceptions import VLLMValidationError
 from steermoe.engines.vllm import plugin
 from steermoe.engines.vllm.engine import VLLMEngine
 from steermoe.engines.vllm.launch import cpus_of
+from steermoe.engines.vllm.selection import TRIAL_TOKENS
 from steermoe.engines.vllm.wire import pack
-from steermoe.errors import ModelError, UnsupportedModel
+from steermoe.errors import ModelError, SteeringError, UnsupportedModel
+from steermoe.routing.shape import RouterShape
 from steermoe.steering.plans import SteeringPlan
 from tests.support.steering_models import byte_tokenizer
 from tests.support.vllm_engines import OPTIONS, SIZES, end, requests, vector, write_checkpoint
@@ -111,6 +113,49 @@ def test_a_request_of_too_few_tokens_to_steer_is_refused(engine):
     params = vllm.SamplingParams(max_tokens=1, extra_args={"steering": {"ban": ["0:1"]}})
     with pytest.raises(VLLMValidationError, match="would reach none of 1 new tokens"):
         engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
+
+
+def grouped(hidden_states, gating_output, topk, renormalize):
+    """As InternS1's: one expert of each half."""
+    weights, experts = gating_output.float().softmax(-1).unflatten(-1, (topk, -1)).topk(1, -1)
+    return weights.flatten(1), (experts + 4 * torch.arange(topk)[:, None]).flatten(1)
+
+
+def largest(hidden_states, gating_output, topk, renormalize):
+    return gating_output.float().sigmoid().topk(topk, -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (None, ""),
+        (largest, ""),
+        (grouped, "layer 3 chooses its experts by grouped, which steermoe can't make keep to lists"),
+    ],
+)
+def test_a_routing_function_that_can_not_keep_to_lists_is_named(function, reason):
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    module = SimpleNamespace(
+        layer_id=3,
+        router=CPURouter(2, 8, custom_routing_function=function),
+        is_monolithic=False,
+        do_naive_dispatch_combine=False,
+        moe_config=SimpleNamespace(pcp_size=1, hidden_dim=16),
+    )
+    assert plugin._no_lists(module, RouterShape(3, 8, 8, 2), torch.zeros(TRIAL_TOKENS, 1)) == reason
+
+
+@pytest.mark.parametrize("steering", [{"ban": ["0:1"]}, {"force": ["0:1"]}])
+def test_lists_that_would_not_hold_are_refused_and_nothing_else(engine, monkeypatch, steering):
+    monkeypatch.setattr(engine._vllm.input_processor, "steermoe_no_lists", "layer 0 is odd", raising=False)
+    params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": steering})
+    with pytest.raises(VLLMValidationError, match=r"can't be forced or banned here: layer 0 is odd; leave force and"):
+        engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
+    monkeypatch.setattr(engine, "_no_lists", "layer 0 is odd")
+    with pytest.raises(SteeringError, match=r"vLLM can't force or ban experts here: layer 0 is odd; use --engine hf"):
+        engine.generate(requests([SteeringPlan(force=((0, 1),))]))
+    assert len(engine.generate(requests([SteeringPlan(vector(engine.shape, 1), 2.0)]))) == 1
 
 
 def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
