@@ -85,6 +85,7 @@ class CallbackState:
         self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
         self._keep("scratch", np.zeros(capacity * int(self.header[FIELD["experts"]]), dtype=np.float32))
         self._set("a_state", self.header.ctypes.data)
+        self._top_k_L = np.array([router.top_k for router in model.shape.routers])
         self.install([])
         self.record(0)
 
@@ -158,7 +159,9 @@ class CallbackState:
         self._set("outputs", len(outputs))
         self._kept["calls"][:] = 0
         self._kept["ordered"][:] = 0
-        return int(steered_T.sum())
+        steered = int(steered_T.sum())
+        self.header[FIELD["slots"]] += steered * int(self._top_k_L[self._kept["active"] == 0].sum())
+        return steered
 
     def verify(self) -> int:
         """Make sure that the forward call was steered as requested.
@@ -199,7 +202,10 @@ class CallbackState:
         return int(calls_L.sum())
 
     def take_share(self) -> tuple[int, int]:
-        """Top-k slots of steered tokens that went to raised or forced experts, and all of them, since the last call."""
+        """Top-k slots of steered tokens that went to raised or forced experts, and all slots, since the last call.
+
+        All are those of all MoE layers, as in `SteeringReport`.
+        """
         hits, slots = int(self.header[FIELD["hits"]]), int(self.header[FIELD["slots"]])
         self._set("hits", 0)
         self._set("slots", 0)
