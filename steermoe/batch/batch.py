@@ -278,4 +278,6 @@ def _difference(record: dict[str, Any], settings: BatchSettings, engine: Engine)
     for name, value in now.items():
         if value is not None and name in record and record[name] != value:
             return f"was generated with {name} {record[name]}, not {value}"
+    if record.get("special_tokens", False) != bool(settings.special_tokens):
+        return f"was generated with{'out' if settings.special_tokens else ''} --special-tokens"
     return "has another prompt, domain, seed, vector, model or engine"

@@ -176,6 +176,7 @@ def batch(
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: BatchModel,
+    special_tokens: o.SpecialTokens = None,
     vllm: o.VLLMOptions,
     cluster: Cluster,
     json: o.Json = False,
@@ -189,7 +190,7 @@ def batch(
     from steermoe.batch.jobs import BatchSettings, PromptFile
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
 
-    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples)
+    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, special_tokens)
     check_apart(prompts, output, files.errors)
     from steermoe.steering.resolver import check_spec
 
