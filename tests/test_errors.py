@@ -42,10 +42,26 @@ def test_all_errors_have_one_root(cls):
         (ValueError("one\n\n  two\r\n"), "one two"),
         (ValueError(), "ValueError"),
         (ValueError("x" * 1000), "x" * 300),
+        (ValueError("two\nlines \x07"), "two lines \\x07"),
     ],
 )
 def test_the_reason_that_another_library_gives_is_one_line(error, text):
     assert errors.reason(error) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\x1b[31m", "'a\\x1b[31m'"),
+        (True, "True"),
+        ([1, "2"], "[1, '2']"),
+        (10**400, f"{10**59}..."),
+        (10**5000, "a value of type int"),
+    ],
+    ids=["escape", "flag", "list", "long number", "number too long for Python"],
+)
+def test_values_in_messages_are_short_and_printable(value, text):
+    assert errors.shown(value) == text
 
 
 def test_the_root_is_only_an_exception():

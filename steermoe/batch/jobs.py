@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from steermoe.engines.request import Sampling
-from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering.limits import escaped, quoted
+from steermoe.errors import BatchError, SteerMoEError, escaped, quoted
 from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
 MAX_LINE = 1 << 20
