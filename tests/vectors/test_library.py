@@ -586,6 +586,8 @@ def test_import_of_the_authors_forms(tmp_path, content, options):
 def test_import_of_npy(tmp_path, dtype):
     np.save(tmp_path / "m.npy", np.array([[0, 1, 0], [0, 0, 2]], dtype))
     assert import_matrix(tmp_path / "m.npy", "sport").experts.tolist() == [[0, 1, 0], [0, 0, 2]]
+    np.save(tmp_path / "by_columns.npy", np.array([[0, 0], [1, 0], [0, 2]], dtype).T)
+    assert import_matrix(tmp_path / "by_columns.npy", "sport").experts.tolist() == [[0, 1, 0], [0, 0, 2]]
     np.save(tmp_path / "flat.npy", np.array([0, 1, 0, 0, 0, 2], dtype))
     assert import_matrix(tmp_path / "flat.npy", "sport", layers=[0, 1]).experts.tolist() == [[0, 1, 0], [0, 0, 2]]
 
