@@ -11,7 +11,7 @@
     +-- BatchError            prompts can't be read, or stories can't be stored
     +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
 
-Every message names the value, what was expected, and the fix.
+Every message names the value, what was expected, and the fix; the functions say how it writes values and counts.
 """
 
 from typing import Any
@@ -41,6 +41,13 @@ def shown(value: Any) -> str:
         return quoted(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
         return f"a value of type {type(value).__name__}"
+
+
+def count_of(number: int, thing: str) -> str:
+    """Such as "1 cluster", "1,436 texts" or "2 stories"."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {thing.removesuffix('y')}ies" if thing == "story" else f"{number:,} {thing}s"
 
 
 class SteerMoEError(Exception):

@@ -64,5 +64,10 @@ def test_values_in_messages_are_short_and_printable(value, text):
     assert errors.shown(value) == text
 
 
+def test_counts_have_the_right_number():
+    counts = [errors.count_of(number, thing) for number in (0, 1, 1436) for thing in ("text", "story")]
+    assert counts == ["0 texts", "0 stories", "1 text", "1 story", "1,436 texts", "1,436 stories"]
+
+
 def test_the_root_is_only_an_exception():
     assert SteerMoEError.__bases__ == (Exception,)
