@@ -169,6 +169,18 @@ def test_weak_vectors_are_reported_on_stderr(run, embeddings, tmp_path):
     assert len(out.splitlines()) == 6
 
 
+def test_vectors_that_are_cut_elsewhere_share_a_line(run, embeddings, tmp_path):
+    code, _, err = run("vectors", "discover", embeddings, "-o", tmp_path / "report", "--threshold", "3.5")
+    assert code == 0
+    cut, _ = err.splitlines()
+    assert cut == (
+        "steermoe: 3 vectors are cut at another threshold, the report says why: judge-witness, bread-butter, "
+        "goal-referee"
+    )
+    notes = [one["note"] for one in json.loads((tmp_path / "report" / "report.json").read_text())["clusters"]]
+    assert all("cut at 3.5 / 8 instead" in note for note in notes)
+
+
 def test_embeddings_that_are_not_complete_or_have_no_labels(run, tmp_path):
     folder = make_store(tmp_path / "emb", labels=False, complete=False).folder
     code, out, err = run("vectors", "discover", folder, "-o", tmp_path / "report")
