@@ -259,6 +259,8 @@ SpecialTokens = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+JsonDocument = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")]
 
 
 def read_prompt(prompt: str | None) -> str:
