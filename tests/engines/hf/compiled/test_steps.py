@@ -191,14 +191,19 @@ def test_what_hangs_on_the_model_is_not_passed_by(compiled):
     assert engine.compiled_steps().serves(1)
 
 
-def test_a_step_that_is_wrong_is_not_kept(monkeypatch, tmp_path):
-    from steermoe.engines.hf.compiled import step
-
-    require_compiler()
-    monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(step, "edit", lambda logits, *rest: logits.flip(-1))
+def test_a_step_that_is_wrong_is_not_kept(compiled, monkeypatch, tmp_path):
+    """One that was compiled well, but computes with other weights than the model."""
+    model = build("granitemoeshared")
+    compiled(model, ["one"])
+    folder, weights = artifacts.folder_of(model, "one"), artifacts._weights
+    program = (folder / artifacts.PROGRAM).rename(tmp_path / "program")
+    shutil.rmtree(folder)
+    monkeypatch.setattr(artifacts, "_compile", lambda model, kind, place: shutil.copy(program, place))
+    monkeypatch.setattr(
+        artifacts, "_weights", lambda model: {name: 2 * tensor for name, tensor in weights(model).items()}
+    )
     with pytest.raises(ModelError, match="is off by"):
-        artifacts.compile_step(build("granitemoeshared"), "one")
+        artifacts.compile_step(model, "one")
     assert not list((tmp_path / "compiled").iterdir())
 
 
