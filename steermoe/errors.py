@@ -40,7 +40,7 @@ def shown(value: Any) -> str:
     try:
         return quoted(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
-        return f"a value of type {type(value).__name__}"
+        return f"a {type(value).__name__}"
 
 
 def count_of(number: int, thing: str) -> str:

@@ -56,7 +56,7 @@ def test_the_reason_that_another_library_gives_is_one_line(error, text):
         (True, "True"),
         ([1, "2"], "[1, '2']"),
         (10**400, f"{10**59}..."),
-        (10**5000, "a value of type int"),
+        (10**5000, "a int"),
     ],
     ids=["escape", "flag", "list", "long number", "number too long for Python"],
 )
