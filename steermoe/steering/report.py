@@ -33,7 +33,10 @@ class SteeringReport:
 
     @property
     def vector_share(self) -> float:
-        """Share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1; 0 without slots."""
+        """Share of the steered tokens' slots that went to experts of their vector, 0 to 1; 0 without slots.
+
+        Of the slots of all MoE layers, so that a vector that steers half of them reaches at most 0.5.
+        """
         return self.hits / self.slots if self.slots else 0.0
 
     @property
