@@ -85,7 +85,6 @@ class CallbackState:
         self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
         self._keep("scratch", np.zeros(capacity * int(self.header[FIELD["experts"]]), dtype=np.float32))
         self._set("a_state", self.header.ctypes.data)
-        self._top_k_L = np.array([router.top_k for router in model.shape.routers])
         self.install([])
         self.record(0)
 
@@ -160,7 +159,8 @@ class CallbackState:
         self._kept["calls"][:] = 0
         self._kept["ordered"][:] = 0
         steered = int(steered_T.sum())
-        self.header[FIELD["slots"]] += steered * int(self._top_k_L[self._kept["active"] == 0].sum())
+        idle = int((self._kept["active"] == 0).sum())
+        self.header[FIELD["slots"]] += steered * idle * self.header[FIELD["top_k"]]
         return steered
 
     def verify(self) -> int:
