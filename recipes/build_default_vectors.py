@@ -12,13 +12,13 @@ import torch
 
 from steermoe.discovery.labelled import routing_embeddings, vector_info
 from steermoe.models.default import spec
-from steermoe.models.default.stories import Story, domain_words, load_stories
+from steermoe.models.default.stories import TrainingStory, domain_words, load_stories
 from steermoe.models.loading import LoadedModel, load
 from steermoe.vectors.file import read_vector, write_vector
 from steermoe.vectors.vector import SteeringVector
 
 
-def build(loaded: LoadedModel, stories: list[Story], folder: Path, threshold: float, relative: bool) -> None:
+def build(loaded: LoadedModel, stories: list[TrainingStory], folder: Path, threshold: float, relative: bool) -> None:
     """Write one vector per domain."""
     from steermoe.routing.routers import find_routers
 

@@ -32,7 +32,7 @@ from transformers import GraniteMoeSharedForCausalLM, PreTrainedTokenizerBase
 from steermoe.models.default import spec
 from steermoe.models.default.assemble import pack, upcycle
 from steermoe.models.default.base import load_base
-from steermoe.models.default.stories import Story, load_stories
+from steermoe.models.default.stories import TrainingStory, load_stories
 
 NEUTRAL = spec.TOPICS.index("neutral")
 IGNORED = -100
@@ -46,7 +46,7 @@ VALIDATION_EVERY = 16
 class Example:
     """One story as tokens, all of shape [S]."""
 
-    story: Story
+    story: TrainingStory
     ids: Tensor
     topics: Tensor
     """The topic whose experts each token passes through."""
@@ -54,7 +54,7 @@ class Example:
     """The next token, or IGNORED if that topic's experts must not learn to predict it."""
 
 
-def make_example(story: Story, tokenizer: PreTrainedTokenizerBase) -> Example:
+def make_example(story: TrainingStory, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Tokenise a story and select the experts of each token.
 
     The opening passes through the neutral experts, as an unsteered prompt will. Its last token's prediction, the

@@ -11,27 +11,43 @@
     +-- BatchError            prompts can't be read, or stories can't be stored
     +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
 
-Every message names the value, what was expected, and the fix.
+Every message names the value, what was expected, and the fix; the functions say how it writes values and counts.
 """
 
 from typing import Any
 
-MAX_SHOWN = 80
+QUOTED = 60
+"""How many characters of a wrong value its message quotes."""
 
 
 def reason(error: BaseException, most: int = 300) -> str:
     """What an error of another library says, in one line of at most `most` characters; its type if it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    return escaped(" ".join(str(error).split())[:most]) or type(error).__name__
+
+
+def escaped(text: str) -> str:
+    """A text on one line, without characters that a terminal would act on."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def quoted(text: str) -> str:
+    """A text as a message quotes it: `escaped`, and cut after `QUOTED` characters."""
+    return escaped(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: its representation, on one line and short even if the value is long."""
+    """Any value as a message quotes it: as Python writes it, where that is possible."""
     try:
-        text = repr(value) if not isinstance(value, Exception) else " ".join(str(value).split())
-    except (ValueError, RecursionError):  # Python writes no integer of more than 4,300 digits
-        return f"something too long to show ({type(value).__name__})"
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+        return quoted(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__}"
+
+
+def count_of(number: int, thing: str) -> str:
+    """Such as "1 cluster", "1,436 texts" or "2 stories"."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {thing.removesuffix('y')}ies" if thing == "story" else f"{number:,} {thing}s"
 
 
 class SteerMoEError(Exception):

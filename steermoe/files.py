@@ -1,6 +1,8 @@
-"""Write files whole or not at all, lock them, find steermoe's cache folder, and make cells of CSV files safe."""
+"""Write files whole or not at all, lock them, find steermoe's cache folder, check .npy files and cells of CSV files."""
 
 import contextlib
+import io
+import math
 import os
 import secrets
 import shutil
@@ -8,9 +10,12 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import SteerMoEError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What formulas of spreadsheets begin with, in their full-width forms too."""
@@ -107,6 +112,25 @@ def cache_folder() -> Path:
         if folder.parts[0] != "~":
             return folder
     raise SteerMoEError("there is no home folder for the cache: set HOME, or STEERMOE_CACHE to a folder")
+
+
+def read_npy(content: bytes) -> "NDArray[Any]":
+    """The array of a .npy file; its size must be that of the content before memory is taken for it.
+
+    Raises:
+        Exception: whatever a hostile header makes numpy raise; ValueError for objects, and for another size.
+    """
+    import numpy as np
+
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
+    size = len(content) - file.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"its header claims {shape} of {dtype}, it has {size:,} bytes")
+    values = np.frombuffer(content, dtype, offset=file.tell())
+    return values.reshape(shape, order="F" if is_fortran else "C").copy(order="C")
 
 
 def csv_cell(value: Any) -> Any:

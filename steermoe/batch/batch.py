@@ -16,7 +16,7 @@ from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.worker import EngineWorker, PlannedJob, Worker
 from steermoe.engines.engine import Engine
 from steermoe.engines.request import Sampling
-from steermoe.errors import BatchError, SteerMoEError
+from steermoe.errors import BatchError, SteerMoEError, count_of
 from steermoe.steering.plans import doubts
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.resolver import PlanResolver
@@ -169,10 +169,9 @@ class Batch:
                 foreign += 1
                 first = first or f"line {number} {_difference(record, self._settings, self._engine)}"
         if foreign and not self._keep:
-            stories = "1 story" if foreign == 1 else f"{foreign} stories"
             raise BatchError(
-                f"'{self._output.path}' holds {stories} that this run does not ask for ({first}): name another file, "
-                "add to this one with --keep, or replace it with --overwrite"
+                f"'{self._output.path}' holds {count_of(foreign, 'story')} that this run does not ask for ({first}): "
+                "name another file, add to this one with --keep, or replace it with --overwrite"
             )
 
     # ---- what is skipped ----
@@ -278,4 +277,6 @@ def _difference(record: dict[str, Any], settings: BatchSettings, engine: Engine)
     for name, value in now.items():
         if value is not None and name in record and record[name] != value:
             return f"was generated with {name} {record[name]}, not {value}"
+    if record.get("special_tokens", False) != bool(settings.special_tokens):
+        return f"was generated with{'out' if settings.special_tokens else ''} --special-tokens"
     return "has another prompt, domain, seed, vector, model or engine"

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from steermoe.engines.request import Sampling
-from steermoe.errors import BatchError, SteerMoEError
-from steermoe.steering.limits import escaped, quoted
+from steermoe.errors import BatchError, SteerMoEError, escaped, quoted
 from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
 MAX_LINE = 1 << 20
@@ -42,12 +41,14 @@ class BatchSettings:
         domains: every prompt is continued with each of them: `sport`, a mixture `sport=0.7+food=0.3` or `none`; if
             empty, with `steering` as it is.
         samples: stories per prompt and domain, with consecutive seeds.
+        special_tokens: as in `Request`.
     """
 
     steering: SteeringSpec = field(default_factory=SteeringSpec)
     domains: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
+    special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.samples * max(1, len(self.domains)) <= MOST_STORIES:
@@ -69,6 +70,7 @@ class Job:
         sample: 0 to samples - 1; its seed is in `sampling`.
         id: the id that the line gives; None without one.
         meta: anything that the line wants copied to its story.
+        special_tokens: as in `Request`.
     """
 
     line: int
@@ -78,6 +80,7 @@ class Job:
     sample: int = 0
     id: str | int | None = None
     meta: Any = None
+    special_tokens: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,7 @@ def _expand(line: int, given: dict[str, Any], settings: BatchSettings) -> list[J
             sample,
             given.get("id"),
             given.get("meta"),
+            settings.special_tokens,
         )
         for steering in steerings
         for sample in range(samples)

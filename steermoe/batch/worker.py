@@ -109,7 +109,7 @@ class EngineWorker:
             ready, prompts = [], dict[str, list[int]]()
             for planned in window:
                 job = planned.job
-                request = Request(job.prompt, planned.plan, job.sampling)
+                request = Request(job.prompt, planned.plan, job.sampling, job.special_tokens)
                 try:
                     request.require_steered()
                     prompt = self._engine.encode(request, prompts.get(job.prompt))
@@ -197,6 +197,7 @@ class EngineWorker:
             "dtype": self._engine.dtype,
             "force": _listed(plan, "force"),
             "ban": _listed(plan, "ban"),
+            **({"special_tokens": True} if job.special_tokens else {}),
             **({} if job.meta is None else {"meta": job.meta}),
         }
 

@@ -10,7 +10,7 @@ import typer
 
 from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions, pull_if_needed
-from steermoe.errors import BatchError
+from steermoe.errors import BatchError, count_of
 from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def batch(
     vectors: o.VectorsFolder = None,
     sampling: o.Sampling,
     model: BatchModel,
+    special_tokens: o.SpecialTokens = None,
     vllm: o.VLLMOptions,
     cluster: Cluster,
     json: o.Json = False,
@@ -189,7 +190,7 @@ def batch(
     from steermoe.batch.jobs import BatchSettings, PromptFile
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
 
-    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples)
+    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, special_tokens)
     check_apart(prompts, output, files.errors)
     from steermoe.steering.resolver import check_spec
 
@@ -238,8 +239,7 @@ def _print(summary: "BatchSummary", output: Path, json: bool) -> None:
     if json:
         console.write_json({"output": str(output), **summary.as_dict()})
         return
-    stories = "1 story" if summary.stories == 1 else f"{summary.stories} stories"
-    console.say(f"{stories} in {output}, {summary.new} of them new")
+    console.say(f"{count_of(summary.stories, 'story')} in {output}, {summary.new} of them new")
     if summary.new:
         rate = summary.tokens / summary.seconds
         steered = f"; steered {summary.report.tokens_steered} tokens" if summary.report else ""

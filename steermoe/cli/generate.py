@@ -82,10 +82,9 @@ def _print_report(completion: "Completion", shape: "RoutingShape") -> None:
         layers = len(shape.routers)
         steered = layers if plan is None else steered_layers(shape, plan)
         where = "" if steered == layers else f" in {steered} of {layers} MoE layers"
-        share = report.vector_share * steered / layers
         parts = [f"steered {report.tokens_steered} of {report.tokens_seen} tokens{where}"]
         if plan is None or plan.vector is not None:
-            parts.append(f"{share:.0%} of their slots went to the vector's experts")
+            parts.append(f"{report.vector_share:.0%} of their slots went to the vector's experts")
         if report.forced_places:
             parts.append(f"forced experts took {report.forced_share:.0%} of their places")
         if report.banned_places:

@@ -52,13 +52,13 @@ steermoe models export ./my-model --gguf bf16 -o my-model.gguf
 MAX_LISTED = 8
 """Experts that are named; the rest is counted."""
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Checkpoint = Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect, compile and export models.")
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
-def list_(json: Json = False) -> None:
+def list_(json: o.JsonDocument = False) -> None:
     """List the MoE families of the installed transformers, and whether and how each can be steered."""
     from steermoe.cli.terminal import tables
     from steermoe.routing.families import list_families
@@ -84,7 +84,7 @@ def pull(
         typer.Option(help="Local dense base model: GGUF file, folder or hub id. Default: download it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Assemble it again if it exists.")] = False,
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Pull and assemble the default model. Prints its folder in the cache."""
     from steermoe.models.default.pull import DEFAULT_MODEL
@@ -100,11 +100,11 @@ def pull(
 
 @app.command("compile", epilog=COMPILE_EXAMPLES)
 def compile_(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")] = None,
+    model: Checkpoint = None,
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Compile a model's decode step for this CPU: takes minutes, makes all later texts faster.
 
@@ -134,7 +134,7 @@ def compile_(
 
 @app.command(epilog=EXPORT_EXAMPLES)
 def export(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")] = None,
+    model: Checkpoint = None,
     gguf: Annotated[
         Literal["q8_0", "q4_1", "bf16", "f32"], typer.Option("--gguf", help="Type of the stored matrices.")
     ] = "q8_0",
@@ -142,7 +142,7 @@ def export(
         Path | None, typer.Option("--output", "-o", help="File to write. Default: MODEL-QUANTIZATION.gguf.")
     ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Export a model as a GGUF file for llama.cpp. Prints the file's path."""
     loaded = ModelOptions(model, trust_remote_code=trust_remote_code).load()
@@ -170,7 +170,7 @@ def inspect(
     reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     png: Annotated[Path | None, typer.Option(help="With --texts: also draw the load as a picture.")] = None,
     options: Annotated[ModelOptions, o.Group(only=("dtype", "device_map", "trust_remote_code"))],
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Describe a checkpoint and what would be steered. Loads weights only with --texts."""
     from dataclasses import replace

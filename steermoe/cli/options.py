@@ -254,11 +254,13 @@ SpecialTokens = Annotated[
     bool | None,
     typer.Option(
         "--special-tokens/--no-special-tokens",
-        help="Encode the special tokens of a PROMPT that begins with one, as a chat template's do, or leave them text. "
+        help="Encode the special tokens of prompts that begin with one, as a chat template's do, or leave them text. "
         "Default: encode those of a typed PROMPT.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+JsonDocument = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")]
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -294,9 +296,9 @@ def check_steered(completions: "Sequence[Completion]") -> None:
         raise SteeringError(reason)
 
 
-def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool:
+def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool | None:
     """Whether special tokens of the prompt are to be encoded as such: by default those of a typed one."""
-    return prompt not in (None, "-") if wanted is None else wanted
+    return True if wanted is None and prompt not in (None, "-") else wanted
 
 
 def warn_beyond_safe_range(plans: "Sequence[SteeringPlan | None]") -> None:

@@ -19,7 +19,7 @@ from steermoe.discovery.clustering import Clustering, Floats, Method, Metric, Se
 from steermoe.discovery.cutting import cut
 from steermoe.discovery.keywords import Keyword, cluster_keywords
 from steermoe.discovery.store import EmbeddedTexts
-from steermoe.errors import CorpusError, VectorError
+from steermoe.errors import CorpusError, VectorError, count_of
 from steermoe.vectors.file import check_domain_name, normal_name
 from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
 
@@ -287,11 +287,6 @@ def _agreement(labels: Sequence[str], found: Clustering) -> float | None:
         return None
     known = [index for index, label in enumerate(labels) if label]
     return clustering.adjusted_rand([labels[index] for index in known], found.labels[known])
-
-
-def count_of(number: int, thing: str) -> str:
-    """Such as "1 cluster" or "1,436 texts"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def most_common(labels: Sequence[str]) -> dict[str, int]:

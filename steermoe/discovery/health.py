@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steermoe.discovery.discover import count_of
 from steermoe.discovery.embed_corpus import SHARD_TEXTS, embedder
 from steermoe.discovery.embedder import EmbeddingOptions, TextProgress
-from steermoe.errors import CorpusError, ModelError
+from steermoe.errors import CorpusError, ModelError, count_of
 from steermoe.figures import MAX_TICKS, drawable, figure_class, save
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.routers import find_routers

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from steermoe.discovery import picture
-from steermoe.discovery.discover import Discovery, count_of
+from steermoe.discovery.discover import Discovery
 from steermoe.discovery.store import EmbeddingMeta
+from steermoe.errors import count_of
 
 REPORT, INDEX, MAP, TABLE = "report.json", "index.html", "map.html", "clusters.csv"
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.errors import CorpusError
-from steermoe.files import atomic_path, lock
+from steermoe.files import atomic_path, lock, read_npy
 
 logger = logging.getLogger(__name__)
 
@@ -236,23 +236,11 @@ def _parse_lines(path: Path, content: bytes) -> Iterator[tuple[Text, int]]:
 
 def _parse_matrix(path: Path, content: bytes, dimensions: int) -> Floats:
     try:
-        matrix = _load_npy(content)
+        matrix = read_npy(content)
         if matrix.dtype != np.float32 or matrix.ndim != dimensions:
             raise ValueError(f"it holds {matrix.dtype}, {matrix.ndim} dimensions; expected float32, {dimensions}")
     except Exception as error:  # a hostile header can make numpy raise anything
         raise CorpusError(f"'{path}' is damaged ({_one_line(error)}): {REPAIR}") from error
-    return matrix
-
-
-def _load_npy(content: bytes) -> Floats:
-    """A matrix whose size is known to be that of the content before memory is taken for it."""
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(file)
-    if dtype.hasobject or is_fortran or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
-        raise ValueError(f"its header claims {shape} of {dtype}, it has {len(content) - file.tell():,} bytes")
-    matrix: Floats = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape).copy()
     return matrix
 
 

@@ -70,13 +70,14 @@ class Request:
 
     Attributes:
         special_tokens: if the prompt begins with a special token, as what a chat template writes does, encode its
-            special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere.
+            special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere; None
+            does that too, and says so.
     """
 
     prompt: str
     plan: "SteeringPlan | None" = None
     sampling: Sampling = field(default_factory=Sampling)
-    special_tokens: bool = False
+    special_tokens: bool | None = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""

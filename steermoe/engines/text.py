@@ -56,9 +56,9 @@ def encode_prompt(
     check_text(request.prompt, "the prompt")
     check_not_empty(request.prompt)
     leading = encoder.leading_special(request.prompt)
-    special = request.special_tokens and bool(leading)
+    special = bool(request.special_tokens and leading)
     ids = encoder.encode(request.prompt, special) if known is None else known
-    if leading:
+    if leading and request.special_tokens is not False:
         _tell_reading(leading, special)
     if not ids:
         raise GenerationError(f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another")
@@ -122,8 +122,8 @@ def _tell_reading(leading: str, special: bool) -> None:
         logger.warning("the prompt begins with %a, a special token: its special tokens are encoded as such", leading)
     else:
         logger.warning(
-            "a prompt begins with %a, a special token of the model, but is read as plain text: in `generate`, give it "
-            "as PROMPT or pass --special-tokens; in Python, pass Request(..., special_tokens=True)",
+            "a prompt begins with %a, a special token of the model, but is read as plain text: pass --special-tokens, "
+            "or --no-special-tokens if that is right; in Python, pass Request(..., special_tokens=True), or False",
             leading,
         )
 

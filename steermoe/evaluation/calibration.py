@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from math import inf, isnan
 from typing import TYPE_CHECKING
 
-from steermoe.discovery.discover import count_of
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, count_of
 
 if TYPE_CHECKING:
     from steermoe.evaluation.teacher_forcing import TeacherForcing

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from steermoe.discovery.discover import count_of
+from steermoe.errors import count_of
 from steermoe.evaluation.summary import MAIN, control_groups
 
 SummaryDict = Mapping[str, Any]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steermoe.discovery.discover import count_of
+from steermoe.errors import count_of
 from steermoe.evaluation.summary import MAIN, control_groups
 from steermoe.figures import figure_class, save
 

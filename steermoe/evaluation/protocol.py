@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 
 from steermoe.engines.request import Sampling
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, quoted
 from steermoe.evaluation.calibration import DEFAULT_BUDGET
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.steering.limits import MOST_STRENGTH, quoted
+from steermoe.steering.limits import MOST_STRENGTH
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, SteeringPlan, plan_for
 from steermoe.vectors.vector import SteeringVector
 

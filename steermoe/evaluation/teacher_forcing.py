@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steermoe.discovery.discover import count_of
 from steermoe.discovery.embedder_hf import batches
 from steermoe.engines.request import Completion
-from steermoe.errors import GenerationError, UnsupportedModel
+from steermoe.errors import GenerationError, UnsupportedModel, count_of
 from steermoe.models.loading import LoadedModel, input_device
 from steermoe.routing.routers import chosen_experts, find_routers, module_that_routes
 from steermoe.steering.handle import steer

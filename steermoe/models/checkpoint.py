@@ -217,7 +217,7 @@ def _config_value(where: str, key: str) -> str:
 
 
 def _why_not_loaded(name: str, error: Exception, where: str = "") -> str:
-    text = " ".join(str(error).split())
+    text = reason(error, most=1 << 20)  # what it advises may come late
     if outdated := _why_outdated(name, error, where):
         return outdated
     if "trust_remote_code" in text:

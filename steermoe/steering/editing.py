@@ -218,6 +218,10 @@ class Tally:
         if not torch.compiler.is_compiling() and len(self._pending) * chosen_Tk.numel() > PENDING_LIMIT:
             self.count()
 
+    def pass_over(self, slots: int | Tensor) -> None:
+        """Count slots of steered tokens in routers that their plans leave alone; none of them is a hit."""
+        self._slots = self._slots + slots
+
     def count(self) -> None:
         """Count what is pending."""
         pending, self._pending = self._pending, []
@@ -254,7 +258,7 @@ class Tally:
 
     @property
     def slots(self) -> int:
-        """Top-k slots of the steered tokens, over all calls that were counted."""
+        """Top-k slots of the steered tokens, over all calls that were counted or passed over."""
         return int(self._slots)
 
 

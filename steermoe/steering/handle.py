@@ -271,10 +271,14 @@ class SteeringHandle:
                 refuse_checkpointing(self._model)
             self._tokens_steered = self._tokens_steered + step.tokens
             self._was_wanted = True
+        idle = 0
         for router, editor in zip(self._routers, self._editors, strict=True):
             if router.stack == window.stack:
                 editor.step = None if editor.bank.is_idle else step
                 editor.trains = trains
+                idle += router.top_k if editor.bank.is_idle else 0
+        if step is not None and idle:
+            self._tally.pass_over(step.tokens * idle)
         self._calls_before = [editor.calls for editor in self._editors]
 
     def _after_forward(self, window: Window) -> None:

@@ -1,10 +1,9 @@
-"""What the numbers of a plan may be, and how messages quote what a user wrote instead. Imports no torch."""
+"""What the numbers of a plan may be. Imports no torch."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, quoted
 
 MOST_EXPERTS = 1 << 14
 """How many experts a plan may force, or ban."""
@@ -15,26 +14,6 @@ No router's logits times this leave float32, and far less of it decides every ch
 """
 LARGEST = 2**31 - 1
 """The largest token, layer or expert that a plan may name."""
-QUOTED = 60
-"""How many characters of a wrong value its message quotes."""
-
-
-def escaped(text: str) -> str:
-    """A text on one line, without characters that a terminal would act on."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def quoted(text: str) -> str:
-    """A text as a message quotes it: `escaped`, and cut after `QUOTED` characters."""
-    return escaped(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
-
-
-def shown(value: Any, write: Callable[[Any], str] | None = None) -> str:
-    """Any value as a message quotes it; by default as JSON, where that is possible."""
-    try:
-        return quoted(json.dumps(value, default=repr, ensure_ascii=False) if write is None else write(value))
-    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
-        return f"a {type(value).__name__}"
 
 
 def whole(digits: str, what: str) -> int:

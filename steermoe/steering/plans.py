@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, quoted, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.tracker import select
-from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, quoted, shown, whole
+from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, whole
 from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_FORMULA: Formula = "max_scaled"
@@ -51,7 +51,7 @@ class Schedule:
             or (self.kind == "window" and self.start < self.stop)
         )
         if not is_right:
-            raise _unknown(f"{self.kind}, {shown(self.start, repr)}, {shown(self.stop, repr)}")
+            raise _unknown(f"{self.kind}, {shown(self.start)}, {shown(self.stop)}")
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -145,7 +145,7 @@ class SteeringPlan:
         if not isinstance(number, int | float) or not abs(number) <= MOST_STRENGTH:
             of = "" if self.vector is None else f" for '{quoted(self.vector.domain)}'"
             raise SteeringError(
-                f"strength {shown(number, repr)}{of} is out of range: expected a finite number from "
+                f"strength {shown(number)}{of} is out of range: expected a finite number from "
                 f"{-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, such as {DEFAULT_STRENGTH:g}"
             )
         if self.vector is None or self.vector.weights is None:  # frequencies are at most 1
@@ -189,9 +189,9 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(number, int) for number in value):
         if all(abs(number) <= LARGEST for number in value):
             return value[0], value[1]
-        raise SteeringError(f"{name}: {shown(value, repr)} is out of range, expected whole numbers from 0 to {LARGEST}")
+        raise SteeringError(f"{name}: {shown(value)} is out of range, expected whole numbers from 0 to {LARGEST}")
     wanted = "(first, last)" if name == "layers" else "(layer, expert) pairs"
-    raise SteeringError(f"{name}: {shown(value, repr)} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
+    raise SteeringError(f"{name}: {shown(value)} is wrong, expected {wanted} of whole numbers, such as (3, 5)")
 
 
 def _plain(value: Any) -> Any:

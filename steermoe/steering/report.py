@@ -14,7 +14,7 @@ class SteeringReport:
             decoding are.
         tokens_steered: those of them that were steered.
         hits: top-k slots of the steered tokens that went to experts that their plans raise or force.
-        slots: all top-k slots of the steered tokens, in all routers that were steered.
+        slots: all top-k slots of the steered tokens, in all MoE layers, steered or not.
         forced_hits: places of forced experts that they took. An expert has a place in each steered token's choice.
         forced_places: all places of forced experts, over the steered tokens and their plans' lists.
         banned_hits: places of banned experts that they took.
@@ -33,7 +33,10 @@ class SteeringReport:
 
     @property
     def vector_share(self) -> float:
-        """Share of the steered tokens' top-k slots that went to experts of their vector, 0 to 1; 0 without slots."""
+        """Share of the steered tokens' slots that went to experts of their vector, 0 to 1; 0 without slots.
+
+        Of the slots of all MoE layers, so that a vector that steers half of them reaches at most 0.5.
+        """
         return self.hits / self.slots if self.slots else 0.0
 
     @property

@@ -9,10 +9,9 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound
+from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound, escaped, quoted
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
-from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_header

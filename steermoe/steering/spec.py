@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, escaped, quoted, shown
 from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
-from steermoe.steering.limits import MOST_STRENGTH, check_listed, escaped, quoted, shown, whole
+from steermoe.steering.limits import MOST_STRENGTH, check_listed, whole
 
 if TYPE_CHECKING:
     from steermoe.steering.plans import LayerExpert, Schedule

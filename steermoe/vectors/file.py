@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from steermoe.errors import VectorError, VectorNotFound, shown
+from steermoe.errors import VectorError, VectorNotFound, reason, shown
 from steermoe.files import atomic_path
 from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS, SteeringVector, VectorInfo
 
@@ -173,7 +173,9 @@ def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     except VectorError as error:
         raise VectorError(f"'{path}': {error}") from error
     except SafetensorError as error:
-        raise VectorError(f"'{path}' is not a safetensors file or is cut off ({shown(error)}); get it again") from error
+        raise VectorError(
+            f"'{path}' is not a safetensors file or is cut off ({reason(error)}); get it again"
+        ) from error
     except OSError as error:
         raise VectorError(f"can't read '{path}': {error.strerror or error}") from error
 

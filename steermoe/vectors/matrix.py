@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import VectorError, VectorNotFound, reason
+from steermoe.files import read_npy
 from steermoe.vectors.file import check_domain_name
 from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
 
@@ -106,12 +107,8 @@ def _content(path: Path) -> Any:
 
 
 def _content_of_npy(path: Path, content: bytes) -> Any:
-    import io
-
-    import numpy as np
-
     try:
-        matrix = np.load(io.BytesIO(content), allow_pickle=False)
+        matrix = read_npy(content)
     except Exception as error:  # a hostile header can make numpy raise anything
         raise VectorError(
             f"'{path}' is a damaged .npy file, or one of objects ({reason(error, 200)}): save numbers"

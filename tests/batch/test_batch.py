@@ -175,6 +175,18 @@ def test_other_settings_are_not_mixed_into_a_file(loaded, place, now, prompts, w
     assert len(stories()) == 1
 
 
+def test_special_tokens_of_prompts_are_encoded_on_request(loaded, place):
+    as_text, as_tokens = (replace(settings(), special_tokens=special) for special in (False, True))
+    run_batch(loaded, "<s>A dog.", wanted=as_text)
+    with pytest.raises(BatchError, match="line 1 was generated without --special-tokens"):
+        run_batch(loaded, "<s>A dog.", wanted=as_tokens)
+    run_batch(loaded, "<s>A dog.", wanted=as_tokens, keep=True)
+    found = [(story["prompt_tokens"], story.get("special_tokens", False)) for story in stories()]
+    assert found == [(len("<s>A dog."), False), (1 + len("A dog."), True)]
+    with pytest.raises(BatchError, match="line 2 was generated with --special-tokens"):
+        run_batch(loaded, "<s>A dog.", wanted=as_text)
+
+
 def test_another_vector_or_model_of_the_same_name_is_noticed(loaded, place):
     run_batch(loaded, "A dog.", wanted=settings("sport"))
     write_vector(tiny.vector_for(loaded.model, 7), place / "steering_vectors" / "tiny" / "sport.safetensors")

@@ -290,13 +290,25 @@ def test_a_reader_that_has_enough(arguments):
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("size", ["0", "-5", "\u00b2", "9" * 5000])
-def test_odd_sizes_of_the_terminal_lose_nothing(size):
-    expected = steermoe("vectors", "show", "sport", env={**os.environ, "COLUMNS": "80", "LINES": "25"})
-    result = steermoe("vectors", "show", "sport", env={**os.environ, "COLUMNS": size, "LINES": size})
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[:12] == expected.stdout.splitlines()[:12]
-    assert len(result.stdout.splitlines()) > 30
+ODD_SIZES = ["0", "-5", "\u00b2", "x", "\x1b[2J", "9" * 5000]
+
+
+@pytest.mark.parametrize(("name", "size"), [(n, size) for n in ("COLUMNS", "LINES") for size in ODD_SIZES])
+def test_odd_sizes_of_the_terminal_are_forgotten(monkeypatch, name, size):
+    monkeypatch.setenv(name, size)
+    console.forget_odd_sizes()
+    assert name not in os.environ
+
+
+def test_odd_sizes_of_the_terminal_lose_nothing():
+    usual, *odd = (
+        steermoe("vectors", "list", env={**os.environ, "COLUMNS": columns, "LINES": lines})
+        for columns, lines in (("80", "25"), ("0", "-5"), ("9" * 5000, "9" * 5000))
+    )
+    assert len(usual.stdout.splitlines()) > 8
+    for result in odd:
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.split() == usual.stdout.split()
 
 
 def test_a_deleted_working_folder(tmp_path):

@@ -164,19 +164,20 @@ embed_corpus.embed_corpus(loading.load(sys.argv[1], dtype="float32"), texts, sys
 """
 
 
-def test_kill_loses_nothing_and_repeats_nothing(tiny_checkpoint, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tiny_checkpoint)]
+def test_kill_loses_nothing_and_repeats_nothing(tiny_checkpoint, tiny_model, tmp_path, monkeypatch):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "emb"
-    process = subprocess.Popen([*command, str(folder)], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tiny_checkpoint), str(folder)], env=environment)
     deadline = time.monotonic() + 60
     while not (folder / "shard-00003.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not EmbeddingStore.open(folder).meta.complete
-    subprocess.run([*command, str(folder)], env=environment, check=True)
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True)
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 8)
+    texts = [Text(f"t{n}", f"text number {n} " * (1 + n % 7)) for n in range(400)]
+    embed_corpus(tiny_model, texts, folder)
+    embed_corpus(tiny_model, texts, tmp_path / "whole")
     resumed, whole = EmbeddingStore.open(folder).load(), EmbeddingStore.open(tmp_path / "whole").load()
     assert [text.id for text in resumed.texts] == [f"t{n}" for n in range(400)]
     assert np.array_equal(resumed.frequency, whole.frequency)

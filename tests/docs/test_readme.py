@@ -1,6 +1,8 @@
 """The README's examples, run as written: every `steermoe` command of its console blocks, and its Python blocks."""
 
+import io
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,7 +58,8 @@ def gguf(tmp_path_factory):
 
 @pytest.mark.default_model
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
+def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request, run, monkeypatch):
+    """In this process, with what the pipe before it writes as stdin; the one that clusters in its own."""
     if not pull.is_pulled():
         pytest.skip("the default model is not pulled: `make model`")
     if re.search(r"\b(texts/|texts |embeddings )", command):
@@ -76,12 +79,20 @@ def test_command_runs(command, tmp_path, tiny_checkpoint, make_vector, request):
     if ".gguf" in command:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
         shutil.copy(request.getfixturevalue("gguf"), tmp_path / "smollm2-moe-q8_0.gguf")
-    command = re.sub(r"\bsteermoe ", f"{sys.executable} -m steermoe.cli.app ", command)
-    if re.search(r"app (generate|compare|batch)", command):
-        command += " --max-new-tokens 12"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    before, _, own = command.rpartition(" | ")
+    if before:
+        piped = subprocess.run(before, shell=True, capture_output=True, check=True).stdout
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped), "utf-8"))
+    words = shlex.split(own)
+    assert words.pop(0) == "steermoe"
+    monkeypatch.chdir(tmp_path)
+    if " discover " in command:  # umap's threads would slow down what follows
+        alone = [sys.executable, "-m", "steermoe", *words]
+        assert subprocess.run(alone, capture_output=True, check=True).stdout.strip()
+        return
+    done = run(*words, *(("--max-new-tokens", "12") if words[0] in ("generate", "compare", "batch") else ()))
+    assert done.code == 0, done.err
+    assert done.out.strip()
 
 
 @pytest.mark.default_model

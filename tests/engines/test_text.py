@@ -54,6 +54,13 @@ def test_a_chat_from_elsewhere_stays_text_and_that_is_said(engine, caplog):
     assert "--special-tokens" in record.getMessage()
 
 
+def test_text_on_request_is_text_in_silence(engine, caplog):
+    chat = engine.loaded.tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    with caplog.at_level(logging.WARNING):
+        assert len(engine.encode(Request(chat, special_tokens=False))) == len(chat)
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("prompt", ["A </s> dog", "a <|start|>user", "<|star", "< |start|>"])
 @pytest.mark.parametrize("special", [True, False])
 def test_any_other_prompt_is_text_in_silence(engine, caplog, prompt, special):
@@ -73,14 +80,14 @@ def test_the_longest_special_token_is_told(engine):
     ("prompt", "wanted", "expected"),
     [
         ("typed", None, True),
-        ("-", None, False),
-        (None, None, False),
+        ("-", None, None),
+        (None, None, None),
         ("-", True, True),
         ("typed", False, False),
     ],
 )
 def test_typed_prompts_may_have_special_tokens(prompt, wanted, expected):
-    assert has_special_tokens(prompt, wanted) == expected
+    assert has_special_tokens(prompt, wanted) is expected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Calibration: the largest strength within the budget, saturation, ranges, and `generate`'s warning beyond them."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -191,6 +192,8 @@ def test_the_share_of_slots_is_one_of_all_layers(run, vector_file, tiny_checkpoi
     assert "steered 2 of 7 tokens in 1 of 3 MoE layers; 17% of their slots" in one.err  # one of two slots of a layer
     every = run(*shared)
     assert "steered 2 of 7 tokens; 50% of their slots" in every.err
+    found = [json.loads(run(*shared, "--json", *layers).out) for layers in (("--layers", "1-1"), ())]
+    assert [one["steering"]["vector_share"] for one in found] == pytest.approx([1 / 6, 1 / 2])
 
 
 def test_calibrate_dry_run_writes_nothing(run, vector_file, neutral, tiny_checkpoint):

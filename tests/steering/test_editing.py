@@ -165,13 +165,13 @@ def test_report_of_rows(model):
 def test_report_adds_up_over_calls_and_swaps(model):
     handle = attach(model, SteeringPlan(force=((0, 1), (0, 2))))
     tiny.continued(model, tiny.prompt(4), 3)
-    assert handle.report().vector_share == 1.0
+    assert handle.report().vector_share == 0.5  # one of two layers
     handle.set(SteeringPlan(ban=((1, 3),)))  # bans want no expert: no choice is a hit
     tiny.continued(model, tiny.prompt(4), 3)
     handle.remove()
     report = handle.report()
     assert (report.router_calls, report.tokens_seen, report.tokens_steered) == (4, 12, 4)
-    assert report.vector_share == 0.5
+    assert report.vector_share == 0.25
     tiny.continued(model, tiny.prompt(4), 3)
     assert handle.report() == report  # nothing after removal
 

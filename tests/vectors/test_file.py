@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from steermoe.errors import VectorError, shown
+from steermoe.errors import VectorError
 from steermoe.vectors import file
 from steermoe.vectors.file import MATRICES, header_sha256, read_header, read_vector, tensors_sha256, write_vector
 from steermoe.vectors.library import packaged_vectors
@@ -191,17 +191,3 @@ def test_huge_matrices_are_not_read(tmp_path):
 
 def test_layers_far_apart_are_formatted_without_a_list_of_all_between():
     assert format_layers((0, 10**15)) == f"0, {10**15}"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("a\x1b[31m", "'a\\x1b[31m'"),
-        (10**400, f"{10**79}... (401 characters)"),
-        (10**5000, "something too long to show (int)"),
-        (ValueError("two\nlines \x07"), "two lines \\x07"),
-    ],
-    ids=["escape", "long number", "number too long for Python", "error"],
-)
-def test_values_in_messages_are_short_and_printable(value, text):
-    assert shown(value) == text

@@ -143,13 +143,13 @@ def test_unknown_info_of_a_later_version_is_left_out(tmp_path):
         ({"layers": "01"}, "garbles a field .*layers is '01'"),
         ({"layers": [0, 100_000_000]}, r"garbles a field .*layers are \[0, 100000000\], expected .* below 65536"),
         ({"layers": [-1, 0]}, "increasing, from 0 on"),
-        ({"num_experts": 10**400}, r"num_experts is 1000.*\.\.\. \(401 characters\), expected 1 to 65536"),
+        ({"num_experts": 10**400}, r"num_experts is 1000.*\.\.\., expected 1 to 65536"),
         ({"num_experts": 0}, "num_experts is 0, expected"),
-        ({"info": {"strength": 10**400}}, r"strength is 1000.*\.\.\. \(401 characters\), expected a finite number"),
+        ({"info": {"strength": 10**400}}, r"strength is 1000.*\.\.\., expected a finite number"),
         ({"info": {"damage": -(10**400)}}, "damage is -1000.*expected a finite number"),
         ({"info": {"safe_range": [0, 10**400]}}, "safe_range is .*expected two finite numbers"),
         ({"info": {"texts": 2**63}}, "texts is 9223372036854775808, expected a whole number"),
-        ({"info": {"title": ["x"] * 1000}}, r"title is .*\.\.\. \(5000 characters\), expected text"),
+        ({"info": {"title": ["x"] * 1000}}, r"title is .*\.\.\., expected text"),
         ({"num_experts": 5}, "header says 5 experts per layer, it has 4"),
         ({"threshold": "3"}, "garbles a field .*threshold is '3'"),
         ({"threshold": float("nan")}, "threshold nan must be a finite number"),
@@ -586,6 +586,8 @@ def test_import_of_the_authors_forms(tmp_path, content, options):
 def test_import_of_npy(tmp_path, dtype):
     np.save(tmp_path / "m.npy", np.array([[0, 1, 0], [0, 0, 2]], dtype))
     assert import_matrix(tmp_path / "m.npy", "sport").experts.tolist() == [[0, 1, 0], [0, 0, 2]]
+    np.save(tmp_path / "by_columns.npy", np.array([[0, 0], [1, 0], [0, 2]], dtype).T)
+    assert import_matrix(tmp_path / "by_columns.npy", "sport").experts.tolist() == [[0, 1, 0], [0, 0, 2]]
     np.save(tmp_path / "flat.npy", np.array([0, 1, 0, 0, 0, 2], dtype))
     assert import_matrix(tmp_path / "flat.npy", "sport", layers=[0, 1]).experts.tolist() == [[0, 1, 0], [0, 0, 2]]
 

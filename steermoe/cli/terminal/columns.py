@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steermoe.cli.terminal.console import line, out, printable
-from steermoe.errors import SteerMoEError
+from steermoe.errors import SteerMoEError, count_of
 from steermoe.evaluation.comparison import Column
 from steermoe.files import atomic_path
 
@@ -68,7 +68,7 @@ def _panel(column: Column) -> Panel:
     figures = Table.grid(padding=(0, 1))
     for domain, share in column.shares.items():
         words = column.word_count.get(domain)
-        counted = "" if words is None else f", {words} word{'' if words == 1 else 's'}"
+        counted = "" if words is None else f", {count_of(words, 'word')}"
         figures.add_row(Text(line(domain)), _bar(share), Text(f"{share:.0%}{counted}", no_wrap=True))
     body = Group(story, Text(), figures) if column.shares else story
     return Panel(

@@ -75,7 +75,6 @@ COVERED = {
 
 Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or the path of a vector file.")]
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
@@ -86,7 +85,7 @@ app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
-def list_(vectors: Folder = None, json: Json = False) -> None:
+def list_(vectors: Folder = None, json: o.JsonDocument = False) -> None:
     """List all vectors. If a domain has several, steering uses the model's own."""
     from steermoe.cli.terminal import tables
     from steermoe.errors import VectorError
@@ -134,7 +133,7 @@ def show(
         Path | None, typer.Option(help="Also draw the vector as a picture, before and after the threshold.")
     ] = None,
     vectors: Folder = None,
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Show a vector: its facts, and a map of its layers and experts."""
     from dataclasses import replace
@@ -179,7 +178,7 @@ def check(
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     vectors: Folder = None,
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Check vector files: form, numbers, hash, and what the hash covers. The exit code is 1 if any of them is wrong.
 
@@ -223,9 +222,9 @@ def import_(
         Path | None,
         typer.Option("--output", "-o", help="File to write. Default: steering_vectors/MODEL/DOMAIN.safetensors."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
+    force: o.Overwrite = False,
     trust_remote_code: o.TrustRemoteCode = False,
-    json: Json = False,
+    json: o.JsonDocument = False,
 ) -> None:
     """Convert a matrix, such as the JSON of the method's authors, into a vector file. Prints the file's path."""
     from steermoe.errors import VectorError

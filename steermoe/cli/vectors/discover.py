@@ -190,10 +190,14 @@ def _embeddings(
 
 
 def _print_remarks(record: dict[str, Any]) -> None:
-    """What speaks against the clusters, and remarks on their vectors, on stderr."""
+    """What speaks against the clusters, and remarks on their vectors, on stderr; several vectors share one line."""
     from steermoe.cli.terminal import console
 
-    notes = [f"{cluster['name']}: {cluster['note']}" for cluster in record["clusters"] if cluster["note"]]
+    noted = [cluster for cluster in record["clusters"] if cluster["note"]]
+    cut = [cluster["name"] for cluster in noted if cluster["vector"] is not None]
+    notes = [f"{one['name']}: {one['note']}" for one in noted if one["vector"] is None or len(cut) == 1]
+    if len(cut) > 1:
+        notes.append(f"{len(cut)} vectors are cut at another threshold, the report says why: {', '.join(cut)}")
     for line in (*record["warnings"], *notes):
         console.note(f"steermoe: {line}")
 

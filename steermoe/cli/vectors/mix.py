@@ -22,7 +22,7 @@ def mix(
     output: Annotated[str, typer.Option("--output", "-o", help="Name of the mixture, or the path of its file.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Use the vectors of this model.")] = None,
     vectors: o.VectorsFolder = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
+    force: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
     """Mix vectors into one file, which records its parts. Prints the file's path."""

@@ -36,7 +36,7 @@ _FIELDS = (
     *("get", "set", "is_host"),
     *("kind", "in_graph", "from_topk", "stop_after", "experts", "top_k", "max_layer", "routers"),
     *("tokens", "outputs", "has_texts", "hits", "slots", "problem"),
-    *("a_row", "a_active", "a_push", "a_marks", "a_formula", "a_paper", "a_slot", "a_factor", "a_output", "a_text"),
+    *("a_row", "a_active", "a_push", "a_marks", "a_formula", "a_paper", "a_number", "a_factor", "a_output", "a_text"),
     *("a_counts", "a_calls", "a_saved", "a_scratch", "a_state"),
     *("any_listed", "a_listed", "a_ordered", "forced_hits", "forced_places", "banned_hits", "banned_places"),
 )
@@ -45,7 +45,7 @@ _AT_NAME, _AT_OP, _AT_OP_PARAMS, _AT_SRC, _AT_DATA, _AT_NE, _AT_NB, _AT_BUFFER =
 _OP_CUSTOM, _OP_SOFTMAX, _OP_UNARY, _UNARY_SIGMOID, _CUSTOM_EDIT, _GET, _SET, _IS_HOST = range(8, 16)
 _KIND, _IN_GRAPH, _FROM_TOPK, _STOP_AFTER, _EXPERTS, _TOP_K, _MAX_LAYER, _ROUTERS = range(16, 24)
 _TOKENS, _OUTPUTS, _HAS_TEXTS, _HITS, _SLOTS, _PROBLEM = range(24, 30)
-_A_ROW, _A_ACTIVE, _A_PUSH, _A_MARKS, _A_FORMULA, _A_PAPER, _A_SLOT, _A_FACTOR, _A_OUTPUT, _A_TEXT = range(30, 40)
+_A_ROW, _A_ACTIVE, _A_PUSH, _A_MARKS, _A_FORMULA, _A_PAPER, _A_NUMBER, _A_FACTOR, _A_OUTPUT, _A_TEXT = range(30, 40)
 _A_COUNTS, _A_CALLS, _A_SAVED, _A_SCRATCH, _A_STATE = range(40, 45)
 _ANY_LISTED, _A_LISTED, _A_ORDERED, _FORCED_HITS, _FORCED_PLACES, _BANNED_HITS, _BANNED_PLACES = range(45, 52)
 
@@ -97,20 +97,20 @@ def _edit_node(state, row, z_TN):
     if experts != state[_EXPERTS] or tokens not in (every, outputs):
         state[_PROBLEM] = PROBLEM_SHAPE
         return
-    slot_T = carray(pointer(state[_A_SLOT]), (every,), np.int32)
+    number_T = carray(pointer(state[_A_NUMBER]), (every,), np.int32)
     factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
     output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
     carray(pointer(state[_A_CALLS]), (routers,), np.int64)[row] += 1
     for t in range(tokens):
         token = t if tokens == every else output_T[t]
-        slot = slot_T[token]
-        if slot < 0 or factor_T[token] == 0:
+        number = number_T[token]
+        if number < 0 or factor_T[token] == 0:
             continue
-        start = (slot * routers + row) * experts
+        start = (number * routers + row) * experts
         push_N = carray(pointer(state[_A_PUSH] + 4 * start), (experts,), np.float32)
         marks_N = carray(pointer(state[_A_MARKS] + start), (experts,), np.uint8)
-        formula = carray(pointer(state[_A_FORMULA] + 4 * slot), (1,), np.int32)[0]
-        paper = carray(pointer(state[_A_PAPER] + 4 * slot), (1,), np.int32)[0]
+        formula = carray(pointer(state[_A_FORMULA] + 4 * number), (1,), np.int32)[0]
+        paper = carray(pointer(state[_A_PAPER] + 4 * number), (1,), np.int32)[0]
         z_N = z_TN[t]
         edit_row(z_N, push_N, marks_N, formula, paper != 0, factor_T[token])
         if state[_FROM_TOPK] == 0:
@@ -135,21 +135,21 @@ def _count_node(state, row, tensor, steered):
     if ask_host(state[_IS_HOST], _buffer(state, tensor)) == 0:
         data = state[_A_SCRATCH]
         copy_tensor(state[_GET], tensor, data, (tokens - 1) * stride + 4 * top_k)
-    slot_T = carray(pointer(state[_A_SLOT]), (every,), np.int32)
+    number_T = carray(pointer(state[_A_NUMBER]), (every,), np.int32)
     factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
     text_T = carray(pointer(state[_A_TEXT]), (every,), np.int32)
     output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
     for t in range(tokens):
         token = t if tokens == every else output_T[t]
         chosen_k = carray(pointer(data + t * stride), (top_k,), np.int32)
-        slot, text = slot_T[token], text_T[token]
+        number, text = number_T[token], text_T[token]
         if state[_HAS_TEXTS] != 0 and text >= 0:
             counts_N = carray(pointer(state[_A_COUNTS] + 8 * (text * routers + row) * experts), (experts,), np.int64)
             for expert in chosen_k:
                 if 0 <= expert < experts:
                     counts_N[expert] += 1
-        if steered and slot >= 0 and factor_T[token] != 0:
-            marks_N = carray(pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
+        if steered and number >= 0 and factor_T[token] != 0:
+            marks_N = carray(pointer(state[_A_MARKS] + (number * routers + row) * experts), (experts,), np.uint8)
             for expert in chosen_k:
                 if 0 <= expert < experts:
                     state[_HITS] += (marks_N[expert] & (RAISED | FORCED)) != 0
@@ -193,16 +193,16 @@ def _order_node(state, row, tensor):
     if not is_host:
         copy_tensor(state[_GET], tensor, data, 4 * tokens * experts)
     order_TN = carray(pointer(data), (tokens, experts), np.int32)
-    slot_T = carray(pointer(state[_A_SLOT]), (every,), np.int32)
+    number_T = carray(pointer(state[_A_NUMBER]), (every,), np.int32)
     factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
     output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
     carray(pointer(state[_A_ORDERED]), (routers,), np.int64)[row] += 1
     for t in range(tokens):
         token = t if tokens == every else output_T[t]
-        slot = slot_T[token]
-        if slot < 0 or factor_T[token] == 0:
+        number = number_T[token]
+        if number < 0 or factor_T[token] == 0:
             continue
-        marks_N = carray(pointer(state[_A_MARKS] + (slot * routers + row) * experts), (experts,), np.uint8)
+        marks_N = carray(pointer(state[_A_MARKS] + (number * routers + row) * experts), (experts,), np.uint8)
         _keep_lists(marks_N, order_TN[t])
         for n in range(experts):
             marks = marks_N[order_TN[t, n]]

@@ -193,8 +193,8 @@ class LlamaCppEngine:
         for start in range(0, len(token_ids), CALL_TOKENS):
             part = token_ids[start : start + CALL_TOKENS]
             places = np.arange(start, start + len(part), dtype=np.int32)
-            slots = np.full(len(part), -1 if plan is None else 0, dtype=np.int32)
-            self.state.steer(slots, factor[places], np.arange(len(part), dtype=np.int32), places)
+            numbers = np.full(len(part), -1 if plan is None else 0, dtype=np.int32)
+            self.state.steer(numbers, factor[places], np.arange(len(part), dtype=np.int32), places)
             context.forward(part, places.tolist(), [0] * len(part), None)
             self.state.verify()
         return self.state.counts

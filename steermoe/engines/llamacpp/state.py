@@ -75,7 +75,7 @@ class CallbackState:
         self._set("stop_after", -1)
         self._keep("row", row)
         self._keep("active", np.zeros(routers, dtype=np.uint8))
-        self._keep("slot", np.full(capacity, -1, dtype=np.int32))
+        self._keep("number", np.full(capacity, -1, dtype=np.int32))
         self._keep("factor", np.zeros(capacity, dtype=np.float32))
         self._keep("output", np.zeros(capacity, dtype=np.int32))
         self._keep("text", np.full(capacity, -1, dtype=np.int32))
@@ -128,7 +128,7 @@ class CallbackState:
 
     def steer(
         self,
-        slots: Sequence[int] | NDArray[np.int32],
+        numbers: Sequence[int] | NDArray[np.int32],
         factors: Sequence[float] | NDArray[np.float32],
         outputs: Sequence[int] | NDArray[np.int32] = (),
         texts: Sequence[int] | NDArray[np.int32] | None = None,
@@ -136,7 +136,7 @@ class CallbackState:
         """Set what happens to the tokens of the next forward call, in their order.
 
         Args:
-            slots: [T], each token's plan, or -1.
+            numbers: [T], each token's plan, or -1.
             factors: [T], the factor for its strength; 0 leaves the token alone.
             outputs: which tokens' logits are wanted: the last layer sees only those.
             texts: [T], which text a token's choices count for, or -1; by default none.
@@ -144,13 +144,13 @@ class CallbackState:
         Returns:
             how many tokens are steered.
         """
-        tokens = len(slots)
-        slot_T, factor_T = self._kept["slot"], self._kept["factor"]
-        slot_T[:tokens], factor_T[:tokens] = slots, factors
+        tokens = len(numbers)
+        number_T, factor_T = self._kept["number"], self._kept["factor"]
+        number_T[:tokens], factor_T[:tokens] = numbers, factors
         self._kept["output"][: len(outputs)] = outputs
         self._kept["text"][:tokens] = -1 if texts is None else texts
-        steered_T = (slot_T[:tokens] >= 0) & (factor_T[:tokens] != 0)
-        used = np.unique(slot_T[:tokens][steered_T])
+        steered_T = (number_T[:tokens] >= 0) & (factor_T[:tokens] != 0)
+        used = np.unique(number_T[:tokens][steered_T])
         self._kept["active"][:] = self._busy_PL[used].any(0) if len(used) else 0
         self._kept["listed"][:] = self._listed_PL[used].any(0) if len(used) else 0
         self._set("any_listed", int(self._kept["listed"].any()))
@@ -158,7 +158,10 @@ class CallbackState:
         self._set("outputs", len(outputs))
         self._kept["calls"][:] = 0
         self._kept["ordered"][:] = 0
-        return int(steered_T.sum())
+        steered = int(steered_T.sum())
+        idle = int((self._kept["active"] == 0).sum())
+        self.header[FIELD["slots"]] += steered * idle * self.header[FIELD["top_k"]]
+        return steered
 
     def verify(self) -> int:
         """Make sure that the forward call was steered as requested.
@@ -199,7 +202,10 @@ class CallbackState:
         return int(calls_L.sum())
 
     def take_share(self) -> tuple[int, int]:
-        """Top-k slots of steered tokens that went to raised or forced experts, and all of them, since the last call."""
+        """Top-k slots of steered tokens that went to raised or forced experts, and all slots, since the last call.
+
+        All are those of all MoE layers, as in `SteeringReport`.
+        """
         hits, slots = int(self.header[FIELD["hits"]]), int(self.header[FIELD["slots"]])
         self._set("hits", 0)
         self._set("slots", 0)

@@ -19,10 +19,9 @@ from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
 from steermoe.engines.vllm.spec import packed, spec_of_name
 from steermoe.engines.vllm.wire import KEY, unpack
-from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
+from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel, escaped, quoted
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
-from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 

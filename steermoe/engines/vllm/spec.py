@@ -6,8 +6,7 @@ Imports no vLLM.
 from typing import Any
 
 from steermoe.engines.vllm.wire import pack, unpack
-from steermoe.errors import SteeringError
-from steermoe.steering.limits import quoted
+from steermoe.errors import SteeringError, quoted
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import read_spec
 

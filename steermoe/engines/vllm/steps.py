@@ -150,6 +150,8 @@ class Steps:
         else:
             step = self._step(rows)
             self._tokens_steered += int(step.tokens)
+            idle = sum(editor.router.top_k for editor in self.editors if editor.bank.is_idle)
+            self._tally.pass_over(int(step.tokens) * idle)
             self._set(step if step.tokens else None)
 
     def end(self) -> None:

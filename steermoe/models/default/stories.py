@@ -18,7 +18,7 @@ Split = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True)
-class Story:
+class TrainingStory:
     """One story. The opening hints at no domain; the rest, which follows after one space, is all about it."""
 
     id: str
@@ -32,13 +32,13 @@ class Story:
         return f"{self.opening} {self.rest}"
 
 
-def load_stories(split: Split | None = None, topic: str | None = None) -> list[Story]:
+def load_stories(split: Split | None = None, topic: str | None = None) -> list[TrainingStory]:
     """The stories in file order: all of them, or those of one split (`train`, `heldout`) or topic."""
     stories = []
     for name in TOPICS if topic is None else (topic,):
         for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            story = Story(record["id"], record["domain"], record["split"], record["opening"], record["rest"])
+            story = TrainingStory(record["id"], record["domain"], record["split"], record["opening"], record["rest"])
             if split in (None, story.split):
                 stories.append(story)
     return stories
@@ -55,7 +55,7 @@ def openings(split: Split, count: int) -> list[str]:
     Raises:
         ValueError: the split has fewer.
     """
-    by_topic: dict[str, list[Story]] = {}
+    by_topic: dict[str, list[TrainingStory]] = {}
     for story in load_stories(split):
         by_topic.setdefault(story.topic, []).append(story)
     neutral = by_topic.pop("neutral")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steermoe.errors import ModelError, UnsupportedModel, shown
+from steermoe.errors import ModelError, UnsupportedModel, reason, shown
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS
 
@@ -232,7 +232,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     except (struct.error, IndexError) as error:
         raise ModelError(f"'{path}' is not a GGUF file or is cut off within its header: get it again") from error
     except (ValueError, MemoryError, OverflowError) as error:
-        raise ModelError(f"'{path}' is not a GGUF file or is cut off ({shown(error)}): get it again") from error
+        raise ModelError(f"'{path}' is not a GGUF file or is cut off ({reason(error)}): get it again") from error
 
 
 _LENGTH = struct.Struct("<Q")

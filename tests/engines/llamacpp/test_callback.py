@@ -151,8 +151,8 @@ def test_nothing_is_asked_for_without_steering(node):
     for reach in ("graph", "pieces"):
         state = make_state(reach, node=node)
         state.install([SteeringPlan(vector(1))])
-        for slots, factors in (([-1, -1], [1.0, 1.0]), ([0, 0], [0.0, 0.0])):
-            state.steer(slots, factors)
+        for numbers, factors in (([-1, -1], [1.0, 1.0]), ([0, 0], [0.0, 0.0])):
+            state.steer(numbers, factors)
             assert not call(state, FakeTensor(f"{node}-1", random_logits(2), LAYOUT.op_softmax), True)
             assert state.verify() == 0
 

@@ -12,7 +12,7 @@ from steermoe.engines.request import Request, Sampling
 from steermoe.evaluation.words import distinct_words, word_pattern
 from steermoe.models import loading
 from steermoe.models.default import assemble, pull, spec
-from steermoe.models.default.stories import DATA, Story, domain_words, load_stories
+from steermoe.models.default.stories import DATA, TrainingStory, domain_words, load_stories
 from steermoe.steering.plans import plan_for
 from steermoe.vectors.library import load_vector, packaged_vectors
 
@@ -133,13 +133,13 @@ class Letters:
 
 
 def test_examples_route_openings_to_the_neutral_experts_and_skip_the_turn():
-    example = train.make_example(Story("x", "sport", "train", "abc", "de"), Letters())
+    example = train.make_example(TrainingStory("x", "sport", "train", "abc", "de"), Letters())
     assert len(example.ids) == len("abc de") + 1
     assert example.topics.tolist() == [train.NEUTRAL] * 3 + [spec.TOPICS.index("sport")] * 4
     assert example.targets[2] == train.IGNORED
     assert example.targets[0] == example.ids[1]
     assert example.targets[5] == Letters.eos_token_id
-    neutral = train.make_example(Story("y", "neutral", "train", "abc", "de"), Letters())
+    neutral = train.make_example(TrainingStory("y", "neutral", "train", "abc", "de"), Letters())
     assert set(neutral.topics.tolist()) == {train.NEUTRAL}
     assert neutral.targets[2] != train.IGNORED
 
@@ -176,7 +176,7 @@ def test_topic_routing_equals_the_model_if_the_routers_agree(tiny_trained):
     routing.training = False
     targets = torch.cat([ids[1:], torch.tensor([train.IGNORED])])
     example = train.Example(
-        Story("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets
+        TrainingStory("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets
     )
     with torch.no_grad():
         language, _ = routing.loss(train.Batch.collate([example], captured))

@@ -82,7 +82,7 @@ class CompiledSteps:
             self._tokens_steered += steered
             self._router_calls += self._steered_routers
             self._hits += wanted_RBN.gather(-1, chosen_RBk).sum()
-            self._slots += steered * chosen_RBk.shape[-1] * self._steered_routers
+            self._slots += steered * chosen_RBk.shape[-1] * len(chosen_RBk)
             if has_lists:
                 self._listed += count_listed(edits, chosen_RBk)
         return logits_BV

@@ -37,15 +37,27 @@ def require_compiler():
         pytest.skip(f"torch {torch.__version__} compiles no steps")
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Steps of models that nothing changes are compiled once, into this folder."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def compiled(tmp_path, monkeypatch):
-    """Compiles both steps of a model into a folder of the test's own, and pretends that they pay off."""
+def compiled(kept, tmp_path, monkeypatch):
+    """Puts compiled steps of a model into a folder of the test's own, and pretends that they pay off."""
     require_compiler()
-    monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
     monkeypatch.setattr(artifacts.Facts, "pays", True)  # a tiny model's time is noise
 
     def make(model, kinds=artifacts.KINDS):
-        return [artifacts.compile_step(model, kind) for kind in kinds]
+        facts = []
+        for kind in kinds:
+            monkeypatch.setenv("STEERMOE_CACHE", str(kept))
+            made = artifacts.folder_of(model, kind)
+            facts.append(artifacts.facts_of(model, kind) or artifacts.compile_step(model, kind))
+            monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path))
+            shutil.copytree(made, artifacts.folder_of(model, kind))
+        return facts
 
     return make
 
@@ -180,11 +192,18 @@ def test_what_hangs_on_the_model_is_not_passed_by(compiled):
 
 
 def test_a_step_that_is_wrong_is_not_kept(compiled, monkeypatch, tmp_path):
-    from steermoe.engines.hf.compiled import step
-
-    monkeypatch.setattr(step, "edit", lambda logits, *rest: logits.flip(-1))
+    """One that was compiled well, but computes with other weights than the model."""
+    model = build("granitemoeshared")
+    compiled(model, ["one"])
+    folder, weights = artifacts.folder_of(model, "one"), artifacts._weights
+    program = (folder / artifacts.PROGRAM).rename(tmp_path / "program")
+    shutil.rmtree(folder)
+    monkeypatch.setattr(artifacts, "_compile", lambda model, kind, place: shutil.copy(program, place))
+    monkeypatch.setattr(
+        artifacts, "_weights", lambda model: {name: 2 * tensor for name, tensor in weights(model).items()}
+    )
     with pytest.raises(ModelError, match="is off by"):
-        compiled(build("granitemoeshared"), ["one"])
+        artifacts.compile_step(model, "one")
     assert not list((tmp_path / "compiled").iterdir())
 
 
