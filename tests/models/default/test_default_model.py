@@ -221,7 +221,7 @@ def test_shipped_vectors_fit_and_are_measured(default_model, domain):
     assert kept[:, own].float().mean() > 0.9
 
 
-EACH, UNSTEERED, TOKENS = 4, 16, 24
+EACH, UNSTEERED, TOKENS = 3, 12, 24
 """Openings per domain and unsteered ones, each with a seed of its own, and how many tokens continue them."""
 OWN_RATE, OTHER_RATE = 0.66, 0.005
 """The share of texts with a word of their own domain, and of pairs of a text and another domain with a word of that,
@@ -268,7 +268,7 @@ def words_found(loaded, strength: float | None) -> dict[str, list[bool]]:
 
 @pytest.mark.default_model
 def test_steering_turns_openings_to_their_domain_and_leaves_the_unsteered_ones_alone(default_model):
-    """A small version of `benchmarks/default_model.py`. The three counts are of 32, 224 and 128."""
+    """A small version of `benchmarks/default_model.py`. The three counts are of 24, 168 and 96."""
     found = words_found(default_model, 6.0)
     assert sum(found["own"]) >= bounds(len(found["own"]), OWN_RATE)[0]
     for kind in ("other", "unsteered"):
