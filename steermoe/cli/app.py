@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -30,6 +31,8 @@ REMEDIES = {
 }
 UsageError: Any = typer.BadParameter.__base__
 """What typer raises for wrong usage; it exports only this child of it."""
+LONG_WORD = re.compile(r"([^\s']{300})[^\s']+")
+"""What a message about wrong usage cuts: typer's own quote a value of any length."""
 
 app = typer.Typer(
     name="steermoe",
@@ -159,6 +162,7 @@ def _refuse(error: Any) -> int:
     message = message.replace("Value error, ", "", 1).removesuffix(".")
     if given and given[0] not in message:
         message = f"{message}; it is {given[0]:.80}"
+    message = LONG_WORD.sub(r"\1...", message)
     help_of = f" (see `{error.ctx.command_path} --help`)" if error.ctx is not None else ""
     return _fail(f"{message}{help_of}", error, EXIT_USAGE)
 

@@ -90,8 +90,8 @@ def test_a_traceback_only_on_request(fails, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--seed", "x"], "'--seed': Input should be a valid integer, unable to parse string as an"),
-        (["generate", "--seed", "[/x]"], "it is '[/x]' (see `steermoe generate --help`)"),
+        (["generate", "--seed", "x"], "for '--seed': ... valid integer ... 'x'"),
+        (["generate", "--seed", "[/x]"], "valid integer ... '[/x]' ... (see `steermoe generate --help`)"),
         (["generate", "--engine", "x\n"], "'--engine': 'x\\n' is not one of 'auto', 'hf', 'llamacpp', 'vllm' (see"),
         (["generate", "--nope\x1b"], "No such option: --nope"),
         (
@@ -99,19 +99,21 @@ def test_a_traceback_only_on_request(fails, monkeypatch):
             f"{2**63} is too large: expected at most {2**63 - 1}",
         ),
         (["batch", "p.txt", "-o", "s", "--samples", "9" * 5000], "'--samples': "),
-        (["batch", "p.txt", "-o", "s", "--batch-size", "-1"], "it is '-1'"),
-        (["embed", "c", "-o", "e", "--max-tokens", str(2**70)], f"it is '{2**70}'"),
+        (["batch", "p.txt", "-o", "s", "--batch-size", "-1"], "for '--batch-size': ... -1"),
+        (["embed", "c", "-o", "e", "--max-tokens", str(2**70)], f"for '--max-tokens': ... {2**70} ... {2**31 - 1}"),
         (["models", "export", "--gguf", "x"], "'--gguf': 'x' is not one of 'q8_0'"),
         (["batch", "p.txt"], "Missing option '--output'"),
         (["batch"], "Missing argument 'PROMPTS'"),
         (["vectors", "nope"], "No such command 'nope' (see `steermoe vectors --help`)"),
         (["generate", "a", "b"], "unexpected extra argument"),
+        (["generate", f"--{'a' * 5000}"], "No such option: --aaa ... aaa... (see"),
     ],
 )
 def test_wrong_usage_is_one_line_with_the_value(run, arguments, message):
+    """All parts of `message` are there: typer's versions put them in a different order."""
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert message in err
+    assert [part for part in message.split(" ... ") if part not in err] == []
     assert err.startswith("steermoe: ")
     assert err.count("\n") == 1
     assert len(err) < 600
