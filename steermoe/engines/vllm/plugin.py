@@ -109,8 +109,8 @@ def _register_op() -> None:
     torch.library.register_fake(
         "steermoe::route",
         lambda hidden, logits, top_k, router: (
-            logits.new_empty(len(logits), top_k, dtype=torch.float32),
-            logits.new_empty(len(logits), top_k, dtype=torch.int32),
+            logits.new_empty(logits.shape[0], top_k, dtype=torch.float32),
+            logits.new_empty(logits.shape[0], top_k, dtype=torch.int32),
         ),
         lib=library,
     )

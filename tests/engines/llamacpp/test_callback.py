@@ -201,7 +201,7 @@ def test_share_of_the_vectors_experts():
     logits = np.zeros((2, EXPERTS), dtype=np.float32)
     logits[0, [1, 2]], logits[1, [5, 6]] = (3, 2), (3, 2)
     call(state, FakeTensor("ffn_moe_logits-1", logits), False)
-    assert state.take_share() == (2, 4)  # 3 and 1, 3 and 5: at strength 0 the vector raises none
+    assert state.take_share() == (2, 12)  # 3 and 1, 3 and 5, of 3 layers: at strength 0 the vector raises none
     assert state.take_share() == (0, 0)
 
 
