@@ -1,6 +1,6 @@
 """Load a checkpoint as a transformers model with its tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +100,7 @@ def load(
         quantize: "int8" for weights of that type, on a CPU.
 
     Raises:
-        ModelError: it can't be found or loaded. UnsupportedModel: it has no routers.
+        ModelError: it can't be found or loaded, or has no weights for a router. UnsupportedModel: it has no routers.
     """
     import torch
     from transformers import AutoConfig, AutoTokenizer
@@ -122,15 +122,27 @@ def load(
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
         if wrong := _why_not_run(config):
             raise UnsupportedModel(f"'{name}' ({config.model_type}) can't be run by steermoe: {wrong}")
-        loaded = _auto_class(config).from_pretrained(
-            where, dtype=chosen, device_map=device_map, trust_remote_code=trust_remote_code, **weights
+        loaded, outcome = _auto_class(config).from_pretrained(
+            where,
+            dtype=chosen,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **weights,
         )
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
     except UnsupportedModel:
         raise
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error, where)) from error
-    find_routers(loaded)
+    missing = outcome["missing_keys"]
+    lacking = [router.name for router in find_routers(loaded) if _lacks(router.name, missing)]
+    if lacking:
+        raise ModelError(
+            f"'{name}' has no weights for {len(lacking)} of its routers, such as '{lacking[0]}', so transformers made "
+            "random ones: its files are incomplete, or its config.json or its own code asks for more layers than they "
+            "have; get it again, or try another version of transformers"
+        )
     if quantize is not None:
         from steermoe.models.quantization import quantize_model
 
@@ -138,6 +150,11 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return LoadedModel(name, loaded.eval(), tokenizer)
+
+
+def _lacks(router: str, missing: "Collection[str]") -> bool:
+    """Whether the weight of a router's logits is among those that a checkpoint did not have."""
+    return any(key.startswith(f"{router}.") and key.endswith("weight") for key in missing)
 
 
 def try_remote_code(loaded: LoadedModel) -> None:

@@ -110,6 +110,18 @@ def test_a_checkpoint_that_is_cut_off(tmp_path, tiny_checkpoint, name):
         loading.load(tmp_path / "half")
 
 
+def test_a_checkpoint_without_weights_for_a_router(tmp_path, tiny_checkpoint):
+    """As if its code asked for another number of layers: transformers would fill them with random numbers."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "half"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 2}))
+    with pytest.raises(
+        ModelError, match=r"'half' has no weights for 2 of its routers, such as 'model\.layers\.3\."
+    ) as error:
+        loading.load(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_remote_code_needs_consent(tmp_path):
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     folder = config_folder(tmp_path / "remote", config)
