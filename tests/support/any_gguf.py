@@ -68,7 +68,7 @@ LATENT: dict[str, Any] = {
 }
 INDEXER: dict[str, Any] = {
     "attention.indexer.head_count": 2,
-    "attention.indexer.key_length": 16,
+    "attention.indexer.key_length": 64,
     "attention.indexer.top_k": 64,
 }
 RECURRENT: dict[str, Any] = {
@@ -98,16 +98,34 @@ TWO_KINDS: dict[str, Any] = {"block_count": 4}
 HINTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
-            *("afmoe", "exaone-moe", "gpt-oss", "laguna", "llama4", "mimo2"),
+            *("exaone-moe", "gpt-oss", "laguna", "llama4", "mimo2"),
             *("smallthinker", "step35"),
         ),
         TWO_KINDS,
     ),
+    "afmoe": TWO_KINDS | {"attention.sliding_window": 64},
     "bailingmoe3": DELTA,
     "deepseek2": LATENT,
     "deepseek32": LATENT | INDEXER,
-    "deepseek4": INDEXER | {"expert_gating_func": 4, "attention.compress_ratios": [0, 4], "hash_layer_count": 0},
-    "dots3note": LATENT | INDEXER,
+    "deepseek4": INDEXER
+    | {
+        "expert_gating_func": 4,
+        "attention.compress_ratios": [0, 4],
+        "hash_layer_count": 0,
+        "hyper_connection.count": 4,
+    },
+    "dots3note": LATENT
+    | INDEXER
+    | {
+        "attention.kv_lora_rank_swa": 16,
+        "attention.key_length_mla_swa": 16,
+        "attention.value_length_mla_swa": 16,
+        "attention.key_length_swa": 24,
+        "attention.value_length_swa": 16,
+        "rope.dimension_count_swa": 8,
+        "block_count": 4,
+        "attention.sliding_window_pattern": [True, True, True, False],
+    },
     "gemma4": {
         "attention.key_length": 16,
         "attention.value_length": 16,
@@ -124,10 +142,19 @@ HINTS: dict[str, dict[str, Any]] = {
     "granitehybrid": RECURRENT,
     "hy_v4": LATENT | INDEXER | {"attention.indexer.types": [True, True], "hyper_connection.count": 2},
     "jamba": RECURRENT,
+    "nemotron_h_moe": RECURRENT
+    | {
+        "block_count": 3,
+        "attention.head_count_kv": [0, 2, 0],
+        "feed_forward_length": [0, 0, 32],
+        "expert_shared_feed_forward_length": 16,
+    },
+    "nomic-bert-moe": {"moe_every_n_layers": 2},
     "lfm2moe": {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
     "kimi-k3": DELTA,
     "kimi-linear": DELTA,
     "mistral4": LATENT,
+    "minimax-m3": INDEXER,
     "minimax-01": TWO_KINDS | {"full_attention_interval": 4},
     "qwen3next": DELTA_NET,
     "qwen35moe": DELTA_NET,
@@ -189,10 +216,10 @@ def write(
 
 def _random(generator: np.random.Generator, name: str, shape: Shape) -> Any:
     noise = generator.standard_normal(int(np.prod(shape))).astype(np.float32)
+    if name.endswith(".bias"):
+        return np.float32(0.05) * noise
     if "norm" in name:
         return 1 + np.float32(0.1) * noise
-    if "exp_probs_b" in name or name.endswith(".bias"):
-        return np.float32(0.05) * noise
     if "ffn_gate_inp" in name:
         return noise * np.float32(2 * shape[0] ** -0.5)
     return noise * np.float32(shape[0] ** -0.5)
@@ -298,6 +325,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "glm-dsa": (*EXPERT_PARTS, *(f"indexer.{part}" for part in INDEXER_PARTS)),
     "granitehybrid": (*EXPERT_PARTS, "ssm_conv1d.bias"),
     "hy_v3": EXPERT_PARTS,
+    "nemotron_h_moe": ("ssm_conv1d.bias",),
     "mimo2": EXPERT_PARTS,
     "qwen35moe": (*EXPERT_PARTS, "attn_qkv.weight", "attn_gate.weight"),
     "qwen3next": (*EXPERT_PARTS, "attn_qkv.weight", "attn_gate.weight"),

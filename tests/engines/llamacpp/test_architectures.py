@@ -17,9 +17,29 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
 
-EXCEPTIONS: dict[str, str] = {}
-"""What can't be written or steered, with the beginning of the reason; all else must be. An exception that works fails
-the test."""
+ENDS = "llama.cpp ends the process: "
+NO_TINY_SIZES = f"{ENDS}GGML_ASSERT"
+EXCEPTIONS = {
+    # they draft tokens for another model, and need one
+    "dflash": "can't be written: DFlash model requires 'target_layers'",
+    "eagle3": "can't be written: EAGLE3 model requires 'extract_layers'",
+    "gemma4-assistant": "can't be written: Gemma 4 assistant requires embedding_length_out",
+    # it switches adapters, which a file must bring
+    "graniteswitch": "can't be written: graniteswitch: adapter token id arrays",
+    # their graphs need sizes that were not found
+    "deepseek4": NO_TINY_SIZES,
+    "dots3note": NO_TINY_SIZES,
+    "glm5-next": NO_TINY_SIZES,
+    # the loader takes routers, but the graph has none
+    "refact": "it computes no node ffn_moe_logits",
+    # they embed texts and write none, so there are no logits of tokens
+    "llama-embed": "steering changes nothing",
+    "nomic-bert-moe": "steering changes nothing",
+    # the gguf package lists a router, the loader takes none
+    "deci": "no routers",
+}
+"""What can't be written or steered, with the beginning of the problem; all else must be. One that works fails the test,
+so that the list stays true."""
 
 ROUTING = {name for key, name in MODEL_ARCH_NAMES.items() if MODEL_TENSOR.FFN_GATE_INP in MODEL_TENSORS[key]}
 DENSE = set(MODEL_ARCH_NAMES.values()) - ROUTING
@@ -37,6 +57,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return {fact.pop("architecture"): fact for fact in facts}
 
 
+def problem_of(name: str, fact: dict[str, Any]) -> str:
+    """What is wrong with an architecture that routes or may route; "" if nothing."""
+    problem = str(fact.get("problem", "no routers" if name in ROUTING and not fact else ""))
+    return "" if name in DENSE and problem.startswith(("can't be written", ENDS)) else problem
+
+
 def test_the_list_is_that_of_the_library(found: dict[str, dict[str, Any]]) -> None:
     """As far as the gguf package knows it."""
     assert set(MODEL_ARCH_NAMES.values()) - found.keys() <= {"mmproj", "clip"}
@@ -44,7 +70,7 @@ def test_the_list_is_that_of_the_library(found: dict[str, dict[str, Any]]) -> No
 
 
 def test_all_that_route_are_steered_or_known_not_to_be(found: dict[str, dict[str, Any]]) -> None:
-    problems = {name: fact["problem"] for name, fact in found.items() if fact.get("problem") and name not in DENSE}
+    problems = {name: problem for name, fact in found.items() if (problem := problem_of(name, fact))}
     assert problems.keys() == EXCEPTIONS.keys(), problems
     for name, reason in EXCEPTIONS.items():
         assert problems[name].startswith(reason), (name, problems[name])
