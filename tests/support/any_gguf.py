@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from gguf.constants import MODEL_ARCH_NAMES
 
 from steermoe.engines.llamacpp.context import messages, on_message
 
@@ -190,6 +191,12 @@ def _value(value: Any) -> bytes:
 VOCABULARY_BYTES = b"".join(_text(name) + _value(value) for name, value in VOCABULARY.items())
 
 
+def _beginning(tensors: int, settings: dict[str, Any], more: bytes, count: int = 0) -> bytes:
+    """A file up to its settings: the given ones, and `count` more."""
+    head = b"".join(_text(name) + _value(value) for name, value in settings.items())
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(settings) + count) + head + more
+
+
 def write(
     path: Path, architecture: str, settings: dict[str, Any], tensors: dict[str, Shape], filled: bool = False
 ) -> None:
@@ -198,12 +205,11 @@ def write(
     Each tensor's shape has the fastest dimension first.
     """
     named = {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in settings.items()}
-    head = b"".join(_text(name) + _value(value) for name, value in named.items()) + VOCABULARY_BYTES
     infos, end = b"", 0
     for name, shape in tensors.items():
         infos += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, end)
         end += -(-4 * int(np.prod(shape)) // 32) * 32
-    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(named) + len(VOCABULARY)) + head + infos
+    start = _beginning(len(tensors), named, VOCABULARY_BYTES, len(VOCABULARY)) + infos
     start += bytes(-len(start) % 32)
     generator = np.random.default_rng(0)
     with path.open("wb") as file:
@@ -246,17 +252,22 @@ def start() -> None:
     llama_cpp.llama_backend_init()
 
 
-LITERAL = re.compile(rb"(?<=\0)[a-z][a-z0-9_.-]{1,30}(?=\0)")
+LITERAL = re.compile(rb"[a-z0-9_.-]{2,30}(?=\0)")
 
 
 def names(folder: Path) -> list[str]:
-    """The architectures that this llama.cpp knows, of all the texts in its library."""
+    """The architectures that this llama.cpp knows, of all the texts in its library and the names of the gguf package.
+
+    A linker keeps a text that ends another one only there, so what follows -, _ and . in a text is tried too.
+    """
     library = Path(llama_cpp.__file__).parent / "lib" / "libllama.so"
-    candidates = sorted({text.decode() for text in LITERAL.findall(library.read_bytes())})
+    texts = {text.decode() for text in LITERAL.findall(library.read_bytes())}
+    endings = {text[at.end() :] for text in texts for at in re.finditer("[-_.]", text)}
+    candidates = {text for text in texts | endings | set(MODEL_ARCH_NAMES.values()) if re.match("[a-z].", text)}
     path = folder / "name.gguf"
     known = []
-    for name in candidates:
-        write(path, name, {}, {})
+    for name in sorted(candidates):
+        path.write_bytes(_beginning(0, {"general.architecture": name}, b""))
         if "unknown model architecture" not in load(path):
             known.append(name)
     return known
