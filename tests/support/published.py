@@ -62,7 +62,7 @@ class Published:
 TINY = {"vocab_size": steering.VOCABULARY, "hidden_size": 16}
 TINY_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 TINY_LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-TINY_MIXTURE = {"intermediate_size": 8, "moe_intermediate_size": 4}
+TINY_MIXTURE = {"intermediate_size": 8, "moe_intermediate_size": 8}
 TINY_LONGCAT = TINY | TINY_LATENT | {
     "num_attention_heads": 2,
     "head_dim": 8,
