@@ -1,5 +1,6 @@
 """Describe a model without its weights: family, routers, scoring. Builds it on the meta device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from steermoe.errors import ModelError, UnsupportedModel
 from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded, _why_not_run
 from steermoe.routing.architectures import PYTHON_ONLY
-from steermoe.routing.routers import find_routers, scoring, shape_of
+from steermoe.routing.routers import Router, find_routers, scoring, shape_of
 from steermoe.routing.shape import RoutingShape
 
 
@@ -21,7 +22,7 @@ class ModelDescription:
         shape: its name, its architecture, and its routers: none if it can't be steered.
         scoring: how the router turns logits into weights, "softmax" or "sigmoid".
         shared_experts: whether every token also passes through a shared expert.
-        parameters: of the whole model, including all experts.
+        parameters: of the whole model, including all experts that have weights.
     """
 
     shape: RoutingShape
@@ -104,9 +105,20 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         scoring=scoring(routers[0].module, text) if routers else "",
         shared_experts=any("shared_expert" in n or "shared_mlp" in n for n, _ in built.named_modules()),
         router_class=type(routers[0].module).__name__ if routers else "",
-        parameters=sum(parameter.numel() for parameter in built.parameters()),
+        parameters=sum(parameter.numel() for parameter in built.parameters()) - _unused(built, routers),
         reason=reason,
     )
+
+
+def _unused(built: Any, routers: Sequence[Router]) -> int:
+    """Parameters that only transformers has: longcat's experts that do nothing have rows in its tensors of experts."""
+    unused = 0
+    for router in routers:
+        block = built.get_submodule(router.name.rpartition(".")[0])
+        for weight in block.experts.parameters(recurse=False) if router.blanks and hasattr(block, "experts") else ():
+            if len(weight) == router.num_experts:
+                unused += weight[: router.blanks].numel()
+    return unused
 
 
 def shape_of_config(model_config: Any) -> RoutingShape:

@@ -1,6 +1,6 @@
 """Load a checkpoint as a transformers model with its tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from steermoe.models.quantization import Quantization
+    from steermoe.routing.routers import Router
     from steermoe.routing.shape import RoutingShape
 
 
@@ -100,7 +101,7 @@ def load(
         quantize: "int8" for weights of that type, on a CPU.
 
     Raises:
-        ModelError: it can't be found or loaded. UnsupportedModel: it has no routers.
+        ModelError: it can't be found or loaded, or has no weights for a router. UnsupportedModel: it has no routers.
     """
     import torch
     from transformers import AutoConfig, AutoTokenizer
@@ -113,7 +114,7 @@ def load(
     if device_map is None and torch.accelerator.is_available():
         device_map = "auto"
     chosen: Any = _parse_dtype(dtype) if dtype != "auto" else _natural_dtype(where, device_map)
-    weights = dict(extra)
+    weights: dict[str, Any] = dict(extra)
     if "gguf_file" in extra:
         from transformers import GgufConfig
 
@@ -122,15 +123,14 @@ def load(
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
         if wrong := _why_not_run(config):
             raise UnsupportedModel(f"'{name}' ({config.model_type}) can't be run by steermoe: {wrong}")
-        loaded = _auto_class(config).from_pretrained(
-            where, dtype=chosen, device_map=device_map, trust_remote_code=trust_remote_code, **weights
-        )
+        given = {"dtype": chosen, "device_map": device_map, "trust_remote_code": trust_remote_code, **weights}
+        loaded, outcome = _auto_class(config).from_pretrained(where, output_loading_info=True, **given)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
     except UnsupportedModel:
         raise
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error, where)) from error
-    find_routers(loaded)
+    _check_complete(name, find_routers(loaded), outcome["missing_keys"])
     if quantize is not None:
         from steermoe.models.quantization import quantize_model
 
@@ -138,6 +138,22 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return LoadedModel(name, loaded.eval(), tokenizer)
+
+
+def _check_complete(name: str, routers: "Sequence[Router]", missing: "Collection[str]") -> None:
+    """Make sure that the weights of all routers are among those that a checkpoint has.
+
+    Raises:
+        ModelError: they are not.
+    """
+    made_up = [key for key in missing if key.endswith("weight")]
+    lacking = [router.name for router in routers if any(key.startswith(f"{router.name}.") for key in made_up)]
+    if lacking:
+        raise ModelError(
+            f"'{name}' has no weights for {len(lacking)} of its routers, such as '{lacking[0]}', so transformers made "
+            "random ones: its files are incomplete, or its config.json or its own code asks for more layers than they "
+            "have; get it again, or try another version of transformers"
+        )
 
 
 def try_remote_code(loaded: LoadedModel) -> None:

@@ -110,6 +110,18 @@ def test_a_checkpoint_that_is_cut_off(tmp_path, tiny_checkpoint, name):
         loading.load(tmp_path / "half")
 
 
+def test_a_checkpoint_without_weights_for_a_router(tmp_path, tiny_checkpoint):
+    """As if its code asked for another number of layers: transformers would fill them with random numbers."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "half"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 2}))
+    with pytest.raises(
+        ModelError, match=r"'half' has no weights for 2 of its routers, such as 'model\.layers\.3\."
+    ) as error:
+        loading.load(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_remote_code_needs_consent(tmp_path):
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     folder = config_folder(tmp_path / "remote", config)
@@ -337,14 +349,18 @@ class Model(MixtralForCausalLM):
 """
 
 
-def test_remote_code_that_is_outdated_where_it_generates(tmp_path, tiny_checkpoint, monkeypatch):
+def test_remote_code_that_is_outdated_where_it_generates(tmp_path, tiny_checkpoint, tiny_model, monkeypatch):
     """It can still be loaded, for what needs no cache, such as embedding texts."""
+    from safetensors.torch import save_file
+
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "remote"))
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.39.3"}))
     (folder / "code.py").write_text(OLD_MODEL)
+    # transformers renames the weights of its own families only
+    save_file(tiny_model.model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     engine = HFEngine(loading.load(folder, trust_remote_code=True))
     for use in (lambda: engine.generate([Request("a")]), lambda: engine.decoder(2)):
         with pytest.raises(ModelError, match=r"which transformers 4\.39\.3 runs .*no attribute 'get_usable_length'"):

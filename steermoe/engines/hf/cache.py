@@ -196,14 +196,27 @@ def empty_cache(model: PreTrainedModel, forgets: bool = True) -> DynamicCache:
     return cache
 
 
+def has_own_generate(model: PreTrainedModel) -> bool:
+    """Whether code that came with a checkpoint replaces `generate`, as LongCat-Flash-Lite's does: its cache also keeps
+    the last tokens.
+
+    What such a cache holds, and what padding means to it, is not known here.
+    """
+    own = getattr(type(model), "generate", None)
+    return own is not None and not own.__module__.startswith("transformers.")
+
+
 def rows_can_change(model: PreTrainedModel) -> bool:
     """Whether the model's cache is only keys and values per token, so that rows may begin at different times.
 
-    It is not if layers are recurrent or convolutional, index their keys, or belong to an encoder-decoder.
+    It is not if layers are recurrent or convolutional, index their keys, or belong to an encoder-decoder, nor if the
+    model's own `generate` may begin with a cache of its own.
     """
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
     if config.is_encoder_decoder or not {"position_ids", "attention_mask", "past_key_values"} <= accepted.keys():
+        return False
+    if has_own_generate(model):
         return False
     if not model._supports_default_dynamic_cache():
         return False

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from steermoe.engines.decoding import Row, finish
+from steermoe.engines.hf.cache import has_own_generate
 from steermoe.engines.hf.sampling import RowLimits, RowSampler
 from steermoe.engines.request import Completion, Request
 from steermoe.models.loading import LoadedModel
@@ -23,6 +24,8 @@ from steermoe.steering.report import SteeringReport
 
 class StaticDecoder:
     """Runs everything that has been started as one batch, which takes as long as its longest row.
+
+    A model with a `generate` of its own gets a batch for each length of prompt.
 
     Args:
         loaded: the model and its tokenizer.
@@ -62,9 +65,18 @@ class StaticDecoder:
     def step(self) -> list[Completion]:
         if not self._rows:
             return []
-        done = self._run(self._rows)
+        done = [completion for rows in self._batches() for completion in self._run(rows)]
         self._rows = []
         return done
+
+    def _batches(self) -> list[list[Row[None]]]:
+        """All rows together; by length if the model has a `generate` of its own, which may read padding as text."""
+        if not has_own_generate(self._model):
+            return [self._rows]
+        batches: dict[int, list[Row[None]]] = {}
+        for row in self._rows:
+            batches.setdefault(len(row.prompt), []).append(row)
+        return list(batches.values())
 
     def _run(self, rows: Sequence[Row[None]]) -> list[Completion]:
         """Generate with steering attached and routing recorded, and leave the model as it was."""

@@ -39,6 +39,7 @@ _FIELDS = (
     *("a_row", "a_active", "a_push", "a_marks", "a_formula", "a_paper", "a_number", "a_factor", "a_output", "a_text"),
     *("a_counts", "a_calls", "a_saved", "a_scratch", "a_state"),
     *("any_listed", "a_listed", "a_ordered", "forced_hits", "forced_places", "banned_hits", "banned_places"),
+    *("a_source", "a_counted"),
 )
 FIELD = {name: number for number, name in enumerate(_FIELDS)}
 _AT_NAME, _AT_OP, _AT_OP_PARAMS, _AT_SRC, _AT_DATA, _AT_NE, _AT_NB, _AT_BUFFER = range(8)
@@ -48,6 +49,7 @@ _TOKENS, _OUTPUTS, _HAS_TEXTS, _HITS, _SLOTS, _PROBLEM = range(24, 30)
 _A_ROW, _A_ACTIVE, _A_PUSH, _A_MARKS, _A_FORMULA, _A_PAPER, _A_NUMBER, _A_FACTOR, _A_OUTPUT, _A_TEXT = range(30, 40)
 _A_COUNTS, _A_CALLS, _A_SAVED, _A_SCRATCH, _A_STATE = range(40, 45)
 _ANY_LISTED, _A_LISTED, _A_ORDERED, _FORCED_HITS, _FORCED_PLACES, _BANNED_HITS, _BANNED_PLACES = range(45, 52)
+_A_SOURCE, _A_COUNTED = 52, 53
 
 PROBLEM_SHAPE, PROBLEM_TYPE = 1, 2
 PARAMETERS = 6
@@ -131,6 +133,10 @@ def _count_node(state, row, tensor, steered):
     if tokens not in (every, outputs):
         state[_PROBLEM] = PROBLEM_SHAPE
         return
+    counted_L = carray(pointer(state[_A_COUNTED]), (routers,), np.uint8)
+    if counted_L[row] != 0:  # grovemoe takes its choice twice
+        return
+    counted_L[row] = 1
     data = word(tensor + state[_AT_DATA])
     if ask_host(state[_IS_HOST], _buffer(state, tensor)) == 0:
         data = state[_A_SCRATCH]
@@ -196,7 +202,8 @@ def _order_node(state, row, tensor):
     number_T = carray(pointer(state[_A_NUMBER]), (every,), np.int32)
     factor_T = carray(pointer(state[_A_FACTOR]), (every,), np.float32)
     output_T = carray(pointer(state[_A_OUTPUT]), (max(outputs, 1),), np.int32)
-    carray(pointer(state[_A_ORDERED]), (routers,), np.int64)[row] += 1
+    ordered_L = carray(pointer(state[_A_ORDERED]), (routers,), np.int64)
+    ordered_L[row] += 1
     for t in range(tokens):
         token = t if tokens == every else output_T[t]
         number = number_T[token]
@@ -204,6 +211,8 @@ def _order_node(state, row, tensor):
             continue
         marks_N = carray(pointer(state[_A_MARKS] + (number * routers + row) * experts), (experts,), np.uint8)
         _keep_lists(marks_N, order_TN[t])
+        if ordered_L[row] > 1:  # grovemoe takes its choice twice
+            continue
         for n in range(experts):
             marks = marks_N[order_TN[t, n]]
             state[_FORCED_PLACES] += (marks & FORCED) != 0
@@ -352,7 +361,10 @@ def _edit_in_graph(target, source, state):
     tokens = word(source + state[_AT_NE] + 8)
     z_TN = carray(pointer(word(source + state[_AT_DATA])), (tokens, experts), np.float32)
     p_TN = carray(pointer(word(target + state[_AT_DATA])), (tokens, experts), np.float32)
-    _edit_node(state, row, z_TN)
+    source_L = carray(pointer(state[_A_SOURCE]), (state[_ROUTERS],), np.int64)
+    if source_L[row] != source:  # grovemoe makes probabilities of the same logits twice
+        source_L[row] = source
+        _edit_node(state, row, z_TN)
     is_softmax = carray(pointer(state[_A_SAVED] + 8 * SAVED * row), (1,), np.int64)[0] == state[_OP_SOFTMAX]
     for t in range(tokens):
         if is_softmax:

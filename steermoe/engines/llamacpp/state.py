@@ -80,6 +80,8 @@ class CallbackState:
         self._keep("output", np.zeros(capacity, dtype=np.int32))
         self._keep("text", np.full(capacity, -1, dtype=np.int32))
         self._keep("calls", np.zeros(routers, dtype=np.int64))
+        self._keep("source", np.zeros(routers, dtype=np.int64))
+        self._keep("counted", np.zeros(routers, dtype=np.uint8))
         self._keep("listed", np.zeros(routers, dtype=np.uint8))
         self._keep("ordered", np.zeros(routers, dtype=np.int64))
         self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
@@ -157,6 +159,8 @@ class CallbackState:
         self._set("tokens", tokens)
         self._set("outputs", len(outputs))
         self._kept["calls"][:] = 0
+        self._kept["source"][:] = 0
+        self._kept["counted"][:] = 0
         self._kept["ordered"][:] = 0
         steered = int(steered_T.sum())
         idle = int((self._kept["active"] == 0).sum())
