@@ -48,7 +48,7 @@ def stored_fingerprint(where: Path | str, gates: "Sequence[Gate]") -> str:
         gates: what to look for in it; a GGUF file names its gates itself.
 
     Returns:
-        "" if the numbers can't be had: other kinds of files, quantised gates, none or several tensors that fit.
+        "" if the numbers are unknown: other kinds of files, quantised gates, none or several tensors that fit.
     """
     if Path(where).suffix.lower() == ".gguf":
         try:

@@ -43,8 +43,9 @@ def read_numbers(file: BinaryIO, kind: str, count: int, start: int) -> list[floa
     Raises:
         KeyError: another type. struct.error: the file is cut off.
     """
-    form, numbers = FORMATS[kind], []
+    form = FORMATS[kind]
     size = struct.calcsize(form)
+    numbers: list[float] = []
     for first in starts(count):
         length = min(RUN, count - first)
         file.seek(start + first * size)
