@@ -14,8 +14,8 @@ from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
-from steermoe.vectors.file import SUFFIX, check_domain_name, read_header
-from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting
+from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
+from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting, whose
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
@@ -79,14 +79,21 @@ class PlanResolver:
         vectors: a folder of vectors to search first.
         watch: for each spec, search again and reread files that changed, as a server must. Otherwise what was read
             once stays, as in a batch, whose stories are keyed by it.
+        any_model: also take vectors that were built for another model of the same shape.
         names_only: refuse file paths, and name no folders in messages, as for remote clients.
     """
 
     def __init__(
-        self, shape: RoutingShape, vectors: Path | None = None, *, watch: bool = False, names_only: bool = False
+        self,
+        shape: RoutingShape,
+        vectors: Path | None = None,
+        *,
+        watch: bool = False,
+        names_only: bool = False,
+        any_model: bool = False,
     ) -> None:
         self.shape = shape
-        self._folder = vectors
+        self._folder, self._any_model = vectors, any_model
         self._watch, self._names_only = watch, names_only
         self._plan = lru_cache(KEPT_PLANS)(self._make)
         self._vector = lru_cache(KEPT_VECTORS)(self._find_vector)
@@ -122,13 +129,13 @@ class PlanResolver:
     def _read_fits(self, path: Path, stamp: Hashable) -> bool:
         """Whether a file holds a vector that fits; says once in the log why it can't be read."""
         try:
-            read_fitting([path], self.shape)
+            is_foreign = whose(read_vector(path), self.shape) == "foreign"
         except CompatibilityError:
             return False
         except VectorError as error:
             log.warning("steermoe leaves out a vector file: %s", escaped(str(error)))
             return False
-        return True
+        return self._any_model or not is_foreign
 
     def _make(self, spec: SteeringSpec, stamps: Hashable) -> SteeringPlan | None:
         if spec.is_unsteered:
@@ -151,7 +158,7 @@ class PlanResolver:
     def _read(self, name: str) -> SteeringVector:
         paths = self._find(name)
         try:
-            return read_fitting(paths, self.shape, foreign=is_path(name))[1]
+            return read_fitting(paths, self.shape, path=is_path(name), any_model=self._any_model)[1]
         except VectorError as error:
             if not self._names_only:
                 raise
