@@ -288,8 +288,7 @@ class Tracker:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         rows, columns = (1, 1) if tokens is None else tokens.shape[:2]
         counted = _real_tokens(given.get("attention_mask"), rows, columns)
-        # the prompt's last token is the decoder's first
-        return Window(rows, columns, 0, columns + 1, counted, "encoder")
+        return Window(rows, columns, 0, columns, counted, "encoder")
 
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

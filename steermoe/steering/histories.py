@@ -38,8 +38,10 @@ class Histories:
             SteeringError: a plan follows tags, and what the text is can't be known.
         """
         index = window.generated_index()
+        if window.stack == "encoder":  # the prompt's last token is the decoder's first
+            return index - 1
         tags = [self._tags.of(plan) for plan in plans]
-        if not any(tags) or window.index is not None or window.stack == "encoder":
+        if not any(tags) or window.index is not None:
             return index
         if window.ids is None:
             if window.is_prompt:  # no token of a prompt depends on its tags

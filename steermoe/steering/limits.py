@@ -61,7 +61,7 @@ def check_tags(tags: Any) -> tuple[str, str]:
     """The texts of two think tags.
 
     Raises:
-        SteeringError: they are no two texts that can be told apart, or too long.
+        SteeringError: they are not two different texts, or too long.
     """
     is_pair = isinstance(tags, list | tuple) and len(tags) == 2 and all(isinstance(tag, str) for tag in tags)
     if not is_pair or not all(tag.strip() and len(tag) <= MOST_TAG for tag in tags) or tags[0] == tags[1]:

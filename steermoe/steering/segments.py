@@ -48,8 +48,10 @@ class Tags:
     def of_json(cls, value: list[Any]) -> "Tags":
         """What `as_json` returned."""
         *listed, ends = value
-        betweens = [Between(*(tuple(tuple(map(frozenset, tag)) for tag in tags) for tags in one)) for one in listed]
-        return cls(*betweens, frozenset(ends))
+        thinking, answer, calls = (
+            Between(*(tuple(tuple(map(frozenset, tag)) for tag in tags) for tags in one)) for one in listed
+        )
+        return cls(thinking, answer, calls, frozenset(ends))
 
 
 Kind = Literal["", "thinking", "answer", "tool-calls"]

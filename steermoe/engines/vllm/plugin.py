@@ -379,7 +379,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 if getattr(self, "steermoe_resolver", None) is None:
                     self.steermoe_resolver = PlanResolver(shape_of_config(self.model_config), watch=True)
-                    self.steermoe_resolver.tags = tags_of_processor(self)
+                    self.steermoe_resolver.tags = tags_of_inputs(self)
                 plan = packed(self.steermoe_resolver, asked)
                 most = getattr(params, "max_tokens", None)
                 if plan is not None and plan is not asked and most is not None:
@@ -397,12 +397,12 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
-def tags_of_processor(processor: Any) -> ModelTags:
-    """The tags of the model whose requests an input processor reads."""
-    tokenizer = getattr(processor, "tokenizer", None)
+def tags_of_inputs(inputs: Any) -> ModelTags:
+    """The tags of the model whose requests vLLM's InputProcessor reads."""
+    tokenizer = getattr(inputs, "tokenizer", None)
     if tokenizer is None:
         return ModelTags()
-    defaults = processor.model_config.try_get_generation_config() or {}
+    defaults = inputs.model_config.try_get_generation_config() or {}
     end = defaults.get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
     return ModelTags.of_tokenizer(tokenizer, ends)

@@ -175,7 +175,7 @@ class SteeringEndpoint:
         if reason := next(filter(None, reasons), ""):
             raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
         resolver = PlanResolver(shape_of_config(engine_client.model_config), watch=True, names_only=True)
-        resolver.tags = plugin.tags_of_processor(engine_client.input_processor)
+        resolver.tags = plugin.tags_of_inputs(engine_client.input_processor)
         engine_client.input_processor.steermoe_resolver = resolver
         no_lists = await engine_client.collective_rpc("steermoe_no_lists")
         engine_client.input_processor.steermoe_no_lists = next(filter(None, no_lists), "")

@@ -22,8 +22,9 @@ def plans(engine):
 
 @pytest.fixture(scope="module")
 def alone(engine, plans):
-    """Each request with what it gives alone."""
-    return [(request, engine.generate([request])[0]) for request in chat_models.requests(list(plans.values()))]
+    """Requests of all plans and prompts, each with what it gives alone."""
+    requests = chat_models.requests(list(plans.values()), tokens=18)[::2]
+    return [(request, engine.generate([request])[0]) for request in requests]
 
 
 def wanted(plan, places):
