@@ -5,7 +5,8 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from steermoe.errors import SteeringError
-from steermoe.models.template import Pair, answer_tags, think_tags, tool_tags
+from steermoe.models.tags import Pair, answer_tags, tool_tags
+from steermoe.models.template import think_tags
 from steermoe.routing.positions import SEGMENTS, Positions
 from steermoe.steering.limits import quoted
 from steermoe.steering.plans import SteeringPlan

@@ -4,29 +4,13 @@ import pytest
 from tokenizers import AddedToken
 
 from steermoe.errors import SteeringError
-from steermoe.models.template import think_tags, tool_tags
+from steermoe.models.tags import tool_tags
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.tags import HFVocabulary, ModelTags
 from tests.support import chat_models, tiny_ggufs
 
 HARMONY = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "<|return|>")
 BAN = {"ban": ((0, 0),)}
-
-
-@pytest.mark.parametrize(
-    ("template", "special", "expected"),
-    [
-        (None, (), None),
-        (None, ("<think>", "</think>", "<s>"), ("<think>", "</think>")),
-        ("{{ '<think>\n' }} ... split('</think>')", (), ("<think>", "</think>")),
-        ("only <think> in words", (), None),
-        (None, HARMONY, ("<|channel|>analysis<|message|>", "<|end|>")),
-        (None, ("<|end|>", "<|user|>"), None),
-        (None, ("[THINK]", "[/THINK]"), ("[THINK]", "[/THINK]")),
-    ],
-)
-def test_think_tags(template, special, expected):
-    assert think_tags(template, special) == expected
 
 
 def test_tool_tags():
@@ -61,6 +45,7 @@ def test_tags_of_one_token():
 def test_tags_of_channels():
     tokenizer = tiny_ggufs.byte_tokenizer()
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in HARMONY])
+    tokenizer.chat_template = "<|start|>assistant<|channel|>analysis<|message|>"
     tags = tags_of(tokenizer, positions="answer")
     (opening,) = tags.answer.opens
     words = [tokenizer.decode(sorted(some)) for some in opening]

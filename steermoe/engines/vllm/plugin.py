@@ -29,13 +29,12 @@ from torch import Tensor
 from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.histories import Histories, segments_of
 from steermoe.engines.vllm.selection import Choice
-from steermoe.engines.vllm.spec import packed
+from steermoe.engines.vllm.spec import packed, resolver_for
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, tags_of, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.models.description import shape_of_config
 from steermoe.routing.shape import RouterShape
-from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.tags import ModelTags
 
 TESTED = "0.32."
@@ -378,7 +377,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
         if asked is not None:
             try:
                 if getattr(self, "steermoe_resolver", None) is None:
-                    self.steermoe_resolver = PlanResolver(shape_of_config(self.model_config), watch=True)
+                    self.steermoe_resolver = resolver_for(self.model_config)
                     self.steermoe_resolver.tags = tags_of_inputs(self)
                 plan = packed(self.steermoe_resolver, asked)
                 most = getattr(params, "max_tokens", None)
