@@ -8,6 +8,7 @@ import torch
 import steermoe
 from steermoe.routing.recording import record_routing
 from steermoe.steering.handle import attach
+from tests.routing.test_routers import TrainedCopy
 from tests.support import steering_models as tiny
 
 
@@ -69,12 +70,20 @@ def test_a_copy_has_nothing_to_take_off(model):
     assert steermoe.detach(model)
 
 
-def test_around_the_model(model):
-    peft = pytest.importorskip("peft")
+def test_a_model_whose_routers_were_copied_since(model):
+    """As PEFT does where it trains a router: the copy is used, beside the original with what was attached to it."""
     before = logits(model)
     attach(model, tiny.plan_for_experts(model, 1, positions="all"))
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], init_lora_weights=True)
-    adapted = peft.get_peft_model(model, config)
-    assert steermoe.detach(adapted)
-    assert torch.equal(logits(adapted), before)
-    assert not steermoe.detach(adapted)
+    for layer in model.model.layers:
+        layer.mlp.gate = TrainedCopy(layer.mlp.gate, "default")
+    assert steermoe.detach(model)
+    assert torch.equal(logits(model), before)
+    assert not steermoe.detach(model)
+    hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
+    assert not any(before or after for before, after in hooks)
+
+
+def test_through_a_wrapper(model):
+    attach(model, tiny.plan_for_experts(model, 1))
+    assert steermoe.detach(torch.nn.Sequential(model))
+    assert tiny.traces(model) == []

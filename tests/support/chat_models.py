@@ -101,3 +101,21 @@ def places(completion: Completion, prompt: Sequence[int], tokenizer: PreTrainedT
             where = "thinking" if thinks else "answer"
         found.append("prompt" if number < len(prompt) else where)
     return found
+
+
+def steered(plan: SteeringPlan, places: Sequence[str]) -> int:
+    """How many of the tokens that the model reads a plan steers, by the tests' own reading of a text."""
+    inside = {"thinking", "answer", "tool-calls"}
+    first = places.index(next(place for place in places if place != "prompt"))
+    count, found = 0, 0
+    for number, place in enumerate(places[:-1]):
+        if plan.positions in inside:
+            is_meant, at = place == plan.positions, count
+        elif plan.positions == "all" and number < first:
+            is_meant, at = True, -1
+        else:
+            at = number - first + (plan.positions == "last-prompt")
+            is_meant = at >= 0 and place not in ("call tag", "tool-calls")
+        count += is_meant
+        found += is_meant and float(plan.schedule.factor(torch.tensor([at]))[0]) > 0
+    return found

@@ -435,12 +435,10 @@ def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:
 
 def _block_numbers(request: Any, data: bytes, start: int, end: int) -> Tensor:
     """The numbers of a request's tokens from `start` to `end`, for `SteeringPlan.factor`."""
-    index = torch.arange(start, end) - request.num_prompt_tokens
-    if tags_of(data) is None:
-        return index
-    segments = getattr(request, "steermoe_segments", None)
+    segments = getattr(request, "steermoe_segments", None) or segments_of(data, request.num_prompt_tokens)
     if segments is None:
-        segments = request.steermoe_segments = segments_of(data, request.num_prompt_tokens)
+        return torch.arange(start, end) - request.num_prompt_tokens
+    request.steermoe_segments = segments
     segments.read(request.all_token_ids[len(segments.tokens) : end])
     return torch.tensor(segments.numbers[start:end])
 

@@ -1,6 +1,7 @@
 """Positions that follow tags in llama.cpp: the texts and reports of the transformers engine, alone and side by side."""
 
 import pytest
+import torch
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
 pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
@@ -8,6 +9,7 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.errors import SteeringError
+from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.plans import SteeringPlan
 from tests.support import chat_models, tiny_ggufs
 
@@ -28,14 +30,35 @@ def test_texts_and_reports_of_the_transformers_engine(engine, hf):
     requests = chat_models.requests(list(chat_models.plans_of_every_position(hf.shape).values()))
     theirs, ours = hf.generate(requests), engine.generate(requests)
     assert [engine.encode(request) for request in requests] == [hf.encode(request) for request in requests]
-    for own, other in zip(ours, theirs, strict=True):
-        assert own.token_ids == other.token_ids
-        assert own.missed == other.missed
-    assert ours[0].report.tokens_steered == theirs[0].report.tokens_steered
-    for request in requests[5::7]:
-        (alone,), (other,) = engine.generate([request]), hf.generate([request])
-        assert alone.token_ids == other.token_ids
-        assert alone.report.tokens_steered == other.report.tokens_steered
+    differ = [pair for pair in zip(ours, theirs, strict=True) if pair[0].token_ids != pair[1].token_ids]
+    assert len(differ) < len(requests) / 10
+    for own, other in differ:
+        assert gap(hf, own, other) < 0.02  # llama.cpp's own logits, steered or not, are off by up to half of it
+
+
+def gap(hf, own, other):
+    """How far the transformers model's logits of two texts are apart where they begin to differ."""
+    texts = zip(own.token_ids, other.token_ids, strict=True)
+    at = next(number for number, (one, two) in enumerate(texts) if one != two)
+    prompt = hf.encode(own.request)
+    handle = SteeringHandle(hf.loaded.model, [own.request.plan], hf.tags)
+    handle.set(prompt_length=len(prompt))
+    with torch.no_grad():
+        logits = hf.loaded.model(torch.tensor([[*prompt, *own.token_ids[:at]]])).logits[0, -1]
+    handle.remove()
+    return float((logits[own.token_ids[at]] - logits[other.token_ids[at]]).abs())
+
+
+def test_a_text_alone_is_steered_where_it_says(engine, hf):
+    requests = chat_models.requests(list(chat_models.plans_of_every_position(hf.shape).values()))
+    together = engine.generate(requests)
+    for request, beside in zip(requests[::2], together[::2], strict=True):
+        (alone,) = engine.generate([request])
+        assert alone.token_ids == beside.token_ids
+        if request.plan is not None and request.plan.think_tags is None:
+            places = chat_models.places(alone, engine.encode(request), hf.loaded.tokenizer)
+            assert alone.report.tokens_steered == chat_models.steered(request.plan, places)
+            assert bool(alone.missed) == (alone.report.tokens_steered == 0)
 
 
 def test_both_find_the_same_tags(engine, hf):

@@ -84,6 +84,26 @@ def test_preempted_texts_go_on_as_they_were(reference, start):
     assert completions[0].report.tokens_seen > needed, "nothing was preempted: the test shows nothing"
 
 
+def test_a_request_in_json(reference, start):
+    """As a client of the server writes it."""
+    from vllm import SamplingParams, TokensPrompt
+
+    engine = start()
+    spec = {"ban": ["0:1", "1:2"], "positions": "answer", "schedule": "first:9"}
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, extra_args={"steering": spec})
+    plan = SteeringPlan(ban=((0, 1), (1, 2)), positions="answer", schedule="first:9")
+    asked = chat_models.requests([plan])
+    found = []
+    for number, request in enumerate(asked):
+        prompt = TokensPrompt(prompt_token_ids=engine.encode(request))
+        engine._vllm.add_request(str(number), prompt, params)
+        while engine._vllm.has_unfinished_requests():
+            outputs = engine._vllm.step()
+        found.append(tuple(outputs[0].outputs[0].token_ids))
+    assert found == one_by_one(reference[0], asked)
+    assert engine.report().tokens_steered > 0
+
+
 @pytest.mark.slow
 def test_compiled_code(reference, start):
     engine = start(compiled=True)
