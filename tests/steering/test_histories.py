@@ -8,7 +8,7 @@ from steermoe.engines.text import literal_tokens
 from steermoe.errors import SteeringError
 from steermoe.steering.handle import attach, steer
 from steermoe.steering.tags import ModelTags
-from tests.support import chat_models
+from tests.support import tagged_models
 from tests.support.steering_models import continued, left_padded, step_by_step, traces
 
 TOKENS = 16
@@ -17,30 +17,30 @@ POSITIONS = ("thinking", "answer", "tool-calls", "generated", "last-prompt")
 
 @pytest.fixture(scope="module")
 def loaded():
-    return chat_models.build()
+    return tagged_models.build()
 
 
 @pytest.fixture(scope="module")
 def plans(loaded):
-    found = chat_models.plans_of_every_position(loaded.model)
+    found = tagged_models.plans_of_every_position(loaded.model)
     return [found[name] for name in POSITIONS]
 
 
 @pytest.fixture(scope="module")
 def expected(loaded, plans):
     """What the engine writes for each plan and prompt."""
-    done = HFEngine(loaded).generate(chat_models.requests(plans, TOKENS))
+    done = HFEngine(loaded).generate(tagged_models.requests(plans, TOKENS))
     return [list(one.token_ids) for one in done]
 
 
 def prompts(loaded):
-    return [torch.tensor([literal_tokens(loaded.tokenizer, text)]) for text in chat_models.PROMPTS]
+    return [torch.tensor([literal_tokens(loaded.tokenizer, text)]) for text in tagged_models.PROMPTS]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generate(loaded, plans, expected, use_cache):
     batch = left_padded(prompts(loaded))
-    rows = [plan for plan in plans for _ in chat_models.PROMPTS]
+    rows = [plan for plan in plans for _ in tagged_models.PROMPTS]
     batch = {name: tensor.repeat(len(plans), 1) for name, tensor in batch.items()}
     with steer(loaded.model, rows=rows, tokenizer=loaded.tokenizer):
         found = continued(loaded.model, batch.pop("input_ids"), TOKENS, use_cache=use_cache, **batch)
@@ -52,7 +52,7 @@ def test_direct_calls(loaded, plans, expected):
     ids = prompts(loaded)[1]
     with steer(loaded.model, rows=[plans[1]], tokenizer=loaded.tokenizer) as handle:
         logits = step_by_step(loaded.model, handle, ids, TOKENS)
-    assert [int(one.argmax()) for one in logits] == expected[len(chat_models.PROMPTS) + 1]
+    assert [int(one.argmax()) for one in logits] == expected[len(tagged_models.PROMPTS) + 1]
 
 
 def test_another_plan_half_way_reads_the_text_again(loaded, plans):

@@ -7,7 +7,7 @@ from steermoe.errors import SteeringError
 from steermoe.models.tags import tool_tags
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.tags import HFVocabulary, ModelTags
-from tests.support import chat_models, tiny_ggufs
+from tests.support import tagged_models, tiny_ggufs
 
 HARMONY = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "<|return|>")
 BAN = {"ban": ((0, 0),)}
@@ -25,7 +25,7 @@ def tags_of(tokenizer, **fields):
 
 
 def test_plans_follow_no_tags_unless_they_have_to():
-    plain, chat = tiny_ggufs.byte_tokenizer(), chat_models.chat_tokenizer()
+    plain, chat = tiny_ggufs.byte_tokenizer(), tagged_models.chat_tokenizer()
     assert [tags_of(plain, positions=one) for one in ("generated", "all", "prompt", "last-prompt")] == [None] * 4
     assert tags_of(chat, positions="prompt") is None
     assert tags_of(chat).tool_calls.opens
@@ -34,7 +34,7 @@ def test_plans_follow_no_tags_unless_they_have_to():
 
 
 def test_tags_of_one_token():
-    tokenizer = chat_models.chat_tokenizer()
+    tokenizer = tagged_models.chat_tokenizer()
     number = tokenizer.convert_tokens_to_ids
     tags = tags_of(tokenizer, positions="thinking")
     assert tags.thinking.opens == ((frozenset([number("<think>")]),),)

@@ -5,24 +5,24 @@ import pytest
 from steermoe.engines.decoding import complete
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.static import StaticDecoder
-from tests.support import chat_models
+from tests.support import tagged_models
 from tests.support.rolling import roll
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return HFEngine(chat_models.build())
+    return HFEngine(tagged_models.build())
 
 
 @pytest.fixture(scope="module")
 def plans(engine):
-    return chat_models.plans_of_every_position(engine.shape)
+    return tagged_models.plans_of_every_position(engine.shape)
 
 
 @pytest.fixture(scope="module")
 def alone(engine, plans):
     """Requests of all plans and prompts, each with what it gives alone."""
-    requests = chat_models.requests(list(plans.values()), tokens=14)[::2]
+    requests = tagged_models.requests(list(plans.values()), tokens=14)[::2]
     return [(request, engine.generate([request])[0]) for request in requests]
 
 
@@ -32,16 +32,16 @@ def test_each_plan_steers_the_tokens_that_the_text_says(engine, alone):
         plan = request.plan
         if plan is None or plan.think_tags is not None:
             continue
-        places = chat_models.places(done, engine.encode(request), engine.loaded.tokenizer)
+        places = tagged_models.places(done, engine.encode(request), engine.loaded.tokenizer)
         seen |= set(places[:-1])
-        steered = chat_models.steered(plan, places)
+        steered = tagged_models.steered(plan, places)
         assert done.report.tokens_steered == steered
         assert bool(done.missed) == (steered == 0)
     assert seen == {"prompt", "tag", "call tag", "thinking", "answer", "tool-calls"}
 
 
 def test_positions_change_texts(alone):
-    assert len({(request.prompt, done.token_ids) for request, done in alone}) > 2 * len(chat_models.PROMPTS)
+    assert len({(request.prompt, done.token_ids) for request, done in alone}) > 2 * len(tagged_models.PROMPTS)
 
 
 @pytest.mark.parametrize("rows", [3, 16])

@@ -11,12 +11,12 @@ from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.errors import SteeringError
 from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.plans import SteeringPlan
-from tests.support import chat_models, tiny_ggufs
+from tests.support import tagged_models, tiny_ggufs
 
 
 @pytest.fixture(scope="module")
 def hf():
-    return HFEngine(chat_models.build())
+    return HFEngine(tagged_models.build())
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def engine(hf, tmp_path_factory):
 
 
 def test_texts_and_reports_of_the_transformers_engine(engine, hf):
-    requests = chat_models.requests(list(chat_models.plans_of_every_position(hf.shape).values()))
+    requests = tagged_models.requests(list(tagged_models.plans_of_every_position(hf.shape).values()))
     theirs, ours = hf.generate(requests), engine.generate(requests)
     assert [engine.encode(request) for request in requests] == [hf.encode(request) for request in requests]
     differ = [pair for pair in zip(ours, theirs, strict=True) if pair[0].token_ids != pair[1].token_ids]
@@ -50,14 +50,14 @@ def gap(hf, own, other):
 
 
 def test_a_text_alone_is_steered_where_it_says(engine, hf):
-    requests = chat_models.requests(list(chat_models.plans_of_every_position(hf.shape).values()))
+    requests = tagged_models.requests(list(tagged_models.plans_of_every_position(hf.shape).values()))
     together = engine.generate(requests)
     for request, beside in zip(requests[::2], together[::2], strict=True):
         (alone,) = engine.generate([request])
         assert alone.token_ids == beside.token_ids
         if request.plan is not None and request.plan.think_tags is None:
-            places = chat_models.places(alone, engine.encode(request), hf.loaded.tokenizer)
-            assert alone.report.tokens_steered == chat_models.steered(request.plan, places)
+            places = tagged_models.places(alone, engine.encode(request), hf.loaded.tokenizer)
+            assert alone.report.tokens_steered == tagged_models.steered(request.plan, places)
             assert bool(alone.missed) == (alone.report.tokens_steered == 0)
 
 
@@ -69,7 +69,7 @@ def test_both_find_the_same_tags(engine, hf):
 
 def test_a_model_without_tags(tmp_path):
     engine = LlamaCppEngine(str(tiny_ggufs.write(tiny_ggufs.build("mixtral"), tmp_path)))
-    request = chat_models.requests([SteeringPlan(ban=((0, 0),), positions="answer")])[0]
+    request = tagged_models.requests([SteeringPlan(ban=((0, 0),), positions="answer")])[0]
     with pytest.raises(SteeringError, match="this model has none: name them with --think-tags"):
         engine.generate([request])
     engine.close()

@@ -10,7 +10,7 @@ from steermoe.engines.vllm.engine import VLLMEngine
 from steermoe.errors import SteeringError
 from steermoe.models.loading import LoadedModel
 from steermoe.steering.plans import SteeringPlan
-from tests.support import chat_models
+from tests.support import tagged_models
 from tests.support.tiny_models import build
 from tests.support.vllm_engines import OPTIONS, SIZES, all_at_once, end, greedy, one_by_one, write_checkpoint
 
@@ -20,8 +20,8 @@ def reference(tmp_path_factory):
     """The hf engine on a tiny chat model, and its folder."""
     folder = tmp_path_factory.mktemp("vllm") / "mixtral"
     model = build("mixtral", **{**SIZES, "vocab_size": 320, "tie_word_embeddings": False, "sliding_window": None})
-    chat_models.talkative(model)
-    tokenizer = chat_models.chat_tokenizer()
+    tagged_models.talkative(model)
+    tokenizer = tagged_models.chat_tokenizer()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return HFEngine(LoadedModel(folder.name, model, tokenizer)), str(folder)
@@ -42,7 +42,7 @@ def start(reference):
 
 
 def requests_for(engine, tokens=24):
-    return chat_models.requests(list(chat_models.plans_of_every_position(engine.shape).values()), tokens)
+    return tagged_models.requests(list(tagged_models.plans_of_every_position(engine.shape).values()), tokens)
 
 
 def test_texts_and_reports_of_the_hf_engine(reference, start):
@@ -60,7 +60,7 @@ def test_texts_and_reports_of_the_hf_engine(reference, start):
 def test_the_prefix_cache_keeps_apart_what_was_steered_differently(reference, start):
     """Equal texts up to a closing tag, after which one plan steers and the other does not."""
     engine = start(block_size=32)
-    sport = chat_models.plans_of_every_position(engine.shape)["answer"]
+    sport = tagged_models.plans_of_every_position(engine.shape)["answer"]
     prompt = "<think>" + "It rained all night, and the old bus was late again. " * 2
     plans = [None, sport, SteeringPlan(sport.vector, 4.0, positions="thinking"), SteeringPlan(sport.vector, 4.0)]
     asked = [Request(prompt[:60], plan, greedy(60)) for plan in plans]
@@ -92,7 +92,7 @@ def test_a_request_in_json(reference, start):
     spec = {"ban": ["0:1", "1:2"], "positions": "answer", "schedule": "first:9"}
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, extra_args={"steering": spec})
     plan = SteeringPlan(ban=((0, 1), (1, 2)), positions="answer", schedule="first:9")
-    asked = chat_models.requests([plan])
+    asked = tagged_models.requests([plan])
     found = []
     for number, request in enumerate(asked):
         prompt = TokensPrompt(prompt_token_ids=engine.encode(request))
