@@ -83,7 +83,7 @@ class SteeringHandle:
         self._histories = Histories(self._tags)
         self._model = language_model(model)
         self._routers = find_routers(self._model)
-        self._shape = shape_of(self._model, self._routers)
+        self._shape = shape_of(self._model, self._routers, sizes_only=True)
         first = self._routers[0].module
         if first in _STEERED:
             raise SteeringError(
