@@ -2,10 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from steermoe.routing.positions import EXTENT, POSITIONS
+from steermoe.steering.plans import SCHEDULES
 from steermoe.steering.spec import FIELDS, SteeringSpec
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,6 +30,25 @@ def steering_fields() -> str:
                 known["unset"] or f"`{one.default}`",
             )
         )
+    return _table(rows)
+
+
+def positions() -> str:
+    """Which tokens each position steers."""
+    return _table(
+        [
+            ("position", "first steered token", "last steered token", "number 0 of schedules"),
+            *((f"`{name}`", *EXTENT[name]) for name in POSITIONS),
+        ]
+    )
+
+
+def schedules() -> str:
+    """What each schedule does."""
+    return _table([("schedule", "strength"), *((f"`{name}`", what) for name, what in SCHEDULES.items())])
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
@@ -41,12 +62,12 @@ def _choices(hint: Any) -> Iterator[str]:
             yield from _choices(part)
 
 
-TABLES: dict[str, Callable[[], str]] = {"steering.md": steering_fields}
-"""The function that makes the table of a page."""
+TABLES: dict[str, tuple[Callable[[], str], ...]] = {"steering.md": (steering_fields, positions, schedules)}
+"""The functions that make the tables of a page."""
 
 
 def with_table(text: str, table: Callable[[], str]) -> str:
-    """The page with its table made anew.
+    """The page with one of its tables made anew.
 
     Raises:
         ValueError: the page has no place for it.
@@ -59,10 +80,13 @@ def with_table(text: str, table: Callable[[], str]) -> str:
 
 
 def main() -> None:
-    for name, table in TABLES.items():
+    for name, tables in TABLES.items():
         page = DOCS / name
-        page.write_text(with_table(page.read_text(encoding="utf-8"), table), encoding="utf-8")
-        print(f"{page.name}: {table.__name__}")
+        text = page.read_text(encoding="utf-8")
+        for table in tables:
+            text = with_table(text, table)
+            print(f"{page.name}: {table.__name__}")
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

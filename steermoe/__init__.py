@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from steermoe.routing.families import list_families
     from steermoe.routing.recording import record_routing
     from steermoe.routing.routers import find_routers
+    from steermoe.steering.detaching import detach
     from steermoe.steering.handle import SteeringHandle, attach, steer
     from steermoe.steering.plans import Schedule, SteeringPlan, plan_for
     from steermoe.steering.report import SteeringReport
@@ -50,6 +51,7 @@ _HOME = {
     "VectorInfo": "vectors.vector",
     "attach": "steering.handle",
     "describe": "models.description",
+    "detach": "steering.detaching",
     "find_routers": "routing.routers",
     "import_matrix": "vectors.matrix",
     "list_families": "routing.families",
@@ -81,6 +83,7 @@ __all__ = [
     "VectorInfo",
     "attach",
     "describe",
+    "detach",
     "find_routers",
     "import_matrix",
     "list_families",

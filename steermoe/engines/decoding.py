@@ -12,6 +12,7 @@ from steermoe.engines.engine import Decoder
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import Pieces, Tokenizer, continuation
 from steermoe.errors import GenerationError
+from steermoe.steering.segments import Segments, Tags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ class Row(Generic[S]):
         started: when it was created, by `time.perf_counter`.
         new: tokens generated so far.
         finish_reason: as in `Completion`; empty while it is being generated.
+        tags: what its plan follows, as `ModelTags.of` gives it.
     """
 
     request: Request
@@ -48,14 +50,32 @@ class Row(Generic[S]):
     started: float = field(default_factory=time.perf_counter)
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    tags: Tags | None = None
 
     def __post_init__(self) -> None:
+        self._segments = segments_of(self.request.plan, self.tags, self.prompt)
         self._pieces = None if self.on_text is None else Pieces(self.tokenizer, self.prompt)
 
     @property
     def cached(self) -> int:
         """Tokens that the model has read, once it has generated one: all but the last one."""
         return len(self.prompt) + len(self.new) - 1
+
+    @property
+    def place(self) -> int:
+        """The number of its last token, for `SteeringPlan.factor`."""
+        return len(self.new) - 1 if self._segments is None else self._segments.numbers[-1]
+
+    @property
+    def was_steered(self) -> bool | None:
+        """Whether its plan steered any of its tokens; None if their places alone tell."""
+        plan, segments = self.request.plan, self._segments
+        if plan is None or segments is None:
+            return None
+        import torch
+
+        read = segments.numbers[: len(segments.numbers) - (self.finish_reason == "length")]
+        return bool(plan.factor(torch.tensor(read)).any())
 
     @property
     def most(self) -> int:
@@ -68,6 +88,8 @@ class Row(Generic[S]):
             self.end("stop")
             return
         self.new.append(token)
+        if self._segments is not None:
+            self._segments.read([token])
         if self._pieces is not None:
             self._send(self._pieces.add(token))
         if len(self.new) == self.request.sampling.max_new_tokens:
@@ -101,12 +123,22 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         finish_reason=row.finish_reason,
         seconds=time.perf_counter() - row.started,
         frequency=frequency,
+        was_steered=row.was_steered,
     )
+
+
+def segments_of(plan: "SteeringPlan | None", tags: Tags | None, prompt: Sequence[int]) -> Segments | None:
+    """What numbers the tokens of a text, its prompt read; None if a token's place is its number."""
+    if plan is None or tags is None:
+        return None
+    segments = Segments(plan.positions, tags, len(prompt))
+    segments.read(prompt)
+    return segments
 
 
 def steers_prompt(plan: "SteeringPlan | None") -> bool:
     """Whether a plan changes how the prompt is computed."""
-    return plan is not None and plan.positions != "generated"
+    return plan is not None and plan.positions in ("prompt", "all", "last-prompt")
 
 
 def by_prompt(rows: Sequence[Row[S]]) -> list[list[Row[S]]]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from steermoe.engines.memory import Room
     from steermoe.routing.shape import RoutingShape
     from steermoe.steering.report import SteeringReport
+    from steermoe.steering.tags import ModelTags
 
 
 class Decoder(Protocol):
@@ -63,6 +64,10 @@ class Engine(Protocol):
         """How the model's numbers are stored. Equal requests may give different texts in another dtype."""
 
     @property
+    def tags(self) -> "ModelTags":
+        """The model's tags around thinking, answers and tool calls, which some positions of plans follow."""
+
+    @property
     def most_rows(self) -> int:
         """How many requests are worth running together."""
 
@@ -75,6 +80,7 @@ class Engine(Protocol):
 
         Raises:
             GenerationError: an empty prompt, or one that leaves no room in the model's context.
+            SteeringError: its plan follows tags that the model does not have.
         """
 
     def generate(

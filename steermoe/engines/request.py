@@ -16,6 +16,13 @@ MOST_SCALING = 1e9
 LISTS = ("force", "ban")
 """Fields of a plan that a completion leaves out, since lists can be long; stories have them at the end."""
 
+UNREACHED = {
+    "thinking": "none of them inside the model's think tags that was to be steered",
+    "answer": "before any token of an answer that was to be steered",
+    "tool-calls": "none of them inside a tool call that was to be steered",
+}
+"""Why no token of a text was steered, by the positions that depend on its tags."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -109,6 +116,7 @@ class Completion:
         seconds: the time of the whole batch that it was generated in.
         report: the steering report of that batch; None if nothing in it was steered.
         frequency: routing embedding F [L, N] of the generated tokens, if it was requested and there are any.
+        was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
     """
 
     request: Request
@@ -119,6 +127,7 @@ class Completion:
     seconds: float
     report: "SteeringReport | None" = None
     frequency: "Tensor | None" = None
+    was_steered: bool | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -129,12 +138,17 @@ class Completion:
         """Why none of its tokens was steered although its plan asks for it; "" if some was, or none was to be."""
         plan = self.request.plan
         read = self.new_tokens - (self.finish_reason == "length")
-        if plan is None or not plan.does_something or plan.steers(self.prompt_tokens, read):
+        if plan is None or not plan.does_something:
             return ""
+        if plan.steers(self.prompt_tokens, read) if self.was_steered is None else self.was_steered:
+            return ""
+        ended = f"steering was asked for, but the text ended after {self.new_tokens} tokens"
+        settings = f"(positions {plan.positions}, schedule {plan.schedule})"
+        if self.was_steered is False and (reason := UNREACHED.get(plan.positions)):
+            return f"{ended}, {reason} {settings}: take another seed, more tokens or positions generated"
         return (
-            f"steering was asked for, but the text ended after {self.new_tokens} tokens, before any that was to be "
-            f"steered (positions {plan.positions}, schedule {plan.schedule}): take another seed, or steer with "
-            "positions all and schedule constant"
+            f"{ended}, before any that was to be steered {settings}: take another seed, or steer with positions all "
+            "and schedule constant"
         )
 
     def as_dict(self, model: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
-from steermoe.routing.positions import POSITIONS, Positions
+from steermoe.routing.positions import RECORDED, Recorded
 from steermoe.routing.routers import (
     Router,
     _text_config,
@@ -38,7 +38,7 @@ class RoutingRecord:
         layers: the decoder layer of each of the L rows.
     """
 
-    def __init__(self, routers: list[Router], positions: Positions) -> None:
+    def __init__(self, routers: list[Router], positions: Recorded) -> None:
         self.layers = tuple(router.layer for router in routers)
         self.counts: Tensor | None = None
         self.tokens: Tensor | None = None
@@ -174,7 +174,7 @@ class _LogitsWatcher:
 
 @contextmanager
 def record_routing(
-    model: nn.Module, positions: Positions = "all", *, probabilities: bool = False
+    model: nn.Module, positions: Recorded = "all", *, probabilities: bool = False
 ) -> Iterator[RoutingRecord]:
     """Record a model's routing inside a `with` block. If the model is steered, the record shows the effect.
 
@@ -187,8 +187,8 @@ def record_routing(
     Raises:
         UnsupportedModel: the model has no routers. SteeringError: unknown positions.
     """
-    if positions not in POSITIONS:
-        raise SteeringError(f"positions '{positions}' is unknown: use {', '.join(POSITIONS)}")
+    if positions not in RECORDED:
+        raise SteeringError(f"positions '{positions}' is unknown: use {', '.join(RECORDED)}")
     model = language_model(model)
     routers = find_routers(model)
     record = RoutingRecord(routers, positions)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
-from steermoe.routing.positions import Positions
+from steermoe.routing.positions import NOWHERE, Positions
 from steermoe.routing.wrapping import EagerHook, wrap_method
 
 Stack = Literal["encoder", "decoder"]
@@ -37,10 +37,15 @@ def turn_of(model: nn.Module) -> "threading.RLock":
 
 
 def select(positions: Positions, index: Tensor) -> Tensor:
-    """Which tokens `positions` selects, bool; `index` is 0 for the first generated token and negative in the prompt."""
+    """Which tokens `positions` selects, bool; `index` is 0 for the first generated token and negative in the prompt.
+
+    Tokens that are left alone, such as those outside of a segment, have the index NOWHERE.
+    """
     if positions == "all":
-        return torch.ones_like(index, dtype=torch.bool)
-    return index >= 0 if positions == "generated" else index < 0
+        return index > NOWHERE
+    if positions == "prompt":
+        return (index < 0) & (index > NOWHERE)
+    return index >= (-1 if positions == "last-prompt" else 0)
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,12 @@ class Window:
 
     Attributes:
         prompt_length: columns of the prompt; what comes after is generated.
-        index: [B, S], what `generated_index` returns, if rows began at different times; then `first` is not used.
+        index: [B, S], what `generated_index` returns, if the caller knows it, as where rows began at different times;
+            then `first` is not used.
         counted: [B, S], true for tokens that count: not padding, not filler for finished rows, not recomputed for lack
             of a cache; None if all count.
+        ids: [B, S], the tokens; None if the model is passed their embeddings.
+        reorders: whether rows may change places between calls.
     """
 
     rows: int
@@ -61,6 +69,13 @@ class Window:
     counted: Tensor | None = None
     stack: Stack = "decoder"
     index: Tensor | None = None
+    ids: Tensor | None = None
+    reorders: bool = False
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether no token of the call is generated."""
+        return self.first + self.columns <= self.prompt_length
 
     def generated_index(self) -> Tensor:
         """[S], or [B, S] where rows differ: 0 for the first generated token, negative in the prompt."""
@@ -82,12 +97,14 @@ class _Generation:
         prompt_length: None until the first forward call shows it, in an encoder-decoder.
         mask: [B', P], which columns of the prompt are real; `generate` may repeat its rows.
         filling: tokens that `generate` feeds to finished rows.
+        reorders: whether it searches with beams.
         seen: columns computed so far.
     """
 
     prompt_length: int | None
     mask: Tensor | None
     filling: Tensor | None
+    reorders: bool = False
     seen: int = 0
 
 
@@ -199,15 +216,16 @@ class Tracker:
 
         ends, pad = _token_list(setting("eos_token_id")), _token_list(setting("pad_token_id"))
         filling = torch.tensor(sorted({*ends, *pad})) if ends else None  # without an end token no row finishes early
+        reorders = (setting("num_beams") or 1) > 1
         if self._is_encoder_decoder:
-            return _Generation(None, None, filling)
+            return _Generation(None, None, filling, reorders)
         prompts = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
         prompt = next((tensor for tensor in prompts if tensor is not None), None)
         mask = given.get("attention_mask")
         if mask is None and prompt is not None and prompt.dim() == 2 and pad and pad[0] not in ends:
             mask = prompt != pad[0]  # as `generate` does
         lengths = [tensor.shape[1] for tensor in (prompt, mask) if tensor is not None]  # a mask also covers the cache
-        return _Generation(max(lengths, default=1), mask, filling)
+        return _Generation(max(lengths, default=1), mask, filling, reorders)
 
     # ---- forward ----
 
@@ -235,7 +253,8 @@ class Tracker:
             counted = _real_tokens(given.get(f"{prefix}attention_mask"), rows, columns)
         if generation is not None:
             counted = self._counted(generation, counted, rows, columns, first, ids)
-        return Window(rows, columns, first, prompt_length, counted)
+        reorders = generation is not None and generation.reorders
+        return Window(rows, columns, first, prompt_length, counted, ids=ids, reorders=reorders)
 
     def _counted(
         self, generation: _Generation, real: Tensor | None, rows: int, columns: int, first: int, ids: Tensor | None

@@ -6,7 +6,7 @@ Shapes: B rows and S columns of a forward call, T = B*S tokens as routers see th
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -22,6 +22,7 @@ from steermoe.routing.tracker import Tracker, Window, turn_of
 from steermoe.routing.wrapping import wrap_method
 from steermoe.steering.banks import Bank, banks_for
 from steermoe.steering.editing import RowLayout, Step, Tally, listed_counts
+from steermoe.steering.histories import Histories
 from steermoe.steering.mapping import UNSTEERED, PlanMapping
 from steermoe.steering.plans import (
     DEFAULT_FORMULA,
@@ -34,6 +35,7 @@ from steermoe.steering.plans import (
 )
 from steermoe.steering.refusals import PACKED, OnceEditor, refuse_checkpointing, refuse_packing
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tags import ModelTags
 from steermoe.vectors.vector import SteeringVector
 
 __all__ = [
@@ -76,7 +78,9 @@ class SteeringHandle:
     model (`copy.deepcopy`, `torch.save`, a spawned process) is not steered.
     """
 
-    def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
+    def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None], tags: ModelTags | None = None) -> None:
+        self._tags = tags or ModelTags()
+        self._histories = Histories(self._tags)
         self._model = language_model(model)
         self._routers = find_routers(self._model)
         self._shape = shape_of(self._model, self._routers, sizes_only=True)
@@ -84,7 +88,7 @@ class SteeringHandle:
         if first in _STEERED:
             raise SteeringError(
                 "this model is steered already: change that with handle.set(...), steer toward several domains with "
-                "mix(...), or take it off first with handle.remove()"
+                "mix(...), or take it off first with handle.remove(), or steermoe.detach(model) if the handle is lost"
             )
         self._tally = Tally()
         self._editors = [
@@ -245,6 +249,8 @@ class SteeringHandle:
             SteeringError: no plans, or some that don't fit.
         """
         plans = _checked(plans)
+        for plan in plans:
+            self._tags.of(plan)
         if last is not None and last.mapping.plans and last.mapping.knows(plans):
             mapping, banks = last.mapping, last.banks
         else:
@@ -295,13 +301,13 @@ class SteeringHandle:
         if max(numbers, default=UNSTEERED) == UNSTEERED:
             return None
         mapping = self._used.mapping
-        factor_BS = mapping.factors(numbers, window.generated_index())
+        plans = [None if number == UNSTEERED else mapping.plans[number] for number in numbers]
+        factor_BS = mapping.factors(numbers, self._histories.index(window, plans))
         if not bool(factor_BS.any()):
             return None
         counted_T = None if window.counted is None else window.counted.flatten()
-        plans = mapping.plans
-        if len(plans) == 1 and UNSTEERED not in numbers and bool((factor_BS == factor_BS[0, 0]).all()):
-            return Step(window.tokens, counted_T, plan=plans[0], factor=float(factor_BS[0, 0]))
+        if len(mapping.plans) == 1 and UNSTEERED not in numbers and bool((factor_BS == factor_BS[0, 0]).all()):
+            return Step(window.tokens, counted_T, plan=mapping.plans[0], factor=float(factor_BS[0, 0]))
         steered_T = (factor_BS != 0).flatten()
         if counted_T is not None:
             counted_T = counted_T & steered_T.to(counted_T.device)
@@ -342,11 +348,17 @@ def _checked(plans: Sequence[SteeringPlan | None]) -> tuple[SteeringPlan | None,
     return tuple(plans)
 
 
+def handles_of(modules: Iterable[nn.Module]) -> list[SteeringHandle]:
+    """The handles that are attached to the models whose modules these are."""
+    return [_STEERED[module] for module in modules if module in _STEERED]
+
+
 def attach(
     model: nn.Module,
     plan: SteeringPlan | None = None,
     *,
     rows: Sequence[SteeringPlan | None] | None = None,
+    tokenizer: Any = None,
 ) -> SteeringHandle:
     """Steer a model until the handle's `remove`.
 
@@ -357,6 +369,8 @@ def attach(
         model: any transformers model with routers, or remote code that is built like one.
         plan: one plan for all rows of every batch.
         rows: instead, one plan per row; None leaves the row exactly as it would be without steering.
+        tokenizer: the model's, which knows its tags: positions thinking, answer and tool-calls need it, and with it the
+            other positions leave tool calls alone.
 
     Returns:
         the handle. If attaching fails, nothing is left behind.
@@ -367,7 +381,14 @@ def attach(
     """
     if (plan is None) == (rows is None):
         raise SteeringError("pass either one plan or plans for the rows, not both and not neither")
-    return SteeringHandle(model, [plan] if rows is None else list(rows))
+    tags = None if tokenizer is None else ModelTags.of_tokenizer(tokenizer, _ends_of(model))
+    return SteeringHandle(model, [plan] if rows is None else list(rows), tags)
+
+
+def _ends_of(model: nn.Module) -> list[int]:
+    """The tokens at which the model's generation configuration ends a text."""
+    ends: Any = getattr(getattr(language_model(model), "generation_config", None), "eos_token_id", None)
+    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
 
 
 @contextmanager
@@ -377,6 +398,7 @@ def steer(
     strength: float | None = None,
     *,
     rows: Sequence[SteeringPlan | None] | None = None,
+    tokenizer: Any = None,
     **plan: Any,
 ) -> Iterator[SteeringHandle]:
     """Steer a model inside a `with` block.
@@ -386,6 +408,7 @@ def steer(
         vector: the domain's vector.
         strength: c; by default the strength that the vector was calibrated with.
         rows: instead of a vector for all, one plan per row.
+        tokenizer: as in `attach`.
         plan: further fields of `SteeringPlan`.
 
     Raises:
@@ -393,7 +416,8 @@ def steer(
     """
     if rows is not None and (vector is not None or strength is not None or plan):
         raise SteeringError("pass either a vector with its settings or plans for the rows, not both")
-    handle = attach(model, plan_for(vector, strength, **plan)) if rows is None else attach(model, rows=rows)
+    one = plan_for(vector, strength, **plan) if rows is None else None
+    handle = attach(model, one, rows=rows, tokenizer=tokenizer)
     with ExitStack() as undo:
         undo.callback(handle.remove)
         yield handle

@@ -14,6 +14,8 @@ No router's logits times this leave float32, and far less of it decides every ch
 """
 LARGEST = 2**31 - 1
 """The largest token, layer or expert that a plan may name."""
+MOST_TAG = 100
+"""How many characters a think tag may have."""
 
 
 def whole(digits: str, what: str) -> int:
@@ -32,3 +34,18 @@ def check_listed(experts: Sequence[Any]) -> None:
     """Raise SteeringError if a list of experts to force or ban is too long."""
     if len(experts) > MOST_EXPERTS:
         raise SteeringError(f"{len(experts)} experts are too many to force or ban: list at most {MOST_EXPERTS}")
+
+
+def check_tags(tags: Any) -> tuple[str, str]:
+    """The texts of two think tags.
+
+    Raises:
+        SteeringError: they are not two different texts, or too long.
+    """
+    is_pair = isinstance(tags, list | tuple) and len(tags) == 2 and all(isinstance(tag, str) for tag in tags)
+    if not is_pair or not all(tag.strip() and len(tag) <= MOST_TAG for tag in tags) or tags[0] == tags[1]:
+        raise SteeringError(
+            f"think tags {shown(tags)}: expected two different texts of at most {MOST_TAG} characters, such as <think> "
+            "and </think>"
+        )
+    return tags[0], tags[1]

@@ -15,7 +15,7 @@ from steermoe.errors import SteeringError, quoted, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.tracker import select
-from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, whole
+from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, check_tags, whole
 from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_FORMULA: Formula = "max_scaled"
@@ -23,6 +23,15 @@ DEFAULT_FORMULA: Formula = "max_scaled"
 DEFAULT_SCALE: Scale = "magnitude"
 DEFAULT_STRENGTH = 8.0
 """For vectors that were not calibrated; `steermoe calibrate` finds their own."""
+
+SCHEDULES = {
+    "constant": "the same for all tokens",
+    "decay:N": "falls linearly from token 0 to nothing at token N",
+    "window:A-B": "tokens A to B - 1 only",
+    "first:N": "the first N tokens only, 0 to N - 1",
+    "after:N": "token N and all after it",
+}
+"""What each schedule does to the strength, by how it is written."""
 
 LayerExpert = tuple[int, int]
 """(decoder layer, expert)."""
@@ -33,21 +42,22 @@ class Schedule:
     """How the strength changes over the generated tokens. Prompt tokens, if they are steered, get the full strength.
 
     `constant`; `decay:N` falls linearly to 0 over N tokens, as in the authors' notebook; `window:A-B` steers only
-    tokens A to B-1.
+    tokens A to B-1, `first:N` only tokens 0 to N-1, `after:N` only tokens from N on. Which token is number 0 depends on
+    the positions (`routing.positions.EXTENT`).
 
     Raises:
         SteeringError: another kind, or numbers that it can't have; they go up to `limits.LARGEST`.
     """
 
-    kind: Literal["constant", "decay", "window"] = "constant"
+    kind: Literal["constant", "decay", "window", "first", "after"] = "constant"
     start: int = 0
     stop: int = 0
 
     def __post_init__(self) -> None:
         numbers = (self.start, self.stop)
         is_right = all(isinstance(number, int) and 0 <= number <= LARGEST for number in numbers) and (
-            self.kind == "constant"
-            or (self.kind == "decay" and self.stop > 0)
+            self.kind in ("constant", "after")
+            or (self.kind in ("decay", "first") and self.stop > 0)
             or (self.kind == "window" and self.start < self.stop)
         )
         if not is_right:
@@ -57,22 +67,28 @@ class Schedule:
     def parse(cls, text: str) -> "Schedule":
         if text == "constant":
             return cls()
-        match = re.fullmatch(r"decay:([0-9]+)|window:([0-9]+)-([0-9]+)", text)
+        match = re.fullmatch(r"(decay|first|after):([0-9]+)|window:([0-9]+)-([0-9]+)", text)
         if not match:
             raise _unknown(text)
-        decay, start, stop = (None if digits is None else whole(digits, "schedule: token") for digits in match.groups())
-        if decay:
-            return cls("decay", 0, decay)
+        kind, *digits = match.groups()
+        number, start, stop = (None if one is None else whole(one, "schedule: token") for one in digits)
+        if kind == "after" and number is not None:
+            return cls("after", number)
+        if number:
+            return cls("decay" if kind == "decay" else "first", 0, number)
         if start is None or stop is None or start >= stop:
             raise _unknown(text)
         return cls("window", start, stop)
 
     def factor(self, index: Tensor) -> Tensor:
         """The factor for the strength at generated token number `index` (negative in the prompt)."""
-        if self.kind == "constant":
-            return torch.ones(index.shape)
-        if self.kind == "decay":
-            return (1 - index.clamp(min=0) / self.stop).clamp(min=0)
+        match self.kind:
+            case "constant":
+                return torch.ones(index.shape)
+            case "decay":
+                return (1 - index.clamp(min=0) / self.stop).clamp(min=0)
+            case "after":
+                return ((index < 0) | (index >= self.start)).float()
         return ((index < 0) | ((index >= self.start) & (index < self.stop))).float()
 
     def __str__(self) -> str:
@@ -80,13 +96,15 @@ class Schedule:
             "constant": "constant",
             "decay": f"decay:{self.stop}",
             "window": f"window:{self.start}-{self.stop}",
+            "first": f"first:{self.stop}",
+            "after": f"after:{self.start}",
         }[self.kind]
 
 
 def _unknown(schedule: str) -> SteeringError:
     return SteeringError(
-        f"schedule '{quoted(schedule)}' is unknown: use constant, decay:N (N over 0) or window:A-B (A below B), in "
-        "tokens"
+        f"schedule '{quoted(schedule)}' is unknown: use constant, decay:N or first:N (N over 0), after:N or window:A-B "
+        "(A below B), in tokens"
     )
 
 
@@ -99,10 +117,11 @@ class SteeringPlan:
         strength: c of the formulas; negative steers away from the domain, 0 leaves the model exactly as it is.
         formula: `additive` (3), `max_scaled` (4) or `zero_max_scaled` (5).
         scale: see `formulas.Scale`.
-        positions: `generated` tokens (the default), `prompt` or `all`.
+        positions: `generated` tokens (the default), or others; see `routing.positions.EXTENT`.
         schedule: a Schedule or its text.
         layers: steer only decoder layers (first, last), both included; None for all.
         force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
+        think_tags: the texts before and after what the model thinks; None for its own.
 
     Raises:
         SteeringError: an unknown name, a strength or a number that is out of range, or nothing to do.
@@ -117,6 +136,7 @@ class SteeringPlan:
     layers: tuple[int, int] | None = None
     force: tuple[LayerExpert, ...] = ()
     ban: tuple[LayerExpert, ...] = ()
+    think_tags: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("formula", FORMULAS), ("scale", SCALES), ("positions", POSITIONS)):
@@ -125,6 +145,8 @@ class SteeringPlan:
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
         self._check_strength()
+        if self.think_tags is not None:
+            object.__setattr__(self, "think_tags", check_tags(self.think_tags))
         for name in ("force", "ban"):
             check_listed(getattr(self, name))
             object.__setattr__(self, name, tuple(_pair(name, entry) for entry in getattr(self, name)))
@@ -170,18 +192,25 @@ class SteeringPlan:
         return bool(self.force or self.ban) or (self.vector is not None and self.strength != 0)
 
     def factor(self, index: Tensor) -> Tensor:
-        """How strongly each token is steered, as a multiple of the strength; `index` as in `Schedule.factor`."""
-        return self.schedule.factor(index) * select(self.positions, index) * self.does_something
+        """How strongly each token is steered, as a multiple of the strength.
+
+        Args:
+            index: the number of each token: among those that the schedule counts, negative in the prompt, and far below
+                that if the token is left alone (`positions.NOWHERE`).
+        """
+        number = index + 1 if self.positions == "last-prompt" else index
+        return self.schedule.factor(number) * select(self.positions, index) * self.does_something
 
     def steers(self, prompt: int, generated: int) -> bool:
-        """Whether it steers any token of a text.
+        """Whether it may steer any token of a text; where that depends on tags, whether it would if all were inside.
 
         Args:
             prompt: tokens of the prompt.
             generated: generated tokens that the model reads; it does not read the last one of a text.
         """
         firsts = [-1] * (prompt > 0)  # of the prompt, of what is generated, of a window: they stand for the others
-        firsts += [first for first in {0, self.schedule.start} if first < generated]
+        start = self.schedule.start
+        firsts += [first for first in {0, start, max(0, start - 1)} if first < generated]
         return bool(firsts) and bool(self.factor(torch.tensor(firsts)).any())
 
 

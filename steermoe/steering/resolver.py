@@ -14,6 +14,7 @@ from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
+from steermoe.steering.tags import ModelTags
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
 from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting, whose
 from steermoe.vectors.mixing import mix
@@ -81,6 +82,9 @@ class PlanResolver:
             once stays, as in a batch, whose stories are keyed by it.
         any_model: also take vectors that were built for another model of the same shape.
         names_only: refuse file paths, and name no folders in messages, as for remote clients.
+
+    Attributes:
+        tags: the model's, where whoever packs plans needs them; at first none.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class PlanResolver:
         any_model: bool = False,
     ) -> None:
         self.shape = shape
+        self.tags = ModelTags()
         self._folder, self._any_model = vectors, any_model
         self._watch, self._names_only = watch, names_only
         self._plan = lru_cache(KEPT_PLANS)(self._make)
@@ -116,7 +121,7 @@ class PlanResolver:
         """
         strength = min(abs(plan.strength), 1.0)
         alike = replace(plan, strength=strength, formula=DEFAULT_FORMULA, scale=DEFAULT_SCALE, schedule=Schedule())
-        self._check(replace(alike, positions="generated"))
+        self._check(replace(alike, positions="generated", think_tags=None))
 
     def domains(self) -> list[str]:
         """The domains on the search path whose vectors fit the model; a file that can't be read is left out."""

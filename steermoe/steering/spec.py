@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import SteeringError, escaped, quoted, shown
 from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
-from steermoe.steering.limits import MOST_STRENGTH, check_listed, whole
+from steermoe.steering.limits import MOST_STRENGTH, check_listed, check_tags, whole
 
 if TYPE_CHECKING:
     from steermoe.steering.plans import LayerExpert, Schedule
@@ -216,7 +216,7 @@ class SteeringSpec:
     schedule: str = field(
         default="constant",
         metadata=about(
-            "Strength over the generated tokens: constant, decay:N or window:A-B.",
+            "Strength over the generated tokens: constant, decay:N, window:A-B, first:N or after:N.",
             example="decay:40",
             plan=parse_schedule,
         ),
@@ -238,6 +238,16 @@ class SteeringSpec:
     )
     ban: tuple[str, ...] = field(
         default=(), metadata=about("Expert that no steered token uses, as layer:expert; repeat for several.", **EXPERTS)
+    )
+    think_tags: tuple[str, str] | None = field(
+        default=None,
+        metadata=about(
+            "Texts before and after what the model thinks. Default: its own.",
+            example=["<think>", "</think>"],
+            kind=((list,), 'two texts, such as ["<think>", "</think>"]'),
+            read=check_tags,
+            unset="the model's own",
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -57,6 +57,25 @@ def test_json_is_one_object_with_all_parameters(run, tiny_checkpoint, vectors):
     assert set(record["steering"]) == {"router_calls", "tokens_seen", "tokens_steered", "vector_share"}
 
 
+def test_positions_that_follow_tags(run, tiny_checkpoint, vectors):
+    answer = ("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, "--json", "--positions", "answer", *SHORT)
+    lost = run(*answer)
+    assert (lost.code, lost.out) == (1, "")
+    assert "positions answer follows the tags" in lost.err
+    assert "--think-tags OPEN CLOSE" in lost.err
+    found = run(*answer, "--think-tags", "<b>", "</b>", "--schedule", "first:2")
+    assert found.code == 0
+    record = json.loads(found.out)
+    assert (record["positions"], record["schedule"], record["think_tags"]) == ("answer", "first:2", ["<b>", "</b>"])
+    assert record["steering"]["tokens_steered"] == 2
+    inside = run("generate", "A dog. <b>", *answer[2:], "--think-tags", "<b>", "</b>")
+    assert inside.code == 1
+    assert json.loads(inside.out)["steering"]["tokens_steered"] == 0
+    assert "before any token of an answer" in inside.err
+    assert run(*answer, "--think-tags", "<b>").code == 2
+    assert run(*answer, "--think-tags", "a", "a").code == 1
+
+
 def test_same_seed_same_text_other_seed_other_text(run, tiny_checkpoint, vectors):
     texts = [
         run("generate", "A dog.", "-d", "sport", "-m", tiny_checkpoint, "--seed", seed, *SHORT).out

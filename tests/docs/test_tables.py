@@ -9,7 +9,8 @@ from steermoe.steering.spec import NAMES
 @pytest.mark.parametrize("page", TABLES)
 def test_tables_are_up_to_date(page):
     text = (DOCS / page).read_text(encoding="utf-8")
-    assert text == with_table(text, TABLES[page]), f"the table in docs/{page} is out of date: run `make docs`"
+    for table in TABLES[page]:
+        assert text == with_table(text, table), f"a table in docs/{page} is out of date: run `make docs`"
 
 
 def test_the_table_has_every_field_of_a_plan():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from steermoe.engines.decoding import Row, by_prompt, complete, finish
+from steermoe.engines.decoding import Row, by_prompt, complete, finish, steers_prompt
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.hf.static import StaticDecoder
@@ -154,7 +154,7 @@ def test_equal_prompts_are_read_once(engine, model, monkeypatch):
     plans = plans_for(model)  # of which three steer the prompt itself, or some of it
     requests = [Request("A dog", plan, replace(SAMPLED, seed=seed)) for seed, plan in enumerate([*plans, *plans])]
     complete(engine.decoder(len(requests)), requests, encoded(engine, requests))
-    steering = {plan for plan in plans if plan is not None and plan.positions != "generated"}
+    steering = {plan for plan in plans if steers_prompt(plan)}
     assert shapes[0] == (1 + len(steering), len(engine.encode(requests[0])))
     assert shapes[1] == (len(requests), 1)
 

@@ -18,6 +18,7 @@ from steermoe.cli.app import app
 from steermoe.engines.vllm.spec import packed, spec_of_name
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import SteerMoEError
+from steermoe.routing.positions import POSITIONS
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
@@ -82,11 +83,12 @@ schedule = st.one_of(
     st.just("constant"),
     st.builds("decay:{}".format, whole),
     st.builds("window:{}-{}".format, whole, whole),
+    st.builds("{}:{}".format, st.sampled_from(["first", "after"]), whole),
     text,
 )
 layers = whole | st.builds("{}-{}".format, whole, whole) | text
 expert = st.builds("{}:{}".format, whole, whole) | text
-one_of_names = st.sampled_from(["additive", "max_scaled", "zero_max_scaled", "magnitude", "paper", "generated", "all"])
+one_of_names = st.sampled_from(["additive", "max_scaled", "zero_max_scaled", "magnitude", "paper", *POSITIONS])
 option = {
     "domain": mixture,
     "strength": number,
@@ -97,6 +99,7 @@ option = {
     "layers": layers,
     "force": expert,
     "ban": expert,
+    "think_tags": st.tuples(text, text) | text,
 }
 json_number = st.integers() | st.floats() | st.sampled_from([10**30, -(10**30), 1e300, 2**31])
 anything = st.recursive(
@@ -106,6 +109,7 @@ anything = st.recursive(
 )
 field = {
     **{name: value | anything for name, value in option.items()},
+    "think_tags": st.lists(text, max_size=3) | anything,
     "domain": mixture | st.dictionaries(domain, json_number, max_size=3) | st.lists(weighted, max_size=3) | anything,
     "strength": json_number | anything,
     "layers": layers | st.lists(st.integers(-2, 10**12), max_size=3) | anything,
@@ -183,7 +187,10 @@ def lists(pairs):
 )
 def test_options(resolver, folder, options):
     command = typer.main.get_command(app).commands["generate"]
-    arguments = [f"--{name}={value}" for name, value in options]
+    arguments = []
+    for name, value in options:
+        flag = f"--{name.replace('_', '-')}"
+        arguments += [f"{flag}={value}"] if isinstance(value, str) else [flag, *value]
     try:
         parsed = command.make_context("generate", arguments).params
     except USAGE_ERROR:

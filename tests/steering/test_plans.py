@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from steermoe.errors import SteeringError
+from steermoe.routing.positions import NOWHERE
 from steermoe.steering.plans import Schedule, SteeringPlan, plan_for
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 
@@ -19,10 +20,17 @@ HEAVY = SteeringVector("heavy", None, (0, 1), weights=3e5 * FREQUENCY / 0.7)
     [
         ({"formula": "sideways"}, ["'sideways'", "additive, max_scaled, zero_max_scaled"]),
         ({"scale": "huge"}, ["'huge'", "magnitude, paper"]),
-        ({"positions": "answer"}, ["'answer'", "generated, prompt, all"]),
+        ({"positions": "beside"}, ["'beside'", "generated, prompt, all", "thinking, answer"]),
         ({"schedule": "decay:0"}, ["'decay:0'", "N over 0"]),
         ({"schedule": "window:5-5"}, ["'window:5-5'", "A below B"]),
         ({"schedule": "sometimes"}, ["'sometimes'", "constant, decay:N"]),
+        ({"schedule": "first:0"}, ["'first:0'", "first:N (N over 0)"]),
+        ({"schedule": "after:-1"}, ["'after:-1'", "after:N"]),
+        ({"schedule": "after:" + "9" * 30}, ["999999", "too large"]),
+        ({"think_tags": "<think>"}, ["think tags", "two different texts"]),
+        ({"think_tags": ("<think>", " ")}, ["think tags", "two different texts"]),
+        ({"think_tags": ("a", "a")}, ["two different texts"]),
+        ({"think_tags": ("a", "b" * 101)}, ["at most 100 characters"]),
         ({"strength": float("nan")}, ["nan", "finite"]),
         ({"strength": float("-inf")}, ["-inf", "finite"]),
         ({"strength": "4"}, ["'4'", "finite number"]),
@@ -63,6 +71,8 @@ def test_errors_name_the_value_and_the_fix(fields, parts):
         {"kind": "window", "start": -1, "stop": 3},
         {"kind": "window", "start": 0, "stop": 2.5},
         {"kind": "sometimes"},
+        {"kind": "first", "stop": 0},
+        {"kind": "after", "start": -1},
     ],
 )
 def test_schedules_are_checked_however_they_are_made(fields):
@@ -87,6 +97,15 @@ def test_the_largest_numbers_are_taken():
         ({"schedule": "window:50-60"}, 5, 51, True),
         ({"schedule": "window:50-60", "positions": "all"}, 5, 0, True),
         ({"schedule": "window:50-60", "positions": "all"}, 0, 0, False),
+        ({"schedule": "after:50"}, 5, 50, False),
+        ({"schedule": "after:50"}, 5, 51, True),
+        ({"schedule": "first:1"}, 5, 1, True),
+        ({"positions": "last-prompt"}, 5, 0, True),
+        ({"positions": "last-prompt"}, 0, 0, False),
+        ({"positions": "last-prompt", "schedule": "after:50"}, 5, 49, False),
+        ({"positions": "last-prompt", "schedule": "after:50"}, 5, 50, True),
+        ({"positions": "answer"}, 5, 0, False),
+        ({"positions": "answer", "schedule": "window:3-5"}, 5, 4, True),
         ({"positions": "prompt"}, 1, 0, True),
         ({"positions": "prompt"}, 0, 9, False),
         ({"strength": 0.0}, 5, 9, False),
@@ -113,6 +132,9 @@ def test_lists_become_tuples_so_that_plans_compare_and_hash():
         ("decay:1", [1, 1, 1, 0, 0, 0, 0]),
         ("window:1-3", [1, 1, 0, 1, 1, 0, 0]),
         ("window:0-1", [1, 1, 1, 0, 0, 0, 0]),
+        ("first:2", [1, 1, 1, 1, 0, 0, 0]),
+        ("after:2", [1, 1, 0, 0, 1, 1, 1]),
+        ("after:0", [1, 1, 1, 1, 1, 1, 1]),
     ],
 )
 def test_factor_by_hand(text, expected):
@@ -124,11 +146,20 @@ def test_factor_by_hand(text, expected):
 
 @pytest.mark.parametrize(
     ("positions", "expected"),
-    [("generated", [0, 0, 1, 0.5]), ("prompt", [1, 1, 0, 0]), ("all", [1, 1, 1, 0.5])],
+    [
+        ("generated", [0, 0, 1, 0.5]),
+        ("prompt", [1, 1, 0, 0]),
+        ("all", [1, 1, 1, 0.5]),
+        ("last-prompt", [0, 1, 0.5, 0]),
+        ("thinking", [0, 0, 1, 0.5]),
+        ("answer", [0, 0, 1, 0.5]),
+        ("tool-calls", [0, 0, 1, 0.5]),
+    ],
 )
 def test_positions_by_hand(positions, expected):
     plan = SteeringPlan(VECTOR, positions=positions, schedule="decay:2")
     assert plan.factor(torch.arange(-2, 2)).tolist() == expected
+    assert plan.factor(torch.tensor([NOWHERE])).tolist() == [0]
 
 
 def test_strength_0_does_nothing_but_lists_do():

@@ -24,6 +24,8 @@ def plans_for(model):
         tiny.plan_for_experts(model, 4, positions="all"),
         tiny.plan_for_experts(model, 6, positions="prompt", strength=-3.0),
         tiny.plan_for_experts(model, 1, ban=((0, 2),), force=((1, 3),)),
+        tiny.plan_for_experts(model, 2, positions="last-prompt", schedule="first:3"),
+        tiny.plan_for_experts(model, 3, positions="answer", schedule="after:1", think_tags=("m", "a")),
     ]
 
 

@@ -20,6 +20,7 @@ from steermoe.routing.shape import RoutingShape
 from steermoe.routing.tracker import turn_of
 from steermoe.routing.weights import weights_of
 from steermoe.routing.wrapping import is_untouched
+from steermoe.steering.tags import HFVocabulary, ModelTags
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
@@ -44,6 +45,7 @@ class HFEngine:
         self.loaded = loaded
         self.compiled = compiled
         self._encoder = HFEncoder(loaded.tokenizer)
+        self.tags = ModelTags(HFVocabulary(loaded.tokenizer), lambda: self.end_tokens())
         self._was_tried = False
         self._steps: CompiledSteps | None = None
 
@@ -72,11 +74,12 @@ class HFEngine:
         """As `Engine.decoder`: the best one that the model allows."""
         self._try_once()
         if rows_can_change(self.loaded.model):
-            return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps())
-        return StaticDecoder(self.loaded, self.end_tokens())
+            return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps(), self.tags)
+        return StaticDecoder(self.loaded, self.end_tokens(), tags=self.tags)
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
+        self.tags.of(request.plan)
         return encode_prompt(self._encoder, request, self.name, self.loaded.context_length, known)
 
     def end_tokens(self) -> set[int]:
@@ -111,9 +114,9 @@ class HFEngine:
         steps = self.compiled_steps() if requests and not record else None
         decoder: Decoder
         if steps is not None and steps.serves(len(requests)):
-            decoder = RollingDecoder(self.loaded, self.end_tokens(), steps)
+            decoder = RollingDecoder(self.loaded, self.end_tokens(), steps, self.tags)
         else:
-            decoder = StaticDecoder(self.loaded, self.end_tokens(), record)
+            decoder = StaticDecoder(self.loaded, self.end_tokens(), record, self.tags)
         return complete(decoder, requests, prompts, on_text)
 
     def _try_once(self) -> None:

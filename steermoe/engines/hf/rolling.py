@@ -21,9 +21,10 @@ from steermoe.engines.hf.sampling import generators_of, next_tokens
 from steermoe.engines.request import Completion, Request
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.tracker import Window
-from steermoe.steering.handle import SteeringHandle, attach
+from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tags import ModelTags
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
@@ -43,13 +44,21 @@ class RollingDecoder:
         loaded: the model, whose rows can change (see `cache.rows_can_change`), and its tokenizer.
         ends: tokens that end a text.
         compiled: the model's compiled steps, used when they serve the number of rows in flight.
+        tags: the model's; by default those of its tokenizer.
     """
 
-    def __init__(self, loaded: LoadedModel, ends: set[int], compiled: "CompiledSteps | None" = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        ends: set[int],
+        compiled: "CompiledSteps | None" = None,
+        tags: ModelTags | None = None,
+    ) -> None:
         self._model: Any = loaded.model
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._ends = ends
+        self._tags = tags or ModelTags.of_tokenizer(loaded.tokenizer, ends)
         self._end_tokens = torch.tensor(sorted(ends), dtype=torch.long)
         accepted = inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -87,7 +96,15 @@ class RollingDecoder:
     ) -> None:
         generators = generators_of([request.sampling for request in requests])
         rows = [
-            HFRow(request, prompt, self._tokenizer, self._ends, generator, on_text)
+            HFRow(
+                request,
+                prompt,
+                self._tokenizer,
+                self._ends,
+                generator,
+                on_text,
+                tags=self._tags.of(request.plan),
+            )
             for request, prompt, generator in zip(requests, prompts, generators, strict=True)
         ]
         for chunk in _chunks(by_prompt(rows), PROMPT_TOKENS):
@@ -110,7 +127,7 @@ class RollingDecoder:
         plans = [row.request.plan for row in self._rows]
         tokens_B1 = torch.tensor([row.new[-1:] for row in self._rows])
         cached_B = torch.tensor([row.cached for row in self._rows])
-        index_B1 = torch.tensor([[len(row.new) - 1] for row in self._rows])
+        index_B1 = torch.tensor([[row.place] for row in self._rows])
         if self._compiled is not None and self._compiled.serves(len(self._rows)):
             return self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
         width = int(cached_B.max())
@@ -207,7 +224,7 @@ class RollingDecoder:
         if self._handle is not None:
             self._handle.set(rows=plans)
         elif any(plans):
-            self._handle = attach(self._model, rows=plans)
+            self._handle = SteeringHandle(self._model, plans, self._tags)
 
 
 def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:

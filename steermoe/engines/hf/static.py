@@ -18,8 +18,9 @@ from steermoe.engines.hf.sampling import RowLimits, RowSampler
 from steermoe.engines.request import Completion, Request
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
-from steermoe.steering.handle import attach
+from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tags import ModelTags
 
 
 class StaticDecoder:
@@ -31,13 +32,17 @@ class StaticDecoder:
         loaded: the model and its tokenizer.
         ends: tokens that end a text.
         record: also fill `Completion.frequency`.
+        tags: the model's; by default those of its tokenizer.
     """
 
-    def __init__(self, loaded: LoadedModel, ends: set[int], record: bool = False) -> None:
+    def __init__(
+        self, loaded: LoadedModel, ends: set[int], record: bool = False, tags: ModelTags | None = None
+    ) -> None:
         self._model: Any = loaded.model
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._ends, self._record = ends, record
+        self._tags = tags or ModelTags.of_tokenizer(loaded.tokenizer, ends)
         self._report: SteeringReport | None = None
         self.clear()
 
@@ -60,7 +65,8 @@ class StaticDecoder:
         on_text: Callable[[str], None] | None = None,
     ) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
-            self._rows.append(Row(request, prompt, self._tokenizer, self._ends, None, on_text))
+            tags = self._tags.of(request.plan)
+            self._rows.append(Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags))
 
     def step(self) -> list[Completion]:
         if not self._rows:
@@ -84,7 +90,7 @@ class StaticDecoder:
         handle = None
         with ExitStack() as undo:
             if any(plans):
-                handle = attach(model, plans[0]) if len(set(plans)) == 1 else attach(model, rows=plans)
+                handle = SteeringHandle(model, plans[:1] if len(set(plans)) == 1 else plans, self._tags)
                 undo.callback(handle.remove)
             routing = undo.enter_context(record_routing(model, "generated")) if self._record else None
             # `generate` takes what a configuration leaves open from the model's own, sampling and penalties included

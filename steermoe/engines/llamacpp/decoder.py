@@ -9,6 +9,7 @@ from steermoe.engines.llamacpp.rows import Context, LlamaRow, Run, frequency_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.request import Completion, Request
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tags import ModelTags
 
 if TYPE_CHECKING:
     from steermoe.engines.llamacpp.state import CallbackState
@@ -25,6 +26,7 @@ class RollingDecoder:
         tokenizer: the model's tokenizer.
         rows: at most this many run together.
         recorded: how many requests there will be, to also fill `Completion.frequency`; 0 leaves it empty.
+        tags: the model's; by default none.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class RollingDecoder:
         tokenizer: "GGUFTokenizer",
         rows: int,
         recorded: int = 0,
+        tags: ModelTags | None = None,
     ) -> None:
+        self._tags = tags or ModelTags()
         self._context, self._state, self._tokenizer = context, state, tokenizer
         self._most, self._recorded = rows, recorded
         self._run: Run | None = None
@@ -65,7 +69,9 @@ class RollingDecoder:
         ends = self._tokenizer.ends
         for request, prompt in zip(requests, prompts, strict=True):
             sampler = TokenSampler(request.sampling, sorted(ends))
-            self._waiting.append(LlamaRow(request, prompt, self._tokenizer, ends, sampler, on_text, self._given))
+            tags = self._tags.of(request.plan)
+            row = LlamaRow(request, prompt, self._tokenizer, ends, sampler, on_text, self._given, tags=tags)
+            self._waiting.append(row)
             self._given += 1
             self._was_steered |= request.plan is not None
 

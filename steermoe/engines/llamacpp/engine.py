@@ -24,6 +24,7 @@ from steermoe.engines.text import encode_prompt
 from steermoe.errors import ModelError
 from steermoe.models.gguf.header import GGUFModel, read_gguf
 from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.tags import ModelTags
 
 MOST_ROWS = 128
 """Texts that run together; `generate` starts further ones as others finish. More rows would add little speed."""
@@ -80,7 +81,12 @@ class LlamaCppEngine:
         self._model = llama_cpp.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not self._model:
             raise ModelError(f"llama.cpp can't load '{self.file.path}': {last_message()}; download or export it again")
-        self.tokenizer = GGUFTokenizer(llama_cpp.llama_model_get_vocab(self._model))
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        self.tokenizer = GGUFTokenizer(
+            llama_cpp.llama_model_get_vocab(self._model),
+            None if template is None else template.decode("utf-8", errors="replace"),
+        )
+        self.tags = ModelTags(self.tokenizer, lambda: self.tokenizer.ends)
         library = llama_cpp.llama_cpp._lib
         functions = tuple(
             layout.address(library, name)
@@ -135,15 +141,16 @@ class LlamaCppEngine:
         if grown:  # now, so that the time of the first texts does not hold that of making the cache
             self.context(min(len(requests), MOST_ROWS), max(grown))
         recorded = len(requests) if record else 0
-        decoder = RollingDecoder(self.context, self.state, self.tokenizer, MOST_ROWS, recorded)
+        decoder = RollingDecoder(self.context, self.state, self.tokenizer, MOST_ROWS, recorded, self.tags)
         return complete(decoder, requests, prompts, on_text)
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
+        self.tags.of(request.plan)
         return encode_prompt(self.tokenizer, request, self.name, self.file.context_length or None, known)
 
     def decoder(self, rows: int) -> RollingDecoder:
-        return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS))
+        return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS), tags=self.tags)
 
     def room(self) -> Room:
         vocabulary, number_bytes = self.tokenizer.size, {"f16": 2, "f32": 4}[self._cache]

@@ -14,6 +14,7 @@ from torch import Tensor
 from steermoe.engines.decoding import Row, by_prompt
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.llamacpp.state import CallbackState
+from steermoe.routing.positions import NOWHERE
 from steermoe.steering.mapping import PlanMapping
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
@@ -152,7 +153,7 @@ class Run:
     ) -> None:
         """Compute tokens, each with its row's place and its position in the row's text."""
         at = [(self.rows[place], position) for place, position in zip(places, positions, strict=True)]
-        factors = [self._factors[row][position] for row, position in at]
+        factors = [self._factor(row, position) for row, position in at]
         texts = None
         if len(self._state.counts):
             texts = [row.number if position >= len(row.prompt) else -1 for row, position in at]
@@ -161,12 +162,19 @@ class Run:
         self._calls += self._state.verify()
         self._seen += len(tokens)
 
+    def _factor(self, row: LlamaRow, position: int) -> float:
+        """The factor of a token: one of the prompt, or the last one that the row has taken."""
+        number = position - len(row.prompt)
+        if number >= 0:
+            number = row.place
+        return 0.0 if number == NOWHERE else float(self._factors[row][len(row.prompt) + number])
+
     def _take(self, row: LlamaRow, logits: NDArray[np.float32]) -> None:
         row.take(row.sampler.draw(logits, row.prompt + row.new, len(row.new)))
 
 
 def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:
-    """[prompt + new], by how much the plan's strength is multiplied at each position of the text."""
+    """[prompt + new], by how much the plan's strength is multiplied at the tokens with these numbers."""
     if plan is None:
         return np.zeros(prompt + new, dtype=np.float32)
     return plan.factor(torch.arange(-prompt, new)).float().numpy()

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
@@ -13,10 +14,16 @@ LONGEST_SPECIAL = 64
 
 
 class GGUFTokenizer:
-    """The part of transformers' tokenizer interface that `engines.text` needs."""
+    """The part of transformers' tokenizer interface that `engines.text` needs, and a `Vocabulary` for `steering.tags`.
 
-    def __init__(self, vocabulary: Any) -> None:
+    Args:
+        vocabulary: llama.cpp's.
+        template: the chat template in the file.
+    """
+
+    def __init__(self, vocabulary: Any, template: str | None = None) -> None:
         self._vocabulary = vocabulary
+        self.template = template
         self.size = int(llama_cpp.llama_vocab_n_tokens(vocabulary))
         self.ends = {token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(vocabulary, token)}
 
@@ -30,12 +37,30 @@ class GGUFTokenizer:
             raise GenerationError(f"llama.cpp can't tokenize the text {text[:40]!r}: it returned {count}")
         return list(tokens[:count])
 
+    def tokens(self, text: str) -> list[int]:
+        """As `Vocabulary.tokens`."""
+        return self.encode(text, special=True)
+
+    def pieces(self) -> list[str]:
+        """As `Vocabulary.pieces`."""
+        return [self._text_of(token) for token in range(self.size)]
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """As `Vocabulary.special`."""
+        added = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+        marked = (n for n in range(self.size) if llama_cpp.llama_vocab_get_attr(self._vocabulary, n) & added)
+        return {self._text_of(token): token for token in marked}
+
+    def _text_of(self, token: int) -> str:
+        return llama_cpp.llama_vocab_get_text(self._vocabulary, token).decode("utf-8", errors="replace")
+
     def leading_special(self, text: str) -> str:
         """As `Encoder.leading_special`."""
         first = self.encode(text[:LONGEST_SPECIAL], special=True)[:1]
         if not first or not llama_cpp.llama_vocab_is_control(self._vocabulary, first[0]):
             return ""
-        name = llama_cpp.llama_vocab_get_text(self._vocabulary, first[0]).decode("utf-8", errors="replace")
+        name = self._text_of(first[0])
         return name if name and text.startswith(name) else ""
 
     def decode(self, tokens: Sequence[int], **options: Any) -> str:

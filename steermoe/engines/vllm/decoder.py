@@ -20,6 +20,7 @@ from steermoe.errors import SteeringError
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import check_plan
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tags import ModelTags
 
 _numbers = count()
 """vLLM identifies requests by names, which must be unique as long as it runs."""
@@ -35,6 +36,7 @@ class VLLMDecoder:
         ends: tokens that end a text.
         record: also fill `Completion.frequency`.
         no_lists: why plans that force or ban experts are refused; "" if they are not.
+        tags: the model's; by default none.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class VLLMDecoder:
         ends: set[int],
         record: bool = False,
         no_lists: str = "",
+        tags: ModelTags | None = None,
     ) -> None:
+        self._tags = tags or ModelTags()
         self._vllm, self._shape, self._tokenizer, self._ends = vllm, shape, tokenizer, ends
         self._record, self._no_lists = record, no_lists
         self._rows: dict[str, Row[None]] = {}
@@ -89,7 +93,8 @@ class VLLMDecoder:
         for request, prompt in zip(requests, prompts, strict=True):
             name = f"steermoe-{next(_numbers)}"
             self._vllm.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), self._params(request))
-            self._rows[name] = Row(request, prompt, self._tokenizer, self._ends, None, on_text)
+            tags = self._tags.of(request.plan)
+            self._rows[name] = Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags)
             self._was_steered |= request.plan is not None
 
     def step(self) -> list[Completion]:
@@ -112,7 +117,7 @@ class VLLMDecoder:
             check_plan(self._shape, request.plan)
             if self._no_lists and (request.plan.force or request.plan.ban):
                 raise SteeringError(f"vLLM can't force or ban experts here: {self._no_lists}; use --engine hf")
-            extra[KEY] = pack(request.plan)
+            extra[KEY] = pack(request.plan, self._tags.of(request.plan))
         params.extra_args = extra or None
         return params
 

@@ -19,6 +19,7 @@ from steermoe.errors import GenerationError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tags import ModelTags
 
 MAX_TEXTS = 64
 """The most texts that run together; vLLM starts further ones as others finish."""
@@ -70,6 +71,7 @@ class VLLMEngine:
         self.tokenizer = self._source.tokenizer(trust_remote_code)
         self._encoder = HFEncoder(self.tokenizer)
         self.ends = end_tokens(self._source.eos_token_id(), self.tokenizer)
+        self.tags = ModelTags.of_tokenizer(self.tokenizer, self.ends)
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ class VLLMEngine:
 
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
+        self.tags.of(request.plan)
         limit = self._vllm.model_config.max_model_len
         return encode_prompt(self._encoder, request, self.name, limit, known)
 
@@ -118,7 +121,7 @@ class VLLMEngine:
 
     def decoder(self, rows: int = MAX_TEXTS, *, record: bool = False) -> VLLMDecoder:
         """As `Engine.decoder`; vLLM itself decides how many requests run together."""
-        return VLLMDecoder(self._vllm, self.shape, self.tokenizer, self.ends, record, self._no_lists)
+        return VLLMDecoder(self._vllm, self.shape, self.tokenizer, self.ends, record, self._no_lists, self.tags)
 
     def report(self) -> SteeringReport:
         """What was steered since the last report, by all workers together."""

@@ -27,13 +27,15 @@ import torch
 from torch import Tensor
 
 from steermoe.engines.request import require_steered
+from steermoe.engines.vllm.histories import Histories, segments_of
 from steermoe.engines.vllm.selection import TRIAL_TOKENS, Choice, keeps_to_lists
 from steermoe.engines.vllm.spec import packed, resolver_for
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
-from steermoe.engines.vllm.wire import KEY, unpack
+from steermoe.engines.vllm.wire import KEY, tags_of, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.models.description import shape_of_config
 from steermoe.routing.shape import RouterShape
+from steermoe.steering.tags import ModelTags
 
 TESTED = "0.32."
 """What the versions of vLLM that this was tested with begin with."""
@@ -182,6 +184,7 @@ def _around_load(load: Callable[..., Any]) -> Callable[..., Any]:
         loaded = load(self, *args, **kwargs)
         try:
             self.steermoe, self.steermoe_reason = _attach(self), ""
+            self.steermoe_histories = Histories()
         except SteerMoEError as error:  # vLLM runs other models too: only requests for steering are refused
             self.steermoe, self.steermoe_reason = None, str(error)
         return loaded
@@ -296,23 +299,64 @@ def _no_lists(module: Any, router: RouterShape, hidden: Tensor) -> str:
 
 def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
-        requests = self.input_batch.req_ids
-        computed = self.input_batch.num_computed_tokens_cpu[: len(requests)].tolist()
-        rows = []
-        for request, first, tokens in zip(requests, computed, counts.tolist(), strict=True):
-            state = self.requests[request]
-            extra = getattr(state.sampling_params, "extra_args", None) or {}
-            is_recorded = isinstance(extra.get(RECORD), bytes)
-            rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, is_recorded))
+        rows = _rows_of(self, counts)
+        prepared = prepare(self, scheduled, counts, *args, **kwargs)
         if getattr(self, "steermoe", None) is not None:
-            self.steermoe.begin(rows)
+            self.steermoe.begin(_numbered(self, rows))
         elif any(row.plan for row in rows):
             raise UnsupportedModel(
                 f"steering was asked for, but {getattr(self, 'steermoe_reason', 'it is not attached')}"
             )
-        return prepare(self, scheduled, counts, *args, **kwargs)
+        return prepared
 
     return _prepare_inputs
+
+
+def _rows_of(model_runner: Any, counts: Any) -> list[Row]:
+    """The rows of the call that is being prepared.
+
+    Args:
+        model_runner: prepares it.
+        counts: how many tokens of each row it holds.
+    """
+    batch = model_runner.input_batch
+    requests = batch.req_ids
+    computed = batch.num_computed_tokens_cpu[: len(requests)].tolist()
+    rows = []
+    for request, first, tokens in zip(requests, computed, counts.tolist(), strict=True):
+        state = model_runner.requests[request]
+        extra = getattr(state.sampling_params, "extra_args", None) or {}
+        is_recorded = isinstance(extra.get(RECORD), bytes)
+        rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, is_recorded))
+    return rows
+
+
+def _numbered(model_runner: Any, rows: list[Row]) -> list[Row]:
+    """The rows of a prepared call, with the numbers of their tokens where plans follow tags.
+
+    What vLLM will compute is read from what it prepared: where steps are scheduled ahead, only that holds the last
+    token of each row, which costs a wait for the step before.
+    """
+    if not any(row.plan and tags_of(row.plan) for row in rows):
+        return rows
+    known, histories = model_runner.input_batch.token_ids_cpu, model_runner.steermoe_histories
+    total = sum(row.tokens for row in rows)
+    ids = model_runner.input_ids.gpu[:total].tolist()
+    found, at = [], 0
+    for place, row in enumerate(rows):
+        tokens = ids[at : at + row.tokens]
+        at += row.tokens
+        numbers = row.plan and histories.numbers(
+            row.request, row.plan, row.prompt, row.first, tokens, _before(known[place], row.first)
+        )
+        found.append(row._replace(numbers=numbers or None))
+    histories.forget(model_runner.requests, len(model_runner.requests))
+    return found
+
+
+def _before(known: Any, first: int) -> Callable[[int], list[int]]:
+    """Gives the known tokens of a row from a position on, up to the first one of the call."""
+    return lambda start: known[start:first].tolist()
 
 
 def _around_execute(execute: Callable[..., Any]) -> Callable[..., Any]:
@@ -368,6 +412,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 if getattr(self, "steermoe_resolver", None) is None:
                     self.steermoe_resolver = resolver_for(self.model_config)
+                    self.steermoe_resolver.tags = tags_of_inputs(self)
                 plan = packed(self.steermoe_resolver, asked)
                 most = getattr(params, "max_tokens", None)
                 if plan is not None and plan is not asked and most is not None:
@@ -383,6 +428,17 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
         return process(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs
+
+
+def tags_of_inputs(inputs: Any) -> ModelTags:
+    """The tags of the model whose requests vLLM's InputProcessor reads."""
+    tokenizer = getattr(inputs, "tokenizer", None)
+    if tokenizer is None:
+        return ModelTags()
+    defaults = inputs.model_config.try_get_generation_config() or {}
+    end = defaults.get("eos_token_id")
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    return ModelTags.of_tokenizer(tokenizer, ends)
 
 
 def _refuse_lists(plan: bytes | None, reason: str) -> None:
@@ -402,14 +458,23 @@ def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:
         data = steering_of(request.sampling_params)
         if data is None:
             return found
-        index = torch.arange(start, end) - request.num_prompt_tokens
-        factor = unpack(data).factor(index)
+        factor = unpack(data).factor(_block_numbers(request, data, start, end))
         if not bool(factor.any()):
             return found
         alike = float(factor[0]) if bool((factor == factor[0]).all()) else factor.tolist()
         return [*found, (KEY, f"{_digest(data)}:{alike}")]
 
     return extra_keys
+
+
+def _block_numbers(request: Any, data: bytes, start: int, end: int) -> Tensor:
+    """The numbers of a request's tokens from `start` to `end`, for `SteeringPlan.factor`."""
+    segments = getattr(request, "steermoe_segments", None) or segments_of(data, request.num_prompt_tokens)
+    if segments is None:
+        return torch.arange(start, end) - request.num_prompt_tokens
+    request.steermoe_segments = segments
+    segments.read(request.all_token_ids[len(segments.tokens) : end])
+    return torch.tensor(segments.numbers[start:end])
 
 
 def _around_hash(compute: Callable[..., str]) -> Callable[..., str]:

@@ -171,10 +171,13 @@ class SteeringEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Make sure that the model can be steered, before anything is served."""
+        from steermoe.engines.vllm import plugin
+
         reasons = await engine_client.collective_rpc("steermoe_reason")
         if reason := next(filter(None, reasons), ""):
             raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
         resolver = resolver_for(engine_client.model_config, names_only=True)
+        resolver.tags = plugin.tags_of_inputs(engine_client.input_processor)
         engine_client.input_processor.steermoe_resolver = resolver
         no_lists = await engine_client.collective_rpc("steermoe_no_lists")
         engine_client.input_processor.steermoe_no_lists = next(filter(None, no_lists), "")

@@ -26,13 +26,14 @@ def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
     """The packed plan of a spec (JSON text, an object, or an already packed plan); None if it does nothing.
 
     Raises:
-        SteerMoEError: something in it can't be read or found, or does not fit the model.
+        SteerMoEError: something in it can't be read or found, or does not fit the model, or it follows tags that the
+            model does not have.
     """
     if isinstance(asked, bytes):
         resolver.check(unpack(asked))
         return asked
     plan = resolver.plan(read_spec(asked))
-    return pack(plan) if plan is not None and plan.does_something else None
+    return pack(plan, resolver.tags.of(plan)) if plan is not None and plan.does_something else None
 
 
 def spec_of_name(name: str, served: list[str]) -> tuple[str, dict[str, Any]] | None:

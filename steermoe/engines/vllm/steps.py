@@ -45,6 +45,7 @@ class Row(NamedTuple):
         tokens: how many of its tokens the call holds.
         prompt: how many tokens its prompt has.
         is_recorded: whether the choices of its generated tokens are counted.
+        numbers: of each of its tokens, for `SteeringPlan.factor`; None if they follow from its places.
     """
 
     request: str
@@ -53,6 +54,7 @@ class Row(NamedTuple):
     tokens: int
     prompt: int
     is_recorded: bool = False
+    numbers: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -286,11 +288,14 @@ class Steps:
                 self._token_plans = self._kernels.TokenPlans(plan_T.numpy(), factor_T.numpy())
         return self._last[1]
 
-    def _place(self, row: Row) -> int:
+    def _place(self, row: Row) -> int | tuple[int, ...]:
         """The part of a row's position that decides its factors: 0 where all generated tokens are steered alike."""
         index = row.first - row.prompt
         if row.plan is None:
             return 0
+        if row.numbers is not None and not (len(row.numbers) == 1 and row.numbers[0] >= 0):
+            return row.numbers
+        index = index if row.numbers is None else row.numbers[0]
         known = self._installed.get(row.plan)
         return 0 if index > 0 and known is not None and known.plan.schedule.kind == "constant" else index
 
@@ -301,6 +306,9 @@ class Steps:
         index_R = torch.tensor([row.first - row.prompt for row in rows])
         index_T = (index_R - start_R).repeat_interleave(tokens_R)
         index_T += torch.arange(len(index_T))
+        for row, start in zip(rows, start_R.tolist(), strict=True):
+            if row.numbers is not None:
+                index_T[start : start + row.tokens] = torch.tensor(row.numbers)
         followed = dict.fromkeys(row.plan for row in rows if row.plan is not None)
         installed = [self._find(data, followed) for data in followed]
         entry_of: dict[bytes | None, int] = {data: entry for entry, data in enumerate(followed)}

@@ -13,18 +13,21 @@ from safetensors.torch import load, save
 
 from steermoe.errors import SteeringError, VectorError
 from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.segments import Tags
 from steermoe.vectors.vector import SteeringVector
 
 WIRE_VERSION = 1
 KEY = "steering"
 """The key of a request's steering in `SamplingParams.extra_args`, which is `vllm_xargs` at the server."""
 
+TAGS = "tags"
+"""The key of a plan's tags in the header."""
 KEPT = 1024
 
 
 @lru_cache(KEPT)
-def pack(plan: SteeringPlan) -> bytes:
-    """Everything in a plan that decides what it does."""
+def pack(plan: SteeringPlan, tags: Tags | None = None) -> bytes:
+    """Everything that decides what a plan does: all that is in it, and the tags that it follows, if any."""
     vector = plan.vector
     header = {
         **plan.as_dict(),
@@ -33,6 +36,7 @@ def pack(plan: SteeringPlan) -> bytes:
         "strength": float(plan.strength),
         "force": sorted(plan.force),
         "ban": sorted(plan.ban),
+        **({} if tags is None else {TAGS: tags.as_json()}),
     }
     experts = torch.zeros(0, 0) if vector is None else vector.experts.detach().float().cpu().contiguous()
     return save({"experts": experts, "header": torch.frombuffer(bytearray(_json(header)), dtype=torch.uint8)})
@@ -46,8 +50,8 @@ def unpack(data: bytes) -> SteeringPlan:
         SteeringError: bytes that `pack` of this version did not write.
     """
     try:
-        tensors = load(data)
-        header: dict[str, Any] = json.loads(tensors["header"].numpy().tobytes())
+        tensors, header = _read(data)
+        header.pop(TAGS, None)
         if header.pop("version") != WIRE_VERSION:
             raise SteeringError("the plan was packed by another version of steermoe: install the same one everywhere")
         domain, rows = header.pop("domain"), tuple(header.pop("rows"))
@@ -55,6 +59,18 @@ def unpack(data: bytes) -> SteeringPlan:
         return SteeringPlan(vector, **header)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, VectorError) as error:
         raise SteeringError(f"a packed plan of {len(data)} bytes can't be read ({error!r})") from error
+
+
+@lru_cache(KEPT)
+def tags_of(data: bytes) -> Tags | None:
+    """The tags that were packed with a plan, which `unpack` can read; None if it follows none."""
+    _, header = _read(data)
+    return Tags.of_json(header[TAGS]) if TAGS in header else None
+
+
+def _read(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors = load(data)
+    return tensors, json.loads(tensors["header"].numpy().tobytes())
 
 
 def _json(value: Any) -> bytes:

@@ -150,7 +150,7 @@ def _fingerprint(path: Path, routers: Sequence[RouterShape], tensors: "dict[str,
         return ""
     with path.open("rb") as file:
         return fingerprint(
-            (gate.shape[::-1], read_numbers(file, PLAIN[gate.kind], math.prod(gate.shape), gate.start))
+            ((gate.shape[1], gate.shape[0]), read_numbers(file, PLAIN[gate.kind], math.prod(gate.shape), gate.start))
             for gate in gates
         )
 

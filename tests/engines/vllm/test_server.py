@@ -202,6 +202,11 @@ BAD = [
         {"model": "tiny:sport", "vllm_xargs": {"steering": '{"domain":"food"}'}},
         "leave one of them out",
     ),
+    (
+        "tags that the model does not have",
+        {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","positions":"answer"}'}},
+        "positions answer follows the tags around a model's thinking",
+    ),
     ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs in vllm_xargs"),
     ("30 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_DECAY}}, "is too large: expected 0 to 2147483647"),
     ("30 digits in a window", {"model": "tiny", "vllm_xargs": {"steering": LONG_WINDOW}}, "is too large"),

@@ -65,7 +65,7 @@ class CompiledSteps:
             tokens_B1: each row's last token.
             cached_B: how many tokens each row has in the cache.
             plans: one per row.
-            index_B: how many tokens each row had generated before its last one.
+            index_B: the number of each row's last token, as its plan counts it.
         """
         step = self._step(len(tokens_B1))
         assert step is not None
