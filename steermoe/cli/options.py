@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from steermoe.discovery.corpus import Corpus
+    from steermoe.engines.engine import Engine as RunningEngine
     from steermoe.engines.request import Completion
+    from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
+    from steermoe.steering.resolver import PlanResolver
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 STEERING, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Sampling", "Model", "Corpus", "vLLM"
@@ -131,6 +134,37 @@ def domains(help: str) -> Any:
 VectorsFolder = Annotated[
     Path | None, typer.Option("--vectors", help="Folder of vectors to search first.", rich_help_panel=STEERING)
 ]
+AnyModel = Annotated[
+    bool,
+    typer.Option(
+        "--any-model",
+        help="Also take vectors that were built for another model of the same shape.",
+        rich_help_panel=STEERING,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Where a command finds its vectors, and which ones it takes."""
+
+    vectors: VectorsFolder = None
+    any_model: AnyModel = False
+
+    def check(self, spec: SteeringSpec) -> None:
+        """As `resolver.check_spec`: raise what is wrong with a spec for any model, before a model is loaded."""
+        from steermoe.steering.resolver import check_spec
+
+        check_spec(spec, self.vectors)
+
+    def resolver(self, model: "RunningEngine | RoutingShape") -> "PlanResolver":
+        """What turns specs into plans for a model, given as the engine that runs it or as its shape."""
+        from steermoe.routing.shape import RoutingShape
+        from steermoe.steering.resolver import PlanResolver
+
+        shape = model if isinstance(model, RoutingShape) else model.shape
+        return PlanResolver(shape, self.vectors, any_model=self.any_model)
+
 
 Model = Annotated[
     str | None,
