@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError
 from steermoe.steering.limits import escaped, quoted
+from steermoe.steering.resolver import names_of
 from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
 MAX_LINE = 1 << 20
@@ -161,6 +162,27 @@ class PromptFile:
             except (_BadLine, SteerMoEError) as problem:
                 text = content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT]
                 yield Problem(number, one_line(problem), text)
+
+    def needs(self, settings: BatchSettings, most: int = 100_000) -> tuple[list[str], str]:
+        """The domains and vector files that the good lines name, and the beginning of all their prompts together.
+
+        Args:
+            settings: as for `jobs`.
+            most: characters of the prompts.
+        """
+        names: dict[str, None] = {}
+        prompts: list[str] = []
+        length = 0
+        for line in self.jobs(settings):
+            if isinstance(line, Problem):
+                continue
+            for spec in dict.fromkeys(job.steering for job in line):
+                with contextlib.suppress(SteerMoEError):
+                    names |= dict.fromkeys(names_of(spec))
+            if length < most:
+                prompts.append(line[0].prompt)
+                length += len(line[0].prompt)
+        return list(names), "\n".join(prompts)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines with their numbers, from 1; of a line that is too long, enough to see that."""

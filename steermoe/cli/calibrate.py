@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steermoe.cli import loading
+from steermoe.cli import loading, on_demand
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
 from steermoe.steering.spec import SteeringSpec
@@ -57,8 +57,11 @@ def calibrate(
     from steermoe.vectors import file, library
 
     check_budget(budget)
-    paths = {name: library.find_vector(name, folder=vectors.vectors) for name in dict.fromkeys(domain)}
+    names = dict.fromkeys(domain)
+    paths = {name: _files(name, vectors.vectors, vectors.can_build(name)) for name in names}
     loaded = model.load()
+    built = on_demand.files_of(loaded, vectors, on_demand.wish(vectors, names, calibrated=False))
+    paths |= {name: [path] for name, path in built.items()}
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.teacher_forcing import TeacherForcing
     from steermoe.evaluation.texts import neutral_texts
@@ -85,6 +88,23 @@ def calibrate(
         console.write_json(records)
     else:
         tables.print_table(("domain", "formula", "strength", "safe range", "damage", "file"), rows)
+
+
+def _files(name: str, folder: Path | None, can_build: bool) -> list[Path]:
+    """The files that a name can mean; none if the vector is built now.
+
+    Raises:
+        VectorNotFound: there is none.
+    """
+    from steermoe.errors import VectorNotFound
+    from steermoe.vectors.library import find_vector
+
+    try:
+        return find_vector(name, folder=folder)
+    except VectorNotFound:
+        if can_build:
+            return []
+        raise
 
 
 def _row(vector: "SteeringVector", result: "Calibration", path: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ CREATED_BY = "steermoe, from its packaged texts"
 MAX_TOKENS = 256
 """Tokens read of each text: all have fewer words, but a tokenizer may not know their language."""
 LOWER_THRESHOLDS = (2.5, 2.0, 1.5, 1.25, 1.1, 1.0)
-"""Tried in this order if `cutting.cut` finds no expert that sets a domain apart; at 1, all above the baseline remain."""
+"""Tried in this order if no expert sets a domain apart; at 1, all above the baseline remain."""
 WEAK = 1.5
 """Below this threshold a vector can do little."""
 TRIED_TEXTS = 4
@@ -160,4 +160,3 @@ def _embeddings_folder(source: RoutingSource, texts: Iterable[Text]) -> Path:
     content = [str(meta_of(source, _options())), *(text.text for text in texts)]
     digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     return cache_folder() / "packaged_texts" / digest
-
