@@ -1,4 +1,4 @@
-"""Vectors on demand: what a model lacks is built from the packaged texts, calibrated, and kept in the user's data folder.
+"""Vectors on demand: what a model lacks is built from the packaged texts, calibrated, and kept for the next time.
 
 A folder holds one model's vectors from texts of one language: its name is the model's, then the beginning of the
 fingerprint of its routers. All packaged domains are built together, since the baseline needs them all; a domain is
@@ -164,9 +164,7 @@ def check_there(shape: RoutingShape, wish: Wish) -> None:
         try:
             read_fitting(find_vector(domain, folder=wish.folder), shape, foreign=wish.any_model)
         except (CompatibilityError, VectorNotFound) as error:
-            raise type(error)(
-                f"{error}; without --no-build it is built now, from texts that came with steermoe"
-            ) from error
+            raise type(error)(f"{error}; without --no-build it is built now") from error
 
 
 # ---- making them ----
@@ -276,7 +274,9 @@ def _build(source: "RoutingSource", wish: Wish, folder: Path, watcher: Watcher) 
     from steermoe.discovery.packaged_vectors import build_packaged, count_texts
 
     with watcher.counting("Building", "texts", count_texts(wish.language)) as progress:
-        made = build_packaged(source, wish.language, progress=progress)
+        made = build_packaged(
+            source, wish.language, progress=progress, on_remark=lambda remark: watcher.note(f"steermoe: {remark}")
+        )
     for vector in made:
         path = folder / f"{vector.domain}{SUFFIX}"
         if _read(path, source.shape) is None:
