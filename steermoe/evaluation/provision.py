@@ -111,7 +111,9 @@ def asked_for(shape: RoutingShape, wish: Wish) -> list[str]:
 
 def _has_own(shape: RoutingShape, domain: str, wish: Wish) -> bool:
     """Whether there is a vector that somebody made, which is taken whatever language its texts have."""
-    on_demand = {kept_folder(shape, language).resolve() for language in LANGUAGES}
+    on_demand: set[Path] = set()
+    with suppress(VectorError):  # no home folder
+        on_demand = {kept_folder(shape, language).resolve() for language in LANGUAGES}
     try:
         files = [path for path in find_vector(domain, folder=wish.folder) if path.parent.resolve() not in on_demand]
         return bool(files) and bool(read_fitting(files, shape, foreign=wish.any_model))
