@@ -12,6 +12,7 @@ from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
     from steermoe.evaluation.calibration import Calibration
+    from steermoe.routing.shape import RoutingShape
     from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
@@ -67,9 +68,11 @@ def calibrate(
     from steermoe.evaluation.texts import neutral_texts
 
     found = [
-        library.read_fitting(each, loaded.shape, foreign=vectors.any_model or library.is_path(name))
+        library.read_fitting(each, loaded.shape, path=library.is_path(name), any_model=vectors.any_model)
         for name, each in paths.items()
     ]
+    if vectors.any_model and output is None and not dry_run:
+        _refuse_to_change_others(found, loaded.shape)
     source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):
         neutral = neutral_texts(source)
@@ -105,6 +108,19 @@ def _files(name: str, folder: Path | None, can_build: bool) -> list[Path]:
         if can_build:
             return []
         raise
+
+
+def _refuse_to_change_others(found: "list[tuple[Path, SteeringVector]]", shape: "RoutingShape") -> None:
+    """Raise VectorError for a vector of another model, whose own strength would be overwritten."""
+    from steermoe.errors import VectorError
+    from steermoe.vectors.library import whose
+
+    for path, vector in found:
+        if whose(vector, shape) == "foreign":
+            raise VectorError(
+                f"'{path}' was built for {vector.info.model}, whose strength it holds: pass --output FOLDER for "
+                f"that of {shape.name}, or --dry-run"
+            )
 
 
 def _row(vector: "SteeringVector", result: "Calibration", path: str) -> tuple[str, ...]:

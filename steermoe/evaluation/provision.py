@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from steermoe.discovery.packaged import NAMES, NEUTRAL, Language, is_packaged, packaged_texts
+from steermoe.discovery.packaged import CREATED_BY, NAMES, NEUTRAL, Language, is_packaged, packaged_texts
 from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel, VectorError, VectorNotFound
 from steermoe.evaluation.calibration import DEFAULT_BUDGET, Damage, Forcing, calibrate_vector
 from steermoe.files import atomic_path, lock, why_not_written
 from steermoe.models.default.spec import DOMAINS
 from steermoe.routing.shape import RoutingShape, name_of
 from steermoe.vectors.file import SUFFIX, read_header, read_vector, write_vector
-from steermoe.vectors.library import find_vector, is_path, read_fitting
+from steermoe.vectors.library import find_vector, fitting, is_path, read_fitting
 
 if TYPE_CHECKING:
     from steermoe.discovery.embedder import RoutingSource
@@ -110,15 +110,22 @@ def asked_for(shape: RoutingShape, wish: Wish) -> list[str]:
 
 
 def _has_own(shape: RoutingShape, domain: str, wish: Wish) -> bool:
-    """Whether there is a vector that somebody made, which is taken whatever language its texts have."""
+    """Whether there is a vector that somebody made, which is taken whatever language its texts have.
+
+    One that was built on demand for other weights of this name is none: a retrained model gets its own.
+    """
     on_demand: set[Path] = set()
     with suppress(VectorError):  # no home folder
         on_demand = {kept_folder(shape, language).resolve() for language in LANGUAGES}
     try:
         files = [path for path in find_vector(domain, folder=wish.folder) if path.parent.resolve() not in on_demand]
-        return bool(files) and bool(read_fitting(files, shape, foreign=wish.any_model))
+        found = fitting(files, shape, foreign=wish.any_model)[0] if files else None
     except (CompatibilityError, VectorNotFound):
         return False
+    if found is None or not found.is_taken:
+        return False
+    is_made = found.header is None or found.header.info.created_by != CREATED_BY
+    return is_made or wish.any_model or found.whose != "changed"
 
 
 def lacking(shape: RoutingShape, wish: Wish) -> list[str]:
@@ -164,7 +171,7 @@ def check_there(shape: RoutingShape, wish: Wish) -> None:
     """
     for domain in missing(shape, wish):
         try:
-            read_fitting(find_vector(domain, folder=wish.folder), shape, foreign=wish.any_model)
+            read_fitting(find_vector(domain, folder=wish.folder), shape, any_model=wish.any_model)
         except (CompatibilityError, VectorNotFound) as error:
             raise type(error)(f"{error}; without --no-build it is built now") from error
 

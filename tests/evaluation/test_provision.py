@@ -58,7 +58,7 @@ def test_all_domains_are_built_and_the_one_asked_for_is_calibrated(few_texts, ti
     sport = read_vector(given["sport"])
     assert sport.info.strength > 0
     assert sport.info.damage <= 1
-    assert sport.info.created_by == packaged_vectors.CREATED_BY
+    assert sport.info.created_by == packaged.CREATED_BY
     assert (sport.info.texts, sport.info.model) == (FEW, "tiny-mixtral")
     assert sport.experts.any()
     assert read_vector(folder / "food.safetensors").info.strength is None
