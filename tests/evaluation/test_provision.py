@@ -10,7 +10,8 @@ import steermoe
 from steermoe.discovery import embed_corpus, packaged, packaged_vectors
 from steermoe.errors import CompatibilityError, ModelError, SteeringError, VectorError, VectorNotFound
 from steermoe.evaluation import provision
-from steermoe.evaluation.provision import Wish, check_there, kept_folder, lacking, load_vector, missing, provide
+from steermoe.evaluation.load_vector import load_vector
+from steermoe.evaluation.provision import Wish, check_there, kept_folder, lacking, missing, provide
 from steermoe.vectors.file import read_vector, write_vector
 
 FEW = 3
