@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from steermoe.steering.plans import SteeringPlan
     from steermoe.vectors.vector import SteeringVector
 
-FIRST_STRENGTH, TOLERANCE = 2.0, 0.05
+FIRST_STRENGTH, TOLERANCE = 2.0, 0.08
 """Where a calibration on demand begins, and how precise it is: half the measurements of `steermoe calibrate`."""
-CALIBRATION_TEXTS = 12
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 12, 80
+"""Neutral texts, and tokens read of each: a third of what `steermoe calibrate` reads."""
 EXPECTED_MEASUREMENTS = 10
 WORK_OF_A_TOKEN = 1.6
 """What a token costs in a calibration, if one costs 1 in an embedding: all layers, the head, and the divergence."""
@@ -251,7 +252,9 @@ def _announce(
     number = count_texts(wish.language)
     texts = f"{number} {NAMES[wish.language]} texts"
     building = _duration(number * measured.tokens * measured.seconds)
-    tokens = CALIBRATION_TEXTS * min(measured.tokens, 112) * (1 + EXPECTED_MEASUREMENTS * len(to_calibrate))
+    tokens = (
+        CALIBRATION_TEXTS * min(measured.tokens, CALIBRATION_TOKENS) * (1 + EXPECTED_MEASUREMENTS * len(to_calibrate))
+    )
     calibrating = _duration(tokens * measured.seconds * WORK_OF_A_TOKEN)
     name = source.shape.name
     if to_build:
@@ -349,10 +352,10 @@ def forcing_of(source: "RoutingSource", texts: Sequence[str]) -> Forcing:
     if isinstance(source, LoadedModel):
         from steermoe.evaluation.teacher_forcing import TeacherForcing
 
-        return TeacherForcing(source, texts)
+        return TeacherForcing(source, texts, max_tokens=CALIBRATION_TOKENS)
     from steermoe.evaluation.forcing_llamacpp import GGUFForcing
 
-    return GGUFForcing(source, texts)
+    return GGUFForcing(source, texts, max_tokens=CALIBRATION_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from steermoe.cli import on_demand
 from steermoe.cli.loading import ModelOptions
 from steermoe.cli.on_demand import warn_of_script
-from steermoe.cli.options import VectorOptions
+from steermoe.cli.options import DEFAULT_PROMPT, VectorOptions, read_prompt
 from steermoe.discovery import packaged, packaged_vectors
 from steermoe.evaluation import provision
 from steermoe.models.description import describe
@@ -54,8 +54,8 @@ def test_the_prompt_or_an_option_chooses_the_language(run, few_texts, tiny_check
     assert "from 18 Russian texts" in found.err
     assert all(name.split("/")[0].endswith("-ru") for name in kept(few_texts))
     assert "trained on English" not in found.err
-    found = run("generate", "--language", "ru", "--model", tiny_checkpoint, *SHORT)
-    assert found.out.startswith(packaged.openings("ru")[0])
+    assert read_prompt(None, "ru") == packaged.openings("ru")[0]
+    assert read_prompt(None, "both") == read_prompt(None) == DEFAULT_PROMPT
 
 
 def test_no_build_refuses(run, few_texts, tiny_checkpoint):
