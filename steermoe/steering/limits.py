@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from steermoe.errors import SteeringError, quoted
+from steermoe.errors import SteeringError, quoted, shown
 
 MOST_EXPERTS = 1 << 14
 """How many experts a plan may force, or ban."""

@@ -4,11 +4,10 @@ from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from typing import Any, Protocol
 
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, quoted
 from steermoe.models.tags import Pair, answer_tags, tool_tags
 from steermoe.models.template import think_tags
 from steermoe.routing.positions import SEGMENTS, Positions
-from steermoe.steering.limits import quoted
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.segments import Between, Segments, Tag, Tags, follows_tags
 
