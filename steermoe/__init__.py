@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from steermoe.engines.hf.engine import HFEngine
     from steermoe.engines.request import Completion, Request, Sampling
     from steermoe.errors import SteerMoEError
-    from steermoe.evaluation.provision import load_vector
+    from steermoe.evaluation.load_vector import load_vector
     from steermoe.models.default.pull import pull
     from steermoe.models.description import describe
     from steermoe.models.loading import LoadedModel, load
@@ -54,7 +54,7 @@ _HOME = {
     "import_matrix": "vectors.matrix",
     "list_families": "routing.families",
     "load": "models.loading",
-    "load_vector": "evaluation.provision",
+    "load_vector": "evaluation.load_vector",
     "mix": "vectors.mixing",
     "plan_for": "steering.plans",
     "pull": "models.default.pull",

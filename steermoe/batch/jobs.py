@@ -106,6 +106,10 @@ class _BadLine(Exception):
     """Says why a line can't be used; never leaves this file."""
 
 
+NAMES_A_DOMAIN = b'"domain'
+"""In every JSON line that names a domain; the others need not be parsed to find those that do."""
+
+
 class PromptFile:
     """A file of prompts that can be read several times: a pipe is copied to a temporary file.
 
@@ -153,35 +157,43 @@ class PromptFile:
     def jobs(self, settings: BatchSettings) -> Iterator[list[Job] | Problem]:
         """For each line its jobs, or what is wrong with it. Blank lines are skipped."""
         for number, content in self._lines():
-            if not content.strip():
-                continue
-            try:
-                text = _decoded(content)
-                given = _parse(text) if self.is_json else {"prompt": text.rstrip("\r\n")}
-                yield _expand(number, given, settings)
-            except (_BadLine, SteerMoEError) as problem:
-                text = content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT]
-                yield Problem(number, one_line(problem), text)
+            if content.strip():
+                yield self._jobs_of(number, content, settings)
+
+    def _jobs_of(self, number: int, content: bytes, settings: BatchSettings) -> list[Job] | Problem:
+        try:
+            text = _decoded(content)
+            given = _parse(text) if self.is_json else {"prompt": text.rstrip("\r\n")}
+            return _expand(number, given, settings)
+        except (_BadLine, SteerMoEError) as problem:
+            text = content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT]
+            return Problem(number, one_line(problem), text)
 
     def needs(self, settings: BatchSettings, most: int = 100_000) -> tuple[list[str], str]:
-        """The domains and vector files that the good lines name, and the beginning of all their prompts together.
+        """The domains and vector files that settings and good lines name, and the first prompts in one text.
 
         Args:
             settings: as for `jobs`.
             most: characters of the prompts.
         """
-        names: dict[str, None] = {}
+        names = {name: None for spec in settings.steerings() for name in names_of(spec)}
         prompts: list[str] = []
-        length = 0
-        for line in self.jobs(settings):
+        left = most
+        for number, content in self._lines():
+            names_some = self.is_json and NAMES_A_DOMAIN in content
+            if left <= 0 and not self.is_json:
+                break
+            if not content.strip() or (left <= 0 and not names_some):
+                continue
+            line = self._jobs_of(number, content, settings)
             if isinstance(line, Problem):
                 continue
-            for spec in dict.fromkeys(job.steering for job in line):
+            if left > 0:
+                prompts.append(line[0].prompt)
+                left -= len(line[0].prompt)
+            for spec in dict.fromkeys(job.steering for job in line) if names_some else ():
                 with contextlib.suppress(SteerMoEError):
                     names |= dict.fromkeys(names_of(spec))
-            if length < most:
-                prompts.append(line[0].prompt)
-                length += len(line[0].prompt)
         return list(names), "\n".join(prompts)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:

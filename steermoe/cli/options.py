@@ -160,6 +160,8 @@ TextLanguage = Annotated[
         rich_help_panel=STEERING,
     ),
 ]
+BUILD_ONE = "build one with"
+"""What the error about a domain without a vector advises."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,12 @@ class VectorOptions:
         try:
             check_spec(spec, self.vectors, self.can_build)
         except VectorNotFound as error:
-            raise VectorNotFound(f"{error}{self.hint()}") from error
+            if BUILD_ONE not in str(error):  # a folder or a file is missing
+                raise
+            raise VectorNotFound(f"{error}{self._hint()}") from error
 
-    def hint(self) -> str:
-        """What else helps if there is no vector of a domain, to be added to an error."""
+    def _hint(self) -> str:
+        """What else helps if there is no vector of a domain, to be added to the advice to build one."""
         from steermoe.models.default.spec import DOMAINS
 
         if self.no_build:

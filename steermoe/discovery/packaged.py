@@ -16,6 +16,8 @@ from steermoe.models.default.stories import load_stories
 DATA = Path(__file__).parent / "data"
 """A folder for each language: `openings.txt`, and the Russian texts as `DOMAIN.jsonl`."""
 NEUTRAL = "neutral"
+CREATED_BY = "steermoe, from its packaged texts"
+"""What a vector says that was built from them."""
 TEXTS, NEUTRAL_TEXTS = 40, 60
 """Texts of a domain, and neutral ones: the same in both languages."""
 

@@ -17,14 +17,13 @@ from steermoe.discovery.cutting import cut
 from steermoe.discovery.embed_corpus import embed_corpus, meta_of
 from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource, TextProgress
 from steermoe.discovery.labelled import routing_embeddings, vector_info
-from steermoe.discovery.packaged import NAMES, NEUTRAL, Language, packaged_texts
+from steermoe.discovery.packaged import CREATED_BY, NAMES, NEUTRAL, Language, packaged_texts
 from steermoe.discovery.store import EmbeddedTexts, Text
 from steermoe.errors import VectorError
 from steermoe.files import cache_folder
 from steermoe.models.default.stories import domain_words
 from steermoe.vectors.vector import SteeringVector
 
-CREATED_BY = "steermoe, from its packaged texts"
 MAX_TOKENS = 256
 """Tokens read of each text: all have fewer words, but a tokenizer may not know their language."""
 LOWER_THRESHOLDS = (2.5, 2.0, 1.5, 1.25, 1.1, 1.0)

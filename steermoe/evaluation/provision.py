@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from steermoe.discovery.packaged import NAMES, NEUTRAL, Language, is_packaged, packaged_texts
-from steermoe.errors import CompatibilityError, ModelError, UnsupportedModel, VectorError, VectorNotFound
+from steermoe.discovery.packaged import CREATED_BY, NAMES, NEUTRAL, Language, is_packaged, packaged_texts
+from steermoe.errors import CompatibilityError, UnsupportedModel, VectorError, VectorNotFound
 from steermoe.evaluation.calibration import DEFAULT_BUDGET, Damage, Forcing, calibrate_vector
 from steermoe.files import atomic_path, lock, why_not_written
 from steermoe.models.default.spec import DOMAINS
-from steermoe.routing.shape import RoutingShape, name_of
+from steermoe.routing.shape import RoutingShape
 from steermoe.vectors.file import SUFFIX, read_header, read_vector, write_vector
-from steermoe.vectors.library import find_vector, is_path, read_fitting
+from steermoe.vectors.library import find_vector, fitting, read_fitting
 
 if TYPE_CHECKING:
     from steermoe.discovery.embedder import RoutingSource
     from steermoe.steering.plans import SteeringPlan
     from steermoe.vectors.vector import SteeringVector
 
-FIRST_STRENGTH, TOLERANCE = 2.0, 0.05
+FIRST_STRENGTH, TOLERANCE = 2.0, 0.08
 """Where a calibration on demand begins, and how precise it is: half the measurements of `steermoe calibrate`."""
-CALIBRATION_TEXTS = 12
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 12, 80
+"""Neutral texts, and tokens read of each: a third of what `steermoe calibrate` reads."""
 EXPECTED_MEASUREMENTS = 10
 WORK_OF_A_TOKEN = 1.6
 """What a token costs in a calibration, if one costs 1 in an embedding: all layers, the head, and the divergence."""
@@ -110,13 +111,22 @@ def asked_for(shape: RoutingShape, wish: Wish) -> list[str]:
 
 
 def _has_own(shape: RoutingShape, domain: str, wish: Wish) -> bool:
-    """Whether there is a vector that somebody made, which is taken whatever language its texts have."""
-    on_demand = {kept_folder(shape, language).resolve() for language in LANGUAGES}
+    """Whether there is a vector that somebody made, which is taken whatever language its texts have.
+
+    One that was built on demand for other weights of this name is none: a retrained model gets its own.
+    """
+    on_demand: set[Path] = set()
+    with suppress(VectorError):  # no home folder
+        on_demand = {kept_folder(shape, language).resolve() for language in LANGUAGES}
     try:
         files = [path for path in find_vector(domain, folder=wish.folder) if path.parent.resolve() not in on_demand]
-        return bool(files) and bool(read_fitting(files, shape, foreign=wish.any_model))
+        found = fitting(files, shape, foreign=wish.any_model)[0] if files else None
     except (CompatibilityError, VectorNotFound):
         return False
+    if found is None or not found.is_taken:
+        return False
+    is_made = found.header is None or found.header.info.created_by != CREATED_BY
+    return is_made or wish.any_model or found.whose != "changed"
 
 
 def lacking(shape: RoutingShape, wish: Wish) -> list[str]:
@@ -162,7 +172,7 @@ def check_there(shape: RoutingShape, wish: Wish) -> None:
     """
     for domain in missing(shape, wish):
         try:
-            read_fitting(find_vector(domain, folder=wish.folder), shape, foreign=wish.any_model)
+            read_fitting(find_vector(domain, folder=wish.folder), shape, any_model=wish.any_model)
         except (CompatibilityError, VectorNotFound) as error:
             raise type(error)(f"{error}; without --no-build it is built now") from error
 
@@ -242,7 +252,9 @@ def _announce(
     number = count_texts(wish.language)
     texts = f"{number} {NAMES[wish.language]} texts"
     building = _duration(number * measured.tokens * measured.seconds)
-    tokens = CALIBRATION_TEXTS * min(measured.tokens, 112) * (1 + EXPECTED_MEASUREMENTS * len(to_calibrate))
+    tokens = (
+        CALIBRATION_TEXTS * min(measured.tokens, CALIBRATION_TOKENS) * (1 + EXPECTED_MEASUREMENTS * len(to_calibrate))
+    )
     calibrating = _duration(tokens * measured.seconds * WORK_OF_A_TOKEN)
     name = source.shape.name
     if to_build:
@@ -340,10 +352,10 @@ def forcing_of(source: "RoutingSource", texts: Sequence[str]) -> Forcing:
     if isinstance(source, LoadedModel):
         from steermoe.evaluation.teacher_forcing import TeacherForcing
 
-        return TeacherForcing(source, texts)
+        return TeacherForcing(source, texts, max_tokens=CALIBRATION_TOKENS)
     from steermoe.evaluation.forcing_llamacpp import GGUFForcing
 
-    return GGUFForcing(source, texts)
+    return GGUFForcing(source, texts, max_tokens=CALIBRATION_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -394,76 +406,3 @@ class _Remembering:
         }
         with suppress(OSError), atomic_path(self._path) as partial:
             partial.write_text(json.dumps(kept), encoding="utf-8")
-
-
-# ---- for Python ----
-
-
-def load_vector(
-    name: str | Path,
-    model: Any = None,
-    *,
-    folder: Path | str | None = None,
-    group: str | None = None,
-    any_model: bool = False,
-    build: bool = False,
-    language: Language = "en",
-) -> "SteeringVector":
-    """Load a domain's vector; with `build`, one that the model lacks is built and calibrated first, and kept.
-
-    Args:
-        name: a domain, or the path of a vector file.
-        model: as for `library.load_vector`: a model or its shape; or a `LoadedModel` or an engine. To build a vector
-            for a bare model, its tokenizer is loaded from where the model came from.
-        folder: searched before all others.
-        group: only look in this model's folder, such as "smollm2-moe".
-        any_model: if the model has no vector of its own, take that of another model of the same shape.
-        build: build what is missing of the packaged domains; no steering may be attached to the model.
-        language: of the texts that it is built from: "en", "ru" or "both".
-
-    Raises:
-        VectorNotFound: no such file. CompatibilityError: only files for other models. VectorError: a damaged file.
-        ModelError: no tokenizer to build with.
-    """
-    from steermoe.vectors import library
-
-    options: dict[str, Any] = {"folder": folder, "group": group, "any_model": any_model}
-    if not build or is_path(name):
-        shape = getattr(model, "shape", None)
-        return library.load_vector(name, shape if isinstance(shape, RoutingShape) else model, **options)
-    source = _source(model)
-    wish = Wish((str(name),), language, None if folder is None else Path(folder), any_model)
-    built = provide(source, wish)
-    return library.load_vector(built.get(str(name), name), source.shape, **options)
-
-
-def _source(model: Any) -> "RoutingSource":
-    """What a vector can be built from: the model that an engine runs, or a bare one with its tokenizer.
-
-    Raises:
-        ModelError: neither.
-    """
-    from transformers import AutoTokenizer, PreTrainedModel
-
-    from steermoe.models.loading import LoadedModel
-
-    if isinstance(model, LoadedModel) or hasattr(model, "chosen"):
-        return model
-    if isinstance(getattr(model, "loaded", None), LoadedModel):
-        return model.loaded
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"build=True needs a model, not {type(model).__name__}: pass what steermoe.load returns, or a model of "
-            "transformers"
-        )
-    where = getattr(model, "name_or_path", "")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as error:  # transformers raises anything
-        raise ModelError(
-            f"there is no tokenizer at '{where}', where the model came from: pass LoadedModel(name, model, tokenizer)"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    folder = Path(where)
-    return LoadedModel(name_of(folder.resolve()) if folder.is_dir() else where, model, tokenizer)

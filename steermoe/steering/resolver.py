@@ -15,8 +15,8 @@ from steermoe.steering.banks import check_plan
 from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
-from steermoe.vectors.file import SUFFIX, check_domain_name, read_header
-from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting
+from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
+from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting, whose
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
@@ -147,13 +147,13 @@ class PlanResolver:
     def _read_fits(self, path: Path, stamp: Hashable) -> bool:
         """Whether a file holds a vector that fits; says once in the log why it can't be read."""
         try:
-            read_fitting([path], self.shape, foreign=self._any_model)
+            is_foreign = whose(read_vector(path), self.shape) == "foreign"
         except CompatibilityError:
             return False
         except VectorError as error:
             log.warning("steermoe leaves out a vector file: %s", escaped(str(error)))
             return False
-        return True
+        return self._any_model or not is_foreign
 
     def _make(self, spec: SteeringSpec, stamps: Hashable) -> SteeringPlan | None:
         if spec.is_unsteered:
@@ -176,7 +176,7 @@ class PlanResolver:
     def _read(self, name: str) -> SteeringVector:
         paths = self._find(name)
         try:
-            return read_fitting(paths, self.shape, foreign=self._any_model or is_path(name))[1]
+            return read_fitting(paths, self.shape, path=is_path(name), any_model=self._any_model)[1]
         except VectorError as error:
             if not self._names_only:
                 raise

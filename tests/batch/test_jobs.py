@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -223,3 +224,23 @@ def test_samples_out_of_range(samples):
 def test_the_most_stories_of_a_line_are_fast(read):
     (line,) = read('{"prompt": "x", "samples": 100000, "meta": ' + "[" * 99 + "]" * 99 + "}")
     assert (len(line), line[-1].sampling.seed) == (100_000, 99_999)
+
+
+def test_what_a_file_needs(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "Пёс", "domain": "law=0.5+food"},
+        {"prompt": "A cat", "domains": ["space", None]},
+        {"prompt": "", "domain": "music"},
+        {"prompt": "A third"},
+        {"prompt": "The last", "domain": "biology"},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    settings = BatchSettings(SteeringSpec(), ("sport",), Sampling(), 1)
+    with closing(PromptFile(path)) as file:
+        assert file.needs(settings) == (["sport", "law", "food", "space", "biology"], "Пёс\nA cat\nA third\nThe last")
+        assert file.needs(settings, most=3) == (["sport", "law", "food", "space", "biology"], "Пёс")
+    text = tmp_path / "prompts.txt"
+    text.write_text('One "domain\n\nTwo\nThree\n')
+    with closing(PromptFile(text)) as file:
+        assert file.needs(settings, most=14) == (["sport"], 'One "domain\nTwo')

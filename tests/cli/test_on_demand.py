@@ -1,13 +1,19 @@
 """The commands that build what a model lacks: `generate`, `compare`, `batch`, `calibrate`, `vectors build`."""
 
 import json
+import os
 
 import pytest
 
+from steermoe.cli import on_demand
+from steermoe.cli.loading import ModelOptions
 from steermoe.cli.on_demand import warn_of_script
+from steermoe.cli.options import DEFAULT_PROMPT, VectorOptions, read_prompt
 from steermoe.discovery import packaged, packaged_vectors
 from steermoe.evaluation import provision
+from steermoe.models.description import describe
 from steermoe.routing.shape import RoutingShape
+from steermoe.steering.spec import SteeringSpec
 
 SHORT = ("--max-new-tokens", "6")
 
@@ -48,8 +54,8 @@ def test_the_prompt_or_an_option_chooses_the_language(run, few_texts, tiny_check
     assert "from 18 Russian texts" in found.err
     assert all(name.split("/")[0].endswith("-ru") for name in kept(few_texts))
     assert "trained on English" not in found.err
-    found = run("generate", "--language", "ru", "--model", tiny_checkpoint, *SHORT)
-    assert found.out.startswith(packaged.openings("ru")[0])
+    assert read_prompt(None, "ru") == packaged.openings("ru")[0]
+    assert read_prompt(None, "both") == read_prompt(None) == DEFAULT_PROMPT
 
 
 def test_no_build_refuses(run, few_texts, tiny_checkpoint):
@@ -132,3 +138,21 @@ def test_the_default_model_warns_of_other_scripts(name, text, warns, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == warns
     assert ("trained on English" in said) == warns
+
+
+def test_vllm_gets_its_vectors_from_transformers(few_texts, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(ModelOptions, "chosen", "vllm")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROCESSING_METHOD", raising=False)
+    model, vectors = ModelOptions(str(tiny_checkpoint), "vllm"), VectorOptions()
+    wanted = on_demand.wish(vectors, ["sport"])
+    assert on_demand.before_opening(model, VectorOptions(no_build=True), wanted) == {}
+    assert not kept(few_texts)
+    found = on_demand.before_opening(model, vectors, wanted)
+    assert "vLLM can't record routing: tiny-mixtral is loaded in transformers first" in capsys.readouterr().err
+    assert os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] == "spawn"
+    assert [path.is_file() for path in found.values()] == [True]
+    monkeypatch.setattr(ModelOptions, "load", None)
+    assert on_demand.before_opening(model, vectors, wanted) == found
+    assert capsys.readouterr().err == ""
+    shape = describe(tiny_checkpoint).shape
+    assert vectors.resolver(shape, found).plan(SteeringSpec(domain=("sport",))).strength > 0

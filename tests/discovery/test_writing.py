@@ -152,9 +152,7 @@ def test_texts_are_kept_and_resumed(tiny_model, monkeypatch, cache):
 
 def test_a_chat_template_is_used_where_there_is_one(tiny_model, monkeypatch):
     assert style_of(tiny_model) == "openings"
-    template = (
-        "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    )
+    template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}{{ '!' if add_generation_prompt }}{% endfor %}"
     monkeypatch.setattr(tiny_model.tokenizer, "chat_template", template)
     assert style_of(tiny_model) == "chat"
     request = writing._request(tiny_model, Ask("chat", "Write!", 7), SHORT)

@@ -1,5 +1,6 @@
 """`steermoe vectors build`: builds vectors from texts whose domains are known."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -96,11 +97,7 @@ def build(
     *,
     texts: Annotated[
         list[str] | None,
-        typer.Option(
-            "--texts",
-            help="Domain and path of its texts, as DOMAIN=PATH; repeat for several. Default: the texts of eight "
-            "domains that came with steermoe.",
-        ),
+        typer.Option("--texts", help="DOMAIN=PATH of its texts; repeat for several. Default: texts of eight domains."),
     ] = None,
     against: Annotated[
         Path | None,
@@ -149,9 +146,7 @@ def build(
         _check_no_texts(against, selection, reading, label_field)
         _build_packaged(model, output, language or "en", force, json)
         return
-    if language is not None:
-        raise typer.BadParameter("--language chooses among the packaged texts: leave it out, or leave out --texts")
-    sources = _parse_sources(texts)
+    sources = _parse_sources(texts, language)
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
@@ -171,6 +166,13 @@ def build(
         file.write_vector(vector, paths[vector.domain])
         if remark := thinness(vector):
             console.note(f"steermoe: {vector.domain}: {remark}")
+    _print(vectors, made, paths, json)
+
+
+def _print(vectors: "list[SteeringVector]", made: "Sequence[Contrast]", paths: dict[str, Path], json: bool) -> None:
+    """Print where the vectors are, each with its contrast if it comes from one."""
+    from steermoe.cli.terminal import console
+
     if json:
         console.write_json([_record(paths[v.domain], *made[i : i + 1]) for i, v in enumerate(vectors)])
         return
@@ -216,11 +218,7 @@ def _build_packaged(
         )
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
-    if json:
-        console.write_json([_record(paths[vector.domain]) for vector in vectors])
-        return
-    for vector in vectors:
-        console.say(str(paths[vector.domain]))
+    _print(vectors, (), paths, json)
 
 
 def _build_topics(
@@ -294,7 +292,7 @@ def _named(topics: o.TopicOptions, name: str | None) -> dict[str, str]:
     return named
 
 
-def _parse_sources(texts: list[str]) -> dict[str, Path]:
+def _parse_sources(texts: list[str], language: str | None = None) -> dict[str, Path]:
     """The paths of the domains' texts, from `sport=PATH`.
 
     Raises:
@@ -303,6 +301,8 @@ def _parse_sources(texts: list[str]) -> dict[str, Path]:
     from steermoe.errors import VectorError
     from steermoe.vectors.file import check_domain_name
 
+    if language is not None:
+        raise typer.BadParameter("--language chooses among the packaged texts: leave it out, or leave out --texts")
     sources: dict[str, Path] = {}
     for text in texts:
         domain, sign, path = text.partition("=")
