@@ -118,12 +118,12 @@ def build_topics(
         if spoken not in others:
             written = write(source, asks_about(None, writing, style, spoken), writing, progress)
             others[spoken], remark = usable(written, "other things", model)
-            _tell(on_remark, remark)
+            _remark(on_remark, remark)
         written = write(source, asks_about(topic, writing, style, spoken), writing, progress)
         own, remark = usable(written, f"'{topic}'", model)
-        _tell(on_remark, remark)
+        _remark(on_remark, remark)
         vector, remark = _vector(source, domain, topic, own, others[spoken])
-        _tell(on_remark, f"{domain}: {remark}" if remark else "")
+        _remark(on_remark, f"{domain}: {remark}" if remark else "")
         made.append(TopicVector(topic, vector, written))
     return made
 
@@ -134,7 +134,7 @@ def count_texts(topics: Sequence[str], writing: Writing, language: Language | No
     return writing.texts * (len(topics) + len(others))
 
 
-def _tell(on_remark: Callable[[str], None], remark: str) -> None:
+def _remark(on_remark: Callable[[str], None], remark: str) -> None:
     if remark:
         on_remark(remark)
 

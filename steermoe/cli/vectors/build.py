@@ -127,13 +127,10 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Build a vector for each domain from its texts. Prints the paths, and with --against the lists of experts."""
-    from steermoe.cli.terminal import console
-    from steermoe.discovery.cutting import thinness
-    from steermoe.discovery.domains import read_domains
-    from steermoe.vectors import file
-    from steermoe.vectors.library import places_for
+    """Build a vector for each domain from its texts, or for a topic in words. Prints the paths.
 
+    With --against it also prints the lists of experts.
+    """
     if topics.topic:
         if texts:
             raise typer.BadParameter("--topic has the model write the texts: leave out --texts, or --topic")
@@ -147,6 +144,27 @@ def build(
         _build_packaged(model, output, language or "en", force, json)
         return
     sources = _parse_sources(texts, language)
+    _build_labelled(sources, against, output, selection, reading, label_field, model, force, json)
+
+
+def _build_labelled(
+    sources: dict[str, Path],
+    against: Path | None,
+    output: Path | None,
+    selection: Selection,
+    reading: o.CorpusOptions,
+    label_field: str | None,
+    model: loading.ModelOptions,
+    force: bool,
+    json: bool,
+) -> None:
+    """Build the vectors of domains whose texts the user has."""
+    from steermoe.cli.terminal import console
+    from steermoe.discovery.cutting import thinness
+    from steermoe.discovery.domains import read_domains
+    from steermoe.vectors import file
+    from steermoe.vectors.library import places_for
+
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
