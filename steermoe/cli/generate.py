@@ -1,7 +1,6 @@
 """`steermoe generate`: continues one text, steered or not."""
 
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,7 +51,7 @@ def generate(
 
     text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
-    steering = replace(steering, domain=(*steering.domain, *topics.names()))
+    steering = topics.added_to(steering)
     runner, resolver = open_engine(model, vectors, [steering], text, topics)
     plan = resolver.plan(steering)
     o.warn_beyond_safe_range([plan])

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -262,6 +262,18 @@ class TopicOptions:
         from steermoe.discovery.topic import kept_name
 
         return [kept_name(topic) for topic in self.topic]
+
+    def added_to(self, spec: SteeringSpec) -> SteeringSpec:
+        """The spec with the topics as further domains of its mixture.
+
+        Raises:
+            BadParameter: the spec asks for no steering.
+        """
+        from steermoe.steering.spec import NO_DOMAIN
+
+        if self.topic and NO_DOMAIN in spec.domain:
+            raise typer.BadParameter(f"--domain {NO_DOMAIN} leaves the text unsteered: leave it out, or --topic")
+        return replace(spec, domain=(*spec.domain, *self.names()))
 
     @property
     def writing(self) -> "Writing":

@@ -73,10 +73,11 @@ def domain_of(topic: str) -> str:
 
 def kept_name(topic: str) -> str:
     """As `domain_of`, but no two topics share it, and none has the name of a packaged domain."""
-    words = check_topic(topic).lower()
-    name = domain_of(topic)
-    if name not in DOMAINS and name == re.sub("[ -]+", "-", words):
-        return name
+    words, name = check_topic(topic).lower(), "topic"
+    with suppress(VectorError):
+        name = domain_of(topic)
+        if name not in DOMAINS and name == re.sub("[ -]+", "-", words):
+            return name
     return f"{name}-{hashlib.sha256(words.encode()).hexdigest()[:6]}"
 
 

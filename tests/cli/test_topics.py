@@ -84,6 +84,7 @@ def test_build(run, kept, tiny_checkpoint, tmp_path):
         (("generate", "--topic", ""), "the topic is empty"),
         (("generate", "--topic", " ?"), "the topic is empty"),
         (("generate", "--texts-per-topic", "8"), "needs a topic"),
+        (("generate", "--topic", "a", "-d", "none"), "--domain none leaves the text unsteered"),
         (("vectors", "build", "--topic", ""), "the topic is empty"),
         (("vectors", "build", "--topic", "a", "--texts", "b=c"), "leave out --texts"),
         (("vectors", "build", "--topic", "a", "--against", "b"), "--against needs texts of your own"),

@@ -55,6 +55,7 @@ def test_kept_names_differ():
     assert len({kept_name(topic) for topic in ("C", "C++", "C#")}) == 3
     assert kept_name("sport") != "sport"
     assert kept_name("sport").startswith("sport-")
+    assert check_domain_name(kept_name("〇")).startswith("topic-")
 
 
 def test_a_topic_without_letters_needs_a_name():
