@@ -174,6 +174,7 @@ def batch(
     ] = None,
     files: FileOptions,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, without=("domain",))],
+    topics: o.TopicOptions,
     vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: BatchModel,
@@ -195,6 +196,7 @@ def batch(
     check_apart(prompts, output, files.errors)
     for spec in settings.steerings():
         vectors.check(spec)
+    settings = replace(settings, domains=(*settings.domains, *topics.names()))
     with (
         closing(PromptFile(prompts, files.format)) as source,
         StoryFile(output, files.overwrite) as stories,
@@ -204,9 +206,9 @@ def batch(
         model = replace(model, vllm=vllm.arguments()).repeatable()
         names, text = source.needs(settings)
         wanted = on_demand.wish(vectors, names, text)
-        built = on_demand.before_opening(model, vectors, wanted)
+        built = on_demand.before_opening(model, vectors, wanted, topics)
         runner, worker = cluster.open(model, vllm.workers, files.batch_size)
-        built |= on_demand.files(model, runner, vectors, wanted)
+        built |= on_demand.files(model, runner, vectors, wanted, topics)
         on_demand.warn_of_script(runner.shape, text)
         from steermoe.batch.batch import Batch, BatchOptions
 

@@ -20,6 +20,8 @@ steermoe compare "The old bus was late again." -d space --strength 2 --strength 
 
 steermoe compare -d sport -d space --svg comparison.svg
 
+steermoe compare --topic "pirates at sea" --topic "a robot in the kitchen"
+
 steermoe compare -d law --formula additive --formula zero_max_scaled --json
 """
 
@@ -51,6 +53,7 @@ def compare(
         typer.Option(help="Formula; repeat for several texts. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, without=("domain", "strength", "formula"))],
+    topics: o.TopicOptions,
     vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: ModelOptions,
@@ -65,11 +68,13 @@ def compare(
     text = o.read_prompt(prompt, vectors.language)
     from steermoe.evaluation.comparison import compare_completions
 
-    fields = {"domain": domain or ["sport"], "formula": formula, "strength": strength}
-    specs = _specs(steering, **{name: values or [None] for name, values in fields.items()})
-    for spec in specs:
+    names = topics.names()
+    fields = {"formula": formula, "strength": strength}
+    given = {name: values or [None] for name, values in fields.items()}
+    for spec in _specs(steering, domain=domain or ([] if names else ["sport"]), **given):
         vectors.check(spec)
-    runner, resolver = open_engine(model, vectors, specs, text)
+    specs = _specs(steering, domain=[*(domain or []), *names] or ["sport"], **given)
+    runner, resolver = open_engine(model, vectors, specs, text, topics)
     plans = list(map(resolver.plan, specs))
     o.warn_beyond_safe_range(plans)
     special = o.has_special_tokens(prompt, special_tokens)

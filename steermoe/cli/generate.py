@@ -23,6 +23,8 @@ echo "It rained all night." | steermoe generate - -d food --json
 
 steermoe generate --model ./my-model --domain sport
 
+steermoe generate --topic "pirates at sea"
+
 steermoe generate --model smollm2-moe-q8_0.gguf -d space --engine llamacpp
 """
 
@@ -32,6 +34,7 @@ def generate(
     *,
     prompt: o.Prompt = None,
     steering: o.Steering,
+    topics: o.TopicOptions,
     vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: ModelOptions,
@@ -42,13 +45,14 @@ def generate(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Continue a text, steered toward a domain; without --domain, unsteered."""
+    """Continue a text, steered toward a domain or a topic; without --domain and --topic, unsteered."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
     text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
-    runner, resolver = open_engine(model, vectors, [steering], text)
+    steering = topics.added_to(steering)
+    runner, resolver = open_engine(model, vectors, [steering], text, topics)
     plan = resolver.plan(steering)
     o.warn_beyond_safe_range([plan])
     request = Request(text, plan, sampling, o.has_special_tokens(prompt, special_tokens))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.cli.loading import ModelOptions, pull_if_needed
-from steermoe.cli.options import VectorOptions
+from steermoe.cli.options import TopicOptions, VectorOptions
 
 if TYPE_CHECKING:
     from steermoe.engines.engine import Engine
@@ -28,7 +28,11 @@ def wish(vectors: VectorOptions, names: Iterable[str], text: str = "", *, calibr
 
 
 def open_engine(
-    model: ModelOptions, vectors: VectorOptions, specs: "Sequence[SteeringSpec]", text: str
+    model: ModelOptions,
+    vectors: VectorOptions,
+    specs: "Sequence[SteeringSpec]",
+    text: str,
+    topics: TopicOptions | None = None,
 ) -> "tuple[Engine, PlanResolver]":
     """Open a model with the vectors that specs name, and what turns the specs into plans.
 
@@ -37,58 +41,88 @@ def open_engine(
         vectors: where vectors are looked for, and whether they may be built.
         specs: what will be steered.
         text: the prompt, which decides the language.
+        topics: what else the specs name: topics in words.
     """
     from steermoe.steering.resolver import names_of
 
     wanted = wish(vectors, (name for spec in specs for name in names_of(spec)), text)
-    built = before_opening(model, vectors, wanted)
+    built = before_opening(model, vectors, wanted, topics)
     runner = model.open()
     warn_of_script(runner.shape, text)
-    return runner, vectors.resolver(runner, built | files(model, runner, vectors, wanted))
+    return runner, vectors.resolver(runner, built | files(model, runner, vectors, wanted, topics))
 
 
-def before_opening(model: ModelOptions, vectors: VectorOptions, wanted: "Wish") -> dict[str, Path]:
+def before_opening(
+    model: ModelOptions, vectors: VectorOptions, wanted: "Wish", topics: TopicOptions | None = None
+) -> dict[str, Path]:
     """For an engine that can't record routing: build what is missing, in transformers; else do nothing."""
-    if model.chosen != "vllm" or not any(map(vectors.can_build, wanted.domains)):
+    topics = topics or TopicOptions()
+    if model.chosen != "vllm" or not (topics.topic or any(map(vectors.can_build, wanted.domains))):
         return {}
     import gc
     import os
 
     from steermoe.cli.terminal import console
-    from steermoe.evaluation.provision import known_file, lacking, provide
+    from steermoe.evaluation.provision import known_file, lacking
+    from steermoe.evaluation.topic_vectors import check_topics_there, lacking_topics, topic_files
     from steermoe.models.description import describe
 
     pull_if_needed(model.model)
     shape = describe(model.model, trust_remote_code=model.trust_remote_code).shape
-    if not lacking(shape, wanted):
-        return known_file(shape, wanted)
+    asked = topics.wish(vectors)
+    if vectors.no_build:
+        check_topics_there(shape, asked)
+    if not lacking(shape, wanted) and not lacking_topics(shape, asked):
+        return known_file(shape, wanted) | topic_files(shape, asked)
     console.note(f"steermoe: vLLM can't record routing: {shape.name} is loaded in transformers first")
     loaded = model.load()
-    found = provide(loaded, wanted, console)
+    found = files_of(loaded, vectors, wanted, topics)
     del loaded
     gc.collect()
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # torch has started its threads here
     return found
 
 
-def files(model: ModelOptions, runner: "Engine", vectors: VectorOptions, wanted: "Wish") -> dict[str, Path]:
+def files(
+    model: ModelOptions,
+    runner: "Engine",
+    vectors: VectorOptions,
+    wanted: "Wish",
+    topics: TopicOptions | None = None,
+) -> dict[str, Path]:
     """The files of the vectors that were built on demand, after building what is missing.
 
     Raises:
         SteerMoEError: a vector is missing and --no-build is given, or as of `provide`.
     """
-    return {} if model.chosen == "vllm" else files_of(getattr(runner, "loaded", runner), vectors, wanted)
+    return {} if model.chosen == "vllm" else files_of(getattr(runner, "loaded", runner), vectors, wanted, topics)
 
 
-def files_of(source: Any, vectors: VectorOptions, wanted: "Wish") -> dict[str, Path]:
+def files_of(
+    source: Any, vectors: VectorOptions, wanted: "Wish", topics: TopicOptions | None = None
+) -> dict[str, Path]:
     """As `files`, for a model whose routing can be recorded."""
     from steermoe.cli.terminal import console
     from steermoe.evaluation.provision import check_there, known_file, provide
 
     if vectors.no_build:
         check_there(source.shape, wanted)
-        return known_file(source.shape, wanted)
-    return provide(source, wanted, console)
+        return known_file(source.shape, wanted) | _topic_files(source, vectors, topics)
+    return provide(source, wanted, console) | _topic_files(source, vectors, topics)
+
+
+def _topic_files(source: Any, vectors: VectorOptions, topics: TopicOptions | None) -> dict[str, Path]:
+    """The files of topics' vectors, after building what is missing, if that is allowed."""
+    if topics is None or not topics.topic:
+        return {}
+    from steermoe.cli.terminal import console
+    from steermoe.evaluation.topic_vectors import check_topics_there, provide_topics, topic_files
+
+    wanted = topics.wish(vectors)
+    if vectors.no_build:
+        check_topics_there(source.shape, wanted)
+        return topic_files(source.shape, wanted)
+    return provide_topics(source, wanted, console)
 
 
 def warn_of_script(shape: "RoutingShape", text: str) -> None:

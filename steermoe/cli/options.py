@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from steermoe.discovery.corpus import Corpus
+    from steermoe.discovery.writing import Writing
     from steermoe.engines.engine import Engine as RunningEngine
     from steermoe.engines.request import Completion
+    from steermoe.evaluation.topic_vectors import TopicWish
     from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.resolver import PlanResolver
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
-STEERING, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Sampling", "Model", "Corpus", "vLLM"
+STEERING, TOPIC, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Topic", "Sampling", "Model", "Corpus", "vLLM"
 
 
 # ---- groups of options ----
@@ -209,6 +211,82 @@ class VectorOptions:
 
         shape = model if isinstance(model, RoutingShape) else model.shape
         return PlanResolver(shape, self.vectors, any_model=self.any_model, given=given)
+
+
+Topic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--topic",
+        help="A topic in words, such as 'pirates at sea': the model writes texts about it, from which a vector is "
+        "built, once; repeat for several.",
+        rich_help_panel=TOPIC,
+    ),
+]
+TextsPerTopic = Annotated[
+    int | None,
+    typer.Option(
+        "--texts-per-topic",
+        min=4,
+        max=4096,
+        help="Texts that the model writes about a topic, and about other things. Default: 32.",
+        rich_help_panel=TOPIC,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TopicOptions:
+    """Topics in words to steer toward; each gets a vector of its own.
+
+    Raises:
+        BadParameter: a topic that is empty or none, or texts without a topic.
+    """
+
+    topic: Topic = None
+    texts_per_topic: TextsPerTopic = None
+
+    def __post_init__(self) -> None:
+        from steermoe.errors import VectorError
+
+        if self.texts_per_topic is not None and not self.topic:
+            raise typer.BadParameter("--texts-per-topic needs a topic: name one with --topic, such as 'pirates at sea'")
+        try:
+            self.names()
+        except VectorError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    def names(self) -> list[str]:
+        """The names of the topics' vectors."""
+        if not self.topic:
+            return []
+        from steermoe.discovery.topic import kept_name
+
+        return [kept_name(topic) for topic in self.topic]
+
+    def added_to(self, spec: SteeringSpec) -> SteeringSpec:
+        """The spec with the topics as further domains of its mixture.
+
+        Raises:
+            BadParameter: the spec asks for no steering.
+        """
+        from steermoe.steering.spec import NO_DOMAIN
+
+        if self.topic and NO_DOMAIN in spec.domain:
+            raise typer.BadParameter(f"--domain {NO_DOMAIN} leaves the text unsteered: leave it out, or --topic")
+        return replace(spec, domain=(*spec.domain, *self.names()))
+
+    @property
+    def writing(self) -> "Writing":
+        """How the texts are written."""
+        from steermoe.discovery.writing import Writing
+
+        return Writing() if self.texts_per_topic is None else Writing(self.texts_per_topic)
+
+    def wish(self, vectors: VectorOptions) -> "TopicWish":
+        """What has to be there before the topics can be steered toward."""
+        from steermoe.evaluation.topic_vectors import TopicWish
+
+        return TopicWish(tuple(self.topic or ()), vectors.language, self.writing)
 
 
 Model = Annotated[

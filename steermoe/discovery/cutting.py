@@ -28,7 +28,8 @@ def cut(vector: SteeringVector, share: float, *, adapt: bool) -> tuple[SteeringV
 
     Args:
         vector: with frequencies and a baseline, cut at the threshold that was asked for, or at the default one.
-        share: of all texts, the vector's own. They are part of the baseline, so F is at most 1 / share times as large.
+        share: of all texts, the vector's own. They are part of the baseline, so F is at most 1 / share times as large;
+            0 if they are not.
         adapt: lower the threshold of a thin vector.
     """
     found, remark = _at_threshold(vector, share)
@@ -72,7 +73,7 @@ def _at_threshold(vector: SteeringVector, share: float) -> tuple[SteeringVector 
     if not vector.relative:
         return None, f"no vector: no expert's share exceeds {absolute}; a lower threshold keeps more"
     missed = f"no expert's share exceeds {threshold_of(vector)}"
-    if 1 / share <= vector.threshold:
+    if share and 1 / share <= vector.threshold:
         missed += f" (with {share:.0%} of all texts it can't exceed {1 / share:.2g} x)"
     if fallback.experts.any():
         return fallback, f"{missed}; cut at {absolute} instead"

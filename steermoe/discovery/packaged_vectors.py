@@ -92,14 +92,14 @@ def vectors_of(
         vector = SteeringVector(
             domain, means[domain], source.shape.layers, baseline=baseline_LN, relative=True, info=info
         )
-        found, remark = _cut(vector, 1 / len(means))
+        found, remark = cut_to_steer(vector, 1 / len(means))
         made.append(found)
         if remark:
             on_remark(f"{domain}: {remark}")
     return made
 
 
-def _cut(vector: SteeringVector, share: float) -> tuple[SteeringVector, str]:
+def cut_to_steer(vector: SteeringVector, share: float) -> tuple[SteeringVector, str]:
     """The vector at a threshold at which it steers, and a remark if it may steer little."""
     found, remark = cut(vector, share, adapt=True)
     if found is not None and found.relative:

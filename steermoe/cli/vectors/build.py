@@ -22,6 +22,8 @@ EXAMPLES = """Examples:
 
 steermoe vectors build --model ./my-model
 
+steermoe vectors build --topic "pirates at sea" --topic "a robot in the kitchen" -o my_vectors
+
 steermoe vectors build --texts sport=texts/sport --texts food=recipes.jsonl --threshold 1.5
 
 steermoe vectors build --texts chess=chess.jsonl --against other.jsonl --lists 20 -o my_vectors
@@ -107,8 +109,17 @@ def build(
         Path | None, typer.Option("--output", "-o", help="Folder for the vectors. Default: steering_vectors/MODEL.")
     ] = None,
     selection: Selection,
+    topics: o.TopicOptions,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the vector of a --topic. Default: made of its words.", rich_help_panel=o.TOPIC),
+    ] = None,
     language: Annotated[
-        Literal["en", "ru", "both"] | None, typer.Option(help="Language of the packaged texts. Default: en.")
+        Literal["en", "ru", "both"] | None,
+        typer.Option(
+            help="Language of the packaged texts, or of what the model is asked about a --topic. Default: en, or that "
+            "of the topic."
+        ),
     ] = None,
     reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     label_field: LabelField = None,
@@ -116,18 +127,44 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Build a vector for each domain from its texts. Prints the paths, and with --against the lists of experts."""
+    """Build a vector for each domain from its texts, or for a topic in words. Prints the paths.
+
+    With --against it also prints the lists of experts.
+    """
+    if topics.topic:
+        if texts:
+            raise typer.BadParameter("--topic has the model write the texts: leave out --texts, or --topic")
+        _check_no_texts(against, selection, reading, label_field)
+        _build_topics(model, topics, name, output, language, force, json)
+        return
+    if name is not None:
+        raise typer.BadParameter("--name is for the vector of a --topic: give one, or name domains with --texts")
+    if not texts:
+        _check_no_texts(against, selection, reading, label_field)
+        _build_packaged(model, output, language or "en", force, json)
+        return
+    sources = _parse_sources(texts, language)
+    _build_labelled(sources, against, output, selection, reading, label_field, model, force, json)
+
+
+def _build_labelled(
+    sources: dict[str, Path],
+    against: Path | None,
+    output: Path | None,
+    selection: Selection,
+    reading: o.CorpusOptions,
+    label_field: str | None,
+    model: loading.ModelOptions,
+    force: bool,
+    json: bool,
+) -> None:
+    """Build the vectors of domains whose texts the user has."""
     from steermoe.cli.terminal import console
     from steermoe.discovery.cutting import thinness
     from steermoe.discovery.domains import read_domains
     from steermoe.vectors import file
     from steermoe.vectors.library import places_for
 
-    if not texts:
-        _check_no_texts(against, selection, reading, label_field)
-        _build_packaged(model, output, language or "en", force, json)
-        return
-    sources = _parse_sources(texts, language)
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
@@ -200,6 +237,77 @@ def _build_packaged(
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
     _print(vectors, (), paths, json)
+
+
+def _build_topics(
+    model: loading.ModelOptions,
+    topics: o.TopicOptions,
+    name: str | None,
+    output: Path | None,
+    language: "Language | None",
+    force: bool,
+    json: bool,
+) -> None:
+    """Build the vectors of topics from texts that the model writes."""
+    from steermoe.cli.terminal import console
+    from steermoe.discovery.topic import build_topics, count_texts, drop_work, write_texts
+    from steermoe.discovery.writing import style_of
+    from steermoe.vectors import file
+    from steermoe.vectors.library import places_for
+
+    named = _named(topics, name)
+    paths = places_for(list(named), output or Path("steering_vectors") / model.group, overwrite=force)
+    source, writing = model.source(), topics.writing
+    how = "answers requests" if style_of(source) == "chat" else "continues openings"
+    console.note(
+        f"steermoe: {source.shape.name} {how}: {writing.texts} texts about each topic and {writing.texts} about other "
+        "things; after Ctrl-C the same command resumes"
+    )
+    with console.counting("Writing", "texts", count_texts(list(named.values()), writing, language)) as progress:
+        made = build_topics(
+            source,
+            named,
+            writing,
+            language,
+            progress=progress,
+            on_remark=lambda remark: console.note(f"steermoe: {remark}"),
+        )
+    for one in made:
+        path = paths[one.vector.domain]
+        beside = write_texts(one, path)
+        file.write_vector(one.vector, path)
+        if json:
+            continue
+        console.say(str(path))
+        console.note(f"steermoe: its texts are in '{beside}'", "dim")
+    drop_work(source, made, writing)
+    if json:
+        console.write_json([{**_record(paths[one.vector.domain]), "topic": one.topic} for one in made])
+
+
+def _named(topics: o.TopicOptions, name: str | None) -> dict[str, str]:
+    """The topics by the names of their vectors.
+
+    Raises:
+        BadParameter: a name for several topics, one that is not allowed, or two topics with one name.
+    """
+    from steermoe.discovery.topic import domain_of
+    from steermoe.errors import VectorError
+    from steermoe.vectors.file import check_domain_name
+
+    given = list(topics.topic or ())
+    if name is not None and len(given) > 1:
+        raise typer.BadParameter("--name is for one topic: build each with a command of its own, or leave out --name")
+    named: dict[str, str] = {}
+    for topic in given:
+        try:
+            domain = domain_of(topic) if name is None else check_domain_name(name)
+        except VectorError as error:
+            raise typer.BadParameter(str(error)) from error
+        if domain in named:
+            raise typer.BadParameter(f"two topics would be named '{domain}': build each with a command and a --name")
+        named[domain] = topic
+    return named
 
 
 def _parse_sources(texts: list[str], language: str | None = None) -> dict[str, Path]:
