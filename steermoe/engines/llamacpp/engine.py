@@ -4,13 +4,14 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from steermoe.engines.chat import read_chat
 from steermoe.engines.decoding import complete
 from steermoe.engines.llamacpp import layout
 from steermoe.engines.llamacpp.context import Context, last_message, messages, on_message
@@ -24,6 +25,9 @@ from steermoe.engines.text import encode_prompt
 from steermoe.errors import ModelError
 from steermoe.models.gguf.header import GGUFModel, read_gguf
 from steermoe.steering.plans import SteeringPlan
+
+if TYPE_CHECKING:
+    from steermoe.engines.messages import Chat, Message
 
 MOST_ROWS = 128
 """Texts that run together; `generate` starts further ones as others finish. More rows would add little speed."""
@@ -80,7 +84,7 @@ class LlamaCppEngine:
         self._model = llama_cpp.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not self._model:
             raise ModelError(f"llama.cpp can't load '{self.file.path}': {last_message()}; download or export it again")
-        self.tokenizer = GGUFTokenizer(llama_cpp.llama_model_get_vocab(self._model))
+        self.tokenizer = GGUFTokenizer(self._model)
         library = llama_cpp.llama_cpp._lib
         functions = tuple(
             layout.address(library, name)
@@ -138,9 +142,17 @@ class LlamaCppEngine:
         decoder = RollingDecoder(self.context, self.state, self.tokenizer, MOST_ROWS, recorded)
         return complete(decoder, requests, prompts, on_text)
 
+    @property
+    def context_length(self) -> int | None:
+        return self.file.context_length or None
+
+    def chat(self, messages: "Sequence[Message]", thinking: bool | None = None) -> "Chat":
+        """As `Engine.chat`."""
+        return read_chat(self.tokenizer, messages, self.name, thinking)
+
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
-        return encode_prompt(self.tokenizer, request, self.name, self.file.context_length or None, known)
+        return encode_prompt(self.tokenizer, request, self.name, self.context_length, known)
 
     def decoder(self, rows: int) -> RollingDecoder:
         return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS))
