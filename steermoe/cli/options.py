@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from steermoe.discovery.corpus import Corpus
+    from steermoe.engines.engine import Engine
+    from steermoe.engines.messages import Chat
     from steermoe.engines.request import Completion
     from steermoe.steering.plans import SteeringPlan
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 STEERING, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Sampling", "Model", "Corpus", "vLLM"
+CHAT = "Chat"
 
 
 # ---- groups of options ----
@@ -191,6 +194,60 @@ class VLLMOptions:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
+# ---- chats ----
+
+System = Annotated[
+    str | None,
+    typer.Option(
+        help="Message of the system, before all others. Default: the chat template's own, if it has one.",
+        rich_help_panel=CHAT,
+    ),
+]
+Thinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Let the model think before it answers, or not. Default: as its chat template does.",
+        rich_help_panel=CHAT,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Whether a prompt is a user's message that the model answers, and what it is told before.
+
+    Raises:
+        typer.BadParameter: options for chats without --chat.
+    """
+
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="PROMPT is a user's message: answer it, by the model's chat template, instead of continuing it.",
+            rich_help_panel=CHAT,
+        ),
+    ] = False
+    system: System = None
+    thinking: Thinking = None
+
+    def __post_init__(self) -> None:
+        if self.chat:
+            return
+        switch = "--thinking" if self.thinking else None if self.thinking is None else "--no-thinking"
+        if given := switch or (None if self.system is None else "--system"):
+            raise typer.BadParameter(f"{given} belongs to a chat: add --chat")
+
+    def read(self, engine: "Engine", prompt: str) -> "Chat | None":
+        """The chat of one turn that a prompt begins; None if it is to be continued."""
+        if not self.chat:
+            return None
+        from steermoe.engines.messages import conversation
+
+        return engine.chat(conversation(prompt, self.system), self.thinking)
+
+
 # ---- texts ----
 
 TextField = Annotated[str, typer.Option(help="Field or column with the text.", rich_help_panel=CORPUS)]
@@ -254,8 +311,8 @@ SpecialTokens = Annotated[
     bool | None,
     typer.Option(
         "--special-tokens/--no-special-tokens",
-        help="Encode the special tokens of a PROMPT that begins with one, as a chat template's do, or leave them text. "
-        "Default: encode those of a typed PROMPT.",
+        help="Encode the special tokens of a PROMPT that holds the chat template's, or begins with any, or leave them "
+        "text. Default: encode those of a typed PROMPT.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
@@ -292,6 +349,15 @@ def check_steered(completions: "Sequence[Completion]") -> None:
 
     for reason in filter(None, (completion.missed for completion in completions)):
         raise SteeringError(reason)
+
+
+def warn_unanswered(completions: "Sequence[Completion]") -> None:
+    """Warn about each answer of a chat that is empty."""
+    from steermoe.cli.terminal.console import note
+
+    for completion in completions:
+        if why := completion.unanswered:
+            note(f"steermoe: {why}")
 
 
 def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool:

@@ -6,6 +6,8 @@ can't end its turn or begin another one. Where no message holds such a thing, wh
 once, exactly as `apply_chat_template` of transformers does.
 """
 
+import functools
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -14,6 +16,8 @@ from steermoe.engines.messages import Chat, Message, Tags, check_messages
 from steermoe.engines.text import Encoder, check_text
 from steermoe.errors import GenerationError, reason
 from steermoe.models.template import think_tags
+
+logger = logging.getLogger(__name__)
 
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Unicode keeps them free for marks inside a program; no text should hold any."""
@@ -86,6 +90,7 @@ def _marked(
     texts = [text for message in messages for text in (message.content, message.thinking)]
     if not any(_forges(encoder, text, control) for text in dict.fromkeys(texts)):
         return [_for_template(message) for message in messages], None
+    _tell_of_forged(encoder, messages, control)
     free = [char for char in NONCHARACTERS if not any(char in text for text in texts)]
     if len(free) < 2:
         raise GenerationError("a message holds nearly all noncharacters from U+FDD0 to U+FDEF: remove them")
@@ -103,6 +108,24 @@ def _marked(
     return [
         _for_template(Message(message.role, marked(message.content), marked(message.thinking))) for message in messages
     ], start + end
+
+
+def _tell_of_forged(encoder: Encoder, messages: Sequence[Message], control: Mapping[str, int]) -> None:
+    """Say what a message of the user or the system holds that stays text."""
+    for message in messages:
+        if message.role != "assistant":
+            found = [(message.content.find(name), name) for name in control if name in message.content]
+            if found and _forges(encoder, message.content, control):
+                _tell_once(min(found)[1])
+
+
+@functools.cache
+def _tell_once(held: str) -> None:
+    logger.warning(
+        "a message holds %a, a special token of the model, which stays text there: give a prompt that is in the form "
+        "of the chat template already without --chat",
+        held,
+    )
 
 
 def _for_template(message: Message) -> dict[str, str]:

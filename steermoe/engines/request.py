@@ -142,6 +142,15 @@ class Completion:
             "positions all and schedule constant"
         )
 
+    @property
+    def unanswered(self) -> str:
+        """Why a chat has no answer; "" if it has one, or is no chat."""
+        if self.request.chat is None or self.text.strip() or self.finish_reason == "interrupted":
+            return ""
+        if self.thinking and self.finish_reason == "length":
+            return f"the model was still thinking after {self.new_tokens} tokens: raise --max-new-tokens"
+        return "the model answered nothing: take another seed, or ask in other words"
+
     def as_dict(self, model: str) -> dict[str, Any]:
         """One flat object for JSON lines."""
         from steermoe.steering.plans import UNSTEERED
