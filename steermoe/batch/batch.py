@@ -68,6 +68,7 @@ class BatchOptions:
         on_problem: called with each line or story that is skipped.
         rows: rows at once; None for as many as the memory allows.
         worker: generates the stories; None for the batch's own engine.
+        any_model: also take vectors that were built for another model of the same shape.
     """
 
     vectors: Path | None = None
@@ -76,6 +77,7 @@ class BatchOptions:
     on_problem: Callable[[Problem], None] = lambda problem: None
     rows: int | None = None
     worker: Worker | None = None
+    any_model: bool = False
 
 
 class Batch:
@@ -99,7 +101,7 @@ class Batch:
         options = options or BatchOptions()
         self._engine = engine
         self._prompts, self._settings, self._output = prompts, settings, output
-        self._resolver = PlanResolver(engine.shape, options.vectors)
+        self._resolver = PlanResolver(engine.shape, options.vectors, any_model=options.any_model)
         self._keys = StoryKeys(engine.fingerprint())
         self._keep, self._errors, self._on_problem = options.keep, options.errors or ErrorFile(None), options.on_problem
         self._requested = _Numbers(array("Q"))

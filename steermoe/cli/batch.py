@@ -173,7 +173,7 @@ def batch(
     ] = None,
     files: FileOptions,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, without=("domain",))],
-    vectors: o.VectorsFolder = None,
+    vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: BatchModel,
     vllm: o.VLLMOptions,
@@ -191,10 +191,8 @@ def batch(
 
     settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples)
     check_apart(prompts, output, files.errors)
-    from steermoe.steering.resolver import check_spec
-
     for spec in settings.steerings():
-        check_spec(spec, vectors)
+        vectors.check(spec)
     with (
         closing(PromptFile(prompts, files.format)) as source,
         StoryFile(output, files.overwrite) as stories,
@@ -206,7 +204,9 @@ def batch(
         from steermoe.batch.batch import Batch, BatchOptions
 
         problems = _ProblemPrinter()
-        options = BatchOptions(vectors, files.keep, errors, problems, files.batch_size, worker)
+        options = BatchOptions(
+            vectors.vectors, files.keep, errors, problems, files.batch_size, worker, any_model=vectors.any_model
+        )
         summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
         problems.sum_up()
     _print(summary, output, json)

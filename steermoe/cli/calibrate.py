@@ -43,7 +43,7 @@ def calibrate(
         typer.Option("--output", "-o", help="Folder for the new files. Default: update the files in place."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the results, write nothing.")] = False,
-    vectors: o.VectorsFolder = None,
+    vectors: o.VectorOptions,
     model: loading.Loaded,
     json: o.Json = False,
 ) -> None:
@@ -57,13 +57,16 @@ def calibrate(
     from steermoe.vectors import file, library
 
     check_budget(budget)
-    paths = {name: library.find_vector(name, folder=vectors) for name in dict.fromkeys(domain)}
+    paths = {name: library.find_vector(name, folder=vectors.vectors) for name in dict.fromkeys(domain)}
     loaded = model.load()
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.teacher_forcing import TeacherForcing
     from steermoe.evaluation.texts import neutral_texts
 
-    found = [library.read_fitting(each, loaded.shape, foreign=library.is_path(name)) for name, each in paths.items()]
+    found = [
+        library.read_fitting(each, loaded.shape, foreign=vectors.any_model or library.is_path(name))
+        for name, each in paths.items()
+    ]
     source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):
         neutral = neutral_texts(source)

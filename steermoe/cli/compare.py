@@ -52,7 +52,7 @@ def compare(
         typer.Option(help="Formula; repeat for several texts. Default: the vector's own.", rich_help_panel=o.STEERING),
     ] = None,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, without=("domain", "strength", "formula"))],
-    vectors: o.VectorsFolder = None,
+    vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: ModelOptions,
     chat: o.ChatOptions,
@@ -66,14 +66,13 @@ def compare(
 
     text = o.read_prompt(prompt)
     from steermoe.evaluation.comparison import compare_completions
-    from steermoe.steering.resolver import PlanResolver, check_spec
 
     fields = {"domain": domain or ["sport"], "formula": formula, "strength": strength}
     specs = _specs(steering, **{name: values or [None] for name, values in fields.items()})
     for spec in specs:
-        check_spec(spec, vectors)
+        vectors.check(spec)
     runner = model.open()
-    plans = list(map(PlanResolver(runner.shape, vectors).plan, specs))
+    plans = list(map(vectors.resolver(runner).plan, specs))
     o.warn_beyond_safe_range(plans)
     special = o.has_special_tokens(prompt, special_tokens)
     asked = chat.read(runner, text)

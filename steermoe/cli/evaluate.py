@@ -145,7 +145,7 @@ def evaluate(
     ] = None,
     compared: DesignOptions,
     protocol: ProtocolOptions,
-    vectors: o.VectorsFolder = None,
+    vectors: o.VectorOptions,
     model: loading.Loaded,
     json: o.Json = False,
 ) -> None:
@@ -161,10 +161,10 @@ def evaluate(
 
     design, settings = compared.design(), protocol.settings(choose_openings(openings))
     for name in domain or ():
-        find_vector(name, folder=vectors)
+        find_vector(name, folder=vectors.vectors)
     check_matplotlib()
     loaded = model.load()
-    chosen = vectors_for(loaded.shape, domain or (), folder=vectors)
+    chosen = vectors_for(loaded.shape, domain or (), folder=vectors.vectors, any_model=vectors.any_model)
     source = None if heldout is None else corpus.open(heldout)
     texts = replace(heldout_texts(list(chosen), source), word_lists=words)
     print_problems(source)

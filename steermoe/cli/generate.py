@@ -32,7 +32,7 @@ def generate(
     *,
     prompt: o.Prompt = None,
     steering: o.Steering,
-    vectors: o.VectorsFolder = None,
+    vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: ModelOptions,
     chat: o.ChatOptions,
@@ -48,11 +48,9 @@ def generate(
     from steermoe.engines.request import Request
 
     text = o.read_prompt(prompt)
-    from steermoe.steering.resolver import PlanResolver, check_spec
-
-    check_spec(steering, vectors)
+    vectors.check(steering)
     runner = model.open()
-    plan = PlanResolver(runner.shape, vectors).plan(steering)
+    plan = vectors.resolver(runner).plan(steering)
     o.warn_beyond_safe_range([plan])
     special = o.has_special_tokens(prompt, special_tokens)
     request = Request(text, plan, sampling, special, chat.read(runner, text))

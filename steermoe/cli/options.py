@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from steermoe.discovery.corpus import Corpus
-    from steermoe.engines.engine import Engine
+    from steermoe.engines.engine import Engine as RunningEngine
     from steermoe.engines.messages import Chat
     from steermoe.engines.request import Completion
+    from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
+    from steermoe.steering.resolver import PlanResolver
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 STEERING, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Sampling", "Model", "Corpus", "vLLM"
@@ -134,6 +136,37 @@ def domains(help: str) -> Any:
 VectorsFolder = Annotated[
     Path | None, typer.Option("--vectors", help="Folder of vectors to search first.", rich_help_panel=STEERING)
 ]
+AnyModel = Annotated[
+    bool,
+    typer.Option(
+        "--any-model",
+        help="Also take vectors that were built for another model of the same shape.",
+        rich_help_panel=STEERING,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Where a command finds its vectors, and which ones it takes."""
+
+    vectors: VectorsFolder = None
+    any_model: AnyModel = False
+
+    def check(self, spec: SteeringSpec) -> None:
+        """As `resolver.check_spec`: raise what is wrong with a spec for any model, before a model is loaded."""
+        from steermoe.steering.resolver import check_spec
+
+        check_spec(spec, self.vectors)
+
+    def resolver(self, model: "RunningEngine | RoutingShape") -> "PlanResolver":
+        """What turns specs into plans for a model, given as the engine that runs it or as its shape."""
+        from steermoe.routing.shape import RoutingShape
+        from steermoe.steering.resolver import PlanResolver
+
+        shape = model if isinstance(model, RoutingShape) else model.shape
+        return PlanResolver(shape, self.vectors, any_model=self.any_model)
+
 
 Model = Annotated[
     str | None,
@@ -239,7 +272,7 @@ class ChatOptions:
         if given := switch or (None if self.system is None else "--system"):
             raise typer.BadParameter(f"{given} belongs to a chat: add --chat")
 
-    def read(self, engine: "Engine", prompt: str) -> "Chat | None":
+    def read(self, engine: "RunningEngine", prompt: str) -> "Chat | None":
         """The chat of one turn that a prompt begins; None if it is to be continued."""
         if not self.chat:
             return None

@@ -32,7 +32,7 @@ def serve(
         list[str] | None,
         typer.Option("--api-key", envvar="STEERMOE_API_KEY", help="Key that requests must send; repeat for several."),
     ] = None,
-    vectors: o.VectorsFolder = None,
+    vectors: o.VectorOptions,
     dtype: o.Dtype = "auto",
     vllm: Annotated[o.VLLMOptions, o.Group(without=("compiled",))],
     eager: Annotated[
@@ -48,7 +48,7 @@ def serve(
         model, arguments = "smollm2-moe", [model, *(arguments or ())]
     from steermoe.engines.vllm.server import ServerOptions, serve
 
-    options = ServerOptions(host, port, api_key or (), vectors)
+    options = ServerOptions(host, port, api_key or (), vectors.vectors, vectors.any_model)
     loading.pull_if_needed(model)
     serve(
         model,

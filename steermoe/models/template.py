@@ -1,71 +1,133 @@
-"""Tags in what chat models write: around their thinking, their answer and their tool calls. Imports nothing.
+"""What a checkpoint's tokenizer says about chats, read without loading it: its template, and the tags around thinking.
 
-What a model's own tags are follows from its special tokens and its chat template.
+Imports no transformers. A template is Jinja source; nothing here runs it.
 """
 
+import json
 import re
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
-CHANNEL = "<|channel|>"
-"""What GPT-OSS writes before the name of a channel; each of its messages is in one."""
+from steermoe.models.gguf.header import read_header
 
-THINKING = (
-    ("<think>", "</think>"),
-    (f"{CHANNEL}analysis<|message|>", "<|end|>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
+MAX_BYTES = 2**26
+"""Larger files are not read: the largest tokenizers have half of that."""
+CHANNELS = ("<|channel|>analysis<|message|>", "<|end|>")
+"""How GPT-OSS begins and ends a message of its thinking."""
+MARKS = ("<|channel|>", "<|message|>")
+WORD = "think|thought|reason"
+PAIRS = (
+    (re.compile(rf"<(/?)((?:[a-z][\w.-]*[:_])?(?:{WORD})\w*)>", re.IGNORECASE), "<{}>", "</{}>"),
+    (re.compile(rf"\[(/?)((?:{WORD})\w*)\]", re.IGNORECASE), "[{}]", "[/{}]"),
+    (re.compile(rf"◁(/?)((?:{WORD})\w*)▷", re.IGNORECASE), "◁{}▷", "◁/{}▷"),
 )
-"""Opening and closing tags of thinking, the most usual first."""
-
-ANSWERS = ((f"{CHANNEL}final<|message|>", "<|end|>"),)
-"""Tags around answers, in models that mark them; in the others, an answer is what is outside of everything else."""
-
-TOOL_CALLS = (
-    ("<tool_call>", "</tool_call>"),
-    ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-    ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"),
-    ("<|START_ACTION|>", "<|END_ACTION|>"),
-    ("<longcat_tool_call>", "</longcat_tool_call>"),
-    ("<minimax:tool_call>", "</minimax:tool_call>"),
-    (f"{CHANNEL}commentary", "<|call|>"),
-    (f"{CHANNEL}commentary", "<|end|>"),
-    ("[TOOL_CALLS]", ""),
-    ("<|python_tag|>", ""),
-)
-"""Tags around tool calls; "" where a call goes on to the end of the text."""
-
-Pair = tuple[str, str]
+"""Tags like those of HTML: with the name in between, which the closing one repeats after a slash."""
+BEGINS_AND_ENDS = re.compile(rf"<\|(?:start|begin)_((?:of_)?(?:{WORD})\w*)\|>", re.IGNORECASE)
+"""Tags like those of Cohere: <|START_THINKING|> and <|END_THINKING|>."""
 
 
-def think_tags(template: str | None, special_tokens: Collection[str]) -> Pair | None:
-    """The opening and closing tag of a model's thinking; None if it has none.
+def chat_template(path: Path | str) -> str | None:
+    """The chat template of a checkpoint folder or GGUF file; None if it has none that can be read.
+
+    Of several, it is the one called `default`, else the first.
+
+    Raises:
+        ModelError: a GGUF file that is damaged, or none.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        return _text(read_header(path)[0].get("tokenizer.chat_template"))
+    if source := _read(path / "chat_template.jinja"):
+        return source
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        found = _json(path / name).get("chat_template")
+        if isinstance(found, list):
+            named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+            found = named.get("default") or next(iter(named.values()), None)
+        if template := _text(found):
+            return template
+    return None
+
+
+def added_tokens(path: Path | str) -> frozenset[str]:
+    """The tokens that a checkpoint folder's tokenizer adds to its vocabulary, special or not; none if it says nothing.
+
+    A GGUF file has them in its vocabulary, which is not read.
+    """
+    config = _json(Path(path) / "tokenizer_config.json").get("added_tokens_decoder")
+    entries = list(config.values()) if isinstance(config, dict) else []
+    if not entries:
+        found = _json(Path(path) / "tokenizer.json").get("added_tokens")
+        entries = found if isinstance(found, list) else []
+    contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
+    return frozenset(content for content in contents if isinstance(content, str) and content)
+
+
+def has_tokenizer(path: Path | str) -> bool:
+    """Whether a checkpoint folder has a file that a tokenizer is loaded from."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+    return any((Path(path) / name).is_file() for name in names) or any(Path(path).glob("*.tiktoken"))
+
+
+def think_tags(template: str | None, special_tokens: Collection[str]) -> tuple[str, str] | None:
+    """The texts between which a model thinks, such as <think> and </think>; None if it has none.
 
     Args:
-        template: its chat template.
-        special_tokens: its special and added tokens, as text.
+        template: the chat template.
+        special_tokens: the tokens that the tokenizer adds to its vocabulary, special or not.
+
+    Returns:
+        the text that begins the thinking and the one that ends it. Of several pairs it is the one whose tags are tokens
+        of their own, else the one that the template names first.
     """
-    return next((pair for pair in THINKING if all(_has(tag, template, special_tokens) for tag in pair)), None)
+    source = template or ""
+    if all(mark in source or mark in special_tokens for mark in MARKS) and "analysis" in source:
+        return CHANNELS
+    named = _pairs(source)
+    return next(
+        (pair for pair in (*named, *_pairs("\n".join(sorted(special_tokens)))) if set(pair) <= set(special_tokens)),
+        next(iter(named), None),
+    )
 
 
-def answer_tags(special_tokens: Collection[str]) -> tuple[Pair, ...]:
-    """The tags around a model's answers; none if it does not mark them."""
-    return tuple(pair for pair in ANSWERS if all(_has(tag, None, special_tokens) for tag in pair))
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """The pairs of tags of which a text holds the closing one, in the order of their names' first places.
+
+    Templates need not open the thinking: some models do so themselves.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for pattern, opening, closing in PAIRS:
+        for match in pattern.finditer(text):
+            pair = opening.format(match[2]), closing.format(match[2])
+            if pair[1] in text:
+                found.setdefault(pair, match.start())
+    for match in BEGINS_AND_ENDS.finditer(text):
+        end = "<|END_" if match[0][2].isupper() else "<|end_"
+        pair = match[0], f"{end}{match[1]}|>"
+        if pair[1] in text:
+            found.setdefault(pair, match.start())
+    return sorted(found, key=lambda pair: found[pair])
 
 
-def tool_tags(special_tokens: Collection[str]) -> tuple[Pair, ...]:
-    """The tags around a model's tool calls, of those that are special or added tokens."""
-    return tuple(pair for pair in TOOL_CALLS if all(_has(tag, None, special_tokens) for tag in pair if tag))
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
 
 
-def _has(tag: str, template: str | None, special_tokens: Collection[str]) -> bool:
-    """Whether a model knows a tag: as a token, in its template, or as words between special tokens."""
-    if tag in special_tokens or (template is not None and tag in template):
-        return True
-    marks = re.findall(r"<\|\w+\|>", tag)
-    return bool(marks) and all(mark in special_tokens for mark in marks)
+def _read(path: Path) -> str | None:
+    """The text of a file; None if it is missing, too large, or can't be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
+        return _text(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is none."""
+    try:
+        found = json.loads(_read(path) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -80,14 +80,21 @@ class PlanResolver:
         vectors: a folder of vectors to search first.
         watch: for each spec, search again and reread files that changed, as a server must. Otherwise what was read
             once stays, as in a batch, whose stories are keyed by it.
+        any_model: also take vectors that were built for another model of the same shape.
         names_only: refuse file paths, and name no folders in messages, as for remote clients.
     """
 
     def __init__(
-        self, shape: RoutingShape, vectors: Path | None = None, *, watch: bool = False, names_only: bool = False
+        self,
+        shape: RoutingShape,
+        vectors: Path | None = None,
+        *,
+        watch: bool = False,
+        names_only: bool = False,
+        any_model: bool = False,
     ) -> None:
         self.shape = shape
-        self._folder = vectors
+        self._folder, self._any_model = vectors, any_model
         self._watch, self._names_only = watch, names_only
         self._plan = lru_cache(KEPT_PLANS)(self._make)
         self._vector = lru_cache(KEPT_VECTORS)(self._find_vector)
@@ -123,7 +130,7 @@ class PlanResolver:
     def _read_fits(self, path: Path, stamp: Hashable) -> bool:
         """Whether a file holds a vector that fits; says once in the log why it can't be read."""
         try:
-            read_fitting([path], self.shape)
+            read_fitting([path], self.shape, foreign=self._any_model)
         except CompatibilityError:
             return False
         except VectorError as error:
@@ -152,7 +159,7 @@ class PlanResolver:
     def _read(self, name: str) -> SteeringVector:
         paths = self._find(name)
         try:
-            return read_fitting(paths, self.shape, foreign=is_path(name))[1]
+            return read_fitting(paths, self.shape, foreign=self._any_model or is_path(name))[1]
         except VectorError as error:
             if not self._names_only:
                 raise

@@ -175,16 +175,18 @@ def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape |
 
 
 def vectors_for(
-    shape: "RoutingShape", names: Sequence[str] = (), *, folder: Path | str | None = None
+    shape: "RoutingShape", names: Sequence[str] = (), *, folder: Path | str | None = None, any_model: bool = False
 ) -> dict[str, SteeringVector]:
     """The vectors named, or all on the search path that are a model's own; by domain. A path may name a foreign one.
+
+    `any_model` as for `load_vector`.
 
     Raises:
         VectorNotFound: one that is named, or any. VectorError: a domain twice. CompatibilityError: a named one does not
             fit.
     """
     if names:
-        named = [load_vector(name, shape, folder=folder) for name in names]
+        named = [load_vector(name, shape, folder=folder, any_model=any_model) for name in names]
         if len({vector.domain for vector in named}) < len(named):
             raise VectorError(f"a domain is named twice ({', '.join(names)}): name each once")
         return {vector.domain: vector for vector in named}
@@ -194,7 +196,7 @@ def vectors_for(
         files.setdefault(file.domain, []).append(file.path)
     for domain, paths in files.items():
         with contextlib.suppress(CompatibilityError):
-            found[domain] = read_fitting(paths, shape)[1]
+            found[domain] = read_fitting(paths, shape, foreign=any_model)[1]
     if not found:
         raise VectorNotFound(f"no vector fits {shape.name}: name one with --domain, or a folder with --vectors")
     return found
@@ -225,6 +227,7 @@ def load_vector(
     *,
     folder: Path | str | None = None,
     group: str | None = None,
+    any_model: bool = False,
 ) -> SteeringVector:
     """Load a domain's vector.
 
@@ -234,6 +237,7 @@ def load_vector(
             was not built for another model. A path is taken if it fits.
         folder: searched before all others.
         group: only look in this model's folder, such as "smollm2-moe".
+        any_model: if the model has no vector of its own, take that of another model of the same shape.
 
     Raises:
         VectorNotFound: no such file. CompatibilityError: only files for other models. VectorError: a damaged file.
@@ -243,4 +247,4 @@ def load_vector(
     from steermoe.routing.routers import shape_of
 
     paths = find_vector(name, folder=folder, group=group)
-    return read_fitting(paths, shape_of(model), foreign=is_path(name))[1]
+    return read_fitting(paths, shape_of(model), foreign=any_model or is_path(name))[1]

@@ -28,13 +28,12 @@ from torch import Tensor
 
 from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.selection import Choice
-from steermoe.engines.vllm.spec import packed
+from steermoe.engines.vllm.spec import packed, resolver_for
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
 from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.models.description import shape_of_config
 from steermoe.routing.shape import RouterShape
-from steermoe.steering.resolver import PlanResolver
 
 TESTED = "0.32."
 """What the versions of vLLM that this was tested with begin with."""
@@ -334,7 +333,7 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
         if asked is not None:
             try:
                 if getattr(self, "steermoe_resolver", None) is None:
-                    self.steermoe_resolver = PlanResolver(shape_of_config(self.model_config), watch=True)
+                    self.steermoe_resolver = resolver_for(self.model_config)
                 plan = packed(self.steermoe_resolver, asked)
                 most = getattr(params, "max_tokens", None)
                 if plan is not None and plan is not asked and most is not None:

@@ -17,11 +17,10 @@ from starlette.requests import Request
 
 from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
-from steermoe.engines.vllm.spec import packed, spec_of_name
+from steermoe.engines.vllm.spec import ANY_MODEL, packed, resolver_for, spec_of_name
 from steermoe.engines.vllm.wire import KEY, unpack
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
-from steermoe.models.description import shape_of_config
 from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
@@ -52,6 +51,7 @@ class ServerOptions:
         api_keys: a request must carry one of these keys; if there are none, everyone who reaches the port is let in.
         vectors: a folder of vectors to search first. The server searches it at each request, so vectors may be added
             while it runs.
+        any_model: also take vectors that were built for another model of the same shape.
 
     Raises:
         ModelError: an empty key, which would let everyone in.
@@ -61,6 +61,7 @@ class ServerOptions:
     port: int = 8000
     api_keys: Sequence[str] = ()
     vectors: Path | None = None
+    any_model: bool = False
 
     def __post_init__(self) -> None:
         check_keys(self.api_keys)
@@ -107,6 +108,8 @@ def serve(
     if server.vectors is not None:
         before = os.environ.get("STEERMOE_VECTORS")
         os.environ["STEERMOE_VECTORS"] = os.pathsep.join(filter(None, (str(server.vectors), before)))
+    if server.any_model:
+        os.environ[ANY_MODEL] = "1"
     _allow_plugins()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     prepare_environment(math.prod(sizes.values()), in_process=False)
@@ -172,7 +175,7 @@ class SteeringEndpoint:
         reasons = await engine_client.collective_rpc("steermoe_reason")
         if reason := next(filter(None, reasons), ""):
             raise UnsupportedModel(f"{args.model} can't be steered in vLLM: {reason}")
-        resolver = PlanResolver(shape_of_config(engine_client.model_config), watch=True, names_only=True)
+        resolver = resolver_for(engine_client.model_config, names_only=True)
         engine_client.input_processor.steermoe_resolver = resolver
         no_lists = await engine_client.collective_rpc("steermoe_no_lists")
         engine_client.input_processor.steermoe_no_lists = next(filter(None, no_lists), "")

@@ -3,13 +3,24 @@
 Imports no vLLM.
 """
 
+import os
 from typing import Any
 
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import SteeringError
+from steermoe.models.description import shape_of_config
 from steermoe.steering.limits import quoted
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import read_spec
+
+ANY_MODEL = "STEERMOE_ANY_MODEL"
+"""If it is 1 in the environment, vectors that were built for another model of the same shape are taken too."""
+
+
+def resolver_for(model_config: Any, *, names_only: bool = False) -> PlanResolver:
+    """What reads the specs of requests to a running vLLM, from vLLM's configuration of its model."""
+    any_model = os.environ.get(ANY_MODEL) == "1"
+    return PlanResolver(shape_of_config(model_config), watch=True, names_only=names_only, any_model=any_model)
 
 
 def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
