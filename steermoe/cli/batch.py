@@ -25,6 +25,8 @@ steermoe batch prompts.txt -o stories.jsonl -d sport -d food -d none --samples 2
 
 steermoe batch prompts.jsonl -o stories.jsonl --ordered --errors bad.jsonl
 
+steermoe batch questions.txt -o answers.jsonl -d food --chat --system "Answer in one sentence."
+
 steermoe batch prompts.txt -o stories.jsonl -d sport --engine vllm --tensor-parallel-size 2 --compile
 
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
@@ -178,6 +180,14 @@ def batch(
     model: BatchModel,
     vllm: o.VLLMOptions,
     cluster: Cluster,
+    chat: o.ChatOptions,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Encode the special tokens of prompts that hold the chat template's, or begin with any, as such.",
+        ),
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Generate many stories: prompts times domains times samples, in one batch that is refilled as stories finish.
@@ -189,7 +199,16 @@ def batch(
     from steermoe.batch.jobs import BatchSettings, PromptFile
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
 
-    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples)
+    settings = BatchSettings(
+        steering,
+        tuple(domain or ()),
+        sampling,
+        files.samples,
+        chat.chat,
+        chat.system,
+        chat.thinking,
+        special_tokens,
+    )
     check_apart(prompts, output, files.errors)
     for spec in settings.steerings():
         vectors.check(spec)
@@ -201,6 +220,7 @@ def batch(
     ):
         model = replace(model, vllm=vllm.arguments()).repeatable()
         runner, worker = cluster.open(model, vllm.workers, files.batch_size)
+        chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
         from steermoe.batch.batch import Batch, BatchOptions
 
         problems = _ProblemPrinter()
