@@ -213,11 +213,11 @@ _OF_SAMPLING: dict[Any, tuple[tuple[type, ...], str]] = {
 
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prompt": ((str,), "text"),
-    "messages": ((list,), 'a list such as [{"role": "user", "content": "Hello"}]'),
     "id": ((str, int), "text or a whole number"),
     "domain": ((str, dict, list), "text, an object of weights, or a list of these"),
     "domains": ((list,), "a list"),
     "samples": ((int,), "a whole number"),
+    "messages": ((list,), 'a list such as [{"role": "user", "content": "Hello"}]'),
     **{one.name: (one.metadata["kinds"], one.metadata["wanted"]) for one in FIELDS if one.name != "domain"},
     **{name: _OF_SAMPLING[Sampling.__dataclass_fields__[name].type] for name in SAMPLING_FIELDS},
     "meta": ((object,), "anything"),

@@ -148,7 +148,7 @@ def _encode_marked(encoder: Encoder, text: str, marks: str, control: Mapping[str
 
     A template that takes a message apart can leave a mark alone; it only separates then.
     """
-    start, end = marks
+    start, end = marks[0], marks[1]
     pieces = re.split(f"({start}[^{start}{end}]*{end}|[{start}{end}])", text)
     tokens: list[int] = []
     for number, piece in enumerate(pieces):

@@ -54,7 +54,7 @@ def test_a_chat_from_elsewhere_stays_text_and_that_is_said(engine, caplog):
     assert "--special-tokens" in record.getMessage()
 
 
-@pytest.mark.parametrize("prompt", ["A </s> dog", "a <|start|>user", "<|star", "< |start|>"])
+@pytest.mark.parametrize("prompt", ["A </s> dog", "a <|start >user", "<|star", "< |start|>"])
 @pytest.mark.parametrize("special", [True, False])
 def test_any_other_prompt_is_text_in_silence(engine, caplog, prompt, special):
     with caplog.at_level(logging.WARNING):
