@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from steermoe.engines.hf.engine import HFEngine
     from steermoe.engines.request import Completion, Request, Sampling
     from steermoe.errors import SteerMoEError
+    from steermoe.evaluation.load_vector import load_vector
     from steermoe.models.default.pull import pull
     from steermoe.models.description import describe
     from steermoe.models.loading import LoadedModel, load
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from steermoe.steering.plans import Schedule, SteeringPlan, plan_for
     from steermoe.steering.report import SteeringReport
     from steermoe.vectors.file import read_vector, write_vector
-    from steermoe.vectors.library import load_vector
     from steermoe.vectors.matrix import import_matrix
     from steermoe.vectors.mixing import mix
     from steermoe.vectors.vector import SteeringVector, VectorInfo
@@ -54,7 +54,7 @@ _HOME = {
     "import_matrix": "vectors.matrix",
     "list_families": "routing.families",
     "load": "models.loading",
-    "load_vector": "vectors.library",
+    "load_vector": "evaluation.load_vector",
     "mix": "vectors.mixing",
     "plan_for": "steering.plans",
     "pull": "models.default.pull",

@@ -2,9 +2,9 @@
 
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class BatchOptions:
         rows: rows at once; None for as many as the memory allows.
         worker: generates the stories; None for the batch's own engine.
         any_model: also take vectors that were built for another model of the same shape.
+        given: as for `PlanResolver`.
     """
 
     vectors: Path | None = None
@@ -78,6 +79,7 @@ class BatchOptions:
     rows: int | None = None
     worker: Worker | None = None
     any_model: bool = False
+    given: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Batch:
@@ -101,7 +103,7 @@ class Batch:
         options = options or BatchOptions()
         self._engine = engine
         self._prompts, self._settings, self._output = prompts, settings, output
-        self._resolver = PlanResolver(engine.shape, options.vectors, any_model=options.any_model)
+        self._resolver = PlanResolver(engine.shape, options.vectors, any_model=options.any_model, given=options.given)
         self._keys = StoryKeys(engine.fingerprint())
         self._keep, self._errors, self._on_problem = options.keep, options.errors or ErrorFile(None), options.on_problem
         self._requested = _Numbers(array("Q"))

@@ -17,6 +17,7 @@ from steermoe.engines.messages import Message, check_messages, conversation
 from steermoe.engines.request import Sampling
 from steermoe.errors import BatchError, SteerMoEError, shown
 from steermoe.steering.limits import escaped, quoted
+from steermoe.steering.resolver import names_of
 from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
 MAX_LINE = 1 << 20
@@ -120,6 +121,10 @@ class _BadLine(Exception):
     """Says why a line can't be used; never leaves this file."""
 
 
+NAMES_A_DOMAIN = b'"domain'
+"""In every JSON line that names a domain; the others need not be parsed to find those that do."""
+
+
 class PromptFile:
     """A file of prompts that can be read several times: a pipe is copied to a temporary file.
 
@@ -167,15 +172,44 @@ class PromptFile:
     def jobs(self, settings: BatchSettings) -> Iterator[list[Job] | Problem]:
         """For each line its jobs, or what is wrong with it. Blank lines are skipped."""
         for number, content in self._lines():
-            if not content.strip():
+            if content.strip():
+                yield self._jobs_of(number, content, settings)
+
+    def _jobs_of(self, number: int, content: bytes, settings: BatchSettings) -> list[Job] | Problem:
+        try:
+            text = _decoded(content)
+            given = _parse(text) if self.is_json else {"prompt": text.rstrip("\r\n")}
+            return _expand(number, given, settings)
+        except (_BadLine, SteerMoEError) as problem:
+            text = content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT]
+            return Problem(number, one_line(problem), text)
+
+    def needs(self, settings: BatchSettings, most: int = 100_000) -> tuple[list[str], str]:
+        """The domains and vector files that settings and good lines name, and the first prompts in one text.
+
+        Args:
+            settings: as for `jobs`.
+            most: characters of the prompts.
+        """
+        names = {name: None for spec in settings.steerings() for name in names_of(spec)}
+        prompts: list[str] = []
+        left = most
+        for number, content in self._lines():
+            names_some = self.is_json and NAMES_A_DOMAIN in content
+            if left <= 0 and not self.is_json:
+                break
+            if not content.strip() or (left <= 0 and not names_some):
                 continue
-            try:
-                text = _decoded(content)
-                given = _parse(text) if self.is_json else {"prompt": text.rstrip("\r\n")}
-                yield _expand(number, given, settings)
-            except (_BadLine, SteerMoEError) as problem:
-                text = content[: 4 * KEPT_TEXT].decode(errors="replace")[:KEPT_TEXT]
-                yield Problem(number, one_line(problem), text)
+            line = self._jobs_of(number, content, settings)
+            if isinstance(line, Problem):
+                continue
+            if left > 0:
+                prompts.append(line[0].prompt)
+                left -= len(line[0].prompt)
+            for spec in dict.fromkeys(job.steering for job in line) if names_some else ():
+                with contextlib.suppress(SteerMoEError):
+                    names |= dict.fromkeys(names_of(spec))
+        return list(names), "\n".join(prompts)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines with their numbers, from 1; of a line that is too long, enough to see that."""

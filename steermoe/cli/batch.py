@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from steermoe.cli import on_demand
 from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions, pull_if_needed
 from steermoe.errors import BatchError
@@ -219,13 +220,18 @@ def batch(
         cluster.connected(),
     ):
         model = replace(model, vllm=vllm.arguments()).repeatable()
+        names, text = source.needs(settings)
+        wanted = on_demand.wish(vectors, names, text)
+        built = on_demand.before_opening(model, vectors, wanted)
         runner, worker = cluster.open(model, vllm.workers, files.batch_size)
         chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
+        built |= on_demand.files(model, runner, vectors, wanted)
+        on_demand.warn_of_script(runner.shape, text)
         from steermoe.batch.batch import Batch, BatchOptions
 
         problems = _ProblemPrinter()
         options = BatchOptions(
-            vectors.vectors, files.keep, errors, problems, files.batch_size, worker, any_model=vectors.any_model
+            vectors.vectors, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built
         )
         summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
         problems.sum_up()

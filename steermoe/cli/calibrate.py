@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steermoe.cli import loading
+from steermoe.cli import loading, on_demand
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
 from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
     from steermoe.evaluation.calibration import Calibration
+    from steermoe.models.loading import LoadedModel
+    from steermoe.routing.shape import RoutingShape
     from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
@@ -54,40 +56,86 @@ def calibrate(
     """
     from steermoe.cli.terminal import console, tables
     from steermoe.evaluation.calibration import check_budget
-    from steermoe.vectors import file, library
+    from steermoe.vectors import file
 
     check_budget(budget)
-    paths = {name: library.find_vector(name, folder=vectors.vectors) for name in dict.fromkeys(domain)}
+    paths = {name: _files(name, vectors.vectors, vectors.can_build(name)) for name in dict.fromkeys(domain)}
     loaded = model.load()
     from steermoe.evaluation.calibration import calibrate_vector
     from steermoe.evaluation.teacher_forcing import TeacherForcing
     from steermoe.evaluation.texts import neutral_texts
 
-    found = [
-        library.read_fitting(each, loaded.shape, foreign=vectors.any_model or library.is_path(name))
-        for name, each in paths.items()
-    ]
+    found = _chosen(loaded, paths, vectors, changes_them=output is None and not dry_run)
     source = None if heldout is None else corpus.open(heldout)
     with console.working("Reading the texts unsteered ..."):
         neutral = neutral_texts(source)
         print_problems(source)
         teacher_forcing = TeacherForcing(loaded, neutral[:texts])
-    rows, records = [], []
+    results = []
     for path, vector in found:
         with console.working(f"Calibrating {vector.domain} ..."):
             calibrated, result = calibrate_vector(teacher_forcing, vector, budget, steering.formula, steering.scale)
         target = path if output is None else output / path.name
         if not dry_run:
             file.write_vector(calibrated, target)
-        rows.append(_row(calibrated, result, "" if dry_run else str(target)))
-        records.append(_record(calibrated, result, None if dry_run else str(target)))
+        results.append((calibrated, result, None if dry_run else str(target)))
     if json:
-        console.write_json(records)
+        console.write_json([_record(*one) for one in results])
     else:
-        tables.print_table(("domain", "formula", "strength", "safe range", "damage", "file"), rows)
+        tables.print_table(
+            ("domain", "formula", "strength", "safe range", "damage", "file"), [_row(*one) for one in results]
+        )
 
 
-def _row(vector: "SteeringVector", result: "Calibration", path: str) -> tuple[str, ...]:
+def _files(name: str, folder: Path | None, can_build: bool) -> list[Path]:
+    """The files that a name can mean; none if the vector is built now.
+
+    Raises:
+        VectorNotFound: there is none.
+    """
+    from steermoe.errors import VectorNotFound
+    from steermoe.vectors.library import find_vector
+
+    try:
+        return find_vector(name, folder=folder)
+    except VectorNotFound:
+        if can_build:
+            return []
+        raise
+
+
+def _chosen(
+    loaded: "LoadedModel", paths: dict[str, list[Path]], vectors: o.VectorOptions, *, changes_them: bool
+) -> "list[tuple[Path, SteeringVector]]":
+    """The vectors to calibrate, with their files; those that the model lacks are built first."""
+    from steermoe.vectors.library import is_path, read_fitting
+
+    built = on_demand.files_of(loaded, vectors, on_demand.wish(vectors, paths, calibrated=False))
+    found = [
+        read_fitting(
+            [built[name]] if name in built else each, loaded.shape, path=is_path(name), any_model=vectors.any_model
+        )
+        for name, each in paths.items()
+    ]
+    if vectors.any_model and changes_them:
+        _refuse_to_change_others(found, loaded.shape)
+    return found
+
+
+def _refuse_to_change_others(found: "list[tuple[Path, SteeringVector]]", shape: "RoutingShape") -> None:
+    """Raise VectorError for a vector of another model, whose own strength would be overwritten."""
+    from steermoe.errors import VectorError
+    from steermoe.vectors.library import whose
+
+    for path, vector in found:
+        if whose(vector, shape) == "foreign":
+            raise VectorError(
+                f"'{path}' was built for {vector.info.model}, whose strength it holds: pass --output FOLDER for "
+                f"that of {shape.name}, or --dry-run"
+            )
+
+
+def _row(vector: "SteeringVector", result: "Calibration", path: str | None) -> tuple[str, ...]:
     limit = f"{result.safe_range[1]:g}" if not result.saturates else f"{result.safe_range[1]:g} (more changes nothing)"
     return (
         vector.domain,
@@ -95,7 +143,7 @@ def _row(vector: "SteeringVector", result: "Calibration", path: str) -> tuple[st
         f"{result.strength:g}",
         f"0 to {limit}",
         f"{result.damage:.2f} of {result.budget:g} nats",
-        path,
+        path or "",
     )
 
 

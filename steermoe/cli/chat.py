@@ -1,13 +1,18 @@
 """`steermoe chat`: a conversation with a model, steered or not, at a terminal or through a pipe."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steermoe.cli import on_demand
 from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions
 from steermoe.engines.request import Sampling
+
+if TYPE_CHECKING:
+    from steermoe.steering.plans import SteeringPlan
+    from steermoe.steering.spec import SteeringSpec
 
 EXAMPLES = """Examples:
 
@@ -46,11 +51,19 @@ def chat(
     from steermoe.cli.terminal import console, lines
 
     vectors.check(steering)
-    engine = model.open()
+    engine, resolver = on_demand.open_engine(model, vectors, [steering], system or "")
     from steermoe.cli.terminal.talk import Talk
     from steermoe.engines.conversation import Conversation, Manner
+    from steermoe.steering.resolver import names_of
 
-    plan = vectors.resolver(engine).plan
+    def plan(spec: "SteeringSpec") -> "SteeringPlan | None":
+        """The plan of a spec, whose vectors are built first if the model lacks them."""
+        if spec.domain == steering.domain:
+            return resolver.plan(spec)
+        vectors.check(spec)
+        wanted = on_demand.wish(vectors, names_of(spec), system or "")
+        return vectors.resolver(engine, on_demand.files(model, engine, vectors, wanted)).plan(spec)
+
     talk = Talk(Conversation(engine, plan, Manner(steering, sampling, system, thinking)), json=json)
     o.warn_beyond_safe_range([plan(steering)])
     is_typed = lines.are_typed()

@@ -9,6 +9,7 @@ import typer
 
 from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions
+from steermoe.cli.on_demand import open_engine
 from steermoe.steering.spec import SteeringSpec
 
 EXAMPLES = """Examples:
@@ -64,15 +65,15 @@ def compare(
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
-    text = o.read_prompt(prompt)
+    text = o.read_prompt(prompt, vectors.language)
     from steermoe.evaluation.comparison import compare_completions
 
     fields = {"domain": domain or ["sport"], "formula": formula, "strength": strength}
     specs = _specs(steering, **{name: values or [None] for name, values in fields.items()})
     for spec in specs:
         vectors.check(spec)
-    runner = model.open()
-    plans = list(map(vectors.resolver(runner).plan, specs))
+    runner, resolver = open_engine(model, vectors, specs, text)
+    plans = list(map(resolver.plan, specs))
     o.warn_beyond_safe_range(plans)
     special = o.has_special_tokens(prompt, special_tokens)
     asked = chat.read(runner, text)

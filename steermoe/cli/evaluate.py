@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steermoe.cli import loading
+from steermoe.cli import loading, on_demand
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
 
@@ -161,10 +161,13 @@ def evaluate(
 
     design, settings = compared.design(), protocol.settings(choose_openings(openings))
     for name in domain or ():
-        find_vector(name, folder=vectors.vectors)
+        if not vectors.can_build(name):
+            find_vector(name, folder=vectors.vectors)
     check_matplotlib()
     loaded = model.load()
-    chosen = vectors_for(loaded.shape, domain or (), folder=vectors.vectors, any_model=vectors.any_model)
+    built = on_demand.files_of(loaded, vectors, on_demand.wish(vectors, domain or ()))
+    names = [str(built.get(name, name)) for name in domain or ()]
+    chosen = vectors_for(loaded.shape, names, folder=vectors.vectors, any_model=vectors.any_model)
     source = None if heldout is None else corpus.open(heldout)
     texts = replace(heldout_texts(list(chosen), source), word_lists=words)
     print_problems(source)

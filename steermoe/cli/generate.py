@@ -7,6 +7,7 @@ import typer
 
 from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions
+from steermoe.cli.on_demand import open_engine
 
 if TYPE_CHECKING:
     from steermoe.engines.engine import Engine
@@ -22,6 +23,8 @@ steermoe generate "The two sisters met at the station." -d space=0.6 -d music=0.
 steermoe generate "What is a good breakfast?" --chat -d food --system "Answer in one sentence."
 
 echo "It rained all night." | steermoe generate - -d food --json
+
+steermoe generate --model ./my-model --domain sport
 
 steermoe generate --model smollm2-moe-q8_0.gguf -d space --engine llamacpp
 """
@@ -47,10 +50,10 @@ def generate(
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
-    text = o.read_prompt(prompt)
+    text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
-    runner = model.open()
-    plan = vectors.resolver(runner).plan(steering)
+    runner, resolver = open_engine(model, vectors, [steering], text)
+    plan = resolver.plan(steering)
     o.warn_beyond_safe_range([plan])
     special = o.has_special_tokens(prompt, special_tokens)
     request = Request(text, plan, sampling, special, chat.read(runner, text))

@@ -9,10 +9,13 @@ from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
 from steermoe.cli.loading import ModelOptions
 from steermoe.cli.terminal import console
+from steermoe.models.default.pull import DEFAULT_MODEL
+from steermoe.routing.architectures import PYTHON_ONLY
 
 if TYPE_CHECKING:
     from steermoe.discovery.health import RoutingHealth
     from steermoe.models.description import ModelDescription
+    from steermoe.vectors.library import Found
 
 LIST_EXAMPLES = """Examples:
 
@@ -49,6 +52,16 @@ steermoe models export --gguf q8_0
 steermoe models export ./my-model --gguf bf16 -o my-model.gguf
 """
 
+FIRST_DOMAIN = "sport"
+"""The domain of the command to run next, if the model has no vector yet."""
+WHOSE = {
+    "own": "its own",
+    "named": "of its name",
+    "changed": "of its name, other weights",
+    "foreign": "another model's",
+}
+FORMS = {"int8": "int8 with the rest in bfloat16", "file": "as stored, in llama.cpp"}
+"""What the card says about types of weights whose names say little."""
 MAX_LISTED = 8
 """Experts that are named; the rest is counted."""
 
@@ -87,7 +100,6 @@ def pull(
     json: Json = False,
 ) -> None:
     """Pull and assemble the default model. Prints its folder in the cache."""
-    from steermoe.models.default.pull import DEFAULT_MODEL
     from steermoe.models.default.pull import pull as assemble
 
     with console.working("Pulling and assembling the default model ..."):
@@ -170,15 +182,19 @@ def inspect(
     reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     png: Annotated[Path | None, typer.Option(help="With --texts: also draw the load as a picture.")] = None,
     options: Annotated[ModelOptions, o.Group(only=("dtype", "device_map", "trust_remote_code"))],
+    vectors: Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")] = None,
     json: Json = False,
 ) -> None:
-    """Describe a checkpoint and what would be steered. Loads weights only with --texts."""
+    """Describe a checkpoint: what would be steered, the memory it needs, its vectors, and the command to run next.
+
+    Loads weights only with --texts.
+    """
     from dataclasses import replace
 
     from steermoe.cli.terminal import tables
     from steermoe.errors import SteerMoEError
-    from steermoe.models.default.pull import DEFAULT_MODEL
     from steermoe.models.description import describe
+    from steermoe.vectors.library import find_vectors, fitting_by_domain
 
     if texts is not None:
         _inspect_load(replace(options, model=model), texts, reading, png, json)
@@ -188,11 +204,25 @@ def inspect(
 
     with console.working(f"Inspecting {model or DEFAULT_MODEL} ..."):
         description = describe(model, trust_remote_code=options.trust_remote_code)
+    found = fitting_by_domain(find_vectors(vectors), description.shape) if description.steerable else {}
+    command = _next(model, description, found)
     if json:
-        console.write_json(description.as_dict())
+        listed = [
+            {
+                "domain": domain,
+                "path": str(each.path),
+                "fingerprint": each.header and each.header.info.fingerprint,
+                "whose": each.whose,
+                "taken": each.is_taken,
+            }
+            for domain, files in found.items()
+            for each in files
+        ]
+        console.write_json({**description.as_dict(), "vectors": listed, "next": command})
     else:
         console.heading(description.name)
-        tables.print_facts(_facts(description))
+        vectors_fact = {"vectors": _vectors(found)} if description.steerable else {}
+        tables.print_facts({**_facts(description), **vectors_fact, **({"next": command} if command else {})})
 
 
 def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png: Path | None, json: bool) -> None:
@@ -269,6 +299,43 @@ def _facts(description: "ModelDescription") -> dict[str, str]:
             "shared experts": "yes" if d.shared_experts else "no",
             "router": d.router_class,
             "scoring": d.scoring,
+            "fingerprint": d.shape.fingerprint or "unknown: vectors are known by the model's name",
         }
+    facts["memory"] = ", ".join(f"{_size(count)} ({FORMS.get(name, name)})" for name, count in d.memory.items())
+    if d.cache is not None:
+        facts["attention cache"] = f"at most {_size(d.cache)} for 1,000 tokens (bfloat16)"
+    if d.tokenizer is None:
+        facts["tokenizer"] = "unknown: its files are not on this machine"
+    elif not d.tokenizer:
+        facts["tokenizer"] = "none: copy its files from the model that this one was made of"
+    else:
+        facts["chat template"] = "yes" if d.template else "none: it continues texts"
+        facts["thinking"] = " ... ".join(d.thinking) if d.thinking else "no tags known"
     steered = f"yes, {len(d.moe_layers)} routers: {d.reason}" if d.steerable else f"no: {d.reason}"
     return {**facts, "can be steered": steered}
+
+
+def _size(count: int) -> str:
+    """Bytes as a human reads them."""
+    unit, name = next(((unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB")) if count >= unit), (10**3, "kB"))
+    return f"{count / unit:,.1f} {name}"
+
+
+def _vectors(found: "dict[str, list[Found]]") -> str:
+    """The domains that have vectors, by whose they are."""
+    by_kind: dict[str, list[str]] = {}
+    for domain, files in found.items():
+        by_kind.setdefault(WHOSE[files[0].whose], []).append(domain)
+    return "; ".join(f"{', '.join(domains)} ({kind})" for kind, domains in by_kind.items()) or "none"
+
+
+def _next(model: str | None, description: "ModelDescription", found: "dict[str, list[Found]]") -> str:
+    """The command to run next; "" if the model can't be steered, or can't read texts."""
+    import shlex
+
+    if not description.steerable or description.tokenizer is False or description.reason.startswith(PYTHON_ONLY):
+        return ""
+    own = [domain for domain, files in found.items() if files[0].is_taken]
+    domain = FIRST_DOMAIN if FIRST_DOMAIN in own or not own else own[0]
+    named = "" if model in (None, DEFAULT_MODEL) else f" --model {shlex.quote(model)}"
+    return f"steermoe generate{named} --domain {domain}"

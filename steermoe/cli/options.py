@@ -14,7 +14,7 @@ from steermoe.engines.request import Sampling as SamplingFields
 from steermoe.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from steermoe.discovery.corpus import Corpus
     from steermoe.engines.engine import Engine as RunningEngine
@@ -144,6 +144,24 @@ AnyModel = Annotated[
         rich_help_panel=STEERING,
     ),
 ]
+NoBuild = Annotated[
+    bool,
+    typer.Option(
+        "--no-build",
+        help="Refuse a domain that the model has no vector of, instead of building and calibrating one first.",
+        rich_help_panel=STEERING,
+    ),
+]
+TextLanguage = Annotated[
+    Literal["en", "ru", "both"] | None,
+    typer.Option(
+        "--language",
+        help="Language of the texts that vectors are built from: en, ru or both. Default: that of the prompt.",
+        rich_help_panel=STEERING,
+    ),
+]
+BUILD_ONE = "build one with"
+"""What the error about a domain without a vector advises."""
 
 
 @dataclass(frozen=True)
@@ -152,20 +170,47 @@ class VectorOptions:
 
     vectors: VectorsFolder = None
     any_model: AnyModel = False
+    no_build: NoBuild = False
+    language: TextLanguage = None
 
     def check(self, spec: SteeringSpec) -> None:
         """As `resolver.check_spec`: raise what is wrong with a spec for any model, before a model is loaded."""
+        from steermoe.errors import VectorNotFound
         from steermoe.steering.resolver import check_spec
 
-        check_spec(spec, self.vectors)
+        try:
+            check_spec(spec, self.vectors, self.can_build)
+        except VectorNotFound as error:
+            if BUILD_ONE not in str(error):  # a folder or a file is missing
+                raise
+            raise VectorNotFound(f"{error}{self._hint()}") from error
 
-    def resolver(self, model: "RunningEngine | RoutingShape") -> "PlanResolver":
-        """What turns specs into plans for a model, given as the engine that runs it or as its shape."""
+    def _hint(self) -> str:
+        """What else helps if there is no vector of a domain, to be added to the advice to build one."""
+        from steermoe.models.default.spec import DOMAINS
+
+        if self.no_build:
+            return f"; without --no-build that happens now for {', '.join(DOMAINS)}"
+        return f"; for {', '.join(DOMAINS)} that happens on demand, for other topics use --topic"
+
+    def can_build(self, domain: str) -> bool:
+        """Whether a domain's vector is built if a model has none."""
+        from steermoe.discovery.packaged import is_packaged
+
+        return not self.no_build and is_packaged(domain)
+
+    def resolver(
+        self, model: "RunningEngine | RoutingShape", given: "Mapping[str, Path] | None" = None
+    ) -> "PlanResolver":
+        """What turns specs into plans for a model, given as the engine that runs it or as its shape.
+
+        `given` as for `PlanResolver`: what `on_demand.files` returned.
+        """
         from steermoe.routing.shape import RoutingShape
         from steermoe.steering.resolver import PlanResolver
 
         shape = model if isinstance(model, RoutingShape) else model.shape
-        return PlanResolver(shape, self.vectors, any_model=self.any_model)
+        return PlanResolver(shape, self.vectors, any_model=self.any_model, given=given)
 
 
 Model = Annotated[
@@ -351,8 +396,8 @@ SpecialTokens = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
-def read_prompt(prompt: str | None) -> str:
-    """The prompt as given, from stdin, or the built-in one.
+def read_prompt(prompt: str | None, language: str | None = None) -> str:
+    """The prompt as given, from stdin, or the built-in one; in Russian the opening about Barney.
 
     Raises:
         GenerationError: it is not text, or stdin can't be read.
@@ -362,6 +407,10 @@ def read_prompt(prompt: str | None) -> str:
     from steermoe.engines.text import check_not_empty, check_text, not_utf8
     from steermoe.errors import GenerationError
 
+    if prompt is None and language == "ru":
+        from steermoe.discovery.packaged import openings
+
+        return openings("ru")[0]
     if prompt is None:
         return DEFAULT_PROMPT
     if prompt != "-":

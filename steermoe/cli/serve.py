@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-from steermoe.cli import loading
+from steermoe.cli import loading, on_demand
 from steermoe.cli import options as o
+from steermoe.steering.spec import SteeringSpec
 
 EXAMPLES = """Examples:
 
@@ -32,7 +33,14 @@ def serve(
         list[str] | None,
         typer.Option("--api-key", envvar="STEERMOE_API_KEY", help="Key that requests must send; repeat for several."),
     ] = None,
-    vectors: o.VectorOptions,
+    vectors: Annotated[o.VectorOptions, o.Group(without=("no_build",))],
+    build: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Build and calibrate this domain's vector before serving, if the model has none; repeat for several.",
+            rich_help_panel=o.STEERING,
+        ),
+    ] = None,
     dtype: o.Dtype = "auto",
     vllm: Annotated[o.VLLMOptions, o.Group(without=("compiled",))],
     eager: Annotated[
@@ -50,6 +58,10 @@ def serve(
 
     options = ServerOptions(host, port, api_key or (), vectors.vectors, vectors.any_model)
     loading.pull_if_needed(model)
+    for domain in build or ():
+        vectors.check(SteeringSpec(domain=(domain,)))
+    opened = loading.ModelOptions(model, "vllm", dtype, trust_remote_code=trust_remote_code)
+    on_demand.before_opening(opened, vectors, on_demand.wish(vectors, build or ()))
     serve(
         model,
         options,

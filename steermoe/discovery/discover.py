@@ -259,6 +259,7 @@ def _build_vector(
         keywords=cluster.words,
         model=meta.model,
         architecture=meta.architecture,
+        fingerprint=meta.routers,
         top_k=meta.top_k,
         texts=len(members),
         tokens=int(embedded.tokens[members].sum()) or None,

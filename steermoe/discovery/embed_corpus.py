@@ -66,6 +66,7 @@ def meta_of(loaded: RoutingSource, options: EmbeddingOptions, corpus: Iterable[T
         dtype=str(loaded.model.dtype).removeprefix("torch.") if isinstance(loaded, LoadedModel) else loaded.dtype,
         text_field=corpus.text_field if isinstance(corpus, Corpus) else "",
         label_field=(corpus.label_field or "") if isinstance(corpus, Corpus) else "",
+        routers=shape.fingerprint,
     )
 
 

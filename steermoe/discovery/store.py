@@ -29,7 +29,7 @@ from steermoe.errors import CorpusError
 from steermoe.files import atomic_path
 
 META = "meta.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class EmbeddingMeta:
         fingerprint: the engine, and a hash of the weights and the tokenizer; "" if unknown.
         text_field, label_field: where text and label come from; "" if unknown or by default.
         shards: number of shards, once complete. shards_sha256: hash of their records.
+        routers: fingerprint of the routers, for the vectors; "" if unknown.
     """
 
     model: str
@@ -68,12 +69,16 @@ class EmbeddingMeta:
     label_field: str = ""
     shards: int = 0
     shards_sha256: str = ""
+    routers: str = ""
 
 
 PROGRESS = ("complete", "texts", "shards", "shards_sha256")
 """Fields that say how far the work is; all others decide the numbers."""
-SINCE_VERSION_2 = ("fingerprint", "dtype", "text_field", "label_field", "shards", "shards_sha256")
-"""Fields that a folder of format version 1 lacks."""
+SINCE = {
+    **dict.fromkeys(("fingerprint", "dtype", "text_field", "label_field", "shards", "shards_sha256"), 2),
+    "routers": 3,
+}
+"""The format version of which some fields are; folders of earlier ones lack them."""
 CALLED = {"fingerprint": "engine, weights and tokenizer"}
 """What messages call fields whose names explain little."""
 
@@ -123,7 +128,7 @@ class EmbeddingStore:
 
     Args:
         folder: created by `create`, opened by `open`.
-        version: of its format: 1 has no hashes.
+        version: of its format: 1 has no hashes, 2 no fingerprint of the routers.
     """
 
     def __init__(self, folder: Path, meta: EmbeddingMeta, version: int = FORMAT_VERSION) -> None:
@@ -180,7 +185,7 @@ class EmbeddingStore:
     def _check_same_options(self, meta: EmbeddingMeta) -> None:
         for field in fields(EmbeddingMeta):
             was, now = getattr(self.meta, field.name), getattr(meta, field.name)
-            is_known = self.version > 1 or field.name not in SINCE_VERSION_2
+            is_known = self.version >= SINCE.get(field.name, 1)
             if is_known and field.name not in PROGRESS and was != now:
                 name = CALLED.get(field.name, field.name)
                 raise CorpusError(
@@ -190,9 +195,8 @@ class EmbeddingStore:
 
     def _write_meta(self, meta: EmbeddingMeta) -> None:
         content: dict[str, Any] = {"format_version": self.version, **asdict(meta)}
-        if self.version == 1:
-            content = {name: value for name, value in content.items() if name not in SINCE_VERSION_2}
-        else:
+        content = {name: value for name, value in content.items() if self.version >= SINCE.get(name, 1)}
+        if self.version > 1:
             content["sha256"] = _hash_of(content)
         with atomic_path(self.folder / META) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -381,9 +385,7 @@ def _parse_meta(data: dict[str, Any], version: Any) -> EmbeddingMeta:
         raise ValueError(f"format version {version!r}")
     if version > 1 and data.pop("sha256") != _hash_of({"format_version": version, **data}):
         raise ValueError("its hash is wrong")
-    known = {
-        field.name: field.type for field in fields(EmbeddingMeta) if version > 1 or field.name not in SINCE_VERSION_2
-    }
+    known = {field.name: field.type for field in fields(EmbeddingMeta) if version >= SINCE.get(field.name, 1)}
     if set(data) != set(known):
         raise KeyError(*sorted(set(data) ^ set(known)))
     if not isinstance(data["layers"], list) or not data["layers"] or not all(type(n) is int for n in data["layers"]):

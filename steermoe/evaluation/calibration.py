@@ -6,14 +6,14 @@ Damage is the 95th percentile of KL(steered || unsteered) per token, in nats, on
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isnan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from steermoe.discovery.discover import count_of
 from steermoe.errors import SteeringError
 
 if TYPE_CHECKING:
-    from steermoe.evaluation.teacher_forcing import TeacherForcing
     from steermoe.formulas import Formula, Scale
+    from steermoe.steering.plans import SteeringPlan
     from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_BUDGET = 1.0
@@ -26,6 +26,25 @@ tokens choose overlap with those without steering by more than the second.
 """
 SATURATED = 0.98
 """Above this share of the damage at the largest strength, more strength is taken to change nothing."""
+
+
+class Damage(Protocol):
+    """What steering changed on some texts: `teacher_forcing.TextFigures`, for example."""
+
+    @property
+    def kl_p95(self) -> float:
+        """The 95th percentile of KL(steered || unsteered) per token, in nats."""
+
+    @property
+    def jaccard(self) -> float:
+        """How much the experts that tokens choose overlap with those without steering, 0 to 1."""
+
+
+class Forcing(Protocol):
+    """Measures the damage of plans on fixed texts: `teacher_forcing.TeacherForcing`, for example."""
+
+    def compare(self, plan: "SteeringPlan") -> Damage:
+        """Read the texts with steering."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,10 @@ class Calibration:
 
 
 def calibrate(
-    damage_at: Callable[[float], float], budget: float = DEFAULT_BUDGET, tolerance: float = TOLERANCE
+    damage_at: Callable[[float], float],
+    budget: float = DEFAULT_BUDGET,
+    tolerance: float = TOLERANCE,
+    first: float = FIRST,
 ) -> Calibration:
     """Double the strength until it exceeds the budget, then bisect.
 
@@ -59,6 +81,7 @@ def calibrate(
             within the budget are assumed to be within it too.
         budget: nats, above 0.
         tolerance: relative precision of the strength.
+        first: the strength that is tried first.
 
     Raises:
         SteeringError: a budget that is not a positive number, or that even the smallest strength exceeds.
@@ -72,7 +95,7 @@ def calibrate(
             measured[strength] = inf if isnan(found) else max(found, 0.0)
         return measured[strength]
 
-    low, high = 0.0, FIRST
+    low, high = 0.0, first
     while damage(high) <= budget and high < LARGEST:
         low, high = high, high * 2
     saturates = damage(high) <= budget
@@ -102,11 +125,13 @@ def check_budget(budget: float) -> None:
 
 
 def calibrate_vector(
-    teacher_forcing: "TeacherForcing",
+    teacher_forcing: Forcing,
     vector: "SteeringVector",
     budget: float = DEFAULT_BUDGET,
     formula: "Formula | None" = None,
     scale: "Scale | None" = None,
+    tolerance: float = TOLERANCE,
+    first: float = FIRST,
 ) -> "tuple[SteeringVector, Calibration]":
     """The vector with its calibrated strength, formula, scale, safe range and damage, and the calibration.
 
@@ -116,6 +141,8 @@ def calibrate_vector(
         budget: nats.
         formula: by default the vector's own.
         scale: by default the vector's own.
+        tolerance: as for `calibrate`.
+        first: as for `calibrate`.
 
     Raises:
         SteeringError: an impossible budget, or a vector that does nothing at any strength.
@@ -123,7 +150,11 @@ def calibrate_vector(
     from steermoe.steering.plans import plan_for
 
     plan = plan_for(vector, 1.0, formula=formula, scale=scale)
-    found = calibrate(lambda strength: teacher_forcing.compare(replace(plan, strength=strength)).kl_p95, budget)
+
+    def damage_at(strength: float) -> float:
+        return teacher_forcing.compare(replace(plan, strength=strength)).kl_p95
+
+    found = calibrate(damage_at, budget, tolerance, first)
     if found.saturates and found.damage < LEAST_DAMAGE:
         _check_effect(vector, found.damage, teacher_forcing.compare(replace(plan, strength=LARGEST)).jaccard)
     info = replace(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import ModelError, reason
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 from steermoe.models.gguf.header import read_header
+from steermoe.models.template import has_tokenizer
 from steermoe.routing.architectures import NOT_RUN
 from steermoe.routing.shape import name_of
 
@@ -42,12 +43,7 @@ class Source:
         Raises:
             ModelError: it has none that can be loaded.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # a damaged checkpoint can make transformers raise anything
-            raise ModelError(_why_not_loaded(self.name, error, self.folder)) from error
+        return load_tokenizer(self.name, self.folder, trust_remote_code)
 
     def eos_token_id(self) -> int | list[int] | None:
         """The end tokens of its generation configuration; None if that names none."""
@@ -77,6 +73,28 @@ class Source:
                         file.seek(8 + length + entry["data_offsets"][0])
                         digest.update(file.read(SAMPLED_BYTES))
         return digest.hexdigest()
+
+
+def load_tokenizer(name: str, where: str, trust_remote_code: bool, **gguf: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint; arguments as `_locate` returns them.
+
+    Raises:
+        ModelError: it has none, or none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if not gguf and Path(where).is_dir() and not has_tokenizer(where):
+        raise ModelError(
+            f"'{name}' has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made "
+            f"of into '{where}'"
+        )
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=trust_remote_code, **gguf
+        )
+    except Exception as error:  # a damaged checkpoint can make transformers raise anything
+        raise ModelError(_why_not_loaded(name, error, where)) from error
+    return found
 
 
 def find_source(model: str | Path | None = None, dtype: str = "auto") -> Source:

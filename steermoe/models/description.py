@@ -1,6 +1,6 @@
 """Describe a model without its weights: family, routers, scoring. Builds it on the meta device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,11 @@ import torch
 
 from steermoe.errors import ModelError, UnsupportedModel
 from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded, _why_not_run
+from steermoe.models.needs import cache_bytes, weight_bytes
+from steermoe.models.stored import local_folder, stored_fingerprint
+from steermoe.models.template import added_tokens, chat_template, has_tokenizer, think_tags
 from steermoe.routing.architectures import PYTHON_ONLY
-from steermoe.routing.routers import find_routers, scoring, shape_of
+from steermoe.routing.routers import find_routers, gates_of, scoring, shape_of
 from steermoe.routing.shape import RoutingShape
 
 
@@ -22,6 +25,11 @@ class ModelDescription:
         scoring: how the router turns logits into weights, "softmax" or "sigmoid".
         shared_experts: whether every token also passes through a shared expert.
         parameters: of the whole model, including all experts.
+        memory: bytes of the weights by type; of a GGUF file also "file", as llama.cpp runs it.
+        cache: bytes of the attention cache for 1,000 tokens in bfloat16; None if it is of another kind.
+        tokenizer: whether it has one; None if its files are not on this machine.
+        template: its chat template; None if it has none, or none is known.
+        thinking: the texts between which it thinks; None if it has none, or none are known.
     """
 
     shape: RoutingShape
@@ -32,6 +40,11 @@ class ModelDescription:
     router_class: str
     parameters: int
     reason: str
+    memory: dict[str, int] = field(default_factory=dict)
+    cache: int | None = None
+    tokenizer: bool | None = None
+    template: str | None = None
+    thinking: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +84,12 @@ class ModelDescription:
             "parameters": self.parameters,
             "steerable": self.steerable,
             "reason": self.reason,
+            "fingerprint": self.shape.fingerprint,
+            "memory": self.memory,
+            "cache_per_1000_tokens": self.cache,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.template is not None,
+            "think_tags": self.thinking,
         }
 
 
@@ -95,10 +114,20 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         routers, reason = find_routers(built), "its routers' logits are changed before top-k"
     except UnsupportedModel as error:
         routers, reason = [], str(error)
+    source = Path(where) / extra.get("gguf_file", "")
+    memory = weight_bytes(built, steerable=bool(routers))
+    if "gguf_file" in extra:
+        memory["file"] = source.stat().st_size
+    tokenizer, template, thinking = _of_tokenizer(source)
     if routers and (wrong := _why_not_run(config)):
         reason = f"{PYTHON_ONLY}: {wrong}"
     return ModelDescription(
-        shape=RoutingShape(name, (built.config.model_type,), tuple(router.shape for router in routers)),
+        shape=RoutingShape(
+            name,
+            (built.config.model_type,),
+            tuple(router.shape for router in routers),
+            fingerprint=stored_fingerprint(source, gates_of(routers)),
+        ),
         model_class=type(built).__name__,
         layers=getattr(text, "num_hidden_layers", None),
         scoring=scoring(routers[0].module, text) if routers else "",
@@ -106,7 +135,24 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         router_class=type(routers[0].module).__name__ if routers else "",
         parameters=sum(parameter.numel() for parameter in built.parameters()),
         reason=reason,
+        memory=memory,
+        cache=cache_bytes(text),
+        tokenizer=tokenizer,
+        template=template,
+        thinking=thinking,
     )
+
+
+def _of_tokenizer(source: Path) -> tuple[bool | None, str | None, tuple[str, str] | None]:
+    """Whether a checkpoint has a tokenizer, its chat template, and the texts between which it thinks."""
+    if source.suffix == ".gguf":
+        template = chat_template(source)
+        return True, template, think_tags(template, ())
+    folder = local_folder(source)
+    if folder is None:
+        return None, None, None
+    template = chat_template(folder)
+    return has_tokenizer(folder), template, think_tags(template, added_tokens(folder))
 
 
 def shape_of_config(model_config: Any) -> RoutingShape:
@@ -126,4 +172,5 @@ def shape_of_config(model_config: Any) -> RoutingShape:
             f"transformers can't build '{model_config.model}' ({' '.join(str(error).split())[:200]}): steermoe reads "
             "its routers from there"
         ) from error
-    return shape_of(model)
+    shape = shape_of(model)
+    return replace(shape, fingerprint=stored_fingerprint(model_config.model, gates_of(find_routers(model))))

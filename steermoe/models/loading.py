@@ -1,17 +1,23 @@
 """Load a checkpoint as a transformers model with its tokenizer."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import ModelError, UnsupportedModel
-from steermoe.models.checkpoint import _auto_class, _locate, _natural_dtype, _parse_dtype, _why_not_loaded, _why_not_run
+from steermoe.models.checkpoint import (
+    _auto_class,
+    _locate,
+    _natural_dtype,
+    _parse_dtype,
+    _why_not_loaded,
+    _why_not_run,
+    load_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from steermoe.models.quantization import Quantization
@@ -24,18 +30,31 @@ class LoadedModel:
 
     Attributes:
         name: what the user calls it: "smollm2-moe", a folder's name or a hub id.
+        source: its folder, GGUF file or hub id; "" if unknown.
     """
 
     name: str
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
+    source: str = ""
 
     @cached_property
     def shape(self) -> "RoutingShape":
-        """What vectors and plans for it must fit."""
-        from steermoe.routing.routers import shape_of
+        """What vectors and plans for it must fit.
 
-        return replace(shape_of(self.model), name=self.name)
+        The fingerprint is that of the source where the loaded weights need not be its numbers.
+        """
+        import torch
+
+        from steermoe.models.stored import stored_fingerprint
+        from steermoe.routing.routers import find_routers, gates_of, language_model, shape_of
+
+        shape = replace(shape_of(self.model), name=self.name)
+        is_gguf, is_rounded = self.source.endswith(".gguf"), self.model.dtype == torch.float16
+        if not self.source or not (is_gguf or is_rounded or not shape.fingerprint):
+            return shape
+        stored = stored_fingerprint(self.source, gates_of(find_routers(language_model(self.model))))
+        return replace(shape, fingerprint=stored if is_gguf else stored or shape.fingerprint)
 
     @property
     def device(self) -> "torch.device":
@@ -52,34 +71,12 @@ def input_device(model: Any) -> "torch.device":
     """The device that a model's inputs belong on, also if its first weights are offloaded, so that they are nowhere."""
     import torch
 
+    from steermoe.routing.weights import hooks_of
+
     if model.device.type != "meta":
         return model.device
-    found = (getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks_of(module))
+    found = (getattr(hook, "execution_device", None) for module in model.modules() for hook in hooks_of(module))
     return torch.device(next((device for device in found if device is not None), "cpu"))
-
-
-def weights_of(model: "nn.Module") -> "Iterator[tuple[str, Tensor]]":
-    """The name and the numbers of each parameter, also of those that are offloaded to memory or disk.
-
-    The order is that of `named_parameters`. What has no numbers anywhere is left on the meta device.
-    """
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            values = parameter.detach()
-            if parameter.device.type == "meta":
-                maps = (getattr(hook, "weights_map", None) for hook in _hooks_of(module))
-                values = next((weights[name] for weights in maps if weights is not None), values)
-            yield f"{prefix}.{name}" if prefix else name, values
-
-
-def _hooks_of(module: "nn.Module") -> tuple[Any, ...]:
-    """The hooks by which accelerate moves a module's weights."""
-    hook = getattr(module, "_hf_hook", None)
-    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def load(
@@ -103,7 +100,7 @@ def load(
         ModelError: it can't be found or loaded. UnsupportedModel: it has no routers.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from steermoe.routing.routers import find_routers
 
@@ -125,19 +122,20 @@ def load(
         loaded = _auto_class(config).from_pretrained(
             where, dtype=chosen, device_map=device_map, trust_remote_code=trust_remote_code, **weights
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
     except UnsupportedModel:
         raise
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error, where)) from error
     find_routers(loaded)
+    tokenizer = load_tokenizer(name, where, trust_remote_code, **extra)
     if quantize is not None:
         from steermoe.models.quantization import quantize_model
 
         quantize_model(loaded)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    return LoadedModel(name, loaded.eval(), tokenizer)
+    source = str(Path(where) / extra["gguf_file"]) if "gguf_file" in extra else where
+    return LoadedModel(name, loaded.eval(), tokenizer, source)
 
 
 def try_remote_code(loaded: LoadedModel) -> None:

@@ -73,20 +73,52 @@ def quantize_model(model: Any) -> None:
         raise ModelError(f"--quantize int8 is for CPUs: {name} is on '{model.device.type}'")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantised already: leave --quantize out")
-    routing = {id(module) for router in find_routers(model) for module in router.module.modules()}
-    for module in list(model.modules()):
-        if id(module) in routing:
-            continue
-        for child_name, child in list(module.named_children()):
-            if type(child) is nn.Linear and id(child) not in routing:
-                setattr(module, child_name, Int8Linear(child))
-        if hasattr(module, "_apply_gate") or type(module).__name__.endswith("Experts"):
-            _quantize_experts(module)
+    linears, experts = _targets(model)
+    for parent, child_name, linear in linears:
+        setattr(parent, child_name, Int8Linear(linear))
+    for module in experts:
+        _quantize_experts(module)
     try:
         model.set_experts_implementation("eager")
         model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     except Exception as error:  # a model's own code may raise anything for weights that are not tensors
         raise ModelError(f"{name} does not run in int8: {type(error).__name__}: {reason(error)}") from error
+
+
+def _targets(model: nn.Module) -> tuple[list[tuple[nn.Module, str, nn.Linear]], list[nn.Module]]:
+    """What becomes int8: linear layers, with the modules and the names that they have there, and modules of experts."""
+    routing = {id(module) for router in find_routers(model) for module in router.module.modules()}
+    modules = [module for module in model.modules() if id(module) not in routing]
+    linears = [
+        (module, name, child)
+        for module in modules
+        for name, child in module.named_children()
+        if type(child) is nn.Linear and id(child) not in routing
+    ]
+    experts = [m for m in modules if hasattr(m, "_apply_gate") or type(m).__name__.endswith("Experts")]
+    return linears, experts
+
+
+def int8_bytes(model: nn.Module, width: int) -> int:
+    """What the weights of a model would take in int8, also of one on the meta device.
+
+    Args:
+        model: a model that is not quantised, with routers.
+        width: bytes of each number that stays as it is, and of each scale.
+    """
+    linears, experts = _targets(model)
+    small = {(id(linear), "weight"): linear.weight for _, _, linear in linears}
+    small |= {
+        (id(m), name): each for m in experts for name, each in m.named_parameters(recurse=False) if each.dim() == 3
+    }
+    kept = {
+        id(parameter): parameter.numel()
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if (id(module), name) not in small
+    }
+    quantised = sum(weight.numel() + weight.numel() // weight.shape[-1] * width for weight in small.values())
+    return quantised + sum(kept.values()) * width
 
 
 def _quantize_experts(module: nn.Module) -> None:

@@ -66,8 +66,8 @@ def added_tokens(path: Path | str) -> frozenset[str]:
 
 def has_tokenizer(path: Path | str) -> bool:
     """Whether a checkpoint folder has a file that a tokenizer is loaded from."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
-    return any((Path(path) / name).is_file() for name in names) or any(Path(path).glob("*.tiktoken"))
+    patterns = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+    return any(found.is_file() for pattern in patterns for found in Path(path).glob(pattern))
 
 
 def think_tags(template: str | None, special_tokens: Collection[str]) -> tuple[str, str] | None:

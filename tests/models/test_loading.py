@@ -172,6 +172,16 @@ def test_describe(tiny_checkpoint, tiny_model):
         "parameters": sum(parameter.numel() for parameter in tiny_model.model.parameters()),
         "steerable": True,
         "reason": "its routers' logits are changed before top-k",
+        "fingerprint": tiny_model.shape.fingerprint,
+        "memory": {
+            "float32": 4 * sum(parameter.numel() for parameter in tiny_model.model.parameters()),
+            "bfloat16": 2 * sum(parameter.numel() for parameter in tiny_model.model.parameters()),
+            "int8": description.memory["int8"],
+        },
+        "cache_per_1000_tokens": 3 * 2 * 8 * 2 * 1000,
+        "tokenizer": True,
+        "chat_template": False,
+        "think_tags": None,
     }
 
 

@@ -47,7 +47,12 @@ class Talk:
                 return True
             if found.name == "quit":
                 return False
-            getattr(self, f"_do_{found.name}")(found)
+            try:
+                getattr(self, f"_do_{found.name}")(found)
+            except KeyboardInterrupt:
+                if found.name == "retry":  # whose first Ctrl-C only ended the answer
+                    raise
+                console.note("stopped", "dim")
         except SteerMoEError as error:
             console.note(f"steermoe: {error}")
             self.failed = True
@@ -143,12 +148,8 @@ class Talk:
         from steermoe.evaluation.comparison import compare_completions
 
         requests = self._conversation.both()
-        try:
-            with console.working("Generating 2 answers ..."):
-                completions = self._conversation.engine.generate(requests, record=True)
-        except KeyboardInterrupt:
-            console.note("stopped", "dim")
-            return
+        with console.working("Generating 2 answers ..."):
+            completions = self._conversation.engine.generate(requests, record=True)
         columns = compare_completions(completions)
         if self._json:
             for column in columns:

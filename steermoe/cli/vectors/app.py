@@ -13,10 +13,14 @@ from steermoe.cli.vectors import build, discover, mix
 
 if TYPE_CHECKING:
     from steermoe.models.description import ModelDescription
+    from steermoe.routing.shape import RoutingShape
+    from steermoe.vectors.library import Found, VectorFile, Whose
 
 LIST_EXAMPLES = """Examples:
 
 steermoe vectors list
+
+steermoe vectors list --model ./my-model
 
 steermoe vectors list --json
 """
@@ -49,6 +53,7 @@ FACTS = {
     "keywords": "keywords",
     "model": "model",
     "architecture": "architecture",
+    "fingerprint": "its routers",
     "shape": "layers x experts",
     "top_k": "experts a token (k)",
     "cut": "threshold",
@@ -66,6 +71,17 @@ FACTS = {
     "path": "file",
 }
 """The facts that `show` prints, by their keys in the record, with their labels."""
+
+WHOSE: "dict[Whose | None, str]" = {
+    "own": "its own",
+    "named": "of its name",
+    "changed": "of its name, other weights",
+    "foreign": "another model's",
+    None: "does not fit",
+}
+"""What `list` prints about whose a vector is."""
+SHOWN_DIGITS = 8
+"""Digits of a fingerprint that `list` prints."""
 
 COVERED = {
     "all": "numbers and settings",
@@ -86,38 +102,63 @@ app.command(epilog=mix.EXAMPLES)(mix.mix)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
-def list_(vectors: Folder = None, json: Json = False) -> None:
+def list_(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also say which of them steer this model; loads no weights.")
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    vectors: Folder = None,
+    json: Json = False,
+) -> None:
     """List all vectors. If a domain has several, steering uses the model's own."""
     from steermoe.cli.terminal import tables
     from steermoe.errors import VectorError
     from steermoe.vectors.file import read_header
     from steermoe.vectors.library import find_vectors, search_path
 
+    files = find_vectors(vectors)
+    found = None if model is None else _found(files, _describe(model, trust_remote_code).shape)
     records = []
-    for file in find_vectors(vectors):
+    for file in files:
         try:
-            header = read_header(file.path).as_dict()
-            records.append({**header, "domain": file.domain, "path": str(file.path)})
+            record = {**read_header(file.path).as_dict(), "domain": file.domain, "path": str(file.path)}
+            if found is not None:
+                fit = found.get(file.path)
+                record |= {"whose": fit and fit.whose, "taken": fit is not None and fit.is_taken}
+            records.append(record)
         except VectorError as error:
             console.note(f"steermoe: skipped: {error}")
     if json:
         console.write_json(records)
     elif records:
-        rows = [
-            (
-                record["domain"],
-                record["model"],
-                _shape(record),
-                f"{record['strength']:g}" if record["strength"] is not None else "",
-                _some_keywords(record["keywords"]),
-                _short_path(Path(record["path"])),
-            )
-            for record in records
-        ]
-        tables.print_table(("domain", "model", "shape", "strength", "keywords", "file"), rows, wrapping=2)
+        titles = ["domain", "model", "routers", "shape", "strength", "keywords", "file"]
+        tables.print_table((*titles, *(["for this model"] if model else ())), list(map(_row, records)), wrapping=2)
     else:
         searched = ", ".join(map(str, search_path(vectors)))
         console.note(f"no vectors in {searched}")
+
+
+def _found(files: "list[VectorFile]", shape: "RoutingShape") -> "dict[Path, Found]":
+    """Which files fit a model, by their paths."""
+    from steermoe.vectors.library import fitting_by_domain
+
+    return {fit.path: fit for found in fitting_by_domain(files, shape).values() for fit in found}
+
+
+def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    """The row of a vector in the table of `list`."""
+    row = (
+        record["domain"],
+        record["model"],
+        record["fingerprint"][:SHOWN_DIGITS],
+        _shape(record),
+        f"{record['strength']:g}" if record["strength"] is not None else "",
+        _some_keywords(record["keywords"]),
+        _short_path(Path(record["path"])),
+    )
+    if "whose" not in record:
+        return row
+    return (*row, f"{WHOSE[record['whose']]}{', taken' if record['taken'] else ''}")
 
 
 @app.command(epilog=SHOW_EXAMPLES)
@@ -175,10 +216,18 @@ def check(
         str | None, typer.Option("--model", "-m", help="Also check that they fit this model; loads no weights.")
     ] = None,
     rehash: Annotated[
-        bool, typer.Option("--rehash", help="Write a right file whose hash covers its numbers alone with a full hash.")
+        bool,
+        typer.Option(
+            "--rehash",
+            help="Write a right file again with what it lacks: a hash of all its settings, and with --model the "
+            "fingerprint of that model.",
+        ),
     ] = False,
     trust_remote_code: o.TrustRemoteCode = False,
     vectors: Folder = None,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="With --model: also accept vectors of another model of its shape.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check vector files: form, numbers, hash, and what the hash covers. The exit code is 1 if any of them is wrong.
@@ -186,7 +235,7 @@ def check(
     The hash detects damage and edits. It does not prove who made a file.
     """
     description = _describe(model, trust_remote_code) if model is not None else None
-    results = [_check(target, vectors, description, rehash) for target in targets]
+    results = [_check(target, vectors, description, rehash, any_model) for target in targets]
     are_right = all(result["error"] is None for result in results)
     if json:
         console.write_json({"ok": are_right, "model": description.name if description else None, "files": results})
@@ -279,8 +328,12 @@ def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
     return description
 
 
-def _check(target: str, folder: Path | None, description: "ModelDescription | None", rehash: bool) -> dict[str, Any]:
+def _check(
+    target: str, folder: Path | None, description: "ModelDescription | None", rehash: bool, any_model: bool
+) -> dict[str, Any]:
     """The record of one file for `check`; if a domain has several files, of the one that fits the model."""
+    from dataclasses import replace
+
     from steermoe.errors import CompatibilityError, VectorError
     from steermoe.vectors.file import read_header, read_vector, write_vector
     from steermoe.vectors.library import find_vector, is_path, read_fitting
@@ -289,12 +342,16 @@ def _check(target: str, folder: Path | None, description: "ModelDescription | No
     try:
         paths = find_vector(target, folder=folder)
         result["path"] = str(paths[0])
+        lacks = ""
         if description is None:
             path, vector = paths[0], read_vector(paths[0])
         else:
-            path, vector = read_fitting(paths, description.shape, foreign=is_path(target))
-        if rehash and read_header(path).sha256 is None:
-            write_vector(vector, path)
+            path, vector = read_fitting(paths, description.shape, path=is_path(target), any_model=any_model)
+            lacks = description.shape.fingerprint if not vector.info.fingerprint else ""
+            lacks = lacks if description.shape.is_named(vector.info.model) else ""
+        if rehash and (lacks or read_header(path).sha256 is None):
+            known = replace(vector.info, fingerprint=lacks) if lacks else vector.info
+            write_vector(replace(vector, info=known), path)
         covers = "numbers" if read_header(path).sha256 is None else "all"
     except (VectorError, CompatibilityError) as error:
         return {**result, "error": str(error)}

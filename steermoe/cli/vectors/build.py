@@ -1,8 +1,9 @@
 """`steermoe vectors build`: builds vectors from texts whose domains are known."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
     from steermoe.discovery.embedder import RoutingSource, TextProgress
     from steermoe.discovery.labelled import Contrast
+    from steermoe.discovery.packaged import Language
     from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
+
+steermoe vectors build --model ./my-model
 
 steermoe vectors build --texts sport=texts/sport --texts food=recipes.jsonl --threshold 1.5
 
@@ -90,8 +94,9 @@ LabelField = Annotated[
 def build(
     *,
     texts: Annotated[
-        list[str], typer.Option("--texts", help="Domain and path of its texts, as DOMAIN=PATH; repeat for several.")
-    ],
+        list[str] | None,
+        typer.Option("--texts", help="DOMAIN=PATH of its texts; repeat for several. Default: texts of eight domains."),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -102,6 +107,9 @@ def build(
         Path | None, typer.Option("--output", "-o", help="Folder for the vectors. Default: steering_vectors/MODEL.")
     ] = None,
     selection: Selection,
+    language: Annotated[
+        Literal["en", "ru", "both"] | None, typer.Option(help="Language of the packaged texts. Default: en.")
+    ] = None,
     reading: Annotated[o.CorpusOptions, o.Group(without=("label_field",))],
     label_field: LabelField = None,
     model: loading.Source,
@@ -115,7 +123,11 @@ def build(
     from steermoe.vectors import file
     from steermoe.vectors.library import places_for
 
-    sources = _parse_sources(texts)
+    if not texts:
+        _check_no_texts(against, selection, reading, label_field)
+        _build_packaged(model, output, language or "en", force, json)
+        return
+    sources = _parse_sources(texts, language)
     paths = places_for(list(sources), output or Path("steering_vectors") / model.group, overwrite=force)
     with console.working("Reading the texts ..."):
         corpora, others = read_domains(
@@ -135,6 +147,13 @@ def build(
         file.write_vector(vector, paths[vector.domain])
         if remark := thinness(vector):
             console.note(f"steermoe: {vector.domain}: {remark}")
+    _print(vectors, made, paths, json)
+
+
+def _print(vectors: "list[SteeringVector]", made: "Sequence[Contrast]", paths: dict[str, Path], json: bool) -> None:
+    """Print where the vectors are, each with its contrast if it comes from one."""
+    from steermoe.cli.terminal import console
+
     if json:
         console.write_json([_record(paths[v.domain], *made[i : i + 1]) for i, v in enumerate(vectors)])
         return
@@ -144,7 +163,46 @@ def build(
             _print_lists(contrast)
 
 
-def _parse_sources(texts: list[str]) -> dict[str, Path]:
+def _check_no_texts(
+    against: Path | None, selection: Selection, reading: o.CorpusOptions, label_field: str | None
+) -> None:
+    """Refuse options that have no effect on the packaged texts."""
+    given = [
+        *(["--against"] if against is not None else []),
+        *(["--label-field"] if label_field is not None else []),
+        *_changed(selection),
+        *_changed(reading),
+    ]
+    if given:
+        raise typer.BadParameter(f"{given[0]} needs texts of your own: name them with --texts DOMAIN=PATH")
+
+
+def _changed(options: Any) -> list[str]:
+    return [f"--{f.name.replace('_', '-')}" for f in fields(options) if getattr(options, f.name) != f.default]
+
+
+def _build_packaged(
+    model: loading.ModelOptions, output: Path | None, language: "Language", force: bool, json: bool
+) -> None:
+    """Build the vectors of all packaged domains."""
+    from steermoe.cli.terminal import console
+    from steermoe.discovery.packaged_vectors import build_packaged, count_texts
+    from steermoe.models.default.spec import DOMAINS
+    from steermoe.vectors import file
+    from steermoe.vectors.library import places_for
+
+    paths = places_for(DOMAINS, output or Path("steering_vectors") / model.group, overwrite=force)
+    loaded = model.source()
+    with console.counting("Building", "texts", count_texts(language)) as progress:
+        vectors = build_packaged(
+            loaded, language, progress=progress, on_remark=lambda remark: console.note(f"steermoe: {remark}")
+        )
+    for vector in vectors:
+        file.write_vector(vector, paths[vector.domain])
+    _print(vectors, (), paths, json)
+
+
+def _parse_sources(texts: list[str], language: str | None = None) -> dict[str, Path]:
     """The paths of the domains' texts, from `sport=PATH`.
 
     Raises:
@@ -153,6 +211,8 @@ def _parse_sources(texts: list[str]) -> dict[str, Path]:
     from steermoe.errors import VectorError
     from steermoe.vectors.file import check_domain_name
 
+    if language is not None:
+        raise typer.BadParameter("--language chooses among the packaged texts: leave it out, or leave out --texts")
     sources: dict[str, Path] = {}
     for text in texts:
         domain, sign, path = text.partition("=")

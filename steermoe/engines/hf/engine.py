@@ -16,9 +16,10 @@ from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
-from steermoe.models.loading import LoadedModel, try_remote_code, weights_of
+from steermoe.models.loading import LoadedModel, try_remote_code
 from steermoe.routing.shape import RoutingShape
 from steermoe.routing.tracker import turn_of
+from steermoe.routing.weights import weights_of
 from steermoe.routing.wrapping import is_untouched
 
 if TYPE_CHECKING:

@@ -9,11 +9,13 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from steermoe.errors import ModelError, UnsupportedModel, shown
+from steermoe.routing.fingerprint import fingerprint, read_numbers
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS
 
@@ -46,6 +48,8 @@ MODEL_TYPES = {
 """What transformers calls some of llama.cpp's architectures; the other names are equal apart from - and _."""
 
 ROUTER = re.compile(r"blk\.([0-9]{1,9})\.ffn_gate_inp\.weight")
+PLAIN = {0: "F32", 1: "F16", 30: "BF16"}
+"""GGUF's types whose numbers are not quantised, by the names that safetensors has for them."""
 LOGITS_ARE_PROBABILITIES = {"gpt-oss"}
 """Architectures where llama.cpp takes the top-k of the logits themselves and names them like the probabilities."""
 
@@ -65,6 +69,7 @@ class GGUFModel:
         cache_numbers: numbers in the attention cache per token, all layers together, at most.
         file_type: GGUF's number for how most matrices are stored; None if the file doesn't say.
         known_as: the name inside the file, if there is one.
+        fingerprint: of the routers' weights; "" if they are quantised.
     """
 
     path: Path
@@ -78,6 +83,7 @@ class GGUFModel:
     cache_numbers: int = 0
     file_type: int | None = None
     known_as: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -90,7 +96,8 @@ class GGUFModel:
     @property
     def shape(self) -> RoutingShape:
         """What vectors must fit; those built for the same model in transformers do."""
-        return RoutingShape(self.name, (*self.model_types, self.architecture), self.routers, self.known_as)
+        types = (*self.model_types, self.architecture)
+        return RoutingShape(self.name, types, self.routers, self.known_as, self.fingerprint)
 
 
 def read_gguf(path: Path | str) -> GGUFModel:
@@ -101,7 +108,8 @@ def read_gguf(path: Path | str) -> GGUFModel:
             routers.
     """
     path = Path(path)
-    metadata, shapes = read_header(path)
+    metadata, tensors = _read(path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     settings = _Settings(path, metadata)
     architecture = settings.architecture
     routers = _routers(settings, shapes)
@@ -131,7 +139,20 @@ def read_gguf(path: Path | str) -> GGUFModel:
         cache_numbers=_cache_numbers(settings),
         file_type=file_type if type(file_type) is int else None,
         known_as=(inside,) if isinstance(inside, str) and inside else (),
+        fingerprint=_fingerprint(path, routers, tensors),
     )
+
+
+def _fingerprint(path: Path, routers: Sequence[RouterShape], tensors: "dict[str, _Tensor]") -> str:
+    """The fingerprint of the routers; "" if their weights are quantised."""
+    gates = [tensors[f"blk.{router.layer}.ffn_gate_inp.weight"] for router in routers]
+    if any(gate.kind not in PLAIN for gate in gates):
+        return ""
+    with path.open("rb") as file:
+        return fingerprint(
+            (gate.shape[::-1], read_numbers(file, PLAIN[gate.kind], math.prod(gate.shape), gate.start))
+            for gate in gates
+        )
 
 
 def _routers(settings: "_Settings", shapes: dict[str, tuple[int, ...]]) -> tuple[RouterShape, ...]:
@@ -220,6 +241,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         ModelError: not a GGUF file, or a damaged one: its header is cut off or claims too much, or its tensors are cut
             off.
     """
+    metadata, tensors = _read(path)
+    return metadata, {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> "tuple[dict[str, Any], dict[str, _Tensor]]":
+    """As `read_header`, with all that it says about each tensor."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ModelError(f"can't read '{path}': it is no regular file; give a .gguf file")
@@ -235,6 +262,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         raise ModelError(f"'{path}' is not a GGUF file or is cut off ({shown(error)}): get it again") from error
 
 
+class _Tensor(NamedTuple):
+    """A tensor's shape, fastest dimension first, GGUF's number for its type, and its first byte in the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+
+
 _LENGTH = struct.Struct("<Q")
 
 
@@ -247,42 +282,44 @@ class _Header:
         self._texts = self._values = self._bytes = 0
         """Skipped texts, values of lists, and bytes of texts so far."""
 
-    def read(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         if self._data[:4] != MAGIC:
             raise ValueError(f"it begins with {self._data[:4]!r}, not with {MAGIC!r}")
         self._at = 4
         version = self._take("I")
         if version not in VERSIONS:
             raise ValueError(f"format version {version}, expected {' or '.join(map(str, VERSIONS))}")
-        tensors, pairs = self._take("Q"), self._take("Q")
-        if tensors > MAX_TENSORS or pairs > MAX_KEYS:
+        count, pairs = self._take("Q"), self._take("Q")
+        if count > MAX_TENSORS or pairs > MAX_KEYS:
             raise ValueError(
-                f"it claims {tensors} tensors and {pairs} settings, expected at most {MAX_TENSORS} and {MAX_KEYS}"
+                f"it claims {count} tensors and {pairs} settings, expected at most {MAX_TENSORS} and {MAX_KEYS}"
             )
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self._name(metadata)
             metadata[key] = self._value(self._take("I"))
-        shapes: dict[str, tuple[int, ...]] = {}
-        ends = [0]
-        for _ in range(tensors):
-            name = self._name(shapes)
+        tensors: dict[str, _Tensor] = {}
+        for _ in range(count):
+            name = self._name(tensors)
             dimensions = self._take("I")
             if dimensions > MAX_DIMENSIONS:
                 raise ValueError(f"tensor {shown(name)} has {dimensions} dimensions, expected at most {MAX_DIMENSIONS}")
-            shapes[name] = tuple(self._take("Q") for _ in range(dimensions))
-            kind, offset = self._take("I"), self._take("Q")
-            ends.append(offset + _stored_bytes(shapes[name], kind))
-        self._check_end(metadata.get("general.alignment", DEFAULT_ALIGNMENT), max(ends))
-        return metadata, shapes
-
-    def _check_end(self, alignment: Any, length: int) -> None:
-        """Make sure that the tensors are there, which follow the header at the next multiple of the alignment."""
-        if type(alignment) is not int or alignment < 1:
-            raise ValueError(f"its general.alignment is {shown(alignment)}, expected a whole number over 0")
-        needed = -(-self._at // alignment) * alignment + length if length else self._at
+            shape = tuple(self._take("Q") for _ in range(dimensions))
+            tensors[name] = _Tensor(shape, self._take("I"), self._take("Q"))
+        first = self._first_byte(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+        length = max(
+            (tensor.start + _stored_bytes(tensor.shape, tensor.kind) for tensor in tensors.values()), default=0
+        )
+        needed = first + length if length else self._at
         if needed > len(self._data):
             raise ValueError(f"it has {len(self._data)} bytes, its tensors need {needed}")
+        return metadata, {name: tensor._replace(start=first + tensor.start) for name, tensor in tensors.items()}
+
+    def _first_byte(self, alignment: Any) -> int:
+        """Where the tensors begin: at the next multiple of the alignment after the header."""
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"its general.alignment is {shown(alignment)}, expected a whole number over 0")
+        return -(-self._at // alignment) * alignment
 
     def _take(self, kind: str) -> Any:
         size = struct.calcsize(f"<{kind}")

@@ -79,7 +79,7 @@ def test_list(run, vectors):
     code, out, err = run("vectors", "list")
     header, food, sport = out.splitlines()
     assert (code, err) == (0, "")
-    assert header.split() == ["domain", "model", "shape", "strength", "keywords", "file"]
+    assert header.split() == ["domain", "model", "routers", "shape", "strength", "keywords", "file"]
     assert food.startswith("food")
     for text in (
         "sport",

@@ -11,7 +11,7 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.request import Request, Sampling
 from steermoe.evaluation.teacher_forcing import TeacherForcing
-from steermoe.models.loading import weights_of
+from steermoe.routing.weights import weights_of
 from tests.support import steering_models as tiny
 
 CPU = torch.device("cpu")
@@ -32,6 +32,7 @@ def pair(request, tmp_path):
 def test_it_has_the_fingerprint_and_the_device_of_the_model(pair):
     here, away = map(HFEngine, pair)
     assert away.fingerprint() == here.fingerprint()
+    assert away.shape.fingerprint == here.shape.fingerprint != ""
     assert pair[1].device == CPU
     assert away.most_rows == here.most_rows
     assert away.room().row_bytes == here.room().row_bytes

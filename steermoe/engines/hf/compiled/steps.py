@@ -30,7 +30,7 @@ class CompiledSteps:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._routers = find_routers(model)
-        self._shape = shape_of(model, self._routers)
+        self._shape = shape_of(model, self._routers, sizes_only=True)
         self._steps: dict[Kind, CompiledStep | None] = {}
         self._mapping = PlanMapping()
         self._rows: list[SteeringPlan | None] = []

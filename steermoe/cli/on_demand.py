@@ -1,0 +1,104 @@
+"""Vectors that a model lacks are built before a command needs them; the work and its progress are shown on stderr.
+
+vLLM can't record routing: for it the model is loaded in transformers first, and given up before vLLM starts.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steermoe.cli.loading import ModelOptions, pull_if_needed
+from steermoe.cli.options import VectorOptions
+
+if TYPE_CHECKING:
+    from steermoe.engines.engine import Engine
+    from steermoe.evaluation.provision import Wish
+    from steermoe.routing.shape import RoutingShape
+    from steermoe.steering.resolver import PlanResolver
+    from steermoe.steering.spec import SteeringSpec
+
+
+def wish(vectors: VectorOptions, names: Iterable[str], text: str = "", *, calibrated: bool = True) -> "Wish":
+    """What a command needs: vectors of these names, from texts in the language of `text` unless an option says."""
+    from steermoe.discovery.packaged import language_of
+    from steermoe.evaluation.provision import Wish
+
+    language = vectors.language or language_of(text)
+    return Wish(tuple(names), language, vectors.vectors, vectors.any_model, calibrated)
+
+
+def open_engine(
+    model: ModelOptions, vectors: VectorOptions, specs: "Sequence[SteeringSpec]", text: str
+) -> "tuple[Engine, PlanResolver]":
+    """Open a model with the vectors that specs name, and what turns the specs into plans.
+
+    Args:
+        model: which model.
+        vectors: where vectors are looked for, and whether they may be built.
+        specs: what will be steered.
+        text: the prompt, which decides the language.
+    """
+    from steermoe.steering.resolver import names_of
+
+    wanted = wish(vectors, (name for spec in specs for name in names_of(spec)), text)
+    built = before_opening(model, vectors, wanted)
+    runner = model.open()
+    warn_of_script(runner.shape, text)
+    return runner, vectors.resolver(runner, built | files(model, runner, vectors, wanted))
+
+
+def before_opening(model: ModelOptions, vectors: VectorOptions, wanted: "Wish") -> dict[str, Path]:
+    """For an engine that can't record routing: build what is missing, in transformers; else do nothing."""
+    if model.chosen != "vllm" or not any(map(vectors.can_build, wanted.domains)):
+        return {}
+    import gc
+    import os
+
+    from steermoe.cli.terminal import console
+    from steermoe.evaluation.provision import known_file, lacking, provide
+    from steermoe.models.description import describe
+
+    pull_if_needed(model.model)
+    shape = describe(model.model, trust_remote_code=model.trust_remote_code).shape
+    if not lacking(shape, wanted):
+        return known_file(shape, wanted)
+    console.note(f"steermoe: vLLM can't record routing: {shape.name} is loaded in transformers first")
+    loaded = model.load()
+    found = provide(loaded, wanted, console)
+    del loaded
+    gc.collect()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # torch has started its threads here
+    return found
+
+
+def files(model: ModelOptions, runner: "Engine", vectors: VectorOptions, wanted: "Wish") -> dict[str, Path]:
+    """The files of the vectors that were built on demand, after building what is missing.
+
+    Raises:
+        SteerMoEError: a vector is missing and --no-build is given, or as of `provide`.
+    """
+    return {} if model.chosen == "vllm" else files_of(getattr(runner, "loaded", runner), vectors, wanted)
+
+
+def files_of(source: Any, vectors: VectorOptions, wanted: "Wish") -> dict[str, Path]:
+    """As `files`, for a model whose routing can be recorded."""
+    from steermoe.cli.terminal import console
+    from steermoe.evaluation.provision import check_there, known_file, provide
+
+    if vectors.no_build:
+        check_there(source.shape, wanted)
+        return known_file(source.shape, wanted)
+    return provide(source, wanted, console)
+
+
+def warn_of_script(shape: "RoutingShape", text: str) -> None:
+    """Warn that the default model knows only English, if a prompt is in another script."""
+    from steermoe.cli.terminal.console import note
+    from steermoe.discovery.packaged import is_latin
+    from steermoe.models.default.pull import DEFAULT_MODEL
+
+    if shape.is_named(DEFAULT_MODEL) and not is_latin(text):
+        note(
+            f"steermoe: {DEFAULT_MODEL} was trained on English, and this prompt is in another script: name a model "
+            "that knows its language with --model"
+        )
