@@ -66,6 +66,19 @@ class FileOptions:
 
 
 @dataclass(frozen=True)
+class BatchChat(o.ChatOptions):
+    """Chats and special tokens, for all prompts."""
+
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Encode the special tokens of prompts that hold the chat template's, or begin with any, as such.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
 class BatchModel(ModelOptions):
     """A model for many stories, which actors on other machines can open too."""
 
@@ -181,14 +194,7 @@ def batch(
     model: BatchModel,
     vllm: o.VLLMOptions,
     cluster: Cluster,
-    chat: o.ChatOptions,
-    special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--special-tokens",
-            help="Encode the special tokens of prompts that hold the chat template's, or begin with any, as such.",
-        ),
-    ] = False,
+    chat: BatchChat,
     json: o.Json = False,
 ) -> None:
     """Generate many stories: prompts times domains times samples, in one batch that is refilled as stories finish.
@@ -200,16 +206,8 @@ def batch(
     from steermoe.batch.jobs import BatchSettings, PromptFile
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
 
-    settings = BatchSettings(
-        steering,
-        tuple(domain or ()),
-        sampling,
-        files.samples,
-        chat.chat,
-        chat.system,
-        chat.thinking,
-        special_tokens,
-    )
+    asked = (chat.chat, chat.system, chat.thinking, chat.special_tokens)
+    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, *asked)
     check_apart(prompts, output, files.errors)
     for spec in settings.steerings():
         vectors.check(spec)

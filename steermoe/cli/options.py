@@ -293,7 +293,7 @@ Thinking = Annotated[
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Whether a prompt is a user's message that the model answers, and what it is told before.
+    """Whether a prompt is a user's message that the model answers, and what comes before it.
 
     Raises:
         typer.BadParameter: options for chats without --chat.

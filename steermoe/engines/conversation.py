@@ -26,7 +26,7 @@ class Manner:
     """How answers are generated.
 
     Attributes:
-        system: None for what the chat template says by itself, if anything.
+        system: None for what the chat template says, if anything.
         thinking: as in `Engine.chat`.
     """
 

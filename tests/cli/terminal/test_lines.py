@@ -27,7 +27,7 @@ def typing(state, monkeypatch):
 
 
 def test_lines_are_typed_and_remembered_for_their_owner_alone(typing, state):
-    typing.send_text("Hello\rtwo\x1b\rlines\r/dom\t sport\r\x04")
+    typing.send_text("Hello\rtwo\x1b\rlines\r/domain sport\r\x04")
     assert list(lines.typed(lambda: "> ")) == ["Hello", "two\nlines", "/domain sport"]
     file = state / "chat_history"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
