@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from steermoe.engines.messages import Message, check_messages, conversation
 from steermoe.engines.request import Sampling
-from steermoe.errors import BatchError, SteerMoEError, escaped, quoted
+from steermoe.errors import BatchError, SteerMoEError, escaped, quoted, shown
 from steermoe.steering.resolver import names_of
 from steermoe.steering.spec import FIELDS, NO_DOMAIN, SteeringSpec, expected, misfit, read_field, read_json
 
@@ -42,6 +43,9 @@ class BatchSettings:
         domains: every prompt is continued with each of them: `sport`, a mixture `sport=0.7+food=0.3` or `none`; if
             empty, with `steering` as it is.
         samples: stories per prompt and domain, with consecutive seeds.
+        chat: prompts are messages of a user, which the model answers.
+        system: the system's message of chats whose line has none; None for what the chat template says, if anything.
+        thinking: as in `Engine.chat`.
         special_tokens: as in `Request`.
     """
 
@@ -49,6 +53,9 @@ class BatchSettings:
     domains: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
+    chat: bool = False
+    system: str | None = None
+    thinking: bool | None = None
     special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +78,8 @@ class Job:
         sample: 0 to samples - 1; its seed is in `sampling`.
         id: the id that the line gives; None without one.
         meta: anything that the line wants copied to its story.
+        messages: of a chat, whose last one is the prompt; empty if the prompt is to be continued.
+        thinking: as in `Engine.chat`.
         special_tokens: as in `Request`.
     """
 
@@ -81,6 +90,8 @@ class Job:
     sample: int = 0
     id: str | int | None = None
     meta: Any = None
+    messages: tuple[Message, ...] = ()
+    thinking: bool | None = None
     special_tokens: bool | None = None
 
 
@@ -239,11 +250,12 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "domain": ((str, dict, list), "text, an object of weights, or a list of these"),
     "domains": ((list,), "a list"),
     "samples": ((int,), "a whole number"),
+    "messages": ((list,), 'a list such as [{"role": "user", "content": "Hello"}]'),
     **{one.name: (one.metadata["kinds"], one.metadata["wanted"]) for one in FIELDS if one.name != "domain"},
     **{name: _OF_SAMPLING[Sampling.__dataclass_fields__[name].type] for name in SAMPLING_FIELDS},
     "meta": ((object,), "anything"),
 }
-"""The fields of a JSON line; all but the prompt may be missing or null, then the options decide."""
+"""The fields of a JSON line; all but the prompt, or the messages, may be missing or null: then the options decide."""
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -277,12 +289,9 @@ def _is_deep(value: Any) -> bool:
 
 
 def _expand(line: int, given: dict[str, Any], settings: BatchSettings) -> list[Job]:
-    prompt = given.get("prompt")
-    if prompt is None:
-        raise _BadLine("has no field 'prompt'")
-    if not prompt.strip():
-        raise _BadLine("has an empty prompt")
-    for text in (prompt, str(given.get("id", "")), json.dumps(given.get("meta"), ensure_ascii=False)):
+    prompt, messages = _asked(given, settings)
+    texts = (text for message in messages for text in (message.content, message.thinking))
+    for text in (prompt, *texts, str(given.get("id", "")), json.dumps(given.get("meta"), ensure_ascii=False)):
         with contextlib.suppress(UnicodeEncodeError):
             text.encode()
             continue
@@ -302,11 +311,40 @@ def _expand(line: int, given: dict[str, Any], settings: BatchSettings) -> list[J
             sample,
             given.get("id"),
             given.get("meta"),
+            messages,
+            settings.thinking if messages else None,
             settings.special_tokens,
         )
         for steering in steerings
         for sample in range(samples)
     ]
+
+
+def _asked(given: dict[str, Any], settings: BatchSettings) -> tuple[str, tuple[Message, ...]]:
+    """The prompt of a line, and the messages if it is a chat."""
+    prompt = given.get("prompt")
+    if "messages" in given:
+        if prompt is not None:
+            raise _BadLine("has both 'prompt' and 'messages': give one of them")
+        messages = tuple(map(_message, given["messages"]))
+        if settings.system is not None and not any(message.role == "system" for message in messages):
+            messages = (Message("system", settings.system), *messages)
+        check_messages(messages)
+        return messages[-1].content, messages
+    if prompt is None:
+        raise _BadLine("has no field 'prompt'")
+    if not prompt.strip():
+        raise _BadLine("has an empty prompt")
+    return prompt, conversation(prompt, settings.system) if settings.chat else ()
+
+
+def _message(value: Any) -> Message:
+    """A message of a JSON line: its role and content, and perhaps what the model thought."""
+    fields = ("role", "content", "thinking")
+    is_right = isinstance(value, dict) and {"role", "content"} <= set(value) <= set(fields)
+    if not is_right or not all(isinstance(one, str) for one in value.values()):
+        raise _BadLine(f"messages: {shown(value)} is none; expected role and content, both text")
+    return Message(**value)
 
 
 def _steerings(given: dict[str, Any], settings: BatchSettings) -> list[SteeringSpec]:

@@ -36,6 +36,8 @@ class StoryKeys:
         sampling = {name: float(value) for name, value in asdict(job.sampling).items() if name != "seed"}
         steering = None if plan is None else self._steering(plan)
         content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
+        if job.messages:
+            content.append([[message.as_dict() for message in job.messages], job.thinking])
         content += ["special_tokens"] if job.special_tokens else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -14,6 +14,7 @@ import torch
 from steermoe.batch.jobs import Job
 from steermoe.engines.engine import Decoder, Engine
 from steermoe.engines.memory import is_out_of_memory
+from steermoe.engines.messages import Chat, Message
 from steermoe.engines.request import Completion, Request
 from steermoe.errors import BatchError, SteerMoEError
 from steermoe.steering.plans import SteeringPlan
@@ -95,8 +96,8 @@ class EngineWorker:
         decoder = self._engine.decoder(self._most_rows)
         try:
             for ready, completion in self._complete(decoder, self._ready(jobs, skip), skip):
-                if completion.missed:
-                    skip(ready.job, completion.missed)
+                if failed := completion.missed or completion.unanswered:
+                    skip(ready.job, failed)
                 else:
                     yield self._record(ready, completion)
             self.report = decoder.report()
@@ -106,17 +107,21 @@ class EngineWorker:
     def _ready(self, jobs: Iterator[PlannedJob], skip: Skip) -> Iterator[_Ready]:
         """Jobs with their tokens, sorted by length within each window; the longest first."""
         while window := list(islice(jobs, WINDOW)):
-            ready, prompts = [], dict[str, list[int]]()
+            ready, prompts, chats = [], dict[str, list[int]](), dict[tuple[Message, ...], Chat]()
             for planned in window:
                 job = planned.job
-                request = Request(job.prompt, planned.plan, job.sampling, job.special_tokens)
                 try:
+                    if job.messages and job.messages not in chats:
+                        chats[job.messages] = self._engine.chat(job.messages, job.thinking)
+                    chat = chats.get(job.messages)
+                    request = Request(job.prompt, planned.plan, job.sampling, job.special_tokens, chat)
                     request.require_steered()
-                    prompt = self._engine.encode(request, prompts.get(job.prompt))
+                    prompt = self._engine.encode(request, prompts.get(job.prompt) if chat is None else None)
                 except SteerMoEError as error:
                     skip(job, str(error))
                     continue
-                prompts[job.prompt] = prompt
+                if chat is None:
+                    prompts[job.prompt] = prompt
                 ready.append(_Ready(job, planned.key, request, prompt))
             yield from sorted(ready, key=lambda one: -one.most_tokens)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from steermoe import __version__
-from steermoe.cli import batch, calibrate, compare, embed, evaluate, generate, models, serve
+from steermoe.cli import batch, calibrate, chat, compare, embed, evaluate, generate, models, serve
 from steermoe.cli.terminal import console
 from steermoe.cli.vectors import app as vectors
 from steermoe.errors import SteerMoEError
@@ -43,6 +43,7 @@ app = typer.Typer(
     epilog="Example: steermoe generate --domain sport",
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=batch.EXAMPLES)(batch.batch)
 app.command(epilog=embed.EXAMPLES)(embed.embed)

@@ -26,6 +26,8 @@ steermoe batch prompts.txt -o stories.jsonl -d sport -d food -d none --samples 2
 
 steermoe batch prompts.jsonl -o stories.jsonl --ordered --errors bad.jsonl
 
+steermoe batch questions.txt -o answers.jsonl -d food --chat --system "Answer in one sentence."
+
 steermoe batch prompts.txt -o stories.jsonl -d sport --engine vllm --tensor-parallel-size 2 --compile
 
 cat prompts.txt | steermoe batch - -o stories.jsonl -d sport=0.7+food=0.3 --json
@@ -181,6 +183,7 @@ def batch(
     special_tokens: o.SpecialTokens = None,
     vllm: o.VLLMOptions,
     cluster: Cluster,
+    chat: o.ChatOptions,
     json: o.Json = False,
 ) -> None:
     """Generate many stories: prompts times domains times samples, in one batch that is refilled as stories finish.
@@ -192,7 +195,8 @@ def batch(
     from steermoe.batch.jobs import BatchSettings, PromptFile
     from steermoe.batch.output import ErrorFile, StoryFile, check_apart
 
-    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, special_tokens)
+    asked = (chat.chat, chat.system, chat.thinking, special_tokens)
+    settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, *asked)
     check_apart(prompts, output, files.errors)
     for spec in settings.steerings():
         vectors.check(spec)
@@ -208,6 +212,7 @@ def batch(
         wanted = on_demand.wish(vectors, names, text)
         built = on_demand.before_opening(model, vectors, wanted, topics)
         runner, worker = cluster.open(model, vllm.workers, files.batch_size)
+        chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
         built |= on_demand.files(model, runner, vectors, wanted, topics)
         on_demand.warn_of_script(runner.shape, text)
         from steermoe.batch.batch import Batch, BatchOptions

@@ -22,6 +22,8 @@ steermoe compare -d sport -d space --svg comparison.svg
 
 steermoe compare --topic "pirates at sea" --topic "a robot in the kitchen"
 
+steermoe compare "How do I spend a free evening?" --chat -d music -d sport
+
 steermoe compare -d law --formula additive --formula zero_max_scaled --json
 """
 
@@ -57,11 +59,12 @@ def compare(
     vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: ModelOptions,
+    chat: o.ChatOptions,
     special_tokens: o.SpecialTokens = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw the comparison as this SVG file.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Generate the same story unsteered and steered, side by side, with the routing share of each vector."""
+    """Generate the same story, or answer with --chat, unsteered and steered, side by side, with routing shares."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
@@ -78,7 +81,8 @@ def compare(
     plans = list(map(resolver.plan, specs))
     o.warn_beyond_safe_range(plans)
     special = o.has_special_tokens(prompt, special_tokens)
-    requests = [Request(text, plan, sampling, special) for plan in (None, *plans)]
+    asked = chat.read(runner, text)
+    requests = [Request(text, plan, sampling, special, asked) for plan in (None, *plans)]
     for request in requests:
         request.require_steered()
     with console.working(f"Generating {len(requests)} stories ..."):
@@ -93,6 +97,7 @@ def compare(
         print_columns(text, columns)
     if svg is not None:
         save_svg(text, columns, svg)
+    o.warn_unanswered(completions)
     o.check_steered(completions)
 
 

@@ -10,7 +10,8 @@ from steermoe.cli.loading import ModelOptions
 from steermoe.cli.on_demand import open_engine
 
 if TYPE_CHECKING:
-    from steermoe.engines.request import Completion
+    from steermoe.engines.engine import Engine
+    from steermoe.engines.request import Completion, Request
     from steermoe.routing.shape import RoutingShape
 
 EXAMPLES = """Examples:
@@ -18,6 +19,8 @@ EXAMPLES = """Examples:
 steermoe generate --domain sport
 
 steermoe generate "The two sisters met at the station." -d space=0.6 -d music=0.4
+
+steermoe generate "What is a good breakfast?" --chat -d food --system "Answer in one sentence."
 
 echo "It rained all night." | steermoe generate - -d food --json
 
@@ -38,6 +41,7 @@ def generate(
     vectors: o.VectorOptions,
     sampling: o.Sampling,
     model: ModelOptions,
+    chat: o.ChatOptions,
     special_tokens: o.SpecialTokens = None,
     stream: Annotated[
         bool | None,
@@ -45,7 +49,7 @@ def generate(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Continue a text, steered toward a domain or a topic; without --domain and --topic, unsteered."""
+    """Continue a text, or answer a message with --chat, steered toward a domain or a topic, or unsteered."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
@@ -55,23 +59,40 @@ def generate(
     runner, resolver = open_engine(model, vectors, [steering], text, topics)
     plan = resolver.plan(steering)
     o.warn_beyond_safe_range([plan])
-    request = Request(text, plan, sampling, o.has_special_tokens(prompt, special_tokens))
+    special = o.has_special_tokens(prompt, special_tokens)
+    request = Request(text, plan, sampling, special, chat.read(runner, text))
     request.require_steered()
     streams = sys.stdout.isatty() if stream is None else stream
     if streams and not json:
-        runner.encode(request)
-        console.write(text)
-        (completion,) = runner.generate([request], on_text=console.write)
-        console.write("\n")
+        completion = _stream(runner, request)
     else:
         with console.working("Generating ..."):
             (completion,) = runner.generate([request])
         if json:
             console.write_json(completion.as_dict(runner.name))
         else:
-            console.write(f"{text}{completion.text}\n")
+            console.write(f"{completion.text if chat.chat else text + completion.text}\n")
+    o.warn_unanswered([completion])
     _print_report(completion, runner.shape)
     o.check_steered([completion])
+
+
+def _stream(runner: "Engine", request: "Request") -> "Completion":
+    """Print the text as it comes: after its prompt, or the answer of a chat, whose thinking goes to stderr."""
+    from steermoe.cli.terminal import console
+
+    runner.encode(request)
+    if request.chat is None:
+        console.write(request.prompt)
+        (completion,) = runner.generate([request], on_text=console.write)
+        console.write("\n")
+        return completion
+    from steermoe.cli.terminal.answers import AnswerPrinter
+
+    printer = AnswerPrinter(request.chat)
+    (completion,) = runner.generate([request], on_text=printer)
+    printer.end()
+    return completion
 
 
 def _print_report(completion: "Completion", shape: "RoutingShape") -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steermoe.discovery.corpus import Corpus
     from steermoe.discovery.writing import Writing
     from steermoe.engines.engine import Engine as RunningEngine
+    from steermoe.engines.messages import Chat
     from steermoe.engines.request import Completion
     from steermoe.evaluation.topic_vectors import TopicWish
     from steermoe.routing.shape import RoutingShape
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 STEERING, TOPIC, SAMPLING, MODEL, CORPUS, VLLM = "Steering", "Topic", "Sampling", "Model", "Corpus", "vLLM"
+CHAT = "Chat"
 
 
 # ---- groups of options ----
@@ -348,6 +350,60 @@ class VLLMOptions:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
+# ---- chats ----
+
+System = Annotated[
+    str | None,
+    typer.Option(
+        help="Message of the system, before all others. Default: the chat template's own, if it has one.",
+        rich_help_panel=CHAT,
+    ),
+]
+Thinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Let the model think before it answers, or not. Default: as its chat template does.",
+        rich_help_panel=CHAT,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Whether a prompt is a user's message that the model answers, and what comes before it.
+
+    Raises:
+        typer.BadParameter: options for chats without --chat.
+    """
+
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="PROMPT is a user's message: answer it, by the model's chat template, instead of continuing it.",
+            rich_help_panel=CHAT,
+        ),
+    ] = False
+    system: System = None
+    thinking: Thinking = None
+
+    def __post_init__(self) -> None:
+        if self.chat:
+            return
+        switch = "--thinking" if self.thinking else None if self.thinking is None else "--no-thinking"
+        if given := switch or (None if self.system is None else "--system"):
+            raise typer.BadParameter(f"{given} belongs to a chat: add --chat")
+
+    def read(self, engine: "RunningEngine", prompt: str) -> "Chat | None":
+        """The chat of one turn that a prompt begins; None if it is to be continued."""
+        if not self.chat:
+            return None
+        from steermoe.engines.messages import conversation
+
+        return engine.chat(conversation(prompt, self.system), self.thinking)
+
+
 # ---- texts ----
 
 TextField = Annotated[str, typer.Option(help="Field or column with the text.", rich_help_panel=CORPUS)]
@@ -411,8 +467,8 @@ SpecialTokens = Annotated[
     bool | None,
     typer.Option(
         "--special-tokens/--no-special-tokens",
-        help="Encode the special tokens of prompts that begin with one, as a chat template's do, or leave them text. "
-        "Default: encode those of a typed PROMPT.",
+        help="Encode the special tokens of prompts that hold the chat template's, or begin with any, or leave them "
+        "text. Default: encode those of a typed PROMPT.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
@@ -455,6 +511,15 @@ def check_steered(completions: "Sequence[Completion]") -> None:
 
     for reason in filter(None, (completion.missed for completion in completions)):
         raise SteeringError(reason)
+
+
+def warn_unanswered(completions: "Sequence[Completion]") -> None:
+    """Warn about each answer of a chat that is empty."""
+    from steermoe.cli.terminal.console import note
+
+    for completion in completions:
+        if why := completion.unanswered:
+            note(f"steermoe: {why}")
 
 
 def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steermoe.engines.engine import Decoder
+from steermoe.engines.messages import split_answer
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import Pieces, Tokenizer, continuation
 from steermoe.errors import GenerationError
@@ -23,6 +24,10 @@ S = TypeVar("S")
 """What draws the tokens of a row; each engine has its own."""
 
 
+class Stop(Exception):
+    """Raised by `on_text` to end the text where it is; the completion holds what came so far."""
+
+
 @dataclass(eq=False)
 class Row(Generic[S]):
     """One text being generated.
@@ -32,7 +37,7 @@ class Row(Generic[S]):
         tokenizer: turns its tokens into text.
         ends: tokens that end a text and are not part of it.
         sampler: draws its tokens; None if the library that runs the model does.
-        on_text: called with each piece of text as it comes.
+        on_text: called with each piece of text as it comes; of a chat, with the tags around its thinking.
         number: identifies the row in a decoder that keeps something by number.
         started: when it was created, by `time.perf_counter`.
         new: tokens generated so far.
@@ -54,7 +59,12 @@ class Row(Generic[S]):
 
     def __post_init__(self) -> None:
         self._segments = segments_of(self.request.plan, self.tags, self.prompt)
-        self._pieces = None if self.on_text is None else Pieces(self.tokenizer, self.prompt)
+        self._pieces = None if self.on_text is None else Pieces(self.tokenizer, self.prompt, self.shows_special)
+
+    @property
+    def shows_special(self) -> bool:
+        """Whether its text is decoded with special tokens, which tell thinking and answer apart."""
+        return self.request.chat is not None and bool(self.request.chat.special)
 
     @property
     def cached(self) -> int:
@@ -105,7 +115,11 @@ class Row(Generic[S]):
 
     def _send(self, text: str) -> None:
         if text and self.on_text is not None:
-            self.on_text(text)
+            try:
+                self.on_text(text)
+            except Stop:
+                self._pieces = None
+                self.end("interrupted")
 
 
 def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
@@ -115,15 +129,20 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         row: the row.
         frequency: the routing embedding F [L, N] of its new tokens, if it was recorded.
     """
+    text = continuation(row.tokenizer, row.prompt, row.new, row.shows_special)
+    chat, thinking = row.request.chat, None
+    if chat is not None:
+        text, thinking = split_answer(chat, text)
     return Completion(
         request=row.request,
-        text=continuation(row.tokenizer, row.prompt, row.new),
+        text=text,
         token_ids=tuple(row.new),
         prompt_tokens=len(row.prompt),
         finish_reason=row.finish_reason,
         seconds=time.perf_counter() - row.started,
         frequency=frequency,
         was_steered=row.was_steered,
+        thinking=thinking,
     )
 
 

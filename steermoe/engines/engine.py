@@ -7,6 +7,7 @@ from steermoe.engines.request import Completion, Request
 
 if TYPE_CHECKING:
     from steermoe.engines.memory import Room
+    from steermoe.engines.messages import Chat, Message
     from steermoe.routing.shape import RoutingShape
     from steermoe.steering.report import SteeringReport
     from steermoe.steering.tags import ModelTags
@@ -71,6 +72,21 @@ class Engine(Protocol):
     def most_rows(self) -> int:
         """How many requests are worth running together."""
 
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that a prompt and its text can have together; None if unknown."""
+
+    def chat(self, messages: "Sequence[Message]", thinking: bool | None = None) -> "Chat":
+        """What the model reads to answer messages, by its own chat template: `Request.chat`.
+
+        Args:
+            messages: the last one is answered.
+            thinking: let the model think first, or not; None as its template does by default.
+
+        Raises:
+            GenerationError: the model has no chat template, or one that refuses the messages or has no such switch.
+        """
+
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """The prompt's tokens; text that looks like a special token stays text.
 
@@ -90,7 +106,8 @@ class Engine(Protocol):
 
         Args:
             requests: texts to continue.
-            on_text: called with each piece of text as it comes; for a single request only.
+            on_text: called with each piece of text as it comes; for a single request only. It may raise
+                `decoding.Stop`. Of a chat it gets the thinking too, with its tags; `messages.Splitter` separates them.
             record: also fill `Completion.frequency`.
 
         Raises:

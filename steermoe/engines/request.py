@@ -8,6 +8,7 @@ from steermoe.errors import GenerationError, SteeringError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steermoe.engines.messages import Chat
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
 
@@ -76,15 +77,17 @@ class Request:
     """One text to continue; `plan` None leaves it unsteered.
 
     Attributes:
-        special_tokens: if the prompt begins with a special token, as what a chat template writes does, encode its
+        special_tokens: if the prompt holds special tokens that the chat template writes, or begins with any, encode its
             special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere; None
             does that too, and says so.
+        chat: what to answer instead of continuing the prompt, which is then its last message; `Engine.chat` makes it.
     """
 
     prompt: str
     plan: "SteeringPlan | None" = None
     sampling: Sampling = field(default_factory=Sampling)
     special_tokens: bool | None = None
+    chat: "Chat | None" = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -110,13 +113,15 @@ class Completion:
     """The result of a request.
 
     Attributes:
-        text: the continuation, without the prompt.
+        text: the continuation, without the prompt; of a chat the answer, without thinking.
         prompt_tokens, new_tokens: counts.
-        finish_reason: "stop" where the model ended the text itself, "length" at max_new_tokens.
+        finish_reason: "stop" where the model ended the text itself, "length" at max_new_tokens, "interrupted" where
+            `decoding.Stop` ended it.
         seconds: the time of the whole batch that it was generated in.
         report: the steering report of that batch; None if nothing in it was steered.
         frequency: routing embedding F [L, N] of the generated tokens, if it was requested and there are any.
         was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
+        thinking: what came before the answer of a chat; None for a model that is not known to think.
     """
 
     request: Request
@@ -128,6 +133,7 @@ class Completion:
     report: "SteeringReport | None" = None
     frequency: "Tensor | None" = None
     was_steered: bool | None = None
+    thinking: str | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -137,7 +143,7 @@ class Completion:
     def missed(self) -> str:
         """Why none of its tokens was steered although its plan asks for it; "" if some was, or none was to be."""
         plan = self.request.plan
-        read = self.new_tokens - (self.finish_reason == "length")
+        read = self.new_tokens - (self.finish_reason != "stop")
         if plan is None or not plan.does_something:
             return ""
         if plan.steers(self.prompt_tokens, read) if self.was_steered is None else self.was_steered:
@@ -150,6 +156,15 @@ class Completion:
             f"{ended}, before any that was to be steered {settings}: take another seed, or steer with positions all "
             "and schedule constant"
         )
+
+    @property
+    def unanswered(self) -> str:
+        """Why a chat has no answer; "" if it has one, or is no chat."""
+        if self.request.chat is None or self.text.strip() or self.finish_reason == "interrupted":
+            return ""
+        if self.thinking and self.finish_reason == "length":
+            return f"the model was still thinking after {self.new_tokens} tokens: raise --max-new-tokens"
+        return "the model answered nothing: take another seed, or ask in other words"
 
     def as_dict(self, model: str) -> dict[str, Any]:
         """One flat object for JSON lines."""
@@ -170,4 +185,5 @@ class Completion:
             "finish_reason": self.finish_reason,
             "seconds": round(self.seconds, 3),
             "steering": self.report.as_dict() if self.report else None,
+            **({} if self.request.chat is None else self.request.chat.as_dict(self.thinking)),
         }

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from steermoe.engines.request import Request
@@ -24,14 +24,49 @@ class Tokenizer(Protocol):
 class Encoder(Protocol):
     """How an engine turns text into tokens."""
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """The tokens of a text; what looks like a special token stays text unless `special` is set.
+    def encode(self, text: str, special: bool = False, begin: bool | None = None) -> list[int]:
+        """The tokens of a text.
 
-        With `special`, nothing is put before the text, which begins with what belongs there.
+        Args:
+            text: what to encode.
+            special: whether special tokens in it are encoded as such; otherwise what looks like one stays text.
+            begin: whether what belongs before every text is put there; by default only if not `special`, since a text
+                that begins with a special token begins with what belongs there.
         """
 
     def leading_special(self, text: str) -> str:
         """The special token that a text begins with; "" if with none."""
+
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template; "" if it is code instead, None if there is none."""
+
+    def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, bool]) -> str:
+        """What the chat template makes of messages, up to where the answer begins.
+
+        Args:
+            messages: as the template reads them.
+            options: further variables of the template.
+
+        Raises:
+            Exception: whatever a template or its interpreter raises.
+        """
+
+    def special_tokens(self) -> Mapping[str, int]:
+        """The numbers of all special tokens, by their texts."""
+
+    def template_tokens(self) -> Mapping[str, int]:
+        """As `template_tokens` of this module, of the model's own template."""
+
+
+def template_tokens(template: str | None, added: Mapping[str, int]) -> dict[str, int]:
+    """The tokens that a chat template writes, special or not, by their texts.
+
+    Args:
+        template: its source.
+        added: the tokens that a text is searched for before it is split into words. White space among them, as in
+            Gemma's vocabulary, is ordinary text.
+    """
+    return {name: number for name, number in added.items() if template and name.strip() and name in template}
 
 
 def encode_prompt(
@@ -41,11 +76,11 @@ def encode_prompt(
     limit: int | None,
     known: list[int] | None = None,
 ) -> list[int]:
-    """A prompt's tokens, checked. Says on stderr, once, how a special token at the beginning of a prompt is read.
+    """A prompt's tokens, checked. Says on stderr, once, how special tokens in a prompt are read.
 
     Args:
         encoder: gives the tokens of a text.
-        request: what to check and encode.
+        request: what to check and encode; a chat has its tokens already.
         model: the model's name, for the message.
         limit: the size of its context, in tokens; None if unknown.
         known: the tokens, if another request had the same prompt.
@@ -53,13 +88,12 @@ def encode_prompt(
     Raises:
         GenerationError: a prompt that is empty or no text, or leaves no room in the model's context.
     """
-    check_text(request.prompt, "the prompt")
-    check_not_empty(request.prompt)
-    leading = encoder.leading_special(request.prompt)
-    special = bool(request.special_tokens and leading)
-    ids = encoder.encode(request.prompt, special) if known is None else known
-    if leading and request.special_tokens is not False:
-        _tell_reading(leading, special)
+    if request.chat is not None:
+        ids = list(request.chat.tokens)
+    else:
+        check_text(request.prompt, "the prompt")
+        check_not_empty(request.prompt)
+        ids = _encode_text(encoder, request, known)
     if not ids:
         raise GenerationError(f"the prompt {request.prompt!r} has no tokens in this model's vocabulary: write another")
     if limit is not None and len(ids) + request.sampling.max_new_tokens > limit:
@@ -68,6 +102,25 @@ def encode_prompt(
             f"context of {model} is {limit}: shorten the prompt or lower --max-new-tokens"
         )
     return ids
+
+
+def _encode_text(encoder: Encoder, request: Request, known: list[int] | None) -> list[int]:
+    """The tokens of a prompt that is no chat; special tokens of a chat template are not read as text in silence."""
+    leading = encoder.leading_special(request.prompt)
+    held = leading or _held_special(encoder, request.prompt)
+    special = bool(request.special_tokens and held)
+    if held and request.special_tokens is not False:
+        _tell_reading(held, bool(leading), special)
+    if known is not None:
+        return known
+    return encoder.encode(request.prompt, special, begin=not leading if special else True)
+
+
+def _held_special(encoder: Encoder, text: str) -> str:
+    """The first special token of the chat template that a text holds; "" if it holds none."""
+    special = encoder.special_tokens()
+    found = [(text.find(name), name) for name in encoder.template_tokens() if name in special and name in text]
+    return min(found, default=(0, ""))[1]
 
 
 def check_text(text: str, name: str) -> str:
@@ -110,21 +163,25 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8 ({error.reason} at byte {error.start}): convert it, for example with `iconv -t UTF-8`"
 
 
-def literal_tokens(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, by a transformers tokenizer; what looks like a special token stays text."""
-    return list(tokenizer(text, split_special_tokens=True)["input_ids"])
-
-
 @functools.cache
-def _tell_reading(leading: str, special: bool) -> None:
-    """Say once how prompts that begin with a special token are read."""
+def _tell_reading(held: str, leads: bool, special: bool) -> None:
+    """Say once how prompts that hold special tokens are read.
+
+    Args:
+        held: the first of them.
+        leads: whether the prompt begins with it.
+        special: whether it is encoded as such.
+    """
+    how = "begins with" if leads else "holds"
     if special:
-        logger.warning("the prompt begins with %a, a special token: its special tokens are encoded as such", leading)
+        but = "" if leads else " (as text: --no-special-tokens)"
+        logger.warning("the prompt %s %a, a special token: its special tokens are encoded as such%s", how, held, but)
     else:
         logger.warning(
-            "a prompt begins with %a, a special token of the model, but is read as plain text: pass --special-tokens, "
-            "or --no-special-tokens if that is right; in Python, pass Request(..., special_tokens=True), or False",
-            leading,
+            "a prompt %s %a, a special token of the model, but is read as plain text: pass --special-tokens, or "
+            "--no-special-tokens if that is right; in Python, pass Request(..., special_tokens=True), or False",
+            how,
+            held,
         )
 
 
@@ -134,22 +191,62 @@ class HFEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(self, text: str, special: bool = False, begin: bool | None = None) -> list[int]:
         """As `Encoder.encode`."""
-        if special:
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return literal_tokens(self._tokenizer, text)
+        options = {} if special else {"split_special_tokens": True}
+        begins = not special if begin is None else begin
+        return list(self._tokenizer(text, add_special_tokens=begins, **options)["input_ids"])
 
     def leading_special(self, text: str) -> str:
         """As `Encoder.leading_special`."""
         found = [name for name in self._special if text.startswith(name)]
         return max(found, key=len, default="")
 
+    def chat_template(self) -> str | None:
+        """As `Encoder.chat_template`."""
+        found = getattr(self._tokenizer, "chat_template", None)
+        if isinstance(found, dict):  # several by name
+            found = found.get("default")
+        if found is None and _has_own_templates(self._tokenizer):
+            return ""
+        return found
+
+    def render(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, bool]) -> str:
+        """As `Encoder.render`."""
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
+            )
+        )
+
+    def special_tokens(self) -> Mapping[str, int]:
+        """As `Encoder.special_tokens`."""
+        return self._special
+
+    def template_tokens(self) -> Mapping[str, int]:
+        """As `Encoder.template_tokens`."""
+        return self._written
+
     @functools.cached_property
-    def _special(self) -> tuple[str, ...]:
+    def _special(self) -> dict[str, int]:
         added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
         named = getattr(self._tokenizer, "all_special_tokens", ())
-        return tuple({*named, *(token.content for token in added if token.special)} - {""})
+        names = {*named, *(token.content for token in added if token.special)} - {""}
+        return {name: self._tokenizer.convert_tokens_to_ids(name) for name in sorted(names)}
+
+    @functools.cached_property
+    def _written(self) -> dict[str, int]:
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        names = {token.content: number for number, token in added.items()}
+        return template_tokens(self.chat_template(), {**names, **self._special})
+
+
+def _has_own_templates(tokenizer: Any) -> bool:
+    """Whether a tokenizer renders chats by code of its own, as mistral-common's do."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:
@@ -170,8 +267,9 @@ class Pieces:
     decode a run of bytes as a whole. So each piece is decoded together with the one before, whose text is then cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._without_special = not special
         self._before = list(prompt)
         self._pending: list[int] = []
 
@@ -190,10 +288,12 @@ class Pieces:
         return both[len(before) :] if both.startswith(before) else self._decode(self._pending)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=self._without_special, clean_up_tokenization_spaces=False
+        )
 
 
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> str:
-    """The text that the `new` tokens add to that of the prompt."""
-    pieces = Pieces(tokenizer, prompt)
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int], special: bool = False) -> str:
+    """The text that the `new` tokens add to that of the prompt, with special tokens if `special` is set."""
+    pieces = Pieces(tokenizer, prompt, special)
     return "".join(map(pieces.add, new)) + pieces.rest()

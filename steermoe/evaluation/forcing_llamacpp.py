@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.discovery.discover import count_of
 from steermoe.engines.llamacpp.rows import CALL_TOKENS, factors_of
-from steermoe.errors import GenerationError
+from steermoe.errors import GenerationError, count_of
 from steermoe.evaluation.teacher_forcing import MAX_TOKENS, PROMPT_TOKENS
 from steermoe.steering.plans import SteeringPlan
 

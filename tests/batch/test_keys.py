@@ -36,6 +36,9 @@ LISTS_KEYS = """68be44d61f51a1c2 68080b7c21f2bc64 2884f0e0e4879185 bf637f38e6571
     020445dc48409d1e 7a05d3e0bb3e9e51 a956820771dfcb1d aeb91876c0240e72 7209e681c4bd36b3 31150d2ef5451519
     031aecbd2fe98ed9"""
 
+CHAT_KEYS = """9c6d32f201b94029 b3c3d061ebc856ba c34e0b7326d6675d
+    ff2b4dcca755d300 80d8589a71f3250e 96d62a18fadb7cc2"""
+
 
 @pytest.fixture
 def resolver(bare_search_path):
@@ -72,3 +75,22 @@ def test_everything_that_decides_the_text_changes_the_key(resolver):
     assert len(set(found)) == len(found)
     assert keys.key(replace(job, special_tokens=False), plan) == keys.key(job, plan)
     assert keys.key(job, replace(plan, strength=int(plan.strength))) == keys.key(job, plan)
+
+
+def test_chats_have_keys_of_their_own(resolver, tmp_path):
+    """The same text as a story, as a message, and after other messages or with other thinking."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "A dog."}))
+    keys, file = StoryKeys("a model of these tests"), PromptFile(path)
+    chats = (
+        BatchSettings(),
+        BatchSettings(chat=True),
+        BatchSettings(chat=True, system=""),
+        BatchSettings(chat=True, system="Be brief."),
+        BatchSettings(chat=True, thinking=False),
+        BatchSettings(special_tokens=True),
+    )
+    found = [keys.key(job, None) for settings in chats for line in file.jobs(settings) for job in line]
+    file.close()
+    # As steermoe 0.3.0 computed them: never change these.
+    assert found == CHAT_KEYS.split()

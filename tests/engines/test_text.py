@@ -61,7 +61,7 @@ def test_text_on_request_is_text_in_silence(engine, caplog):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("prompt", ["A </s> dog", "a <|start|>user", "<|star", "< |start|>"])
+@pytest.mark.parametrize("prompt", ["A </s> dog", "a <|start >user", "<|star", "< |start|>"])
 @pytest.mark.parametrize("special", [True, False])
 def test_any_other_prompt_is_text_in_silence(engine, caplog, prompt, special):
     with caplog.at_level(logging.WARNING):

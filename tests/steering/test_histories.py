@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steermoe.engines.hf.engine import HFEngine
-from steermoe.engines.text import literal_tokens
+from steermoe.engines.text import HFEncoder
 from steermoe.errors import SteeringError
 from steermoe.steering.handle import attach, steer
 from steermoe.steering.tags import ModelTags
@@ -34,7 +34,7 @@ def expected(loaded, plans):
 
 
 def prompts(loaded):
-    return [torch.tensor([literal_tokens(loaded.tokenizer, text)]) for text in tagged_models.PROMPTS]
+    return [torch.tensor([HFEncoder(loaded.tokenizer).encode(text)]) for text in tagged_models.PROMPTS]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

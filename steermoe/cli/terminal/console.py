@@ -170,6 +170,11 @@ def note(text: str, style: str = "") -> None:
     err.print(Text(line(text), style=style), soft_wrap=True)
 
 
+def dim(text: str) -> None:
+    """A piece of running text on stderr, dimmed, at once."""
+    err.print(Text(printable(text), style="dim"), end="", soft_wrap=True)
+
+
 def quiet_transformers() -> None:
     """Keep the progress bars of transformers off the terminal; steermoe shows its own."""
     from transformers.utils import logging

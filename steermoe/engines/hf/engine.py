@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from steermoe.engines.chat import read_chat
 from steermoe.engines.decoding import complete
 from steermoe.engines.engine import Decoder
 from steermoe.engines.hf.cache import bytes_of_a_token, rows_can_change
@@ -24,6 +25,7 @@ from steermoe.steering.tags import HFVocabulary, ModelTags
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
+    from steermoe.engines.messages import Chat, Message
 
 MOST_ROWS, MOST_ROWS_ON_CPU = 256, 64
 """More rows add little speed and take much memory."""
@@ -77,10 +79,18 @@ class HFEngine:
             return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps(), self.tags)
         return StaticDecoder(self.loaded, self.end_tokens(), tags=self.tags)
 
+    @property
+    def context_length(self) -> int | None:
+        return self.loaded.context_length
+
+    def chat(self, messages: "Sequence[Message]", thinking: bool | None = None) -> "Chat":
+        """As `Engine.chat`."""
+        return read_chat(self._encoder, messages, self.name, thinking)
+
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
         self.tags.of(request.plan)
-        return encode_prompt(self._encoder, request, self.name, self.loaded.context_length, known)
+        return encode_prompt(self._encoder, request, self.name, self.context_length, known)
 
     def end_tokens(self) -> set[int]:
         """Tokens that end a text."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from steermoe.engines.decoding import Row, finish
@@ -121,7 +121,7 @@ class StaticDecoder:
                 torch.tensor(tokens_BS, device=self._device),
                 attention_mask=torch.tensor(mask_BS, device=self._device),
                 logits_processor=LogitsProcessorList([RowSampler(samplings, own, sorted(self._ends))]),
-                stopping_criteria=StoppingCriteriaList([RowLimits(limits, start)]),
+                stopping_criteria=StoppingCriteriaList([RowLimits(limits, start), RowEnds(rows)]),
                 streamer=RowStreamer(rows[0]) if is_streamed else None,
             )
         for row, new in zip(rows, output[:, start:].tolist(), strict=True):
@@ -148,6 +148,16 @@ class StaticDecoder:
         )
 
 
+class RowEnds(StoppingCriteria):
+    """Ends each row that has ended already, as `Stop` can end one."""
+
+    def __init__(self, rows: Sequence[Row[None]]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([bool(row.finish_reason) for row in self._rows], device=input_ids.device)
+
+
 class RowStreamer(BaseStreamer):
     """Passes tokens to a row, the only one of its batch, while `generate` runs."""
 
@@ -159,7 +169,8 @@ class RowStreamer(BaseStreamer):
         """Skip the prompt, which comes first, then pass on each token."""
         if self._saw_prompt:
             for token in value.flatten().tolist():
-                self._row.take(token)
+                if not self._row.finish_reason:
+                    self._row.take(token)
         self._saw_prompt = True
 
     def end(self) -> None:

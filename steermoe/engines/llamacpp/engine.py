@@ -4,13 +4,14 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from steermoe.engines.chat import read_chat
 from steermoe.engines.decoding import complete
 from steermoe.engines.llamacpp import layout
 from steermoe.engines.llamacpp.context import Context, last_message, messages, on_message
@@ -25,6 +26,9 @@ from steermoe.errors import ModelError
 from steermoe.models.gguf.header import GGUFModel, read_gguf
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.tags import ModelTags
+
+if TYPE_CHECKING:
+    from steermoe.engines.messages import Chat, Message
 
 MOST_ROWS = 128
 """Texts that run together; `generate` starts further ones as others finish. More rows would add little speed."""
@@ -81,11 +85,7 @@ class LlamaCppEngine:
         self._model = llama_cpp.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not self._model:
             raise ModelError(f"llama.cpp can't load '{self.file.path}': {last_message()}; download or export it again")
-        template = llama_cpp.llama_model_chat_template(self._model, None)
-        self.tokenizer = GGUFTokenizer(
-            llama_cpp.llama_model_get_vocab(self._model),
-            None if template is None else template.decode("utf-8", errors="replace"),
-        )
+        self.tokenizer = GGUFTokenizer(self._model)
         self.tags = ModelTags(self.tokenizer, lambda: self.tokenizer.ends)
         library = llama_cpp.llama_cpp._lib
         functions = tuple(
@@ -144,10 +144,18 @@ class LlamaCppEngine:
         decoder = RollingDecoder(self.context, self.state, self.tokenizer, MOST_ROWS, recorded, self.tags)
         return complete(decoder, requests, prompts, on_text)
 
+    @property
+    def context_length(self) -> int | None:
+        return self.file.context_length or None
+
+    def chat(self, messages: "Sequence[Message]", thinking: bool | None = None) -> "Chat":
+        """As `Engine.chat`."""
+        return read_chat(self.tokenizer, messages, self.name, thinking)
+
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
         self.tags.of(request.plan)
-        return encode_prompt(self.tokenizer, request, self.name, self.file.context_length or None, known)
+        return encode_prompt(self.tokenizer, request, self.name, self.context_length, known)
 
     def decoder(self, rows: int) -> RollingDecoder:
         return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS), tags=self.tags)

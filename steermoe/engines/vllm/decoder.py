@@ -102,10 +102,15 @@ class VLLMDecoder:
         for output in self._vllm.step() if self._vllm.has_unfinished_requests() else ():
             row, written = self._rows[output.request_id], output.outputs[0]
             for token in written.token_ids[len(row.new) :]:
-                row.take(token)
+                if not row.finish_reason:
+                    row.take(token)
             if output.finished:
                 row.end("stop" if written.finish_reason == "stop" else "length")
-                finished[output.request_id] = self._rows.pop(output.request_id)
+            elif row.finish_reason == "interrupted":
+                self._vllm.abort_request([output.request_id])
+            else:
+                continue
+            finished[output.request_id] = self._rows.pop(output.request_id)
         counts = self._recorded() if self._record and finished else {}
         return [finish(row, _frequency_of(counts.get(name))) for name, row in finished.items()]
 

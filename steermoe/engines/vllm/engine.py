@@ -8,8 +8,9 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from steermoe.engines.chat import read_chat
 from steermoe.engines.decoding import complete
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
@@ -20,6 +21,9 @@ from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.tags import ModelTags
+
+if TYPE_CHECKING:
+    from steermoe.engines.messages import Chat, Message
 
 MAX_TEXTS = 64
 """The most texts that run together; vLLM starts further ones as others finish."""
@@ -97,11 +101,18 @@ class VLLMEngine:
 
     # ---- Engine ----
 
+    @property
+    def context_length(self) -> int:
+        return int(self._vllm.model_config.max_model_len)
+
+    def chat(self, messages: "Sequence[Message]", thinking: bool | None = None) -> "Chat":
+        """As `Engine.chat`."""
+        return read_chat(self._encoder, messages, self.name, thinking)
+
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
         self.tags.of(request.plan)
-        limit = self._vllm.model_config.max_model_len
-        return encode_prompt(self._encoder, request, self.name, limit, known)
+        return encode_prompt(self._encoder, request, self.name, self.context_length, known)
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[str], None] | None = None, record: bool = False

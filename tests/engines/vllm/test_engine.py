@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
+from steermoe.engines.decoding import Stop
 from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.messages import Message
 from steermoe.engines.request import Request, Sampling
 from steermoe.engines.vllm.engine import VLLMEngine
 from steermoe.models import loading
@@ -34,6 +36,31 @@ def pair(request, tmp_path_factory):
     engine = VLLMEngine(str(folder), **OPTIONS)
     yield reference, engine
     end(engine)
+
+
+def test_chats_are_those_of_the_hf_engine(pair):
+    reference, engine = pair
+    messages = (Message("user", "A dog"), Message("assistant", " ran"), Message("user", " home </s>."))
+    chat = engine.chat(messages)
+    assert chat == reference.chat(messages)
+    assert chat.text == "A dog ran home </s>."
+    request = Request(chat.prompt, sampling=Sampling(max_new_tokens=8, do_sample=False), chat=chat)
+    (answer,), (expected,) = engine.generate([request]), reference.generate([request])
+    assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_an_answer_is_stopped_and_what_came_is_kept(pair):
+    _, engine = pair
+    chat = engine.chat((Message("user", "A dog"),))
+    request = Request("A dog", sampling=Sampling(max_new_tokens=40, min_new_tokens=40), chat=chat)
+
+    def stop(text):
+        raise Stop
+
+    (done,) = engine.generate([request], on_text=stop)
+    assert done.finish_reason == "interrupted"
+    assert done.new_tokens < 40
+    assert engine.generate([request])[0].new_tokens == 40
 
 
 def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
