@@ -1,6 +1,6 @@
 """`steermoe batch`: many stories from a file of prompts, resumable."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,13 +208,9 @@ def batch(
         cluster.connected(),
     ):
         model = replace(model, vllm=vllm.arguments()).repeatable()
-        names, text = source.needs(settings)
-        wanted = on_demand.wish(vectors, names, text)
-        built = on_demand.before_opening(model, vectors, wanted, topics)
-        runner, worker = cluster.open(model, vllm.workers, files.batch_size)
+        needs = _Needs(*source.needs(settings), vectors, topics)
+        runner, worker, built = needs.open(cluster, model, vllm.workers, files.batch_size)
         chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
-        built |= on_demand.files(model, runner, vectors, wanted, topics)
-        on_demand.warn_of_script(runner.shape, text)
         from steermoe.batch.batch import Batch, BatchOptions
 
         problems = _ProblemPrinter()
@@ -226,6 +222,27 @@ def batch(
     _print(summary, output, json)
     if not summary.stories:
         raise BatchError(f"no story could be generated, and '{output}' holds none: stderr and --errors say why")
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What the stories need besides a model: the vectors of these domains and topics, for texts like this one."""
+
+    names: Sequence[str]
+    text: str
+    vectors: o.VectorOptions
+    topics: o.TopicOptions
+
+    def open(
+        self, cluster: Cluster, model: BatchModel, workers: int, rows: int | None
+    ) -> "tuple[Engine, Worker | None, dict[str, Path]]":
+        """The engine, what opens further workers, and the files of vectors that were missing and are built now."""
+        wanted = on_demand.wish(self.vectors, self.names, self.text)
+        built = on_demand.before_opening(model, self.vectors, wanted, self.topics)
+        runner, worker = cluster.open(model, workers, rows)
+        built |= on_demand.files(model, runner, self.vectors, wanted, self.topics)
+        on_demand.warn_of_script(runner.shape, self.text)
+        return runner, worker, built
 
 
 def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":

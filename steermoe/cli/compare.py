@@ -72,17 +72,15 @@ def compare(
     from steermoe.evaluation.comparison import compare_completions
 
     names = topics.names()
-    fields = {"formula": formula, "strength": strength}
-    given = {name: values or [None] for name, values in fields.items()}
+    given = {"formula": formula or [None], "strength": strength or [None]}
     for spec in _specs(steering, domain=domain or ([] if names else ["sport"]), **given):
         vectors.check(spec)
     specs = _specs(steering, domain=[*(domain or []), *names] or ["sport"], **given)
     runner, resolver = open_engine(model, vectors, specs, text, topics)
     plans = list(map(resolver.plan, specs))
     o.warn_beyond_safe_range(plans)
-    special = o.has_special_tokens(prompt, special_tokens)
-    asked = chat.read(runner, text)
-    requests = [Request(text, plan, sampling, special, asked) for plan in (None, *plans)]
+    how = sampling, o.has_special_tokens(prompt, special_tokens), chat.read(runner, text)
+    requests = [Request(text, plan, *how) for plan in (None, *plans)]
     for request in requests:
         request.require_steered()
     with console.working(f"Generating {len(requests)} stories ..."):
