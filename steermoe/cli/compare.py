@@ -72,7 +72,7 @@ def compare(
     from steermoe.evaluation.comparison import compare_completions
 
     names = topics.names()
-    given = {"formula": formula or [None], "strength": strength or [None]}
+    given: dict[str, list[Any]] = {"formula": formula or [None], "strength": strength or [None]}
     for spec in _specs(steering, domain=domain or ([] if names else ["sport"]), **given):
         vectors.check(spec)
     specs = _specs(steering, domain=[*(domain or []), *names] or ["sport"], **given)
