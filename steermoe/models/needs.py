@@ -33,13 +33,22 @@ def cache_bytes(config: Any, tokens: int = 1000) -> int | None:
         config: the part of a configuration that describes the text model.
         tokens: how many tokens a text has.
     """
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        return None
+    if getattr(config, "is_heterogeneous", False):
+        numbers = [_numbers(one) for one in config.per_layer_config]
+    else:
+        numbers = [_numbers(config)] * layers
+    return None if None in numbers else sum(filter(None, numbers)) * tokens * WIDTHS["bfloat16"]
+
+
+def _numbers(config: Any) -> int | None:
+    """Numbers that a token has in the cache of one layer; None if they are not keys and values of its heads."""
     kinds: Collection[str] = getattr(config, "layer_types", None) or ()
     if any(getattr(config, name, None) for name in LATENT) or not ATTENDING.issuperset(kinds):
         return None
     heads = getattr(config, "num_attention_heads", None)
     pairs = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not (isinstance(pairs, int) and isinstance(size, int) and isinstance(layers, int)):
-        return None
-    return 2 * layers * pairs * size * tokens * WIDTHS["bfloat16"]
+    return 2 * pairs * size if isinstance(pairs, int) and isinstance(size, int) else None

@@ -166,7 +166,7 @@ def test_domains_of_a_line(read, name):
         ('{"prompt": "x", "domains": "a"}', "field 'domains' is 'a', expected a list"),
         ('{"prompt": "x", "domains": []}', "empty list of domains"),
         ('{"messages": []}', "there are no messages"),
-        ('{"messages": "x"}', "field 'messages' is \"x\", expected a list such as"),
+        ('{"messages": "x"}', "field 'messages' is 'x', expected a list such as"),
         ('{"messages": ["x"]}', "messages: 'x' is none; expected role and content"),
         ('{"messages": [{"role": "user", "content": 1}]}', "expected role and content, both text"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot' is unknown"),

@@ -37,7 +37,7 @@ LISTS_KEYS = """68be44d61f51a1c2 68080b7c21f2bc64 2884f0e0e4879185 bf637f38e6571
     031aecbd2fe98ed9"""
 
 CHAT_KEYS = """9c6d32f201b94029 b3c3d061ebc856ba c34e0b7326d6675d
-    ff2b4dcca755d300 80d8589a71f3250e 96d62a18fadb7cc2"""
+    ff2b4dcca755d300 80d8589a71f3250e 7d001c771117102e"""
 
 
 @pytest.fixture

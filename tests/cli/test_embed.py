@@ -125,7 +125,7 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_a_word(run, tiny_checkpo
     arguments = ["embed", corpus, "-o", emb, "--model", tiny_checkpoint]
     run(*arguments)
     meta = json.loads((emb / "meta.json").read_text())
-    for name in ("fingerprint", "dtype", "text_field", "label_field", "shards", "shards_sha256", "sha256"):
+    for name in ("fingerprint", "dtype", "text_field", "label_field", "shards", "shards_sha256", "routers", "sha256"):
         del meta[name]
     (emb / "meta.json").write_text(json.dumps({**meta, "format_version": 1}))
     (emb / "shard-00000.json").unlink()

@@ -142,8 +142,11 @@ def test_inspect_describes_the_whole_model_without_weights(name: str, tmp_path: 
     code, out, err = run("models", "inspect", folder, *trust, "--json")
     assert (code, err) == (0, "")
     record = json.loads(out)
-    parameters = record.pop("parameters")
+    parameters, memory, cache = (record.pop(name) for name in ("parameters", "memory", "cache_per_1000_tokens"))
     assert abs(parameters / 1e9 / model.parameters - 1) < 0.01
+    assert memory["float32"] == 2 * memory["bfloat16"] >= 4 * parameters  # transformers gives longcat's blanks rows too
+    assert memory["bfloat16"] > memory["int8"] > parameters
+    assert cache == (2 * 2 * 28 * 8 * 128 * 1000 if name == "GigaChat-20B-A3B-instruct" else None)  # others' is latent
     assert record == {
         "name": name,
         "architecture": model.config["model_type"],
@@ -157,6 +160,12 @@ def test_inspect_describes_the_whole_model_without_weights(name: str, tmp_path: 
         "router_class": model.router,
         "steerable": True,
         "reason": "its routers' logits are changed before top-k",
+        "fingerprint": "",
+        "tokenizer": False,
+        "chat_template": False,
+        "think_tags": None,
+        "vectors": [],
+        "next": "",
     }
 
 

@@ -200,7 +200,7 @@ def checkpoint(tiny_checkpoint):
 def test_generate(run, place, models, tiny_checkpoint, checkpoint):
     path = place("a", models.instruct)
     command = ("generate", "A dog", "-d", "sport", "-m", tiny_checkpoint, "--max-new-tokens", "3", "--json")
-    code, out, err = run(*command)
+    code, out, err = run(*command, "--no-build")
     assert (code, out) == (1, "")
     assert "'sport' was built for sparse-8b-instruct" in err
     assert "--any-model" in err

@@ -240,7 +240,9 @@ def bytes_of_a_token(model: Any) -> int:
 
 def _bytes_in(thing: Any) -> int:
     if isinstance(thing, torch.Tensor):
-        return thing.numel() * thing.element_size()
+        return (
+            thing.numel() * thing.element_size() if thing.dim() else 0
+        )  # a layer's counter of tokens has no token's size
     if isinstance(thing, list | tuple):
         return sum(map(_bytes_in, thing))
     if isinstance(thing, dict):
