@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two processes, each with one thread; tests of a file share its fixtures in one of them.
+PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 
@@ -36,7 +38,7 @@ lint: $(INSTALLED) ## ruff and mypy
 
 .PHONY: check
 check: lint model ## what CI runs: lint, types, quick tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(PARALLEL)
 
 .PHONY: docs
 docs: $(INSTALLED) ## write the tables of the docs that follow from the code
