@@ -53,7 +53,8 @@ def parse(line: str) -> "Command | str":
     if name not in COMMANDS or (written.endswith("!") and name != "save"):
         near = get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
-        raise GenerationError(f"/{written[:40]} is no command: {hint} (a message that starts with / is written with //)")
+        rule = "a message that starts with / is written with //"
+        raise GenerationError(f"/{written[:40]} is no command: {hint} ({rule})")
     if name in BARE and argument.strip():
         raise GenerationError(f"/{name} takes nothing after it, not '{argument.strip()[:40]}'")
     return Command(name, argument.strip(), written.endswith("!"))
