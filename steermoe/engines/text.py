@@ -111,7 +111,7 @@ def _encode_text(encoder: Encoder, request: Request, known: list[int] | None) ->
     leading = encoder.leading_special(request.prompt)
     held = leading or _held_special(encoder, request.prompt)
     special = bool(request.special_tokens and held)
-    if held and request.special_tokens is not False and _tells.get():
+    if held and request.special_tokens is not False and _hints.get():
         _tell_reading(held, bool(leading), special)
     if known is not None:
         return known
@@ -165,17 +165,17 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8 ({error.reason} at byte {error.start}): convert it, for example with `iconv -t UTF-8`"
 
 
-_tells: ContextVar[bool] = ContextVar("tells", default=True)
+_hints: ContextVar[bool] = ContextVar("hints", default=True)
 
 
 @contextmanager
 def without_hints() -> Iterator[None]:
     """For prompts that steermoe makes by a chat template: within it, nothing is said about their special tokens."""
-    before = _tells.set(False)
+    before = _hints.set(False)
     try:
         yield
     finally:
-        _tells.reset(before)
+        _hints.reset(before)
 
 
 @functools.cache
