@@ -208,9 +208,8 @@ def batch(
         cluster.connected(),
     ):
         model = replace(model, vllm=vllm.arguments()).repeatable()
-        needs = _Needs(*source.needs(settings), vectors, topics)
+        needs = _Needs(*source.needs(settings), vectors, topics, settings.steerings(), chat)
         runner, worker, built = needs.open(cluster, model, vllm.workers, files.batch_size)
-        chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
         from steermoe.batch.batch import Batch, BatchOptions
 
         problems = _ProblemPrinter()
@@ -226,12 +225,19 @@ def batch(
 
 @dataclass(frozen=True)
 class _Needs:
-    """What the stories need besides a model: the vectors of these domains and topics, for texts like this one."""
+    """What the stories need besides a model: the vectors of these domains and topics, for texts like this one.
+
+    Attributes:
+        specs: the steerings of lines that name none.
+        chat: whether prompts are messages.
+    """
 
     names: Sequence[str]
     text: str
     vectors: o.VectorOptions
     topics: o.TopicOptions
+    specs: "Sequence[SteeringSpec]"
+    chat: o.ChatOptions
 
     def open(
         self, cluster: Cluster, model: BatchModel, workers: int, rows: int | None
@@ -240,6 +246,8 @@ class _Needs:
         wanted = on_demand.wish(self.vectors, self.names, self.text)
         built = on_demand.before_opening(model, self.vectors, wanted, self.topics)
         runner, worker = cluster.open(model, workers, rows)
+        self.chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
+        on_demand.check_tags(runner, self.specs)
         built |= on_demand.files(model, runner, self.vectors, wanted, self.topics)
         on_demand.warn_of_script(runner.shape, self.text)
         return runner, worker, built

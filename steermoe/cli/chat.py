@@ -51,7 +51,16 @@ def chat(
     from steermoe.cli.terminal import console, lines
 
     vectors.check(steering)
-    engine, resolver = on_demand.open_engine(model, vectors, [steering], system or "")
+    from steermoe.engines.conversation import PROBE
+    from steermoe.engines.messages import conversation
+
+    engine, resolver = on_demand.open_engine(
+        model,
+        vectors,
+        [steering],
+        system or "",
+        check=lambda engine: engine.chat(conversation(PROBE, system), thinking),
+    )
     from steermoe.cli.terminal.talk import Talk
     from steermoe.engines.conversation import Conversation, Manner
     from steermoe.steering.resolver import names_of

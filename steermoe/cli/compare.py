@@ -76,7 +76,7 @@ def compare(
     for spec in _specs(steering, domain=domain or ([] if names else ["sport"]), **given):
         vectors.check(spec)
     specs = _specs(steering, domain=[*(domain or []), *names] or ["sport"], **given)
-    runner, resolver = open_engine(model, vectors, specs, text, topics)
+    runner, resolver = open_engine(model, vectors, specs, text, topics, lambda engine: chat.read(engine, text))
     plans = list(map(resolver.plan, specs))
     o.warn_beyond_safe_range(plans)
     how = sampling, o.has_special_tokens(prompt, special_tokens), chat.read(runner, text)

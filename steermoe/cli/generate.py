@@ -56,7 +56,7 @@ def generate(
     text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
     steering = topics.added_to(steering)
-    runner, resolver = open_engine(model, vectors, [steering], text, topics)
+    runner, resolver = open_engine(model, vectors, [steering], text, topics, lambda engine: chat.read(engine, text))
     plan = resolver.plan(steering)
     o.warn_beyond_safe_range([plan])
     special = o.has_special_tokens(prompt, special_tokens)

@@ -298,7 +298,7 @@ def _facts(description: "ModelDescription") -> dict[str, str]:
             "experts a token": " or ".join(map(str, d.top_k)),
             "shared experts": "yes" if d.shared_experts else "no",
             "router": d.router_class,
-            "scoring": d.scoring,
+            "scoring": d.scoring or "the file does not say",
             "fingerprint": d.shape.fingerprint or "unknown: vectors are known by the model's name",
         }
     facts["memory"] = ", ".join(f"{_size(count)} ({FORMS.get(name, name)})" for name, count in d.memory.items())

@@ -3,7 +3,7 @@
 vLLM can't record routing: for it the model is loaded in transformers first, and given up before vLLM starts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ def open_engine(
     specs: "Sequence[SteeringSpec]",
     text: str,
     topics: TopicOptions | None = None,
+    check: "Callable[[Engine], object]" = lambda runner: None,
 ) -> "tuple[Engine, PlanResolver]":
     """Open a model with the vectors that specs name, and what turns the specs into plans.
 
@@ -42,14 +43,24 @@ def open_engine(
         specs: what will be steered.
         text: the prompt, which decides the language.
         topics: what else the specs name: topics in words.
+        check: raises if the model can't do what is asked for, before anything is built for it.
     """
     from steermoe.steering.resolver import names_of
 
     wanted = wish(vectors, (name for spec in specs for name in names_of(spec)), text)
     built = before_opening(model, vectors, wanted, topics)
     runner = model.open()
+    check_tags(runner, specs)
+    check(runner)
     warn_of_script(runner.shape, text)
     return runner, vectors.resolver(runner, built | files(model, runner, vectors, wanted, topics))
+
+
+def check_tags(runner: "Engine", specs: "Iterable[SteeringSpec]") -> None:
+    """Raise if specs follow tags that the model lacks, before anything is built for them."""
+    for spec in specs:
+        if not spec.is_unsteered and spec.strength != 0:
+            runner.tags.check(spec.positions, spec.think_tags)
 
 
 def before_opening(

@@ -24,7 +24,8 @@ from steermoe.discovery.embedder import RoutingSource, TextProgress
 from steermoe.discovery.packaged import DATA, Language, TextLanguage
 from steermoe.engines.engine import Engine
 from steermoe.engines.request import Completion, Request, Sampling
-from steermoe.errors import GenerationError, VectorError, reason
+from steermoe.engines.text import without_hints
+from steermoe.errors import GenerationError, VectorError, quoted, reason
 from steermoe.files import atomic_path, cache_folder
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ def check_topic(topic: str) -> str:
         VectorError: it is empty or too long, or no text.
     """
     words = " ".join(topic.split())
+    if words and not any(char.isalnum() for char in words):
+        raise VectorError(
+            f"the topic '{quoted(words)}' has no letters: name it in words, such as --topic 'pirates at sea'"
+        )
     if not any(char.isalnum() for char in words):
         raise VectorError("the topic is empty: name one in words, such as --topic 'pirates at sea'")
     if len(words) > MOST_TOPIC:
@@ -212,7 +217,8 @@ def write(
         done = _read(path, part)
         if done is None:
             requests = [_request(source, ask, writing) for ask in part]
-            completions = engine.generate(requests, record=True)
+            with without_hints():
+                completions = engine.generate(requests, record=True)
             done = [_judged(ask, completion) for ask, completion in zip(part, completions, strict=True)]
             _keep(path, done)
         written += done

@@ -42,8 +42,8 @@ def read_chat(encoder: Encoder, messages: Sequence[Message], model: str, thinkin
     source = encoder.chat_template()
     if source is None:
         raise GenerationError(
-            f"{model} has no chat template, so it can't chat: leave out --chat and give the beginning of a text, or "
-            "take an instruct version of the model"
+            f"{model} has no chat template, so it can't chat: give the beginning of a text to `steermoe generate` "
+            "without --chat, or take an instruct version of the model"
         )
     check_messages(messages)
     for message in messages:

@@ -2,7 +2,9 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from steermoe.engines.request import Request
@@ -109,7 +111,7 @@ def _encode_text(encoder: Encoder, request: Request, known: list[int] | None) ->
     leading = encoder.leading_special(request.prompt)
     held = leading or _held_special(encoder, request.prompt)
     special = bool(request.special_tokens and held)
-    if held and request.special_tokens is not False:
+    if held and request.special_tokens is not False and _hints.get():
         _tell_reading(held, bool(leading), special)
     if known is not None:
         return known
@@ -161,6 +163,19 @@ def check_not_empty(prompt: str) -> str:
 
 def not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8 ({error.reason} at byte {error.start}): convert it, for example with `iconv -t UTF-8`"
+
+
+_hints: ContextVar[bool] = ContextVar("hints", default=True)
+
+
+@contextmanager
+def without_hints() -> Iterator[None]:
+    """For prompts that steermoe makes by a chat template: within it, nothing is said about their special tokens."""
+    before = _hints.set(False)
+    try:
+        yield
+    finally:
+        _hints.reset(before)
 
 
 @functools.cache

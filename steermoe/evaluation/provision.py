@@ -113,17 +113,23 @@ def asked_for(shape: RoutingShape, wish: Wish) -> list[str]:
 def _has_own(shape: RoutingShape, domain: str, wish: Wish) -> bool:
     """Whether there is a vector that somebody made, which is taken whatever language its texts have.
 
-    One that was built on demand for other weights of this name is none: a retrained model gets its own.
+    One that was built on demand for other weights of this name is none: a retrained model gets its own. So is one that
+    was built on demand for the same weights under another name, such as a GGUF file, and has no strength.
     """
     on_demand: set[Path] = set()
+    kept_in: Path | None = None
     with suppress(VectorError):  # no home folder
         on_demand = {kept_folder(shape, language).resolve() for language in LANGUAGES}
+        kept_in = kept_folder(shape).parent.resolve()
     try:
         files = [path for path in find_vector(domain, folder=wish.folder) if path.parent.resolve() not in on_demand]
         found = fitting(files, shape, foreign=wish.any_model)[0] if files else None
     except (CompatibilityError, VectorNotFound):
         return False
     if found is None or not found.is_taken:
+        return False
+    is_kept = found.path.resolve().parent.parent == kept_in
+    if is_kept and wish.calibrated and found.header is not None and found.header.info.strength is None:
         return False
     is_made = found.header is None or found.header.info.created_by != CREATED_BY
     return is_made or wish.any_model or found.whose != "changed"

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steermoe.discovery.packaged import Language, language_of
-from steermoe.discovery.topic import CREATED_BY, build_topics, count_texts, drop_work, kept_name, write_texts
+from steermoe.discovery.topic import (
+    CREATED_BY,
+    TEXTS_SUFFIX,
+    build_topics,
+    count_texts,
+    drop_work,
+    kept_name,
+    write_texts,
+)
 from steermoe.discovery.writing import Writing, check_topic
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound
 from steermoe.evaluation.provision import SILENT, Watcher, alone_in, calibrate_kept, kept_folder
@@ -83,7 +91,11 @@ def provide_topics(source: "RoutingSource", wish: TopicWish, watcher: Watcher = 
             strength costs too much, or none does anything.
     """
     shape = source.shape
-    for topic in lacking_topics(shape, wish):
+    lacking = lacking_topics(shape, wish)
+    for topic in _topics(wish):
+        if topic not in lacking:
+            _tell_number(wish, topic, wish.path(shape, topic), watcher)
+    for topic in lacking:
         path = wish.path(shape, topic)
         with alone_in(path.parent, watcher):
             found = _read(shape, wish, topic)
@@ -116,6 +128,20 @@ def _read(shape: "RoutingShape", wish: TopicWish, topic: str) -> "SteeringVector
 
 def _is_ready(vector: "SteeringVector | None") -> bool:
     return vector is not None and vector.info.strength is not None
+
+
+def _tell_number(wish: TopicWish, topic: str, path: Path, watcher: Watcher) -> None:
+    """Say so if a number of texts is asked for, and the vector that is there was built from another one."""
+    asked = wish.writing.texts
+    try:
+        number = len(path.with_name(f"{path.name.removesuffix(SUFFIX)}{TEXTS_SUFFIX}").read_bytes().splitlines())
+    except OSError:
+        return
+    if asked not in (number, Writing().texts):
+        watcher.note(
+            f"steermoe: the vector of '{topic}' is there already, from {number} texts, not {asked}: remove '{path}' to "
+            "build it again"
+        )
 
 
 def _announce(

@@ -1,5 +1,6 @@
 """Describe a model without its weights: family, routers, scoring. Builds it on the meta device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,12 +10,16 @@ import torch
 
 from steermoe.errors import ModelError, UnsupportedModel
 from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded, _why_not_run
-from steermoe.models.needs import cache_bytes, weight_bytes
+from steermoe.models.gguf.header import is_moe, read_gguf, read_header
+from steermoe.models.needs import WIDTHS, cache_bytes, weight_bytes
 from steermoe.models.stored import local_folder, stored_fingerprint
 from steermoe.models.template import added_tokens, chat_template, has_tokenizer, think_tags
 from steermoe.routing.architectures import PYTHON_ONLY
 from steermoe.routing.routers import Router, find_routers, gates_of, scoring, shape_of
 from steermoe.routing.shape import RoutingShape
+
+GATING = {1: "softmax", 2: "sigmoid", 3: "softmax"}
+"""GGUF's numbers for how a router turns logits into weights; by 3 only those of the chosen experts."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class ModelDescription:
 
     Attributes:
         shape: its name, its architecture, and its routers: none if it can't be steered.
-        scoring: how the router turns logits into weights, "softmax" or "sigmoid".
+        scoring: how the router turns logits into weights, "softmax" or "sigmoid"; "" if a GGUF file does not say.
         shared_experts: whether every token also passes through a shared expert.
         parameters: of the whole model, including all experts that have weights.
         memory: bytes of the weights by type; of a GGUF file also "file", as llama.cpp runs it.
@@ -100,9 +105,21 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
     Raises:
         ModelError: there is no such checkpoint, or no model can be built from its configuration.
     """
+    name, where, extra = _locate(model)
+    source = Path(where) / extra.get("gguf_file", "")
+    try:
+        found = _describe(name, where, extra, trust_remote_code)
+    except ModelError:
+        if "gguf_file" in extra and is_moe(source):
+            return _describe_gguf(source)
+        raise
+    return found if found.steerable or "gguf_file" not in extra or not is_moe(source) else _describe_gguf(source)
+
+
+def _describe(name: str, where: str, extra: dict[str, str], trust_remote_code: bool) -> ModelDescription:
+    """What transformers makes of a checkpoint; arguments as `_locate` returns them."""
     from transformers import AutoConfig, AutoModel
 
-    name, where, extra = _locate(model)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
         generates = _auto_class(config)
@@ -138,6 +155,29 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
         reason=reason,
         memory=memory,
         cache=cache_bytes(text),
+        tokenizer=tokenizer,
+        template=template,
+        thinking=thinking,
+    )
+
+
+def _describe_gguf(source: Path) -> ModelDescription:
+    """A GGUF file of a Mixture-of-Experts model that transformers can't build, or builds without its experts."""
+    metadata, tensors = read_header(source)
+    file = read_gguf(source)
+    layers, gating = (metadata.get(f"{file.architecture}.{key}") for key in ("block_count", "expert_gating_func"))
+    tokenizer, template, thinking = _of_tokenizer(source)
+    return ModelDescription(
+        shape=file.shape,
+        model_class=f"{file.architecture}, of llama.cpp",
+        layers=layers if isinstance(layers, int) else None,
+        scoring=GATING.get(gating, "") if isinstance(gating, int) else "",
+        shared_experts=any("_shexp" in name for name in tensors),
+        router_class="ffn_gate_inp",
+        parameters=sum(map(math.prod, tensors.values())),
+        reason="its routers' logits are changed before top-k, in llama.cpp only",
+        memory={"file": source.stat().st_size},
+        cache=file.cache_numbers * 1000 * WIDTHS["bfloat16"] or None,
         tokenizer=tokenizer,
         template=template,
         thinking=thinking,

@@ -111,6 +111,19 @@ class ModelTags:
         self._check(plan.positions, tags)
         return tags if follows_tags(plan.positions, tags) else None
 
+    def check(self, positions: Positions, think: Pair | None = None) -> None:
+        """Raise if positions follow tags that are not known.
+
+        Args:
+            positions: of a plan.
+            think: its own tags around thinking.
+
+        Raises:
+            SteeringError: they do, with the fix.
+        """
+        if positions in SEGMENTS:
+            self._check(positions, self._make(think))
+
     def segments(self, plan: SteeringPlan | None, prompt: int) -> Segments | None:
         """What numbers the tokens of a text for a plan; None if their places are enough."""
         tags = self.of(plan)

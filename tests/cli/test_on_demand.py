@@ -58,6 +58,29 @@ def test_the_prompt_or_an_option_chooses_the_language(run, few_texts, tiny_check
     assert read_prompt(None, "both") == read_prompt(None) == DEFAULT_PROMPT
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "A dog", "--chat"), "has no chat template"),
+        (("compare", "A dog", "--chat"), "has no chat template"),
+        (("chat",), "has no chat template"),
+        (("batch", "prompts.txt", "-o", "stories.jsonl", "--chat"), "has no chat template"),
+        (("generate", "A dog", "--positions", "answer"), "but this model has none"),
+        (("batch", "prompts.txt", "-o", "stories.jsonl", "--positions", "answer"), "but this model has none"),
+    ],
+)
+def test_nothing_is_built_for_what_the_model_cannot_do(
+    run, few_texts, tiny_checkpoint, tmp_path, monkeypatch, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("A dog\n", encoding="utf-8")
+    found = run(*arguments, "-d", "sport", "--model", tiny_checkpoint, *SHORT)
+    assert (found.code, found.out) == (1, "")
+    assert said in found.err
+    assert found.err.count("\n") == 1
+    assert not kept(few_texts)
+
+
 def test_no_build_refuses(run, few_texts, tiny_checkpoint):
     found = run("generate", "A dog", "-d", "sport", "--no-build", "--model", tiny_checkpoint)
     assert found.code == 1

@@ -6,6 +6,7 @@ import pytest
 
 from steermoe.evaluation import provision
 from steermoe.vectors.file import read_vector
+from tests.support.chat_models import write_chat_checkpoint
 
 SHORT = ("--max-new-tokens", "6")
 FEW = ("--texts-per-topic", "6")
@@ -34,6 +35,22 @@ def test_generate_builds_once(run, kept, tiny_checkpoint):
     assert by_name.out == first.out
     columns = run("compare", "A dog", *arguments[2:], "--json")
     assert [json.loads(line)["domain"] for line in columns.out.splitlines()] == [None, "pirates-at-sea"]
+
+
+def test_another_number_of_texts_is_not_skipped_in_silence(run, kept, tiny_checkpoint):
+    arguments = ("generate", "A dog", "--topic", "pirates at sea", "--model", tiny_checkpoint, *SHORT)
+    assert run(*arguments, *FEW).code == 0
+    assert "is there already" not in run(*arguments, *FEW).err
+    assert "is there already, from 6 texts, not 9: remove" in run(*arguments, "--texts-per-topic", "9").err
+    assert "is there already" not in run(*arguments).err
+
+
+def test_nothing_is_said_about_the_template_of_requests(run, kept, tmp_path, caplog):
+    checkpoint = write_chat_checkpoint(tmp_path / "tiny-chat")
+    found = run("generate", "A dog", "--topic", "pirates at sea", "--model", checkpoint, *SHORT, *FEW)
+    assert found.code == 0, found.err
+    assert "it writes 6 texts" in found.err
+    assert "special token" not in found.err + caplog.text
 
 
 def test_no_build_refuses(run, kept, tiny_checkpoint):
@@ -82,7 +99,8 @@ def test_build(run, kept, tiny_checkpoint, tmp_path):
     ("arguments", "said"),
     [
         (("generate", "--topic", ""), "the topic is empty"),
-        (("generate", "--topic", " ?"), "the topic is empty"),
+        (("generate", "--topic", " ?"), "the topic '?' has no letters"),
+        (("generate", "--topic", "😀😀"), "the topic '😀😀' has no letters"),
         (("generate", "--texts-per-topic", "8"), "needs a topic"),
         (("generate", "--topic", "a", "-d", "none"), "--domain none leaves the text unsteered"),
         (("vectors", "build", "--topic", ""), "the topic is empty"),

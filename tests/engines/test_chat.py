@@ -131,7 +131,12 @@ def test_thinking_is_switched_where_the_template_can():
 @pytest.mark.parametrize(
     ("template", "messages", "thinking", "error"),
     [
-        (None, conversation("Hi"), None, "tiny has no chat template, so it can't chat: leave out --chat"),
+        (
+            None,
+            conversation("Hi"),
+            None,
+            "tiny has no chat template, so it can't chat: give the beginning",
+        ),
         (chat_models.CHATML, conversation("Hi"), True, "has no switch for thinking: leave out --thinking$"),
         (chat_models.CHATML, conversation("Hi"), False, "has no switch for thinking: leave out --no-thinking$"),
         (

@@ -12,6 +12,7 @@ from steermoe.errors import CompatibilityError, ModelError, SteeringError, Vecto
 from steermoe.evaluation import provision
 from steermoe.evaluation.load_vector import load_vector
 from steermoe.evaluation.provision import Wish, check_there, kept_folder, lacking, missing, provide
+from steermoe.models.loading import LoadedModel
 from steermoe.vectors.file import read_vector, write_vector
 
 FEW = 3
@@ -85,6 +86,17 @@ def test_a_second_domain_is_only_calibrated(few_texts, tiny_model, monkeypatch):
     notes.lines.clear()
     assert set(provide(tiny_model, Wish(("food", "sport")), notes)) == {"food", "sport"}
     assert not notes.lines
+
+
+def test_the_same_weights_under_another_name_get_a_strength_too(few_texts, tiny_model):
+    """A renamed folder, or a GGUF file: its vectors are found by their fingerprint, but most lack a strength."""
+    provide(tiny_model, Wish(("sport",)))
+    renamed = LoadedModel("renamed", tiny_model.model, tiny_model.tokenizer)
+    assert lacking(renamed.shape, Wish(("sport", "food"))) == ["food"]
+    assert lacking(renamed.shape, Wish(("sport", "food"), calibrated=False)) == []
+    given = provide(renamed, Wish(("sport", "food")))
+    assert given == {"food": kept_folder(renamed.shape) / "food.safetensors"}
+    assert read_vector(given["food"]).info.strength is not None
 
 
 def test_each_language_has_its_folder(few_texts, tiny_model):

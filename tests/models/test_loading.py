@@ -14,6 +14,7 @@ from steermoe.models import checkpoint, loading
 from steermoe.models.default import assemble, base, pull, spec
 from steermoe.models.description import describe
 from steermoe.vectors.vector import VectorInfo
+from tests.support import tiny_ggufs
 
 
 def config_folder(folder: Path, config) -> Path:
@@ -195,6 +196,19 @@ def test_describe(tiny_checkpoint, tiny_model):
         "chat_template": False,
         "think_tags": None,
     }
+
+
+@pytest.mark.parametrize(("family", "scoring"), [("mixtral", ""), ("deepseek_v3", "sigmoid")])
+def test_describe_a_gguf_that_only_llama_cpp_runs(tmp_path, family, scoring):
+    """Transformers makes a dense Llama of the first, and does not know the second."""
+    loaded = tiny_ggufs.build(family)
+    found = describe(tiny_ggufs.write(loaded, tmp_path))
+    assert found.steerable
+    assert (found.shape.routers, found.shape.fingerprint) == (loaded.shape.routers, loaded.shape.fingerprint)
+    assert (found.scoring, found.shared_experts) == (scoring, family == "deepseek_v3")
+    assert set(found.memory) == {"file"}
+    assert found.parameters == pytest.approx(sum(each.numel() for each in loaded.model.parameters()), rel=0.01)
+    assert found.reason.endswith("in llama.cpp only")
 
 
 DEEPSEEK = {
