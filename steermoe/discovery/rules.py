@@ -172,13 +172,18 @@ def vectors_by_rule(
     top_k = source.shape.top_k
     for domain, texts in domains.items():
         own = Routing(*read[domain], top_k)
-        rest = Routing(*(torch.cat([read[name][i] for name in sets if name != domain]) for i in (0, 1)), top_k)
+        rest = _together([read[name] for name in sets if name != domain], top_k)
         if rule == "steermoe":
             chosen = steermoe_experts(risk_difference(own.rate(), rest.rate()), top_k, count)
         else:
             chosen = safex_experts(own, rest, count)
         made.append(_vector(source, rule, domain, chosen, texts, own.tokens))
     return made
+
+
+def _together(sets: Sequence[tuple[Tensor, Tensor]], top_k: int) -> Routing:
+    """Several sets of texts as one."""
+    return Routing(torch.cat([frequency for frequency, _ in sets]), torch.cat([tokens for _, tokens in sets]), top_k)
 
 
 def check_comparable(rule: PeerRule, domains: int, has_others: bool) -> None:
