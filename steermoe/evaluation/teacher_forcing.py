@@ -6,10 +6,8 @@ if it were being generated, and its predictions are compared with the unsteered 
 Shapes: B texts and S columns of a batch, T scored tokens of it, V vocabulary, C router calls, k experts per token.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from steermoe.discovery.embedder_hf import batches
 from steermoe.engines.request import Completion
 from steermoe.errors import GenerationError, UnsupportedModel, count_of
 from steermoe.models.loading import LoadedModel, input_device
-from steermoe.routing.routers import chosen_experts, find_routers, module_that_routes
+from steermoe.routing.recording import watch_choices
 from steermoe.steering.handle import steer
 from steermoe.steering.plans import SteeringPlan
 
@@ -176,21 +174,6 @@ def _require_decoder(loaded: LoadedModel) -> None:
             f"{loaded.name} is an encoder-decoder, which does not continue a text: damage and likelihood are measured "
             "on models that do"
         )
-
-
-@contextmanager
-def watch_choices(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the experts that each router call chooses, [T, k] each, in call order."""
-    chosen: list[Tensor] = []
-
-    def keep(router: Any, module: Any, args: Any, output: Any) -> None:
-        chosen.append(chosen_experts(router, output).long().cpu())
-
-    with ExitStack() as undo:
-        for router in find_routers(model):
-            hook = module_that_routes(model, router).register_forward_hook(partial(keep, router))
-            undo.callback(hook.remove)
-        yield chosen
 
 
 def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) -> list[float | None]:

@@ -207,3 +207,18 @@ def record_routing(
 
 def _on_router(record: RoutingRecord, number: int, router: Router, module: nn.Module, args: Any, output: Any) -> None:
     record._observe(number, router, output)
+
+
+@contextmanager
+def watch_choices(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the experts that each router call chooses, [T, k] each, in call order."""
+    chosen: list[Tensor] = []
+
+    def keep(router: Any, module: Any, args: Any, output: Any) -> None:
+        chosen.append(chosen_experts(router, output).long().cpu())
+
+    with ExitStack() as undo:
+        for router in find_routers(model):
+            hook = module_that_routes(model, router).register_forward_hook(partial(keep, router))
+            undo.callback(hook.remove)
+        yield chosen

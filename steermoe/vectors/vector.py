@@ -82,7 +82,7 @@ class VectorInfo:
     formula: Formula | None = None
     scale: Scale | None = None
     strength: float | None = None
-    """The strength to steer with by default, found by measurement."""
+    """The strength to steer with by default, found by measurement, or of the paper whose rule it follows."""
     safe_range: tuple[float, float] | None = None
     damage: float | None = None
     """95th percentile of KL(steered || unsteered) in nats, measured at the upper end of the safe range."""

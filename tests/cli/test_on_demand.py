@@ -130,6 +130,15 @@ def test_vectors_build_without_texts(run, few_texts, tiny_checkpoint, bare_searc
     assert (again.code, "--force" in again.err) == (1, True)
 
 
+@pytest.mark.parametrize("rule", ["steermoe", "dsmoe"])
+def test_vectors_build_by_the_rule_of_another_paper(run, few_texts, tiny_checkpoint, rule):
+    found = run("vectors", "build", "--model", tiny_checkpoint, "--rule", rule, "--language", "ru", "--json")
+    assert found.code == 0, found.err
+    records = json.loads(found.out)
+    assert [record["domain"] for record in records] == list(packaged.DOMAINS)
+    assert all((record["texts"], record["licence"]) == (2, "Apache-2.0") for record in records)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

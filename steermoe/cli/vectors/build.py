@@ -29,12 +29,36 @@ steermoe vectors build --texts sport=texts/sport --texts food=recipes.jsonl --th
 steermoe vectors build --texts chess=chess.jsonl --against other.jsonl --lists 20 -o my_vectors
 
 steermoe vectors build --texts sport=news.csv --against news.csv --label-field kind
+
+steermoe vectors build --rule dsmoe -o by_dsmoe
 """
+RULE_FIELDS = ("rule", "experts")
+"""The fields of `Selection` that also choose among the packaged texts' experts."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which experts become part of a vector."""
+    """Which experts become part of a vector.
+
+    Raises:
+        BadParameter: options that have no effect on the rule.
+    """
+
+    rule: Annotated[
+        Literal["paper", "steermoe", "dsmoe", "safex"],
+        typer.Option(
+            help="Whose rule: paper is that of this method; steermoe, dsmoe and safex are other papers', with their "
+            "formula and strength."
+        ),
+    ] = "paper"
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With another paper's rule: how many experts it takes, over all layers. Default: 10 for dsmoe, else "
+            "as many as a token uses.",
+        ),
+    ] = None
 
     threshold: Annotated[
         float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
@@ -55,6 +79,27 @@ class Selection:
         int, typer.Option(min=0, help="With --against: length of the lists of experts to force and to ban.")
     ] = 10
 
+    def __post_init__(self) -> None:
+        if self.rule == "paper" and self.experts is not None:
+            raise typer.BadParameter("--experts is for another paper's rule: name one with --rule, or leave it out")
+        if self.rule != "paper" and (unused := self.changed()):
+            raise typer.BadParameter(f"{unused[0]} has no effect on --rule {self.rule}: leave it out, or use --experts")
+
+    def changed(self) -> list[str]:
+        """The options in use that only this method's own rule has."""
+        return [option for option in _changed(self) if option.removeprefix("--") not in RULE_FIELDS]
+
+    def check_comparable(self, domains: int, has_others: bool) -> None:
+        """Refuse texts that the rule can't use, before a model is loaded."""
+        from steermoe.discovery.rules import check_comparable
+        from steermoe.errors import VectorError
+
+        if self.rule != "paper":
+            try:
+                check_comparable(self.rule, domains, has_others)
+            except VectorError as error:
+                raise typer.BadParameter(str(error)) from error
+
     def vectors(
         self,
         loaded: "RoutingSource",
@@ -63,9 +108,19 @@ class Selection:
         max_tokens: int,
         progress: "TextProgress",
     ) -> "tuple[list[SteeringVector], list[Contrast]]":
-        """A vector per domain; with `others`, also the contrasts that the vectors come from."""
-        from steermoe.discovery import labelled
+        """A vector per domain; with `others` and this method's rule, also the contrasts that the vectors come from."""
+        from steermoe.discovery import labelled, rules
 
+        if self.rule != "paper":
+            return rules.vectors_by_rule(
+                loaded,
+                self.rule,
+                corpora,
+                others or (),
+                experts=self.experts,
+                max_tokens=max_tokens,
+                progress=progress,
+            ), []
         if others is None:
             threshold, relative = self.threshold, self.relative
             return labelled.vectors_from_labelled(
@@ -134,6 +189,11 @@ def build(
     if topics.topic:
         if texts:
             raise typer.BadParameter("--topic has the model write the texts: leave out --texts, or --topic")
+        if selection.rule != "paper":
+            raise typer.BadParameter(
+                f"--rule {selection.rule} is for texts that are there: leave it out, or name the texts kept beside a "
+                "topic's vector with --texts NAME=NAME.texts.jsonl"
+            )
         _check_no_texts(against, selection, reading, label_field)
         _build_topics(model, topics, name, output, language, force, json)
         return
@@ -141,9 +201,10 @@ def build(
         raise typer.BadParameter("--name is for the vector of a --topic: give one, or name domains with --texts")
     if not texts:
         _check_no_texts(against, selection, reading, label_field)
-        _build_packaged(model, output, language or "en", force, json)
+        _build_packaged(model, output, selection, language or "en", force, json)
         return
     sources = _parse_sources(texts, language)
+    selection.check_comparable(len(sources), against is not None)
     _build_labelled(sources, against, output, selection, reading, label_field, model, force, json)
 
 
@@ -207,7 +268,7 @@ def _check_no_texts(
     given = [
         *(["--against"] if against is not None else []),
         *(["--label-field"] if label_field is not None else []),
-        *_changed(selection),
+        *selection.changed(),
         *_changed(reading),
     ]
     if given:
@@ -219,10 +280,16 @@ def _changed(options: Any) -> list[str]:
 
 
 def _build_packaged(
-    model: loading.ModelOptions, output: Path | None, language: "Language", force: bool, json: bool
+    model: loading.ModelOptions,
+    output: Path | None,
+    selection: Selection,
+    language: "Language",
+    force: bool,
+    json: bool,
 ) -> None:
     """Build the vectors of all packaged domains."""
     from steermoe.cli.terminal import console
+    from steermoe.discovery import rules
     from steermoe.discovery.packaged_vectors import build_packaged, count_texts
     from steermoe.models.default.spec import DOMAINS
     from steermoe.vectors import file
@@ -230,10 +297,16 @@ def _build_packaged(
 
     paths = places_for(DOMAINS, output or Path("steering_vectors") / model.group, overwrite=force)
     loaded = model.source()
-    with console.counting("Building", "texts", count_texts(language)) as progress:
-        vectors = build_packaged(
-            loaded, language, progress=progress, on_remark=lambda remark: console.note(f"steermoe: {remark}")
-        )
+    if selection.rule == "paper":
+        with console.counting("Building", "texts", count_texts(language)) as progress:
+            vectors = build_packaged(
+                loaded, language, progress=progress, on_remark=lambda remark: console.note(f"steermoe: {remark}")
+            )
+    else:
+        with console.counting("Building", "texts", rules.count_texts(selection.rule, language)) as progress:
+            vectors = rules.packaged_by_rule(
+                loaded, selection.rule, language, experts=selection.experts, progress=progress
+            )
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
     _print(vectors, (), paths, json)

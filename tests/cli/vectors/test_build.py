@@ -134,6 +134,42 @@ def test_build_refuses(run, tiny_checkpoint, texts, arguments, message):
     assert not (texts / "steering_vectors").exists()
 
 
+@pytest.mark.parametrize("rule", ["steermoe", "dsmoe", "safex"])
+def test_build_by_the_rule_of_another_paper(run, tiny_checkpoint, texts, rule):
+    """Without --texts in `tests/cli/test_on_demand.py`."""
+    arguments = ["vectors", "build", "--texts", "sport=sport", "--texts", "food=food", "--model", tiny_checkpoint]
+    result = run(*arguments, "--rule", rule, "--experts", "12", "--json")
+    assert result.code == 0, result.err
+    sport, food = json.loads(result.out)
+    assert (sport["domain"], food["domain"]) == ("sport", "food")
+    assert f"steermoe vectors build --rule {rule} (" in sport["created_by"]
+    assert f"--rule {rule} (" in run("vectors", "show", "sport").out
+    vector = library.load_vector("sport")
+    assert 0 < int((vector.experts > 0).sum()) <= 12
+    result = run("generate", "Hi", "-d", "sport", "--model", tiny_checkpoint, "--max-new-tokens", "3")
+    assert result.code == 0, result.err
+    assert ("a guess" in result.err) == (rule == "safex")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experts", "5"], "--experts is for another paper's rule"),
+        (["--rule", "safex", "--threshold", "2"], "--threshold has no effect on --rule safex"),
+        (["--rule", "steermoe", "--lists", "5"], "--lists has no effect on --rule steermoe"),
+        (["--rule", "steermoe", "--texts", "sport=sport"], "--rule steermoe compares texts with others"),
+        (["--rule", "dsmoe", "--texts", "sport=sport", "--against", "food"], "leave out --against"),
+        (["--rule", "dsmoe", "--topic", "pirates"], "--rule dsmoe is for texts that are there"),
+        (["--rule", "dsmoe", "--against", "food"], "--against needs texts of your own"),
+        (["--rule", "best"], "'best'"),
+    ],
+)
+def test_what_a_rule_can_not_use_is_wrong_usage(run, texts, arguments, message):
+    result = run("vectors", "build", *arguments, "--model", "no-such-model")
+    assert result.code == 2
+    assert message in " ".join(result.err.replace("│", " ").split())
+
+
 def test_mix_keeps_where_it_comes_from(run, make_vector, bare_search_path):
     folder = bare_search_path / "steering_vectors" / "tiny-mixtral"
     for domain in ("sport", "food"):
