@@ -23,9 +23,10 @@ from torch import Tensor
 from steermoe.discovery.embedder import RoutingSource, TextProgress
 from steermoe.discovery.packaged import DATA, Language, TextLanguage
 from steermoe.engines.engine import Engine
+from steermoe.engines.messages import Chat, conversation
 from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import without_hints
-from steermoe.errors import GenerationError, VectorError, quoted, reason
+from steermoe.errors import GenerationError, VectorError, quoted
 from steermoe.files import atomic_path, cache_folder
 
 if TYPE_CHECKING:
@@ -172,21 +173,24 @@ def style_of(source: RoutingSource) -> Style:
     return "chat" if getattr(getattr(source, "tokenizer", None), "chat_template", None) else "openings"
 
 
-def _request(source: RoutingSource, ask: Ask, writing: Writing) -> Request:
+def _request(engine: Engine, ask: Ask, writing: Writing) -> Request:
     sampling = Sampling(max_new_tokens=writing.new_tokens, temperature=writing.temperature, seed=ask.seed)
     if ask.style == "openings":
         return Request(ask.words, None, sampling)
-    tokenizer: Any = source.tokenizer
     try:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ask.words}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-    except Exception as error:  # a template is a program that came with the model
-        raise GenerationError(
-            f"the chat template of {source.shape.name} can't render a message ({reason(error)}): build the vector from "
-            "texts of your own, with --texts"
-        ) from error
-    return Request(prompt, None, sampling, special_tokens=True)
+        chat = _without_thinking(engine, ask.words)
+    except GenerationError as error:
+        raise GenerationError(f"{error}; or build the vector from texts of your own, with --texts") from error
+    return Request(chat.prompt, None, sampling, chat=chat)
+
+
+def _without_thinking(engine: Engine, words: str) -> Chat:
+    """What the model reads to answer at once; if its template has no switch for thinking, as it does by default."""
+    messages = conversation(words)
+    try:
+        return engine.chat(messages, thinking=False)
+    except GenerationError:
+        return engine.chat(messages)
 
 
 # ---- writing ----
@@ -216,8 +220,8 @@ def write(
         part, path = asks[start : start + rows], folder / f"{start:04}.safetensors"
         done = _read(path, part)
         if done is None:
-            requests = [_request(source, ask, writing) for ask in part]
             with without_hints():
+                requests = [_request(engine, ask, writing) for ask in part]
                 completions = engine.generate(requests, record=True)
             done = [_judged(ask, completion) for ask, completion in zip(part, completions, strict=True)]
             _keep(path, done)

@@ -174,7 +174,8 @@ def _check_effect(vector: "SteeringVector", damage: float, overlap: float) -> No
         raise SteeringError(
             f"vector '{vector.domain}' does nothing: strength {LARGEST:g} costs {damage:.2g} nats and leaves "
             f"{overlap:.0%} of the routing as it is; it has experts in {layers} of "
-            f"{count_of(vector.num_layers, 'layer')}: make it again with a lower --threshold, or from other texts"
+            f"{count_of(vector.num_layers, 'layer')}: build it from other texts (`steermoe vectors build --texts`), or "
+            "with a lower --threshold"
         )
 
 

@@ -59,7 +59,7 @@ def test_kept_names_differ():
 
 
 def test_a_topic_without_letters_needs_a_name():
-    with pytest.raises(VectorError, match="is empty"):
+    with pytest.raises(VectorError, match="has no letters"):
         domain_of("!?")
     with pytest.raises(VectorError, match="give one with --name"):
         domain_of("〇")

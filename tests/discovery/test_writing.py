@@ -61,7 +61,12 @@ def test_asks_go_through_kinds_and_subjects():
 
 def test_topics_are_checked():
     assert check_topic(" pirates \n at  sea ") == "pirates at sea"
-    for topic, said in (("", "is empty"), (" -- ", "is empty"), ("x" * 201, "at most 200"), ("a\x1b[1m", "printed")):
+    for topic, said in (
+        ("", "is empty"),
+        (" -- ", "has no letters"),
+        ("x" * 201, "at most 200"),
+        ("a\x1b[1m", "printed"),
+    ):
         with pytest.raises(VectorError, match=said):
             check_topic(topic)
 
@@ -155,14 +160,17 @@ def test_a_chat_template_is_used_where_there_is_one(tiny_model, monkeypatch):
     template = "{% for m in messages %}<eos>{{ m.role }}:{{ m.content }}{{ '!' if add_generation_prompt }}{% endfor %}"
     monkeypatch.setattr(tiny_model.tokenizer, "chat_template", template)
     assert style_of(tiny_model) == "chat"
-    request = writing._request(tiny_model, Ask("chat", "Write!", 7), SHORT)
-    assert request.prompt == "<eos>user:Write!!"
+    engine = engine_of(tiny_model)
+    request = writing._request(engine, Ask("chat", "Write <eos>!", 7), SHORT)
+    assert request.prompt == "Write <eos>!"
+    assert request.chat.text == "<eos>user:Write <eos>!!"
     assert request.sampling.seed == 7
-    tokens = engine_of(tiny_model).encode(request)
+    tokens = engine.encode(request)
     assert tokens[0] == tiny_model.tokenizer.eos_token_id
+    assert tiny_model.tokenizer.eos_token_id not in tokens[1:], "a topic's text stays text"
     monkeypatch.setattr(tiny_model.tokenizer, "chat_template", "{{ raise_exception('no users') }}")
-    with pytest.raises(GenerationError, match=r"can't render a message \(no users\): build the vector from"):
-        writing._request(tiny_model, Ask("chat", "Write!", 7), SHORT)
+    with pytest.raises(GenerationError, match=r"can't render these messages: no users.*; or build the vector from"):
+        writing._request(engine_of(tiny_model), Ask("chat", "Write!", 7), SHORT)
 
 
 def test_other_engines_write_themselves():
