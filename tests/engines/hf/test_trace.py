@@ -134,7 +134,7 @@ def test_before_what_is_steered_both_are_the_unsteered_models_choices():
     assert same.trace.strength[:-1] == pytest.approx(1e-6)
 
 
-@pytest.mark.parametrize("family", ("mixtral", "gpt_oss"))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_rows_that_come_and_go_have_the_traces_that_they_have_alone(family):
     """Some of the rows ask for one; the texts of all are what they are without."""
     model = build(family)
@@ -179,7 +179,7 @@ def test_the_figures_of_a_token():
     assert (trace.logprob < 0).all()
 
 
-@pytest.mark.parametrize("kind", (StaticDecoder, RollingDecoder))
+@pytest.mark.parametrize("kind", [StaticDecoder, RollingDecoder])
 def test_tokens_are_passed_on_as_they_are_read(kind):
     model = tiny.build("mixtral")
     loaded = tiny.loaded(model)
