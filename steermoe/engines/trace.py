@@ -205,9 +205,9 @@ def _read(values: Mapping[str, Any]) -> Trace:
     for name, array in (("chosen", chosen), ("unsteered", unsteered)):
         if array.shape != wanted or not bool(((array >= NO_EXPERT) & (array < limit)).all()):
             raise GenerationError(f"'{name}' of the trace does not fit {wanted} and its experts: make it again")
-    for array in (*columns, token_ids):
-        if array.shape != wanted[:1]:
-            raise GenerationError(f"the trace has {len(tokens)} tokens and {len(array)} values for them: make it again")
+    for column in (*columns, token_ids):
+        if column.shape != wanted[:1]:
+            raise GenerationError(f"the trace has {len(tokens)} tokens but {column.size} values for them")
     domains = []
     for one in values["domains"]:
         marks = np.zeros((len(layers), max(experts)), dtype=np.bool_)

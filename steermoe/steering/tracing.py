@@ -60,7 +60,7 @@ class RoutingTracer:
         """The experts that were chosen since the last call of this, and those that would have been without steering.
 
         Raises:
-            SteeringError: routers saw different numbers of tokens, so that they can't be told apart.
+            SteeringError: routers saw different numbers of tokens, so that rows can't be separated.
         """
         now, plain = self._now, self._plain
         self._now, self._plain = {}, {}
