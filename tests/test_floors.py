@@ -15,6 +15,7 @@ FLOORS = (
     ("cli",),
     ("evaluation",),
     ("batch", "discovery"),
+    ("tracing",),
     ("engines",),
     ("steering",),
     ("models",),

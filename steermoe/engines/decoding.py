@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steermoe.engines.engine import Decoder
 from steermoe.engines.messages import split_answer
+from steermoe.engines.recorder import Recorder
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import Pieces, Tokenizer, continuation
 from steermoe.errors import GenerationError
@@ -18,6 +19,8 @@ from steermoe.steering.segments import Segments, Tags
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steermoe.engines.trace import Trace
+    from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
 
 S = TypeVar("S")
@@ -43,6 +46,8 @@ class Row(Generic[S]):
         new: tokens generated so far.
         finish_reason: as in `Completion`; empty while it is being generated.
         tags: what its plan follows, as `ModelTags.of` gives it.
+        shape: the model's; needed only for a request that asks for a trace.
+        recorder: takes down the trace; None if none was asked for.
     """
 
     request: Request
@@ -56,10 +61,15 @@ class Row(Generic[S]):
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
     tags: Tags | None = None
+    shape: "RoutingShape | None" = None
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self._segments = segments_of(self.request.plan, self.tags, self.prompt)
         self._pieces = None if self.on_text is None else Pieces(self.tokenizer, self.prompt, self.shows_special)
+        if self.request.trace and self.shape is not None:
+            on_trace = self.request.on_trace
+            self.recorder = Recorder(self.shape, self.tokenizer, self.prompt, self.shows_special, on_trace)
 
     @property
     def shows_special(self) -> bool:
@@ -88,6 +98,15 @@ class Row(Generic[S]):
         return bool(plan.factor(torch.tensor(read)).any())
 
     @property
+    def trace(self) -> "Trace | None":
+        """The trace of a row that has ended, if one was asked for."""
+        if self.recorder is None:
+            return None
+        numbers = range(len(self.new)) if self._segments is None else self._segments.numbers[len(self.prompt) :]
+        read = len(self.new) - (self.finish_reason != "stop")
+        return self.recorder.finish(self.request.plan, numbers, read)
+
+    @property
     def most(self) -> int:
         """The most tokens that it can have, prompt included."""
         return len(self.prompt) + self.request.sampling.max_new_tokens
@@ -98,6 +117,8 @@ class Row(Generic[S]):
             self.end("stop")
             return
         self.new.append(token)
+        if self.recorder is not None:
+            self.recorder.took(token)
         if self._segments is not None:
             self._segments.read([token])
         if self._pieces is not None:
@@ -143,6 +164,7 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         frequency=frequency,
         was_steered=row.was_steered,
         thinking=thinking,
+        trace=row.trace,
     )
 
 

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import GenerationError, SteeringError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from steermoe.engines.messages import Chat
+    from steermoe.engines.trace import TokenTrace, Trace
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
 
@@ -81,6 +84,9 @@ class Request:
             special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere; None
             does that too, and says so.
         chat: what to answer instead of continuing the prompt, which is then its last message; `Engine.chat` makes it.
+        trace: also fill `Completion.trace`, at some cost in speed.
+        on_trace: called with each token of the trace, once the model has read it; of a single request, or through a
+            decoder.
     """
 
     prompt: str
@@ -88,6 +94,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     special_tokens: bool | None = None
     chat: "Chat | None" = None
+    trace: bool = False
+    on_trace: "Callable[[TokenTrace], None] | None" = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -122,6 +130,7 @@ class Completion:
         frequency: routing embedding F [L, N] of the generated tokens, if it was requested and there are any.
         was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
         thinking: what came before the answer of a chat; None for a model that is not known to think.
+        trace: where each token was sent, if it was requested.
     """
 
     request: Request
@@ -134,6 +143,7 @@ class Completion:
     frequency: "Tensor | None" = None
     was_steered: bool | None = None
     thinking: str | None = None
+    trace: "Trace | None" = None
 
     @property
     def new_tokens(self) -> int:

@@ -5,6 +5,7 @@ Shapes: B rows, S columns of their padded prompts.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from steermoe.engines.decoding import Row, finish
 from steermoe.engines.hf.cache import has_own_generate
-from steermoe.engines.hf.sampling import RowLimits, RowSampler
+from steermoe.engines.hf.sampling import RowLimits, RowSampler, note_logprobs
 from steermoe.engines.request import Completion, Request
+from steermoe.errors import SteeringError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
+from steermoe.routing.tracker import Tracker, Window
 from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.tags import ModelTags
+from steermoe.steering.tracing import RoutingTracer
 
 
 class StaticDecoder:
@@ -38,6 +42,7 @@ class StaticDecoder:
     def __init__(
         self, loaded: LoadedModel, ends: set[int], record: bool = False, tags: ModelTags | None = None
     ) -> None:
+        self._loaded = loaded
         self._model: Any = loaded.model
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
@@ -65,8 +70,8 @@ class StaticDecoder:
         on_text: Callable[[str], None] | None = None,
     ) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
-            tags = self._tags.of(request.plan)
-            self._rows.append(Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags))
+            tags, shape = self._tags.of(request.plan), self._loaded.shape if request.trace else None
+            self._rows.append(Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags, shape=shape))
 
     def step(self) -> list[Completion]:
         if not self._rows:
@@ -93,6 +98,8 @@ class StaticDecoder:
                 handle = SteeringHandle(model, plans[:1] if len(set(plans)) == 1 else plans, self._tags)
                 undo.callback(handle.remove)
             routing = undo.enter_context(record_routing(model, "generated")) if self._record else None
+            if any(row.recorder is not None for row in rows):
+                undo.callback(RowTracer(model, rows).close)
             # `generate` takes what a configuration leaves open from the model's own, sampling and penalties included
             undo.callback(setattr, model, "generation_config", model.generation_config)
             model.generation_config = self._config(rows)
@@ -115,12 +122,14 @@ class StaticDecoder:
         samplings = [row.request.sampling for row in rows]
         own = [1] * len(rows) if self._model.config.is_encoder_decoder else lengths
         limits = [sampling.max_new_tokens for sampling in samplings]
-        is_streamed = len(rows) == 1 and rows[0].on_text is not None
+        is_streamed = len(rows) == 1 and (rows[0].on_text or rows[0].request.on_trace) is not None
+        is_traced = any(row.recorder is not None for row in rows)
+        sampler = RowSampler(samplings, own, sorted(self._ends), partial(note_logprobs, rows) if is_traced else None)
         with torch.inference_mode():
             output = self._model.generate(
                 torch.tensor(tokens_BS, device=self._device),
                 attention_mask=torch.tensor(mask_BS, device=self._device),
-                logits_processor=LogitsProcessorList([RowSampler(samplings, own, sorted(self._ends))]),
+                logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([RowLimits(limits, start), RowEnds(rows)]),
                 streamer=RowStreamer(rows[0]) if is_streamed else None,
             )
@@ -146,6 +155,46 @@ class StaticDecoder:
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=self._tokenizer.pad_token_id,
         )
+
+
+class RowTracer:
+    """Passes to the rows what is chosen for their generated tokens, while `generate` runs.
+
+    Args:
+        model: the model, steered already if it is to be.
+        rows: those of the batch; some ask for a trace.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Row[None]]) -> None:
+        self._rows = rows
+        with ExitStack() as undo:
+            self._tracer = RoutingTracer(model)
+            undo.callback(self._tracer.close)
+            undo.callback(Tracker(model, self._before, self._after).close)
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def _before(self, window: Window) -> None:
+        self._tracer.is_on = window.stack == "decoder" and bool((window.generated_index() >= 0).any())
+
+    def _after(self, window: Window) -> None:
+        if not self._tracer.is_on:
+            return
+        self._tracer.is_on = False
+        chosen, unsteered = self._tracer.take()
+        if len(chosen) != window.rows * window.columns:
+            raise SteeringError(
+                f"routers saw {len(chosen)} tokens where the batch has {window.rows * window.columns}: this model does "
+                "not keep rows apart; trace texts one by one"
+            )
+        for number, row in enumerate(self._rows):
+            for column, place in enumerate(window.generated_index().tolist()):
+                if row.recorder is not None and place >= 0:
+                    at = number * window.columns + column
+                    own = row.place if len(row.new) - 1 == place else None  # without streaming, rows get tokens later
+                    row.recorder.read(place, chosen[at], unsteered[at], row.request.plan, own)
 
 
 class RowEnds(StoppingCriteria):
