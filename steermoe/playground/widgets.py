@@ -26,15 +26,14 @@ element.addEventListener("steermoe-token", (event) => {
 """A token that is clicked opens the view of its experts, and is told to the server."""
 
 
-class Tokens(gr.HTML):
-    """A text whose tokens can be clicked."""
+def tokens(value: str, elem_id: str) -> Any:
+    """A text whose tokens can be clicked.
 
-    def __init__(self, value: str, **more: Any) -> None:
-        super().__init__(value, js_on_load=ON_TOKEN, apply_default_css=False, **more)
-
-    def postprocess(self, value: str | None) -> str | None:
-        """The value as it is: the JSON of a trace stands in a <script> that is not to be run."""
-        return value
+    Not a class of its own: Gradio would write a file of types beside this one.
+    """
+    made: Any = gr.HTML(value, js_on_load=ON_TOKEN, apply_default_css=False, elem_id=elem_id)
+    made.postprocess = lambda text: text  # without a warning that the JSON of a trace, in a <script>, will not run
+    return made
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Widgets:
     picked: gr.State
     settings: dict[str, Any] = field(default_factory=dict)
     amounts: list[gr.Slider] = field(default_factory=list)
-    sides: list[Tokens] = field(default_factory=list)
+    sides: list[Any] = field(default_factory=list)
     presets: dict[str, gr.Button] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +83,7 @@ def make(first: Settings, topics: Sequence[str], presets: Sequence[str], model: 
     with gr.Row(elem_classes="sm-sides", equal_height=False):
         for side, name in enumerate(("unsteered", "steered")):
             with gr.Column(min_width=300):
-                widgets.sides.append(Tokens(view.empty(side), elem_id=f"sm-{name}"))
+                widgets.sides.append(tokens(view.empty(side), f"sm-{name}"))
     _more(widgets, first)
     _build(widgets)
     _map(widgets, topics)
