@@ -97,9 +97,8 @@ class Row(Generic[S]):
         read = segments.numbers[: len(segments.numbers) - (self.finish_reason == "length")]
         return bool(plan.factor(torch.tensor(read)).any())
 
-    @property
-    def trace(self) -> "Trace | None":
-        """The trace of a row that has ended, if one was asked for."""
+    def finished_trace(self) -> "Trace | None":
+        """The trace, if one was asked for; to be called once, when the row has ended."""
         if self.recorder is None:
             return None
         numbers = range(len(self.new)) if self._segments is None else self._segments.numbers[len(self.prompt) :]
@@ -164,7 +163,7 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         frequency=frequency,
         was_steered=row.was_steered,
         thinking=thinking,
-        trace=row.trace,
+        trace=row.finished_trace(),
     )
 
 

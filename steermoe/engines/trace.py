@@ -205,7 +205,8 @@ def _read(values: Mapping[str, Any]) -> Trace:
     for name, array in (("chosen", chosen), ("unsteered", unsteered)):
         if array.shape != wanted or not bool(((array >= NO_EXPERT) & (array < limit)).all()):
             raise GenerationError(f"'{name}' of the trace does not fit {wanted} and its experts: make it again")
-    for column in (*columns, token_ids):
+    per_token: list[NDArray[Any]] = [*columns, token_ids]
+    for column in per_token:
         if column.shape != wanted[:1]:
             raise GenerationError(f"the trace has {len(tokens)} tokens but {column.size} values for them")
     domains = []

@@ -1,7 +1,7 @@
 """Write traces to a file: a page if its name ends in .html, else JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,34 @@ def as_json(completions: Sequence[Completion], model: str, command: str = "", en
     texts = [{**one.as_dict(model), "trace": one.trace and one.trace.to_dict()} for one in completions]
     whole: dict[str, Any] = {"version": VERSION, "model": model, "engine": engine, "command": command, "texts": texts}
     return json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def story_file(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Where the trace of a story of `batch` is: under the story's key."""
+    return folder / f"{record['job']}.json"
+
+
+def write_story(folder: Path, record: Mapping[str, Any], completion: Completion) -> None:
+    """Write one story's trace, with the record that the file of stories has of it.
+
+    Raises:
+        GenerationError: the file can't be written.
+    """
+    whole = {"version": VERSION, **record, "trace": completion.trace and completion.trace.to_dict()}
+    write_text(story_file(folder, record), json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder for traces, if it is not there.
+
+    Raises:
+        GenerationError: it can't be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GenerationError(f"can't create the folder '{path}': {error.strerror}; name another one") from error
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
