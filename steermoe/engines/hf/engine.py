@@ -72,12 +72,12 @@ class HFEngine:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         return Room(int(free_memory(self.loaded.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
 
-    def decoder(self, rows: int) -> Decoder:
+    def decoder(self, rows: int, tokens: int | None = None) -> Decoder:
         """As `Engine.decoder`: the best one that the model allows."""
         self._try_once()
         if rows_can_change(self.loaded.model):
             return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps(), self.tags)
-        return StaticDecoder(self.loaded, self.end_tokens(), tags=self.tags)
+        return StaticDecoder(self.loaded, self.end_tokens(), tags=self.tags, steerable=tokens is not None)
 
     @property
     def context_length(self) -> int | None:
