@@ -123,6 +123,8 @@ class Row(Generic[S]):
 
     def take(self, token: int, score: TokenScore | None = None) -> None:
         """Add a token, or end the row at an end token; the last token allowed also ends it."""
+        if self.finish_reason:
+            return
         if token in self.ends:
             self.end("stop")
             return

@@ -143,7 +143,8 @@ class Engine(Protocol):
         Args:
             rows: requests at once.
             tokens: for a decoder whose requests come one by one, as those of a server do: the most tokens of a text,
-                prompt included, so that there is room for it whenever it comes.
+                prompt included, so that there is room for it whenever it comes. Another thread may then call `encode`
+                and `chat` while the decoder runs.
         """
 
     def room(self) -> "Room | None":

@@ -142,5 +142,5 @@ def test_penalties_lower_what_was_generated():
 
 
 def test_a_penalty_out_of_range():
-    with pytest.raises(GenerationError, match="presence_penalty 2.5 is out of range: expected -2 to 2"):
+    with pytest.raises(GenerationError, match=r"presence_penalty 2\.5 is out of range: expected -2 to 2"):
         PenalisedSampling(presence_penalty=2.5)
