@@ -54,7 +54,8 @@ def serve(
     require_vllm()
     if model.startswith("-"):  # no MODEL before the arguments of vLLM
         model, arguments = "smollm2-moe", [model, *(arguments or ())]
-    from steermoe.engines.vllm.server import ServerOptions, serve
+    from steermoe.engines.listening import ServerOptions
+    from steermoe.engines.vllm.server import serve
 
     options = ServerOptions(host, port, api_key or (), vectors.vectors, vectors.any_model)
     loading.pull_if_needed(model)

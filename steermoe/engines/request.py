@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MOST_SCALING = 1e9
 """The largest temperature or penalty; 1 / 1e9 is the smallest. Scores times this stay finite."""
+MOST_PENALTY = 2.0
+"""The largest presence or frequency penalty, as in OpenAI's protocol."""
 LISTS = ("force", "ban")
 """Fields of a plan that a completion leaves out, since lists can be long; stories have them at the end."""
 
@@ -74,6 +76,52 @@ class Sampling:
             if not is_right:
                 raise GenerationError(f"{name} {getattr(self, name)} is out of range: expected {expected}")
 
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """What is subtracted from the scores of tokens that were generated: once each, and for each time."""
+        return 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class PenalisedSampling(Sampling):
+    """With the penalties of OpenAI's protocol, which lower the scores of tokens that were generated already.
+
+    Attributes:
+        presence_penalty: once for each generated token.
+        frequency_penalty: for each time that it was generated.
+
+    Raises:
+        GenerationError: a value outside its range.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(getattr(self, name)) <= MOST_PENALTY:
+                expected = f"{-MOST_PENALTY:g} to {MOST_PENALTY:g}"
+                raise GenerationError(f"{name} {getattr(self, name)} is out of range: expected {expected}")
+
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """As `Sampling.penalties`."""
+        return self.presence_penalty, self.frequency_penalty
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely the model thought a token, before anything but steering changed its logits.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens with theirs, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -87,6 +135,7 @@ class Request:
         trace: also fill `Completion.trace`, at some cost in speed.
         on_trace: called with each token of the trace, once the model has read it; of a single request, or through a
             decoder.
+        logprobs: also fill `Completion.scores`, with this many of the likeliest tokens at each place; None does not.
     """
 
     prompt: str
@@ -96,6 +145,7 @@ class Request:
     chat: "Chat | None" = None
     trace: bool = False
     on_trace: "Callable[[TokenTrace], None] | None" = None
+    logprobs: int | None = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -131,6 +181,7 @@ class Completion:
         was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
         thinking: what came before the answer of a chat; None for a model that is not known to think.
         trace: where each token was sent, if it was requested.
+        scores: one per token, if `Request.logprobs` asks for them.
     """
 
     request: Request
@@ -144,6 +195,7 @@ class Completion:
     was_steered: bool | None = None
     thinking: str | None = None
     trace: "Trace | None" = None
+    scores: tuple[TokenScore, ...] | None = None
 
     @property
     def new_tokens(self) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.decoding import Row, by_prompt, finish, steers_prompt
+from steermoe.engines.decoding import OnToken, Row, by_prompt, finish, score_of, steers_prompt
 from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens, note_logprobs
 from steermoe.engines.request import Completion, Request
@@ -103,6 +103,7 @@ class RollingDecoder:
         requests: Sequence[Request],
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
+        on_token: OnToken | None = None,
     ) -> None:
         generators = generators_of([request.sampling for request in requests])
         rows = [
@@ -115,27 +116,37 @@ class RollingDecoder:
                 on_text,
                 tags=self._tags.of(request.plan),
                 shape=self._loaded.shape if request.trace else None,
+                on_token=on_token,
             )
             for request, prompt, generator in zip(requests, prompts, generators, strict=True)
         ]
         for chunk in _chunks(by_prompt(rows), PROMPT_TOKENS):
             self._compute_prompts(chunk)
 
+    def drop(self, request: Request) -> None:
+        for row in self._rows:
+            if row.request is request:
+                row.end("interrupted")
+
+    def steer(self, request: Request, plan: SteeringPlan | None) -> None:
+        for row in self._rows:
+            if row.request is request:
+                row.steer(plan, self._tags.of(plan))
+                self._rows_changed = True
+
     @torch.inference_mode()
     def step(self) -> list[Completion]:
+        self._drop_ended()
         if self._rows:
             assert self._cache is not None
             self._take_tokens(self._rows, self._next_logits(self._cache))
-            for number in reversed(range(len(self._rows))):
-                if self._rows[number].finish_reason:
-                    self._drop(number)
-            self._cache.set_width(max((row.cached for row in self._rows), default=0))
+            self._drop_ended()
         finished, self._finished = self._finished, []
         return finished
 
     def _next_logits(self, cache: RowCache) -> Tensor:
         """[B, V] after each row's last token, float32."""
-        plans = [row.request.plan for row in self._rows]
+        plans = [row.plan for row in self._rows]
         tokens_B1 = torch.tensor([row.new[-1:] for row in self._rows])
         cached_B = torch.tensor([row.cached for row in self._rows])
         index_B1 = torch.tensor([[row.place] for row in self._rows])
@@ -185,7 +196,7 @@ class RollingDecoder:
             )
         for number, row in enumerate(self._rows):
             if row.recorder is not None:
-                row.recorder.read(len(row.new) - 1, chosen[number], unsteered[number], row.request.plan, row.place)
+                row.recorder.read(len(row.new) - 1, chosen[number], unsteered[number], row.plan, row.place)
 
     # ---- prompts ----
 
@@ -209,7 +220,7 @@ class RollingDecoder:
         tokens_MS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
         mask_MS = torch.arange(width) >= (width - lengths)[:, None]
         positions_MS = (mask_MS.long().cumsum(-1) - 1).clamp(min=0)
-        self._steer([row.request.plan if steers_prompt(row.request.plan) else None for row in rows])
+        self._steer([row.plan if steers_prompt(row.plan) else None for row in rows])
         self._rows_changed = True
         computed = empty_cache(self._model, forgets=self._compiled is None)
         window = Window(len(rows), width, 0, width, mask_MS)
@@ -258,8 +269,9 @@ class RollingDecoder:
 
         token_B = next_tokens(logits_BV, samplings, new, self._end_tokens, history, generators)
         note_logprobs(rows, logits_BV, token_B)
-        for row, token in zip(rows, token_B.tolist(), strict=True):
-            row.take(token)
+        for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
+            most = row.request.logprobs
+            row.take(token, None if most is None else score_of(logits_BV[number], token, most))
 
     def _drop(self, number: int) -> None:
         assert self._cache is not None
@@ -269,6 +281,14 @@ class RollingDecoder:
         if number < len(self._rows):
             self._rows[number] = last
         self._rows_changed = True
+
+    def _drop_ended(self) -> None:
+        """Take the rows that have ended out of the cache, and give up the columns that only they had."""
+        ended = [number for number, row in enumerate(self._rows) if row.finish_reason]
+        for number in reversed(ended):
+            self._drop(number)
+        if self._cache is not None:
+            self._cache.set_width(max((row.cached for row in self._rows), default=0))
 
     def _steer(self, plans: list[SteeringPlan | None]) -> None:
         if self._handle is not None:

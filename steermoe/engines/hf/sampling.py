@@ -62,12 +62,17 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
         samplings: one per row.
         new: tokens that each row has so far.
         ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
-        history: called only for rows with a repetition penalty.
+        history: called only for rows with a penalty.
     """
     # always a copy: the scores that `generate` passes are not ours to change
     warped = scores.to(torch.float32, copy=True)
     if early := [row for row, sampling in enumerate(samplings) if new[row] < sampling.min_new_tokens]:
         warped[torch.tensor(early, device=warped.device)[:, None], ends.to(warped.device)] = float("-inf")
+    for row, sampling in enumerate(samplings):
+        presence, frequency = sampling.penalties
+        if (presence or frequency) and new[row]:
+            counts_V = torch.bincount(history(row)[-new[row] :].cpu(), minlength=warped.shape[1]).to(warped.device)
+            warped[row] -= presence * (counts_V > 0) + frequency * counts_V
     for rows in _alike(samplings).values():
         warpers = _warpers(*_warping(samplings[rows[0]]))
         if not warpers:
@@ -128,7 +133,7 @@ class RowSampler(LogitsProcessor):
         samplings: one per row, [B].
         prompt_lengths: [B], tokens of each row's prompt, without padding.
         ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
-        on_tokens: called with the model's logits [B, V] and the tokens [B] that are drawn from them.
+        scored: called with the model's scores [B, V] and the tokens [B] that were drawn from them.
     """
 
     def __init__(
@@ -136,10 +141,10 @@ class RowSampler(LogitsProcessor):
         samplings: Sequence[Sampling],
         prompt_lengths: Sequence[int],
         ends: Sequence[int],
-        on_tokens: Callable[[Tensor, Tensor], None] | None = None,
+        scored: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        self.on_tokens = on_tokens
         self.samplings = samplings
+        self._scored = scored
         self.prompt_lengths = prompt_lengths
         self.width = max(prompt_lengths)
         self.ends = torch.tensor(sorted(ends), dtype=torch.long)
@@ -147,8 +152,8 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token_B = next_tokens(scores, self.samplings, *self._given(input_ids), self.generators)
-        if self.on_tokens is not None:
-            self.on_tokens(scores, token_B)
+        if self._scored is not None:
+            self._scored(scores, token_B)
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
 
     def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.engines.decoding import Row, by_prompt
+from steermoe.engines.decoding import Row, by_prompt, score_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.routing.positions import NOWHERE
@@ -86,10 +86,10 @@ class Run:
         Returns:
             the rows that end with it.
         """
-        self._install([row.request.plan for row in [*self.rows, *rows]])
+        self._install([row.plan for row in [*self.rows, *rows]])
         self.rows += rows
         for row in rows:
-            self._factors[row] = factors_of(row.request.plan, len(row.prompt), row.request.sampling.max_new_tokens)
+            self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens)
         for group in by_prompt(rows):
             first, *others = (self.rows.index(row) for row in group)
             logits = self._read_prompt(first)
@@ -97,7 +97,12 @@ class Run:
                 self.context.copy(first, other)
             for row in group:
                 self._take(row, logits)
-        return self._drop()
+        return self.drop()
+
+    def follow(self, row: LlamaRow) -> None:
+        """Steer a row in flight by the plan that it has now."""
+        self._install([one.plan for one in self.rows])
+        self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens)
 
     def step(self) -> list[LlamaRow]:
         """Add a token to every row in flight; returns the rows that end with it."""
@@ -108,7 +113,7 @@ class Run:
         self._forward(places, [row.new[-1] for row in rows], [row.cached for row in rows], places)
         for place, row in enumerate(rows):
             self._take(row, self.context.logits(place))
-        return self._drop()
+        return self.drop()
 
     def report(self) -> SteeringReport:
         hits, slots = self._state.take_share()
@@ -117,8 +122,8 @@ class Run:
         self._listed += SteeringReport(**self._state.take_listed())
         return SteeringReport(self._calls, self._seen, self._steered, self._hits, self._slots) + self._listed
 
-    def _drop(self) -> list[LlamaRow]:
-        """Take the finished rows out, and close the gaps that they leave."""
+    def drop(self) -> list[LlamaRow]:
+        """Take the finished rows out, and close the gaps that they leave; returns them."""
         finished = [row for row in self.rows if row.finish_reason]
         for row in reversed(finished):
             place, last = self.rows.index(row), self.rows.pop()
@@ -128,7 +133,7 @@ class Run:
             self.context.forget(len(self.rows))
             del self._factors[row]
         if finished:
-            self._followed = self._plans.numbers(row.request.plan for row in self.rows)
+            self._followed = self._plans.numbers(row.plan for row in self.rows)
         return finished
 
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
@@ -170,7 +175,9 @@ class Run:
         return 0.0 if number == NOWHERE else float(self._factors[row][len(row.prompt) + number])
 
     def _take(self, row: LlamaRow, logits: NDArray[np.float32]) -> None:
-        row.take(row.sampler.draw(logits, row.prompt + row.new, len(row.new)))
+        token = row.sampler.draw(logits, row.prompt + row.new, len(row.new))
+        most = row.request.logprobs
+        row.take(token, None if most is None else score_of(torch.tensor(logits), token, most))
 
 
 def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:
