@@ -1,9 +1,11 @@
 """Where a server listens, whom it lets in, and where it finds vectors. Knows no server."""
 
+import base64
 import hashlib
 import hmac
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +60,25 @@ class Keys:
         self._digests = [_digest(key) for key in keys]
 
     def admit(self, authorization: str | None) -> bool:
-        """Whether a request may in, by its header `Authorization: Bearer KEY`."""
+        """Whether a request may in, by its header `Authorization: Bearer KEY`, or `Basic` with the key as password."""
         if not self._digests:
             return True
         scheme, _, key = (authorization or "").partition(" ")
-        given = _digest(key.strip())
+        kind = scheme.lower()
+        given = _digest(_password(key) if kind == "basic" else key.strip())
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        return kind in ("bearer", "basic") and any(found)
+
+
+def _password(credentials: str) -> str:
+    """The password in what a browser sends; "", which is no key, if there is none."""
+    with suppress(ValueError):
+        return (
+            base64.b64decode(credentials.strip(), validate=True)
+            .decode("utf-8", errors="surrogateescape")
+            .partition(":")[2]
+        )
+    return ""
 
 
 def _digest(key: str) -> bytes:

@@ -155,8 +155,8 @@ def split_texts(pasted: str) -> list[str]:
         texts = [" ".join(line.split()) for line in pasted.splitlines() if line.strip()]
     if not LEAST_TEXTS <= len(texts) <= MOST_TEXTS:
         raise VectorError(
-            f"there are {len(texts)} texts, expected {LEAST_TEXTS} to {MOST_TEXTS}: paste one after another, with empty "
-            "lines between them"
+            f"there are {len(texts)} texts, expected {LEAST_TEXTS} to {MOST_TEXTS}: paste one after another, with "
+            "empty lines between them"
         )
     return texts
 

@@ -4,19 +4,19 @@ import html
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from steermoe.discovery.writing import Writing
 from steermoe.errors import SteerMoEError
 from steermoe.playground import exports, presets, view
 from steermoe.playground.building import Building, Progress, watched
 from steermoe.playground.session import Run, Session, Sessions
 from steermoe.playground.settings import Settings, from_values
-from steermoe.playground.widgets import CHAT, PASTED, SLOTS, STORY, Widgets, make
+from steermoe.playground.widgets import CHAT, PASTED, SLOTS, STORY, make
 from steermoe.serving.service import Service
 from steermoe.tracing.page import page as trace_page
 from steermoe.tracing.view import script, style
@@ -73,14 +73,15 @@ class Page:
     Args:
         service: what generates and steers.
         model: how commands name the model; by default as the service does.
+        writing: how many texts the model writes about a topic; by default as `steermoe vectors build`.
     """
 
-    def __init__(self, service: Service, model: str | None = None) -> None:
+    def __init__(self, service: Service, model: str | None = None, writing: Writing | None = None) -> None:
         self._live, self._resolver = service.live, service.steering.resolver
         self._name, self._model = service.steering.served, model or service.steering.served
         self._can_chat = service.can_chat
         self.sessions = Sessions(lambda: Session(self._live, self._resolver))
-        self._building = Building(self._live)
+        self._building = Building(self._live, writing)
         self._work: dict[str, Progress] = {}
 
     def blocks(self) -> gr.Blocks:
@@ -92,7 +93,7 @@ class Page:
             self._wire_building()
             self._wire_exports()
             shown = [*self._w.settings.values(), *self._w.amounts, self._w.names, self._w["mapped"]]
-            blocks.load(self._on_load, None, shown, **QUIETLY)
+            blocks.load(self._on_load, self._w["query"], shown, js="() => location.search", **QUIETLY)
             blocks.unload(self._on_leave)
         return blocks
 
@@ -203,15 +204,12 @@ class Page:
         amounts = [settings.amounts.get(name, 0) for name in names]
         return [*shown, *amounts, *[0] * (SLOTS - len(names))]
 
-    def _on_load(self, request: gr.Request) -> list[Any]:
+    def _on_load(self, query: str) -> list[Any]:
         """Show what a link says, and the topics that there are by now."""
         topics = self.topics()
         settings = presets.first(topics)
-        query = str(request.request.url.query) if request.request is not None else ""
-        with suppress(AttributeError):
-            query = request.request.headers["referer"].partition("?")[2] if not query else query
         try:
-            settings = settings.updated(query)
+            settings = settings.updated(query.removeprefix("?"))
             if unknown := [name for name in settings.weights if name not in topics]:
                 gr.Warning(html.escape(f"this model has no topic {', '.join(unknown)[:200]}: add it below"))
         except SteerMoEError as error:

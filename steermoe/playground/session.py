@@ -1,4 +1,4 @@
-"""One visitor of the page: two texts from one prompt, unsteered and steered, whose steering can be changed as they come.
+"""One visitor of the page: two texts from one prompt, unsteered and steered, and steering that changes as they come.
 
 The texts run on the engine's own thread; all that is here only asks for them and reads what has come.
 """

@@ -1,6 +1,6 @@
 """What a visitor of the page has chosen: the same from sliders, from a link and from a preset. Knows no page.
 
-A topic's amount is its weight in the mixture, and the strength is a multiple of what the topics' vectors were calibrated
+A topic's amount is its weight in the mixture. The strength is a multiple of what the topics' vectors were calibrated
 with: 1 is as strong as was measured to be safe, whatever the vectors are.
 """
 

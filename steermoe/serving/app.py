@@ -33,6 +33,8 @@ OPEN = ("/health", "/metrics")
 """Paths that answer without a key: how the server is."""
 MOST_BODY = 4 << 20
 """Bytes of a request's body."""
+API = ("/v1/", "/api/")
+"""Paths of programs, which send a key as a header; a browser asks for it, as a password of any name."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CLOSING = 5
 """Seconds for answers to be sent after the last text has ended."""
@@ -191,6 +193,8 @@ def answer_error(path: str, error: SteerMoEError) -> Response:
     headers = {"Retry-After": str(error.seconds)} if isinstance(error, QueueFull) else {}
     if status == 413:
         headers["Connection"] = "close"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer" if path.startswith(API) else 'Basic realm="steermoe"'
     return _json(content, status, headers)
 
 
@@ -276,6 +280,7 @@ def run(
     limits: Limits | None = None,
     settings: Settings | None = None,
     ready: Callable[[str], None] = lambda address: None,
+    extend: Callable[[FastAPI], Any] = lambda app: None,
 ) -> None:
     """Serve an engine until SIGTERM or Ctrl-C; then finish what runs, within the grace.
 
@@ -285,6 +290,7 @@ def run(
         limits: by default those of `Limits`.
         settings: by default those of `Settings`.
         ready: called with the address once requests are taken.
+        extend: called with the application, to mount further pages on it.
 
     Raises:
         ModelError: the address can't be used.
@@ -292,7 +298,9 @@ def run(
     settings = settings or Settings()
     live = LiveEngine(engine, limits)
     try:
-        asyncio.run(_serve(create_app(live, resolver, settings), live, settings, ready))
+        app = create_app(live, resolver, settings)
+        extend(app)
+        asyncio.run(_serve(app, live, settings, ready))
     finally:
         live.close(0)
 

@@ -82,7 +82,6 @@ class StaticDecoder:
     ) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
             tags, shape = self._tags.of(request.plan), self._loaded.shape if request.trace else None
-            ends, text = self._ends, self._tokenizer
             self._rows.append(
                 Row(
                     request,
