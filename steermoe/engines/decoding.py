@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from steermoe.engines.engine import Decoder
+from steermoe.engines.engine import Decoder, OnToken
 from steermoe.engines.messages import split_answer
 from steermoe.engines.request import Completion, Request, TokenScore
 from steermoe.engines.text import Pieces, Tokenizer, continuation
@@ -26,10 +26,6 @@ S = TypeVar("S")
 
 class Stop(Exception):
     """Raised by `on_text` to end the text where it is; the completion holds what came so far."""
-
-
-OnToken = Callable[["Row[Any]", str], None]
-"""Called with a row after each of its tokens, and with the text that the token completes; see `Decoder.start`."""
 
 
 @dataclass(eq=False)

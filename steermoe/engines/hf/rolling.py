@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.decoding import OnToken, Row, by_prompt, finish, score_of, steers_prompt
+from steermoe.engines.decoding import Row, by_prompt, finish, score_of, steers_prompt
+from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens
 from steermoe.engines.request import Completion, Request

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from steermoe.engines.decoding import OnToken, Row, finish, score_of
+from steermoe.engines.decoding import Row, finish, score_of
+from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import has_own_generate
 from steermoe.engines.hf.sampling import RowLimits, RowSampler
 from steermoe.engines.request import Completion, Request, TokenScore

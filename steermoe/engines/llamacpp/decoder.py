@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from steermoe.engines.decoding import OnToken, finish
+from steermoe.engines.decoding import finish
+from steermoe.engines.engine import OnToken
 from steermoe.engines.llamacpp.rows import Context, LlamaRow, Run, frequency_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.request import Completion, Request
