@@ -70,7 +70,10 @@ class RollingDecoder:
         for request, prompt in zip(requests, prompts, strict=True):
             sampler = TokenSampler(request.sampling, sorted(ends))
             tags = self._tags.of(request.plan)
-            row = LlamaRow(request, prompt, self._tokenizer, ends, sampler, on_text, self._given, tags=tags)
+            shape = self._state.shape if request.trace else None
+            row = LlamaRow(
+                request, prompt, self._tokenizer, ends, sampler, on_text, self._given, tags=tags, shape=shape
+            )
             self._waiting.append(row)
             self._given += 1
             self._was_steered |= request.plan is not None
