@@ -15,6 +15,7 @@ FLOORS = (
     ("cli",),
     ("evaluation", "serving"),
     ("batch", "discovery"),
+    ("tracing",),
     ("engines",),
     ("steering",),
     ("models",),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steermoe.engines.engine import Decoder, OnToken
 from steermoe.engines.messages import split_answer
+from steermoe.engines.recorder import Recorder
 from steermoe.engines.request import Completion, Request, TokenScore
 from steermoe.engines.text import Pieces, Tokenizer, continuation
 from steermoe.errors import GenerationError
@@ -18,6 +19,8 @@ from steermoe.steering.segments import Segments, Tags
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steermoe.engines.trace import Trace
+    from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
 
 S = TypeVar("S")
@@ -46,6 +49,8 @@ class Row(Generic[S]):
         on_token: as in `Decoder.start`.
         plan: the request's, until `steer` changes it.
         scores: one per token in `new`, if the request asks for them.
+        shape: the model's; needed only for a request that asks for a trace.
+        recorder: takes down the trace; None if none was asked for.
     """
 
     request: Request
@@ -61,6 +66,8 @@ class Row(Generic[S]):
     tags: Tags | None = None
     on_token: OnToken | None = None
     scores: list[TokenScore] = field(default_factory=list)
+    shape: "RoutingShape | None" = None
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.plan = self.request.plan
@@ -68,6 +75,9 @@ class Row(Generic[S]):
         self._text: list[str] = []
         is_watched = self.on_text is not None or self.on_token is not None
         self._pieces = Pieces(self.tokenizer, self.prompt, self.shows_special) if is_watched else None
+        if self.request.trace and self.shape is not None:
+            on_trace = self.request.on_trace
+            self.recorder = Recorder(self.shape, self.tokenizer, self.prompt, self.shows_special, on_trace)
 
     @property
     def shows_special(self) -> bool:
@@ -94,6 +104,14 @@ class Row(Generic[S]):
 
         read = segments.numbers[: len(segments.numbers) - (self.finish_reason == "length")]
         return bool(plan.factor(torch.tensor(read)).any())
+
+    def finished_trace(self) -> "Trace | None":
+        """The trace, if one was asked for; to be called once, when the row has ended."""
+        if self.recorder is None:
+            return None
+        numbers = range(len(self.new)) if self._segments is None else self._segments.numbers[len(self.prompt) :]
+        read = len(self.new) - (self.finish_reason != "stop")
+        return self.recorder.finish(self.plan, numbers, read)
 
     @property
     def text(self) -> str | None:
@@ -127,6 +145,8 @@ class Row(Generic[S]):
         self.new.append(token)
         if score is not None:
             self.scores.append(score)
+        if self.recorder is not None:
+            self.recorder.took(token)
         if self._segments is not None:
             self._segments.read([token])
         if self._pieces is not None:
@@ -178,6 +198,7 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         was_steered=row.was_steered,
         thinking=thinking,
         scores=None if row.request.logprobs is None else tuple(row.scores),
+        trace=row.finished_trace(),
     )
 
 

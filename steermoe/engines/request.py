@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import GenerationError, SteeringError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from steermoe.engines.messages import Chat
+    from steermoe.engines.trace import TokenTrace, Trace
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
 
@@ -130,6 +133,9 @@ class Request:
             does that too, and says so.
         chat: what to answer instead of continuing the prompt, which is then its last message; `Engine.chat` makes it.
         logprobs: also fill `Completion.scores`, with this many of the likeliest tokens at each place; None does not.
+        trace: also fill `Completion.trace`, at some cost in speed.
+        on_trace: called with each token of the trace, once the model has read it; of a single request, or through a
+            decoder.
     """
 
     prompt: str
@@ -138,6 +144,8 @@ class Request:
     special_tokens: bool | None = None
     chat: "Chat | None" = None
     logprobs: int | None = None
+    trace: bool = False
+    on_trace: "Callable[[TokenTrace], None] | None" = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -173,6 +181,7 @@ class Completion:
         was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
         thinking: what came before the answer of a chat; None for a model that is not known to think.
         scores: one per token, if `Request.logprobs` asks for them.
+        trace: where each token was sent, if it was requested.
     """
 
     request: Request
@@ -186,6 +195,7 @@ class Completion:
     was_steered: bool | None = None
     thinking: str | None = None
     scores: tuple[TokenScore, ...] | None = None
+    trace: "Trace | None" = None
 
     @property
     def new_tokens(self) -> int:

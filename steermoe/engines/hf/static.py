@@ -17,15 +17,17 @@ from transformers.generation.streamers import BaseStreamer
 from steermoe.engines.decoding import Row, finish, score_of
 from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import has_own_generate
-from steermoe.engines.hf.sampling import RowLimits, RowSampler
+from steermoe.engines.hf.sampling import RowLimits, RowSampler, note_logprobs
 from steermoe.engines.request import Completion, Request, TokenScore
 from steermoe.errors import SteeringError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
+from steermoe.routing.tracker import Tracker, Window
 from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.tags import ModelTags
+from steermoe.steering.tracing import RoutingTracer
 
 
 class StaticDecoder:
@@ -49,6 +51,7 @@ class StaticDecoder:
         tags: ModelTags | None = None,
         steerable: bool = False,
     ) -> None:
+        self._loaded = loaded
         self._model: Any = loaded.model
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
@@ -79,10 +82,19 @@ class StaticDecoder:
         on_token: OnToken | None = None,
     ) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
-            tags = self._tags.of(request.plan)
-            self._rows.append(
-                Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags, on_token=on_token)
+            tags, shape = self._tags.of(request.plan), self._loaded.shape if request.trace else None
+            row = Row(
+                request,
+                prompt,
+                self._tokenizer,
+                self._ends,
+                None,
+                on_text,
+                tags=tags,
+                on_token=on_token,
+                shape=shape,
             )
+            self._rows.append(row)
 
     def drop(self, request: Request) -> None:
         for row in self._rows:
@@ -134,6 +146,8 @@ class StaticDecoder:
                 self._running = handle, rows
                 undo.callback(setattr, self, "_running", None)
             routing = undo.enter_context(record_routing(model, "generated")) if self._record else None
+            if any(row.recorder is not None for row in rows):
+                undo.callback(RowTracer(model, rows).close)
             # `generate` takes what a configuration leaves open from the model's own, sampling and penalties included
             undo.callback(setattr, model, "generation_config", model.generation_config)
             model.generation_config = self._config(rows)
@@ -156,9 +170,10 @@ class StaticDecoder:
         samplings = [row.request.sampling for row in rows]
         own = [1] * len(rows) if self._model.config.is_encoder_decoder else lengths
         limits = [sampling.max_new_tokens for sampling in samplings]
-        is_streamed = any(row.on_text is not None or row.on_token is not None for row in rows)
+        is_streamed = any(row.on_text or row.on_token or row.request.on_trace for row in rows)
         self._scores = {row: deque() for row in rows if row.request.logprobs is not None}
-        sampler = RowSampler(samplings, own, sorted(self._ends), partial(self._score, rows) if self._scores else None)
+        is_noted = self._scores or any(row.recorder is not None for row in rows)
+        sampler = RowSampler(samplings, own, sorted(self._ends), partial(self._note, rows) if is_noted else None)
         with torch.inference_mode():
             output = self._model.generate(
                 torch.tensor(tokens_BS, device=self._device),
@@ -173,8 +188,9 @@ class StaticDecoder:
                     break
                 self._take(row, token)
 
-    def _score(self, rows: Sequence[Row[None]], scores: Tensor, token_B: Tensor) -> None:
+    def _note(self, rows: Sequence[Row[None]], scores: Tensor, token_B: Tensor) -> None:
         """Keep how likely each row's next token is, until the row takes it."""
+        note_logprobs(rows, scores, token_B)
         for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
             if row in self._scores and not row.finish_reason:
                 self._scores[row].append(score_of(scores[number], token, row.request.logprobs or 0))
@@ -199,6 +215,46 @@ class StaticDecoder:
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=self._tokenizer.pad_token_id,
         )
+
+
+class RowTracer:
+    """Passes to the rows what is chosen for their generated tokens, while `generate` runs.
+
+    Args:
+        model: the model, steered already if it is to be.
+        rows: those of the batch; some ask for a trace.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Row[None]]) -> None:
+        self._rows = rows
+        with ExitStack() as undo:
+            self._tracer = RoutingTracer(model)
+            undo.callback(self._tracer.close)
+            undo.callback(Tracker(model, self._before, self._after).close)
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def _before(self, window: Window) -> None:
+        self._tracer.is_on = window.stack == "decoder" and bool((window.generated_index() >= 0).any())
+
+    def _after(self, window: Window) -> None:
+        if not self._tracer.is_on:
+            return
+        self._tracer.is_on = False
+        chosen, unsteered = self._tracer.take()
+        if len(chosen) != window.rows * window.columns:
+            raise SteeringError(
+                f"routers saw {len(chosen)} tokens where the batch has {window.rows * window.columns}: this model does "
+                "not keep rows apart; trace texts one by one"
+            )
+        for number, row in enumerate(self._rows):
+            for column, place in enumerate(window.generated_index().tolist()):
+                if row.recorder is not None and place >= 0:
+                    at = number * window.columns + column
+                    own = row.place if len(row.new) - 1 == place else None  # without streaming, rows get tokens later
+                    row.recorder.read(place, chosen[at], unsteered[at], row.plan, own)
 
 
 class RowEnds(StoppingCriteria):

@@ -76,8 +76,18 @@ class RollingDecoder:
         for request, prompt in zip(requests, prompts, strict=True):
             sampler = TokenSampler(request.sampling, sorted(ends))
             tags = self._tags.of(request.plan)
+            shape = self._state.shape if request.trace else None
             row = LlamaRow(
-                request, prompt, self._tokenizer, ends, sampler, on_text, self._given, tags=tags, on_token=on_token
+                request,
+                prompt,
+                self._tokenizer,
+                ends,
+                sampler,
+                on_text,
+                self._given,
+                tags=tags,
+                on_token=on_token,
+                shape=shape,
             )
             self._waiting.append(row)
             self._given += 1

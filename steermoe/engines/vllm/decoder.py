@@ -17,7 +17,7 @@ from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import Tokenizer
 from steermoe.engines.vllm.steps import RECORD
 from steermoe.engines.vllm.wire import pack
-from steermoe.errors import SteeringError
+from steermoe.errors import GenerationError, SteeringError
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.asked import KEY
 from steermoe.steering.banks import check_plan
@@ -94,6 +94,11 @@ class VLLMDecoder:
     ) -> None:
         from vllm import TokensPrompt
 
+        if any(request.trace for request in requests):
+            raise GenerationError(
+                "vLLM does not show what its routers choose for each token: leave trace out, or use --engine hf, or "
+                "llamacpp for a GGUF file"
+            )
         for request, prompt in zip(requests, prompts, strict=True):
             name = f"steermoe-{next(_numbers)}"
             self._vllm.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), self._params(request))
