@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from steermoe.engines.engine import Decoder
+from steermoe.engines.engine import Decoder, OnToken
 from steermoe.engines.messages import split_answer
 from steermoe.engines.recorder import Recorder
 from steermoe.engines.request import Completion, Request, TokenScore
@@ -31,10 +31,6 @@ class Stop(Exception):
     """Raised by `on_text` to end the text where it is; the completion holds what came so far."""
 
 
-OnToken = Callable[["Row[Any]", str], None]
-"""Called with a row after each of its tokens, and with the text that the token completes; see `Decoder.start`."""
-
-
 @dataclass(eq=False)
 class Row(Generic[S]):
     """One text being generated.
@@ -50,11 +46,11 @@ class Row(Generic[S]):
         new: tokens generated so far.
         finish_reason: as in `Completion`; empty while it is being generated.
         tags: what its plan follows, as `ModelTags.of` gives it.
-        shape: the model's; needed only for a request that asks for a trace.
-        recorder: takes down the trace; None if none was asked for.
         on_token: as in `Decoder.start`.
         plan: the request's, until `steer` changes it.
         scores: one per token in `new`, if the request asks for them.
+        shape: the model's; needed only for a request that asks for a trace.
+        recorder: takes down the trace; None if none was asked for.
     """
 
     request: Request
@@ -68,10 +64,10 @@ class Row(Generic[S]):
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
     tags: Tags | None = None
-    shape: "RoutingShape | None" = None
-    recorder: Recorder | None = None
     on_token: OnToken | None = None
     scores: list[TokenScore] = field(default_factory=list)
+    shape: "RoutingShape | None" = None
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.plan = self.request.plan
@@ -147,10 +143,10 @@ class Row(Generic[S]):
             self.end("stop")
             return
         self.new.append(token)
-        if self.recorder is not None:
-            self.recorder.took(token)
         if score is not None:
             self.scores.append(score)
+        if self.recorder is not None:
+            self.recorder.took(token)
         if self._segments is not None:
             self._segments.read([token])
         if self._pieces is not None:
@@ -201,8 +197,8 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         frequency=frequency,
         was_steered=row.was_steered,
         thinking=thinking,
-        trace=row.finished_trace(),
         scores=None if row.request.logprobs is None else tuple(row.scores),
+        trace=row.finished_trace(),
     )
 
 

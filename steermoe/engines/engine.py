@@ -1,18 +1,20 @@
 """The protocols of engines and decoders. Knows no library that runs models."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from steermoe.engines.request import Completion, Request
 
 if TYPE_CHECKING:
-    from steermoe.engines.decoding import OnToken
     from steermoe.engines.memory import Room
     from steermoe.engines.messages import Chat, Message
     from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
     from steermoe.steering.tags import ModelTags
+
+OnToken = Callable[[Any, str], None]
+"""Called with a `decoding.Row` after each of its tokens, and with the text that the token completes."""
 
 
 class Decoder(Protocol):
@@ -26,7 +28,7 @@ class Decoder(Protocol):
         requests: Sequence[Request],
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
-        on_token: "OnToken | None" = None,
+        on_token: OnToken | None = None,
     ) -> None:
         """Start requests, each with the tokens of its prompt.
 

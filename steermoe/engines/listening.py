@@ -50,7 +50,7 @@ def check_keys(keys: Sequence[str]) -> None:
 
 
 class Keys:
-    """Tells whether a request carries a key, in a time that does not depend on how much of it is right.
+    """Checks whether a request carries a key, in a time that does not depend on how much of it is right.
 
     Args:
         keys: if there are none, all may in.

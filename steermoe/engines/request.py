@@ -132,10 +132,10 @@ class Request:
             special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere; None
             does that too, and says so.
         chat: what to answer instead of continuing the prompt, which is then its last message; `Engine.chat` makes it.
+        logprobs: also fill `Completion.scores`, with this many of the likeliest tokens at each place; None does not.
         trace: also fill `Completion.trace`, at some cost in speed.
         on_trace: called with each token of the trace, once the model has read it; of a single request, or through a
             decoder.
-        logprobs: also fill `Completion.scores`, with this many of the likeliest tokens at each place; None does not.
     """
 
     prompt: str
@@ -143,9 +143,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     special_tokens: bool | None = None
     chat: "Chat | None" = None
+    logprobs: int | None = None
     trace: bool = False
     on_trace: "Callable[[TokenTrace], None] | None" = None
-    logprobs: int | None = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -180,8 +180,8 @@ class Completion:
         frequency: routing embedding F [L, N] of the generated tokens, if it was requested and there are any.
         was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
         thinking: what came before the answer of a chat; None for a model that is not known to think.
-        trace: where each token was sent, if it was requested.
         scores: one per token, if `Request.logprobs` asks for them.
+        trace: where each token was sent, if it was requested.
     """
 
     request: Request
@@ -194,8 +194,8 @@ class Completion:
     frequency: "Tensor | None" = None
     was_steered: bool | None = None
     thinking: str | None = None
-    trace: "Trace | None" = None
     scores: tuple[TokenScore, ...] | None = None
+    trace: "Trace | None" = None
 
     @property
     def new_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The web application: routes, keys, limits, errors; and the server that runs it until it is told to end."""
+"""The web application: routes, keys, limits, errors; and the server that runs it until a signal ends it."""
 
 import asyncio
 import logging
@@ -102,55 +102,60 @@ def _add_routes(app: FastAPI, service: Service, most_body: int) -> None:
         async with cancelling(request.receive, order.tickets):
             return _json(await order.answer())
 
-    @app.get("/health")
     async def health() -> Response:
         return _json({"status": "ok", "model": service.steering.served})
 
-    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
     async def models() -> Response:
         return _json(await asyncio.to_thread(openai.models, service))
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
         return await texts(request, openai.complete, EVENTS)
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
         return await texts(request, openai.chat, EVENTS)
 
-    @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         return _json(await asyncio.to_thread(openai.embed, service, await body(request)))
 
-    @app.get("/v1/steering")
     async def steering() -> Response:
         return _json(service.steering.as_dict())
 
-    @app.post("/v1/steering")
     async def set_steering(request: Request) -> Response:
         asked = (await body(request)).values
         spec = asked.get("steering", asked or None)
         return _json(await asyncio.to_thread(service.steering.set, spec))
 
-    @app.post("/api/generate")
     async def generate(request: Request) -> Any:
         return await texts(request, ollama.generate, LINES)
 
-    @app.post("/api/chat")
     async def chat(request: Request) -> Any:
         return await texts(request, ollama.chat, LINES)
 
-    @app.get("/api/tags")
     async def tags() -> Response:
         return _json(await asyncio.to_thread(ollama.tags, service))
 
-    @app.get("/api/version")
     async def version() -> Response:
         return _json(ollama.version())
+
+    routes: list[tuple[str, str, Callable[..., Any]]] = [
+        ("GET", "/health", health),
+        ("GET", "/metrics", metrics),
+        ("GET", "/v1/models", models),
+        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/embeddings", embeddings),
+        ("GET", "/v1/steering", steering),
+        ("POST", "/v1/steering", set_steering),
+        ("POST", "/api/generate", generate),
+        ("POST", "/api/chat", chat),
+        ("GET", "/api/tags", tags),
+        ("GET", "/api/version", version),
+    ]
+    for method, path, answer in routes:
+        app.add_api_route(path, answer, methods=[method], response_model=None)
 
 
 async def _read(request: Request, most: int) -> bytes:

@@ -25,8 +25,8 @@ def sampling_of(
         fields: of the request.
         new_tokens: the most that it may generate.
         temperature: if the request gives none; 0 takes the likeliest token.
-        top_p: likewise.
-        top_k: likewise; 0 for all tokens.
+        top_p: if the request gives none.
+        top_k: if the request gives none; 0 for all tokens.
         repetition: the name of the repetition penalty.
 
     Raises:

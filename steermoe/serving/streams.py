@@ -68,8 +68,8 @@ async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Piece | 
         SteerMoEError: one of them could not be generated.
     """
     if len(tickets) == 1:
-        async for piece in tickets[0]:
-            yield 0, piece
+        async for one in tickets[0]:
+            yield 0, one
         yield 0, None
         return
     queue: asyncio.Queue[tuple[int, Piece | SteerMoEError | None]] = asyncio.Queue()

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.decoding import OnToken, Row, by_prompt, finish, score_of, steers_prompt
+from steermoe.engines.decoding import Row, by_prompt, finish, score_of, steers_prompt
+from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens, note_logprobs
 from steermoe.engines.request import Completion, Request
@@ -115,8 +116,8 @@ class RollingDecoder:
                 generator,
                 on_text,
                 tags=self._tags.of(request.plan),
-                shape=self._loaded.shape if request.trace else None,
                 on_token=on_token,
+                shape=self._loaded.shape if request.trace else None,
             )
             for request, prompt, generator in zip(requests, prompts, generators, strict=True)
         ]

@@ -133,7 +133,7 @@ class RowSampler(LogitsProcessor):
         samplings: one per row, [B].
         prompt_lengths: [B], tokens of each row's prompt, without padding.
         ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
-        scored: called with the model's scores [B, V] and the tokens [B] that were drawn from them.
+        on_tokens: called with the model's logits [B, V] and the tokens [B] that are drawn from them.
     """
 
     def __init__(
@@ -141,10 +141,10 @@ class RowSampler(LogitsProcessor):
         samplings: Sequence[Sampling],
         prompt_lengths: Sequence[int],
         ends: Sequence[int],
-        scored: Callable[[Tensor, Tensor], None] | None = None,
+        on_tokens: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
+        self.on_tokens = on_tokens
         self.samplings = samplings
-        self._scored = scored
         self.prompt_lengths = prompt_lengths
         self.width = max(prompt_lengths)
         self.ends = torch.tensor(sorted(ends), dtype=torch.long)
@@ -152,8 +152,8 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token_B = next_tokens(scores, self.samplings, *self._given(input_ids), self.generators)
-        if self._scored is not None:
-            self._scored(scores, token_B)
+        if self.on_tokens is not None:
+            self.on_tokens(scores, token_B)
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
 
     def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from steermoe.engines.decoding import OnToken, Row, finish, score_of
+from steermoe.engines.decoding import Row, finish, score_of
+from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import has_own_generate
 from steermoe.engines.hf.sampling import RowLimits, RowSampler, note_logprobs
 from steermoe.engines.request import Completion, Request, TokenScore
@@ -82,19 +83,18 @@ class StaticDecoder:
     ) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
             tags, shape = self._tags.of(request.plan), self._loaded.shape if request.trace else None
-            self._rows.append(
-                Row(
-                    request,
-                    prompt,
-                    self._tokenizer,
-                    self._ends,
-                    None,
-                    on_text,
-                    tags=tags,
-                    shape=shape,
-                    on_token=on_token,
-                )
+            row = Row(
+                request,
+                prompt,
+                self._tokenizer,
+                self._ends,
+                None,
+                on_text,
+                tags=tags,
+                on_token=on_token,
+                shape=shape,
             )
+            self._rows.append(row)
 
     def drop(self, request: Request) -> None:
         for row in self._rows:
@@ -170,11 +170,10 @@ class StaticDecoder:
         samplings = [row.request.sampling for row in rows]
         own = [1] * len(rows) if self._model.config.is_encoder_decoder else lengths
         limits = [sampling.max_new_tokens for sampling in samplings]
-        watchers = [one for row in rows for one in (row.on_text, row.on_token, row.request.on_trace)]
-        is_streamed = any(one is not None for one in watchers)
+        is_streamed = any(row.on_text or row.on_token or row.request.on_trace for row in rows)
         self._scores = {row: deque() for row in rows if row.request.logprobs is not None}
-        is_scored = bool(self._scores) or any(row.recorder is not None for row in rows)
-        sampler = RowSampler(samplings, own, sorted(self._ends), partial(self._score, rows) if is_scored else None)
+        is_noted = self._scores or any(row.recorder is not None for row in rows)
+        sampler = RowSampler(samplings, own, sorted(self._ends), partial(self._note, rows) if is_noted else None)
         with torch.inference_mode():
             output = self._model.generate(
                 torch.tensor(tokens_BS, device=self._device),
@@ -189,7 +188,7 @@ class StaticDecoder:
                     break
                 self._take(row, token)
 
-    def _score(self, rows: Sequence[Row[None]], scores: Tensor, token_B: Tensor) -> None:
+    def _note(self, rows: Sequence[Row[None]], scores: Tensor, token_B: Tensor) -> None:
         """Keep how likely each row's next token is, until the row takes it."""
         note_logprobs(rows, scores, token_B)
         for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from steermoe.engines.decoding import OnToken, finish
+from steermoe.engines.decoding import finish
+from steermoe.engines.engine import OnToken
 from steermoe.engines.llamacpp.rows import Context, LlamaRow, Run, frequency_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.request import Completion, Request
@@ -75,8 +76,18 @@ class RollingDecoder:
         for request, prompt in zip(requests, prompts, strict=True):
             sampler = TokenSampler(request.sampling, sorted(ends))
             tags = self._tags.of(request.plan)
+            shape = self._state.shape if request.trace else None
             row = LlamaRow(
-                request, prompt, self._tokenizer, ends, sampler, on_text, self._given, tags=tags, on_token=on_token
+                request,
+                prompt,
+                self._tokenizer,
+                ends,
+                sampler,
+                on_text,
+                self._given,
+                tags=tags,
+                on_token=on_token,
+                shape=shape,
             )
             self._waiting.append(row)
             self._given += 1

@@ -3,6 +3,7 @@
 Imports no llama.cpp: it is passed the context that computes.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -69,6 +70,7 @@ class Run:
         self._plans = PlanMapping()
         self._calls = self._seen = self._steered = self._hits = self._slots = 0
         self._listed = SteeringReport()
+        self._is_traced = False
         state.install([])
         state.take_share()
         state.take_listed()
@@ -162,10 +164,30 @@ class Run:
         texts = None
         if len(self._state.counts):
             texts = [row.number if position >= len(row.prompt) else -1 for row, position in at]
+        slots = self._traced(at)
+        if slots or self._is_traced:
+            self._state.trace(slots)
+            self._is_traced = bool(slots)
         self._steered += self._state.steer([self._followed[place] for place in places], factors, wanted, texts)  # type: ignore[arg-type]
         self.context.forward(tokens, positions, places, wanted)
         self._calls += self._state.verify()
         self._seen += len(tokens)
+        if slots:
+            chosen, unsteered = self._state.take_traced()
+            for (row, _), slot in zip(at, slots, strict=True):
+                if slot >= 0 and row.recorder is not None:
+                    place = row.place
+                    row.recorder.read(len(row.new) - 1, chosen[slot], unsteered[slot], row.plan, place)
+
+    def _traced(self, at: Sequence[tuple[LlamaRow, int]]) -> list[int]:
+        """Where the choices of each token are kept while its call runs; -1 if it is not traced, [] if none is."""
+        if all(row.recorder is None for row in self.rows):
+            return []
+        numbers = itertools.count()
+        slots = [
+            next(numbers) if row.recorder is not None and position >= len(row.prompt) else -1 for row, position in at
+        ]
+        return slots if max(slots) >= 0 else []
 
     def _factor(self, row: LlamaRow, position: int) -> float:
         """The factor of a token: one of the prompt, or the last one that the row has taken."""
@@ -176,8 +198,16 @@ class Run:
 
     def _take(self, row: LlamaRow, logits: NDArray[np.float32]) -> None:
         token = row.sampler.draw(logits, row.prompt + row.new, len(row.new))
+        if row.recorder is not None:
+            row.recorder.drew(logprob_of(token, logits))
         most = row.request.logprobs
         row.take(token, None if most is None else score_of(torch.tensor(logits), token, most))
+
+
+def logprob_of(token: int, logits: NDArray[np.float32]) -> float:
+    """The natural logarithm of a token's probability by logits [V]."""
+    largest = logits.max()
+    return float(logits[token] - largest - np.log(np.exp(logits - largest).sum(dtype=np.float64)))
 
 
 def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:

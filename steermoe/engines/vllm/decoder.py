@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.decoding import OnToken, Row, finish
+from steermoe.engines.decoding import Row, finish
+from steermoe.engines.engine import OnToken
 from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import Tokenizer
 from steermoe.engines.vllm.steps import RECORD
-from steermoe.engines.vllm.wire import KEY, pack
+from steermoe.engines.vllm.wire import pack
 from steermoe.errors import GenerationError, SteeringError
 from steermoe.routing.shape import RoutingShape
+from steermoe.steering.asked import KEY
 from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport

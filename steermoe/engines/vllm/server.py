@@ -17,10 +17,10 @@ from steermoe.engines.listening import ServerOptions, check_keys
 from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
 from steermoe.engines.vllm.spec import ANY_MODEL, packed, resolver_for
-from steermoe.engines.vllm.wire import KEY, unpack
+from steermoe.engines.vllm.wire import unpack
 from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel, escaped
 from steermoe.models.checkpoint import find_source
-from steermoe.steering.asked import asked_spec, read_asked
+from steermoe.steering.asked import KEY, asked_spec, read_asked
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 
