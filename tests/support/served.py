@@ -52,11 +52,12 @@ class Running:
 
 
 @contextmanager
-def running(engine, vectors, limits=None, settings=None):
-    """A server for an engine, until the end of the block."""
+def running(engine, vectors, limits=None, settings=None, extend=lambda app: None):
+    """A server for an engine, until the end of the block; `extend` as for `serving.run`."""
     settings = settings or serving.Settings(serving.ServerOptions(port=0), grace=1)
     with LiveEngine(engine, limits) as live:
         app = serving.create_app(live, PlanResolver(engine.shape, vectors, watch=True, names_only=True), settings)
+        extend(app)
         server = serving.make_server(app, settings)
         socket = serving._bound(serving.ServerOptions(port=0))
         thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
