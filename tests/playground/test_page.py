@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'steermoe[play]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+pytest.importorskip("playwright", reason="playwright is not installed: pip install playwright")
+
+from playwright import sync_api as playwright
 
 from steermoe.discovery.writing import Writing
 from steermoe.engines.listening import ServerOptions
@@ -29,10 +31,15 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="there is no chromium: install one, or name it in $CHROMIUM"),
     pytest.mark.filterwarnings("ignore"),  # Gradio's and the browser's own
 ]
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 GREEDY = Settings("Milo", amounts={"sport": 1.0}, tokens=40, temperature=0.0)
 LONG = Settings("Milo", amounts={"sport": 1.0}, tokens=1000, temperature=0.0)
 
@@ -193,7 +200,7 @@ def test_settings_are_exported_and_shared(visit, browser):
         visit.page.click("#sm-save")
     page = Path(saved.value.path()).read_text(encoding="utf-8")
     assert "default-src 'none'" in page
-    assert page.count("<steermoe-trace") == 2
+    assert page.count("<steermoe-trace data-colour") == 2
     assert "steermoe compare" in page
 
 
