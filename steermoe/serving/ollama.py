@@ -11,7 +11,7 @@ from steermoe.errors import SteerMoEError
 from steermoe.serving.fields import Fields, Refused, dumps
 from steermoe.serving.openai import error_of, read_chat, room_for
 from steermoe.serving.sampling import sampling_of
-from steermoe.serving.service import Service
+from steermoe.serving.service import Extras, Service
 from steermoe.serving.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _order(service: Service, fields: Fields, asked: "Asked", prompt: str | Chat,
     sampling = sampling_of(options, new, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K, repetition="repeat_penalty")
     streams = fields.flag("stream", True)
     name = fields.text("model") or service.steering.served
-    tickets = service.start(asked, [prompt], [sampling], options.stop())
+    tickets = service.start(asked, [prompt], [sampling], Extras(options.stop()))
     return Order(tickets, streams, is_chat, name)
 
 

@@ -12,7 +12,7 @@ from steermoe.engines.request import TokenScore
 from steermoe.errors import GenerationError, SteerMoEError
 from steermoe.serving.fields import Fields, Refused, dumps
 from steermoe.serving.sampling import samples, sampling_of
-from steermoe.serving.service import MOST_CHOICES, Service
+from steermoe.serving.service import MOST_CHOICES, Extras, Service
 from steermoe.serving.streams import merged
 from steermoe.serving.ticket import Piece, Ticket
 
@@ -53,8 +53,6 @@ REFUSED: dict[str, Sequence[Any]] = {
     "verbosity": (),
     "web_search_options": (),
     "use_beam_search": (False,),
-    "trace": (False,),
-    "return_routed_experts": (False,),
 }
 """Fields that can't be carried out, each with the values that ask for nothing."""
 SHARED = (
@@ -75,6 +73,8 @@ SHARED = (
     "logprobs",
     "steering",
     "vllm_xargs",
+    "trace",
+    "return_routed_experts",
 )
 COMPLETION = (*SHARED, "prompt")
 CHAT = (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs")
@@ -90,6 +90,7 @@ class Order:
         kind: "text_completion" or "chat.completion".
         has_scores: whether the answer holds log-probabilities.
         streams: whether it is sent as it comes, and with `usage` at the end if `counts`.
+        has_trace, has_experts: whether each text comes with its trace, and with the experts alone.
     """
 
     service: Service
@@ -99,6 +100,8 @@ class Order:
     has_scores: bool
     streams: bool
     counts: bool
+    has_trace: bool = False
+    has_experts: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -124,7 +127,7 @@ class Order:
         if self.has_scores:
             completion = ticket.result(0)
             scores = self._scores(completion.token_ids, completion.scores or (), [0])
-        end = {"logprobs": scores, "finish_reason": ticket.finish_reason}
+        end = {"logprobs": scores, "finish_reason": ticket.finish_reason, **self._traced(ticket)}
         if not self.is_chat:
             return {"index": number, "text": ticket.text, **end}
         chat = ticket.request.chat
@@ -132,6 +135,14 @@ class Order:
         answer, thinking = split_answer(chat, ticket.text)
         message = {"role": "assistant", "content": answer, **({"reasoning_content": thinking} if thinking else {})}
         return {"index": number, "message": message, **end}
+
+    def _traced(self, ticket: Ticket) -> dict[str, Any]:
+        """What is known of where a finished text was sent, as far as it was asked for."""
+        trace = ticket.result(0).trace
+        if trace is None:
+            return {}
+        experts = {"routed_experts": base64.b64encode(trace.chosen.astype("<i4").tobytes()).decode()}
+        return {**({"trace": trace.to_dict()} if self.has_trace else {}), **(experts if self.has_experts else {})}
 
     def _head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
@@ -158,7 +169,8 @@ class Order:
                 if piece is None:
                     for part in splitter.rest() if splitter is not None else ():
                         yield self._event(number, _delta(part))
-                    yield self._event(number, {}, finish_reason=self.tickets[number].finish_reason)
+                    ticket = self.tickets[number]
+                    yield self._event(number, {}, None, ticket.finish_reason, **self._traced(ticket))
                     continue
                 scores = self._scores(piece.tokens, piece.scores, offsets[number]) if self.has_scores else None
                 for delta in self._deltas(splitter, piece, always=scores is not None):
@@ -181,10 +193,15 @@ class Order:
         return "chat.completion.chunk" if self.is_chat else self.kind
 
     def _event(
-        self, number: int, delta: dict[str, str], scores: dict[str, Any] | None = None, finish_reason: str | None = None
+        self,
+        number: int,
+        delta: dict[str, str],
+        scores: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        **more: Any,
     ) -> bytes:
         content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
-        choice = {"index": number, **content, "logprobs": scores, "finish_reason": finish_reason}
+        choice = {"index": number, **content, "logprobs": scores, "finish_reason": finish_reason, **more}
         usage = {"usage": None} if self.counts else {}
         return _line({**self._head(self._chunk), "choices": [choice], **usage})
 
@@ -343,8 +360,11 @@ def _order(
         raise fields.wrong("stream_options", "it only together with stream true")
     prompts = [prompt for prompt, samplings in parts for _ in samplings]
     all_samplings = [sampling for _, samplings in parts for sampling in samplings]
-    tickets = service.start(asked, prompts, all_samplings, fields.stop(), logprobs)
-    return Order(service, tickets, len(tickets) // len(parts), kind, logprobs is not None, streams, counts)
+    has_trace, has_experts = fields.flag("trace", False), fields.flag("return_routed_experts", False)
+    extras = Extras(fields.stop(), logprobs, has_trace or has_experts)
+    tickets = service.start(asked, prompts, all_samplings, extras)
+    n = len(tickets) // len(parts)
+    return Order(service, tickets, n, kind, logprobs is not None, streams, counts, has_trace, has_experts)
 
 
 def _number_of_texts(fields: Fields, prompts: int) -> int:

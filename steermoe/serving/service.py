@@ -21,6 +21,21 @@ MOST_CHOICES = 128
 """How many texts one request may ask for."""
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What else a request asks for.
+
+    Attributes:
+        stop: texts that end each of its texts.
+        logprobs: as `Request.logprobs`.
+        trace: as `Request.trace`.
+    """
+
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    trace: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Service:
     """A model that is served."""
@@ -34,8 +49,7 @@ class Service:
         asked: Asked,
         prompts: Sequence["str | Chat"],
         samplings: Sequence[Sampling],
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
+        extras: Extras | None = None,
     ) -> list[Ticket]:
         """Queue texts, or none of them.
 
@@ -43,17 +57,17 @@ class Service:
             asked: the steering of all.
             prompts: what to continue or to answer, one for each text.
             samplings: one for each text.
-            stop: texts that end each of them.
-            logprobs: as `Request.logprobs`.
+            extras: of all texts.
 
         Raises:
             Refused: a prompt that can't be continued. SteerMoEError: as `LiveEngine.submit`.
         """
+        extras = extras or Extras()
         requests, tokens = [], []
         known: dict[int, list[int]] = {}
         for prompt, sampling in zip(prompts, samplings, strict=True):
             text, chat = (prompt, None) if isinstance(prompt, str) else (prompt.prompt, prompt)
-            request = Request(text, asked.plan, sampling, special_tokens=False, chat=chat, logprobs=logprobs)
+            request = Request(text, asked.plan, sampling, False, chat, logprobs=extras.logprobs, trace=extras.trace)
             try:
                 if not asked.follows_default:
                     request.require_steered()
@@ -65,7 +79,7 @@ class Service:
                 raise Refused(str(error), param="prompt" if chat is None else "messages") from error
             requests.append(request)
             tokens.append(known[id(prompt)])
-        tickets = self.live.submit(requests, tokens, stop)
+        tickets = self.live.submit(requests, tokens, extras.stop)
         self.steering.follow(tickets, asked)
         self.metrics.started(tickets)
         return tickets

@@ -185,6 +185,22 @@ def test_embeddings_are_routing_embeddings(client, reference):
     assert made.usage.prompt_tokens == sum(map(len, texts))
 
 
+def test_traces_and_routed_experts(client):
+    made = complete(client, "tiny-mixtral:sport", extra_body={"trace": True, "return_routed_experts": True})
+    choice = made.choices[0]
+    chosen = np.array(choice.trace["chosen"], dtype=np.int32)
+    assert chosen.shape == (12, 3, 2)  # tokens, layers, top-k; the model does not read the last token
+    assert (chosen[:-1] >= 0).all()
+    np.testing.assert_array_equal(
+        np.frombuffer(base64.b64decode(choice.routed_experts), "<i4").reshape(12, 3, 2), chosen
+    )
+    assert (chosen != np.array(choice.trace["unsteered"])).any()
+    assert choice.trace["strength"][:-1] == [8.0] * 11
+    (*_, last) = complete(client, "tiny-mixtral:sport", stream=True, extra_body={"return_routed_experts": True})
+    assert last.choices[0].routed_experts == choice.routed_experts
+    assert not hasattr(last.choices[0], "trace")
+
+
 BAD = [
     ({"temperature": -1}, "temperature", "field 'temperature' is -1, expected a number from 0 to 100"),
     ({"temperature": "hot"}, "temperature", "expected a number"),
