@@ -13,8 +13,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "steermoe"
 FLOORS = (
     ("cli",),
-    ("evaluation",),
+    ("playground",),
+    ("evaluation", "serving"),
     ("batch", "discovery"),
+    ("tracing",),
     ("engines",),
     ("steering",),
     ("models",),

@@ -56,6 +56,14 @@ class FileOptions:
         Literal["auto", "text", "jsonl"],
         typer.Option(help="Format of the prompts; auto decides by the file name, then by line 1."),
     ] = "auto"
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for a file of JSON about each new story: which experts each of its tokens was sent to, and "
+            "would have been without steering.",
+        ),
+    ] = None
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -198,6 +206,7 @@ def batch(
     asked = (chat.chat, chat.system, chat.thinking, special_tokens)
     settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, *asked)
     check_apart(prompts, output, files.errors)
+    _check_trace(files.trace, model, cluster)
     for spec in settings.steerings():
         vectors.check(spec)
     settings = replace(settings, domains=(*settings.domains, *topics.names()))
@@ -212,6 +221,8 @@ def batch(
         runner, worker, built = needs.open(cluster, model, vllm.workers, files.batch_size)
         from steermoe.batch.batch import Batch, BatchOptions
 
+        if files.trace is not None:
+            worker = _tracing_worker(runner, files)
         problems = _ProblemPrinter()
         options = BatchOptions(
             vectors.vectors, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built
@@ -251,6 +262,26 @@ class _Needs:
         built |= on_demand.files(model, runner, self.vectors, wanted, self.topics)
         on_demand.warn_of_script(runner.shape, self.text)
         return runner, worker, built
+
+
+def _check_trace(folder: Path | None, model: BatchModel, cluster: Cluster) -> None:
+    """Fail before long work if stories can't be traced."""
+    if folder is None:
+        return
+    if cluster.ray is not None:
+        raise BatchError("--trace works in this process alone: leave it out, or --ray")
+    o.check_tracing(model.engine)
+
+
+def _tracing_worker(runner: "Engine", files: FileOptions) -> "Worker":
+    """A worker that also writes each story's trace into a folder."""
+    from functools import partial
+
+    from steermoe.batch.worker import EngineWorker
+    from steermoe.tracing.file import make_folder, write_story
+
+    assert files.trace is not None
+    return EngineWorker(runner, files.batch_size, partial(write_story, make_folder(files.trace)))
 
 
 def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":

@@ -24,6 +24,8 @@ steermoe compare --topic "pirates at sea" --topic "a robot in the kitchen"
 
 steermoe compare "How do I spend a free evening?" --chat -d music -d sport
 
+steermoe compare -d sport --trace sport.html
+
 steermoe compare -d law --formula additive --formula zero_max_scaled --json
 """
 
@@ -62,12 +64,15 @@ def compare(
     chat: o.ChatOptions,
     special_tokens: o.SpecialTokens = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw the comparison as this SVG file.")] = None,
+    trace: o.Trace = None,
     json: o.Json = False,
 ) -> None:
     """Generate the same story, or answer with --chat, unsteered and steered, side by side, with routing shares."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
+    if trace is not None:
+        o.check_tracing(model.engine, trace)
     text = o.read_prompt(prompt, vectors.language)
     from steermoe.evaluation.comparison import compare_completions
 
@@ -79,7 +84,7 @@ def compare(
     runner, resolver = open_engine(model, vectors, specs, text, topics, lambda engine: chat.read(engine, text))
     plans = list(map(resolver.plan, specs))
     o.warn_beyond_safe_range(plans)
-    how = sampling, o.has_special_tokens(prompt, special_tokens), chat.read(runner, text)
+    how = sampling, o.has_special_tokens(prompt, special_tokens), chat.read(runner, text), trace is not None
     requests = [Request(text, plan, *how) for plan in (None, *plans)]
     for request in requests:
         request.require_steered()
@@ -95,6 +100,8 @@ def compare(
         print_columns(text, columns)
     if svg is not None:
         save_svg(text, columns, svg)
+    if trace is not None:
+        o.save_trace(trace, completions, runner.name, model.chosen)
     o.warn_unanswered(completions)
     o.check_steered(completions)
 

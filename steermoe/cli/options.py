@@ -522,6 +522,46 @@ def warn_unanswered(completions: "Sequence[Completion]") -> None:
             note(f"steermoe: {why}")
 
 
+def _check_trace(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in (".json", ".html"):
+        raise typer.BadParameter(f"'{path}' ends in neither .html nor .json, which say what to write")
+    return path
+
+
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        callback=_check_trace,
+        help="Also write which experts each token was sent to, and would have been without steering: FILE.html, a "
+        "page to look at, or FILE.json.",
+    ),
+]
+TRACING_ENGINES = "vLLM does not show what its routers choose for each token: use --engine hf, or llamacpp for GGUF"
+
+
+def check_tracing(engine: str, path: Path | None = None) -> None:
+    """Raise GenerationError if an engine can't trace, or a trace's file could not be written; before long work."""
+    from steermoe.errors import GenerationError
+    from steermoe.tracing.file import check_ending
+
+    if engine == "vllm":
+        raise GenerationError(TRACING_ENGINES)
+    if path is not None:
+        check_ending(path)
+
+
+def save_trace(path: Path, completions: "Sequence[Completion]", model: str, engine: str) -> None:
+    """Write the traces of completions of one prompt, with the command of this run."""
+    import shlex
+    import sys
+
+    from steermoe.tracing.file import write_traces
+
+    write_traces(path, completions, model, shlex.join(["steermoe", *sys.argv[1:]]), engine)
+
+
 def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool | None:
     """Whether special tokens of the prompt are to be encoded as such: by default those of a typed one."""
     return True if wanted is None and prompt not in (None, "-") else wanted

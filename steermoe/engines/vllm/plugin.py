@@ -31,10 +31,11 @@ from steermoe.engines.vllm.histories import Histories, segments_of
 from steermoe.engines.vllm.selection import TRIAL_TOKENS, Choice, keeps_to_lists
 from steermoe.engines.vllm.spec import packed, resolver_for
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
-from steermoe.engines.vllm.wire import KEY, tags_of, unpack
+from steermoe.engines.vllm.wire import tags_of, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.models.description import shape_of_config
 from steermoe.routing.shape import RouterShape
+from steermoe.steering.asked import KEY
 from steermoe.steering.tags import ModelTags
 
 TESTED = "0.32."

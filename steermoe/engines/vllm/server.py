@@ -8,19 +8,19 @@ import json
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
+from steermoe.engines.listening import ServerOptions, check_keys
 from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
-from steermoe.engines.vllm.spec import ANY_MODEL, packed, resolver_for, spec_of_name
-from steermoe.engines.vllm.wire import KEY, unpack
-from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel, escaped, quoted
+from steermoe.engines.vllm.spec import ANY_MODEL, packed, resolver_for
+from steermoe.engines.vllm.wire import unpack
+from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel, escaped
 from steermoe.models.checkpoint import find_source
+from steermoe.steering.asked import KEY, asked_spec, read_asked
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 
@@ -32,47 +32,11 @@ OPEN = ("/health", "/ping", "/version", "/metrics", "/load", "/docs", "/redoc", 
 """Paths that answer without a key: how the server is, and vLLM's description of its API."""
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 """Fields of requests that limit the new tokens, the first that is given first."""
-KEY_VARIABLES = ("STEERMOE_API_KEY", "VLLM_API_KEY")
 PLUGIN_GROUPS = ("general", "io_processor", "platform", "stat_logger")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where the server listens, whom it lets in, and where it finds vectors.
-
-    Attributes:
-        host: the address; 127.0.0.1 admits only this machine.
-        port: the port.
-        api_keys: a request must carry one of these keys; if there are none, everyone who reaches the port is let in.
-        vectors: a folder of vectors to search first. The server searches it at each request, so vectors may be added
-            while it runs.
-        any_model: also take vectors that were built for another model of the same shape.
-
-    Raises:
-        ModelError: an empty key, which would let everyone in.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: Sequence[str] = ()
-    vectors: Path | None = None
-    any_model: bool = False
-
-    def __post_init__(self) -> None:
-        check_keys(self.api_keys)
-
-
-def check_keys(keys: Sequence[str]) -> None:
-    """Raise ModelError for an empty key, given here or in the environment: vLLM would let everyone in."""
-    if not all(key.strip() for key in keys):
-        raise ModelError("--api-key is empty, which would let everyone in: give a key, or leave the option out")
-    for name in KEY_VARIABLES if not keys else ():
-        if not os.environ.get(name, "a key").strip():
-            raise ModelError(f"${name} is empty, which would let everyone in: set it to a key, or unset it")
 
 
 def serve(
@@ -277,22 +241,18 @@ def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> byte
         return body  # vLLM says what is wrong
     if not isinstance(asked, dict):
         return body
-    name, extra = asked.get("model"), asked.get("vllm_xargs")
-    if KEY in asked or (isinstance(asked.get("extra_body"), dict) and KEY in asked["extra_body"]):
-        raise SteeringError(
-            f"the field '{KEY}' belongs in vllm_xargs, as text: "
-            '{"vllm_xargs": {"steering": "{\\"domain\\": \\"sport\\"}"}}'
-        )
-    found = spec_of_name(name, served) if isinstance(name, str) else None
-    spec = extra.get(KEY) if isinstance(extra, dict) else None
-    if found is None and spec is None:
+    extra = asked.get("vllm_xargs")
+    if isinstance(asked.get("extra_body"), dict) and KEY in asked["extra_body"]:
+        raise SteeringError("the field 'steering' belongs into the request itself, not into a field 'extra_body' of it")
+    base, spec = asked_spec(asked, served)
+    asked.pop(KEY, None)
+    if spec is None:
         return body
-    if found is not None and spec is not None:
-        raise SteeringError(f"both model '{quoted(str(name))}' and vllm_xargs ask for steering: leave one of them out")
     if asked.get("use_beam_search"):
         raise SteeringError("vLLM's beam search can't be steered: leave use_beam_search out")
-    if found is not None:
-        asked["model"], spec = found
+    if base is not None:
+        asked["model"] = base
+    spec = read_asked(spec)
     _check_length(unpack(plan) if (plan := packed(resolver, spec)) else None, asked)
     own = extra if isinstance(extra, dict) else {}
     asked["vllm_xargs"] = {**own, KEY: spec if isinstance(spec, str) else json.dumps(spec)}

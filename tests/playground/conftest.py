@@ -1,0 +1,63 @@
+"""A tiny model that writes long texts, with vectors, a folder for new ones, and sessions on it."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'steermoe[play]'")
+
+from steermoe.evaluation import provision
+from steermoe.playground.session import Session
+from steermoe.serving.live import LiveEngine
+from steermoe.steering.resolver import PlanResolver
+from steermoe.vectors import library
+from tests.support import served
+
+CONTEXT = 2048
+
+
+@pytest.fixture(scope="package")
+def home(tmp_path_factory):
+    """A folder for everything that a visitor has built, and no vectors elsewhere."""
+    import platformdirs
+
+    folder = tmp_path_factory.mktemp("play")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("STEERMOE_VECTORS", raising=False)
+        patch.setenv("STEERMOE_CACHE", str(folder / "cache"))
+        patch.setattr(platformdirs, "user_data_path", lambda name: folder / "user-data" / name)
+        patch.setattr(library, "packaged_vectors", lambda: folder / "packaged")
+        patch.setattr(provision, "CALIBRATION_TEXTS", 2)
+        yield folder
+
+
+@pytest.fixture(scope="package")
+def checkpoint(tiny_checkpoint, tmp_path_factory):
+    """The tiny model with room for a long text."""
+    folder = tmp_path_factory.mktemp("long") / "tiny-long"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def engine(checkpoint):
+    """What sessions and pages run on, one after another."""
+    return served.tiny_engine(checkpoint)
+
+
+@pytest.fixture(scope="package")
+def vectors(home, engine):
+    folder = home / "vectors"
+    served.write_vectors(folder, engine.shape)
+    return folder
+
+
+@pytest.fixture
+def session(engine, vectors):
+    """A session of its own, whose engine is closed at the end."""
+    with LiveEngine(engine) as live:
+        yield Session(live, PlanResolver(engine.shape, vectors, watch=True, names_only=True))
