@@ -153,6 +153,11 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 	$(LLAMACPP_BIN)/steermoe models pull
 	$(LLAMACPP_BIN)/python benchmarks/llamacpp.py
 
+.PHONY: test-page
+test-page: $(INSTALLED) ## the page in a real browser (needs a Chromium: apt install chromium, or CHROMIUM=...)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,play]' playwright
+	$(BIN)/pytest tests/serving/page
+
 .PHONY: clean
 clean: ## remove the environments and caches, not the pulled model
 	rm -rf $(VENV) $(MINIMUM_VENV) $(VLLM_VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -8,14 +8,16 @@ from typing import Any
 import gradio as gr
 
 from steermoe.formulas import FORMULAS, SCALES
-from steermoe.playground import view
-from steermoe.playground.settings import MOST_AMOUNT, MOST_TOKENS, OWN, Settings
 from steermoe.routing.positions import POSITIONS
+from steermoe.serving.page import view
+from steermoe.serving.page.settings import MOST_AMOUNT, MOST_TOKENS, OWN, Settings
 
 SLOTS = 24
 """Sliders for topics; those beyond the model's topics are hidden until one is built."""
 STORY, CHAT = "Continue a story", "Answer a message"
 DESCRIBED, PASTED = "Describe it in a few words", "Paste texts about it"
+
+NO_TOPICS = "This model has no topics yet: add one at the bottom of this page, such as sport."
 
 ON_TOKEN = """
 element.addEventListener("steermoe-token", (event) => {
@@ -23,7 +25,7 @@ element.addEventListener("steermoe-token", (event) => {
   trigger("token", { number: event.detail.number });
 });
 """
-"""A token that is clicked opens the view of its experts, and is told to the server."""
+"""A token that is clicked opens the view of its experts; the server is notified."""
 
 
 def tokens(value: str, elem_id: str) -> Any:
@@ -63,7 +65,9 @@ class Widgets:
         return self.settings[name] if name in self.settings else self.others[name]
 
 
-def make(first: Settings, topics: Sequence[str], presets: Sequence[str], model: str, can_chat: bool) -> Widgets:
+def make(
+    first: Settings, topics: Sequence[str], presets: Sequence[str], model: str, can_chat: bool, can_build: bool
+) -> Widgets:
     """Lay the page out, inside `gr.Blocks`."""
     widgets = Widgets(gr.State(list(topics)), gr.State(None))
     gr.HTML(
@@ -72,6 +76,8 @@ def make(first: Settings, topics: Sequence[str], presets: Sequence[str], model: 
         "and move a slider while it is writing.</p>",
         elem_classes="sm-title",
     )
+    if not topics:
+        gr.HTML(f"<p>{html.escape(NO_TOPICS)}</p>", elem_classes="sm-hint")
     _prompt(widgets, first, can_chat)
     if presets:
         with gr.Row(elem_classes="sm-presets"):
@@ -85,7 +91,7 @@ def make(first: Settings, topics: Sequence[str], presets: Sequence[str], model: 
             with gr.Column(min_width=300):
                 widgets.sides.append(tokens(view.empty(side), f"sm-{name}"))
     _more(widgets, first)
-    _build(widgets)
+    _build(widgets, can_build)
     _map(widgets, topics)
     _share(widgets)
     gr.HTML(
@@ -172,9 +178,9 @@ def _more(widgets: Widgets, first: Settings) -> None:
             )
 
 
-def _build(widgets: Widgets) -> None:
+def _build(widgets: Widgets, can_build: bool) -> None:
     others = widgets.others
-    with gr.Accordion("Add a topic of your own", open=False, elem_id="sm-add"):
+    with gr.Accordion("Add a topic of your own", open=False, visible=can_build, elem_id="sm-add"):
         others["kind"] = gr.Radio([DESCRIBED, PASTED], value=DESCRIBED, show_label=False, container=False)
         others["topic"] = gr.Textbox(
             label="Topic",
