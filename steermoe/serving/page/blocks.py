@@ -15,7 +15,7 @@ from steermoe.serving.page import exports, presets, view
 from steermoe.serving.page.building import Progress, Topics, watched
 from steermoe.serving.page.session import Run, Session, Sessions
 from steermoe.serving.page.settings import Settings, from_values
-from steermoe.serving.page.widgets import CHAT, PASTED, SLOTS, STORY, make
+from steermoe.serving.page.widgets import ABOUT, CHAT, PASTED, SLOTS, STORY, make
 from steermoe.serving.service import Service
 from steermoe.tracing.page import page as trace_page
 from steermoe.tracing.view import script, style
@@ -232,7 +232,7 @@ class Page:
 
     def _wire_building(self) -> None:
         w = self._w
-        w["kind"].input(lambda kind: gr.Textbox(visible=kind == PASTED), w["kind"], w["texts"], queue=False, **QUIETLY)
+        w["kind"].input(self._on_kind, w["kind"], [w["topic"], w["texts"]], queue=False, **QUIETLY)
         w["build"].click(
             self._on_build,
             [w["kind"], w["topic"], w["texts"], w.names],
@@ -241,6 +241,9 @@ class Page:
         )
         w["halt"].click(self._on_halt, None, None, queue=False, **QUIETLY)
         w["mapped"].input(self._on_map, w["mapped"], w["map"], **QUIETLY)
+
+    def _on_kind(self, kind: str) -> Any:
+        return gr.Textbox(info=ABOUT[kind]), gr.Textbox(visible=kind == PASTED)
 
     def _on_build(self, kind: str, topic: str, texts: str, names: list[str], request: gr.Request) -> Iterator[Any]:
         progress = self._work[request.session_hash or ""] = Progress()

@@ -17,6 +17,10 @@ SLOTS = 24
 STORY, CHAT = "Continue a story", "Answer a message"
 DESCRIBED, PASTED = "Describe it in a few words", "Paste texts about it"
 
+ABOUT = {
+    DESCRIBED: "The model writes texts about it, which show which of its experts to turn up. This takes minutes.",
+    PASTED: "What its slider is called. The texts show which of the model's experts to turn up.",
+}
 NO_TOPICS = "This model has no topics yet: add one at the bottom of this page, such as sport."
 
 ON_TOKEN = """
@@ -84,8 +88,7 @@ def make(
             gr.HTML("Try:", elem_classes="sm-try")
             widgets.presets = {name: gr.Button(name, size="sm", min_width=60) for name in presets}
     _sliders(widgets, first, topics)
-    with gr.Row(elem_classes="sm-under"):
-        widgets.others["branch"] = gr.Button("Write on from here", visible=False, elem_id="sm-branch", size="sm")
+    widgets.others["branch"] = gr.Button("Write on from here", variant="primary", visible=False, elem_id="sm-branch")
     with gr.Row(elem_classes="sm-sides", equal_height=False):
         for side, name in enumerate(("unsteered", "steered")):
             with gr.Column(min_width=300):
@@ -185,8 +188,7 @@ def _build(widgets: Widgets, can_build: bool) -> None:
         others["topic"] = gr.Textbox(
             label="Topic",
             placeholder="pirates at sea",
-            info="The model writes texts about it, and learns from them "
-            "which of its experts to turn up. This takes minutes.",
+            info=ABOUT[DESCRIBED],
             elem_id="sm-topic-words",
         )
         others["texts"] = gr.Textbox(
