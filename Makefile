@@ -112,8 +112,8 @@ vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for CPUs
 	@$(VLLM_BIN)/steermoe models pull
 
 .PHONY: serve
-serve: vllm ## the default model behind an OpenAI-compatible server at 127.0.0.1:8000
-	$(VLLM_BIN)/steermoe serve --eager
+serve: model ## the default model for OpenAI's and Ollama's clients at 127.0.0.1:8000
+	$(BIN)/steermoe serve
 
 .PHONY: test-vllm
 test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
