@@ -1,8 +1,8 @@
 """What a trace costs: `python benchmarks/trace.py [--gguf FILE] [--rounds N] [--json FILE]`.
 
-Tokens per second of processor time of the default model in transformers, or of a GGUF file of it in llama.cpp: steered,
+Tokens per second of CPU time of the default model in transformers, or of a GGUF file of it in llama.cpp: steered,
 with a trace and without, one text and eight together. The variants take turns, so that a machine with other work is
-fair to both; medians of their ratios. Processor time, since other work would show in the time that passes. One thread.
+fair to both; medians of their ratios. CPU time, since other work would show in the time that passes. One thread.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def opened(gguf: str | None) -> Engine:
 
 
 def rate(engine: Engine, rows: int, **trace: bool) -> float:
-    """Tokens per second of processor time."""
+    """Tokens per second of CPU time."""
     plan = plan_for(load_vector("sport", engine.shape))
     sampling = [Sampling(max_new_tokens=TOKENS, min_new_tokens=TOKENS, seed=row) for row in range(rows)]
     requests = [Request(PROMPT, plan, one, **trace) for one in sampling]
