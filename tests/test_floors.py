@@ -13,7 +13,6 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "steermoe"
 FLOORS = (
     ("cli",),
-    ("playground",),
     ("evaluation", "serving"),
     ("batch", "discovery"),
     ("tracing",),

@@ -1,11 +1,14 @@
 """`steermoe play`: the server with its page, and a browser that opens it."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 EXAMPLES = """Examples:
 
@@ -34,9 +37,10 @@ def play(
     import threading
     import webbrowser
 
+    from steermoe.cli.serve import new_topics
     from steermoe.cli.terminal import console
     from steermoe.errors import ModelError
-    from steermoe.playground.mounting import mount, require_gradio
+    from steermoe.serving.page.mounting import mount, require_gradio
 
     if model.chosen == "vllm":
         raise ModelError("the page needs an engine whose texts can be steered as they come: --engine hf or llamacpp")
@@ -48,10 +52,13 @@ def play(
     engine = model.open()
     resolver = PlanResolver(engine.shape, vectors.vectors, watch=True, names_only=True, any_model=vectors.any_model)
 
+    def extend(app: "FastAPI") -> None:
+        mount(app, model.model, new_topics(engine))
+
     def ready(address: str) -> None:
         console.note(f"steermoe: the page is at {address}; Ctrl-C ends it")
         if browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     options = ServerOptions("127.0.0.1", port, (), vectors.vectors, vectors.any_model)
-    run(engine, resolver, None, Settings(options), ready, lambda app: mount(app, model.model))
+    run(engine, resolver, None, Settings(options), ready, extend)

@@ -1,13 +1,20 @@
 """`steermoe serve`: one model for many clients, by OpenAI's and Ollama's protocols, each request steered on its own."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from steermoe.cli import loading, on_demand
 from steermoe.cli import options as o
 from steermoe.steering.spec import SteeringSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi import FastAPI
+
+    from steermoe.evaluation.new_topics import NewTopics
 
 EXAMPLES = """Examples:
 
@@ -87,6 +94,34 @@ class Serving:
         ),
     ] = None
 
+    page: Annotated[
+        bool | None,
+        typer.Option(
+            "--page/--no-page",
+            help="Show a page at /, to steer texts with sliders. Default: if Gradio is installed.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None
+
+    def extension(self, model: str) -> "Callable[[FastAPI], Any]":
+        """What adds the page to the server.
+
+        Raises:
+            SteerMoEError: the page was asked for, and Gradio is missing.
+        """
+        from importlib.util import find_spec
+
+        from steermoe.cli.terminal import console
+
+        if self.page is None and find_spec("gradio") is None:
+            console.note("no page at /: it needs Gradio (pip install 'steermoe[play]')", "dim")
+        if not (find_spec("gradio") is not None if self.page is None else self.page):
+            return lambda app: None
+        from steermoe.serving.page.mounting import mount, require_gradio
+
+        require_gradio()
+        return lambda app: mount(app, model, new_topics(app.state.service.live.engine))
+
     def check_engine(self, engine: str) -> None:
         """Raise ModelError for an option that another engine's server does not have."""
         from steermoe.errors import ModelError
@@ -95,6 +130,13 @@ class Serving:
         if engine == "vllm" and given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ModelError(f"{names}: vLLM's server has options of its own, after --, such as -- --max-num-seqs 32")
+
+
+def new_topics(engine: Any) -> "NewTopics":
+    """What builds vectors of new topics for the page."""
+    from steermoe.evaluation.new_topics import NewTopics
+
+    return NewTopics(getattr(engine, "loaded", engine))
 
 
 @o.spread
@@ -189,6 +231,7 @@ def _serve_ours(
     opened: loading.ModelOptions, options: Any, serving: Serving, vectors: o.VectorOptions, build: Any
 ) -> None:
     from steermoe.cli.terminal import console
+    from steermoe.models.default.pull import DEFAULT_MODEL
     from steermoe.serving.app import Settings, run
     from steermoe.serving.live import MOST_QUEUED, Limits
     from steermoe.steering.resolver import PlanResolver
@@ -196,10 +239,15 @@ def _serve_ours(
     queued = MOST_QUEUED if serving.queue is None else serving.queue
     limits = Limits(serving.rows, queued, serving.max_tokens)
     settings = Settings(options, serving.cors or (), **({} if serving.grace is None else {"grace": serving.grace}))
+    extend = serving.extension(opened.model or DEFAULT_MODEL)
     runner = opened.open()
     found = on_demand.files(opened, runner, vectors, on_demand.wish(vectors, build))
     resolver = PlanResolver(
         runner.shape, vectors.vectors, watch=True, names_only=True, any_model=vectors.any_model, given=found
     )
     console.note(f"{runner.name}: domains {', '.join(resolver.domains()) or 'none'}")
-    run(runner, resolver, limits, settings, lambda address: console.note(f"steermoe serves {runner.name} at {address}"))
+
+    def ready(address: str) -> None:
+        console.note(f"steermoe serves {runner.name} at {address}")
+
+    run(runner, resolver, limits, settings, ready, extend)

@@ -143,9 +143,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     special_tokens: bool | None = None
     chat: "Chat | None" = None
-    logprobs: int | None = None
     trace: bool = False
     on_trace: "Callable[[TokenTrace], None] | None" = None
+    logprobs: int | None = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -194,8 +194,8 @@ class Completion:
     frequency: "Tensor | None" = None
     was_steered: bool | None = None
     thinking: str | None = None
-    scores: tuple[TokenScore, ...] | None = None
     trace: "Trace | None" = None
+    scores: tuple[TokenScore, ...] | None = None
 
     @property
     def new_tokens(self) -> int:

@@ -77,8 +77,21 @@ def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "steermoe.cli.app", "serve", root / "tiny", "--port", port, "--api-key", KEY]
-    command += ["--vectors", vectors, "--dtype", "float32", "--eager", "--", "--max-model-len", 128]
+    command = [sys.executable, "-m", "steermoe.cli.app", "serve", root / "tiny", "--engine", "vllm"]
+    command += [
+        "--port",
+        port,
+        "--api-key",
+        KEY,
+        "--vectors",
+        vectors,
+        "--dtype",
+        "float32",
+        "--eager",
+        "--",
+        "--max-model-len",
+        128,
+    ]
     command += ["--kv-cache-memory-bytes", 1 << 26, "--max-num-seqs", 32]
     log = (root / "log").open("w")
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
@@ -120,6 +133,7 @@ def test_names_steer_as_fields_do_and_as_the_hf_engine_does(server):
     for name, domains in texts.items():
         if domains:
             assert server.tokens("tiny", steering={"domain": domains}) == found[name]
+    assert server.tokens("tiny", at_top={"domain": ["sport"]}) == server.expected(["sport"])
 
 
 def test_every_field_of_a_plan(server):
@@ -207,7 +221,9 @@ BAD = [
         {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","positions":"answer"}'}},
         "positions answer follows the tags around a model's thinking",
     ),
-    ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs in vllm_xargs"),
+    ("a field at the top", {"model": "tiny", "steering": {"domain": "cooking"}}, "no vector 'cooking'"),
+    ("a text at the top", {"model": "tiny", "steering": "cooking"}, "no vector 'cooking'"),
+    ("two places", {"model": "tiny:sport", "steering": "food"}, "leave one of them out"),
     ("30 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_DECAY}}, "is too large: expected 0 to 2147483647"),
     ("30 digits in a window", {"model": "tiny", "vllm_xargs": {"steering": LONG_WINDOW}}, "is too large"),
     ("5,000 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_LAYERS}}, "is too large"),

@@ -7,9 +7,9 @@ import pytest
 
 from steermoe.engines.request import Request
 from steermoe.errors import SteeringError, SteerMoEError
-from steermoe.playground import view
-from steermoe.playground.session import Session, Sessions
-from steermoe.playground.settings import Settings
+from steermoe.serving.page import view
+from steermoe.serving.page.session import Session, Sessions
+from steermoe.serving.page.settings import Settings
 from steermoe.tracing.page import page
 from tests.support import served
 

@@ -16,8 +16,8 @@ from steermoe.engines.messages import conversation
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.trace import Domain, TokenTrace, Trace, domains_of, shares
 from steermoe.errors import SteeringError, SteerMoEError
-from steermoe.playground.settings import Settings
 from steermoe.serving.live import LiveEngine
+from steermoe.serving.page.settings import Settings
 from steermoe.serving.ticket import Ticket
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
@@ -139,7 +139,7 @@ class Session:
             run = self.run
         trace = None if run is None else run.trace(side)
         if run is None or trace is None or not 0 <= number < len(trace):
-            raise SteeringError(f"there is no token {number} to go on from: let the text finish, then click one")
+            raise SteeringError(f"there is no token {number} to continue after: let the text finish, then click one")
         kept = run.prompt + trace.token_ids[: number + 1].tolist()
         shown = run.shown_prompt + "".join(trace.tokens[: number + 1])
         request = replace(run.request, sampling=settings.sampling())

@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 import steermoe
-from steermoe.playground import exports
-from steermoe.playground.settings import Settings
+from steermoe.serving.page import exports
+from steermoe.serving.page.settings import Settings
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import read_spec
 from steermoe.vectors.file import write_vector

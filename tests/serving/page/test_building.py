@@ -4,8 +4,9 @@ import pytest
 
 from steermoe.discovery.writing import Writing
 from steermoe.errors import SteerMoEError, VectorError
-from steermoe.playground.building import CREATED_BY, Building, Progress, Stopped, split_texts, watched
+from steermoe.evaluation.new_topics import CREATED_BY, NewTopics, split_texts
 from steermoe.serving.live import LiveEngine
+from steermoe.serving.page.building import Progress, Stopped, watched
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
 
@@ -15,12 +16,14 @@ TEXTS = "\n\n".join(f"The pirate number {n} sailed over\nthe sea with {n} men." 
 @pytest.fixture
 def building(engine, home):
     with LiveEngine(engine) as live:
-        yield Building(live, Writing(texts=6, new_tokens=24))
+        topics = NewTopics(engine.loaded, Writing(texts=6, new_tokens=24))
+        yield topics, live
 
 
 def test_a_topic_in_words_becomes_a_vector_that_is_found(building, engine, home):
     progress = Progress()
-    future = building.topic("pirates at sea", progress)
+    topics, live = building
+    future = live.call(topics.described("pirates at sea", progress))
     lines = list(watched(future, progress))
     assert future.result() == "pirates-at-sea"
     assert lines
@@ -30,7 +33,8 @@ def test_a_topic_in_words_becomes_a_vector_that_is_found(building, engine, home)
 
 def test_pasted_texts_become_a_vector(building, engine, home):
     progress = Progress()
-    assert building.pasted("My Pirates", TEXTS, progress).result(60) == "my-pirates"
+    topics, live = building
+    assert live.call(topics.pasted("My Pirates", TEXTS, progress)).result(60) == "my-pirates"
     plan = PlanResolver(engine.shape, None, watch=True, names_only=True).plan(SteeringSpec(domain=("my-pirates",)))
     assert plan.vector.info.created_by == CREATED_BY
     assert plan.vector.info.texts == 6
@@ -40,8 +44,10 @@ def test_pasted_texts_become_a_vector(building, engine, home):
 def test_the_work_can_be_stopped(building, home):
     progress = Progress()
     progress.is_stopped = True
+    topics, live = building
+    future = live.call(topics.described("a robot in the kitchen", progress))
     with pytest.raises(Stopped, match="build it again"):
-        building.topic("a robot in the kitchen", progress).result(60)
+        future.result(60)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +63,12 @@ def test_the_work_can_be_stopped(building, home):
 )
 def test_wrong_texts_and_names_are_refused_at_once(building, name, texts, message):
     with pytest.raises(VectorError, match=message):
-        building.pasted(name, texts, Progress())
+        building[0].pasted(name, texts, Progress())
 
 
 def test_no_topic_is_refused(building):
     with pytest.raises(SteerMoEError):
-        building.topic("  ", Progress())
+        building[0].described("  ", Progress())
 
 
 def test_texts_are_paragraphs_or_lines():

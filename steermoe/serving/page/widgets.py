@@ -8,14 +8,20 @@ from typing import Any
 import gradio as gr
 
 from steermoe.formulas import FORMULAS, SCALES
-from steermoe.playground import view
-from steermoe.playground.settings import MOST_AMOUNT, MOST_TOKENS, OWN, Settings
 from steermoe.routing.positions import POSITIONS
+from steermoe.serving.page import view
+from steermoe.serving.page.settings import MOST_AMOUNT, MOST_TOKENS, OWN, Settings
 
 SLOTS = 24
 """Sliders for topics; those beyond the model's topics are hidden until one is built."""
 STORY, CHAT = "Continue a story", "Answer a message"
 DESCRIBED, PASTED = "Describe it in a few words", "Paste texts about it"
+
+ABOUT = {
+    DESCRIBED: "The model writes texts about it, which show which of its experts to turn up. This takes minutes.",
+    PASTED: "What its slider is called. The texts show which of the model's experts to turn up.",
+}
+NO_TOPICS = "This model has no topics yet: add one at the bottom of this page, such as sport."
 
 ON_TOKEN = """
 element.addEventListener("steermoe-token", (event) => {
@@ -23,7 +29,7 @@ element.addEventListener("steermoe-token", (event) => {
   trigger("token", { number: event.detail.number });
 });
 """
-"""A token that is clicked opens the view of its experts, and is told to the server."""
+"""A token that is clicked opens the view of its experts; the server is notified."""
 
 
 def tokens(value: str, elem_id: str) -> Any:
@@ -63,7 +69,9 @@ class Widgets:
         return self.settings[name] if name in self.settings else self.others[name]
 
 
-def make(first: Settings, topics: Sequence[str], presets: Sequence[str], model: str, can_chat: bool) -> Widgets:
+def make(
+    first: Settings, topics: Sequence[str], presets: Sequence[str], model: str, can_chat: bool, can_build: bool
+) -> Widgets:
     """Lay the page out, inside `gr.Blocks`."""
     widgets = Widgets(gr.State(list(topics)), gr.State(None))
     gr.HTML(
@@ -72,20 +80,21 @@ def make(first: Settings, topics: Sequence[str], presets: Sequence[str], model: 
         "and move a slider while it is writing.</p>",
         elem_classes="sm-title",
     )
+    if not topics:
+        gr.HTML(f"<p>{html.escape(NO_TOPICS)}</p>", elem_classes="sm-hint")
     _prompt(widgets, first, can_chat)
     if presets:
         with gr.Row(elem_classes="sm-presets"):
             gr.HTML("Try:", elem_classes="sm-try")
             widgets.presets = {name: gr.Button(name, size="sm", min_width=60) for name in presets}
     _sliders(widgets, first, topics)
-    with gr.Row(elem_classes="sm-under"):
-        widgets.others["branch"] = gr.Button("Write on from here", visible=False, elem_id="sm-branch", size="sm")
+    widgets.others["branch"] = gr.Button("Write on from here", variant="primary", visible=False, elem_id="sm-branch")
     with gr.Row(elem_classes="sm-sides", equal_height=False):
         for side, name in enumerate(("unsteered", "steered")):
             with gr.Column(min_width=300):
                 widgets.sides.append(tokens(view.empty(side), f"sm-{name}"))
     _more(widgets, first)
-    _build(widgets)
+    _build(widgets, can_build)
     _map(widgets, topics)
     _share(widgets)
     gr.HTML(
@@ -172,15 +181,14 @@ def _more(widgets: Widgets, first: Settings) -> None:
             )
 
 
-def _build(widgets: Widgets) -> None:
+def _build(widgets: Widgets, can_build: bool) -> None:
     others = widgets.others
-    with gr.Accordion("Add a topic of your own", open=False, elem_id="sm-add"):
+    with gr.Accordion("Add a topic of your own", open=False, visible=can_build, elem_id="sm-add"):
         others["kind"] = gr.Radio([DESCRIBED, PASTED], value=DESCRIBED, show_label=False, container=False)
         others["topic"] = gr.Textbox(
             label="Topic",
             placeholder="pirates at sea",
-            info="The model writes texts about it, and learns from them "
-            "which of its experts to turn up. This takes minutes.",
+            info=ABOUT[DESCRIBED],
             elem_id="sm-topic-words",
         )
         others["texts"] = gr.Textbox(

@@ -8,9 +8,9 @@ from hypothesis import strategies as some
 
 from steermoe.errors import SteerMoEError
 from steermoe.formulas import FORMULAS, SCALES
-from steermoe.playground.presets import FIRST_PROMPT, PRESETS, first, fitting
-from steermoe.playground.settings import MOST_AMOUNT, OWN, Settings, from_values
 from steermoe.routing.positions import POSITIONS
+from steermoe.serving.page.presets import FIRST_PROMPT, PRESETS, first, fitting
+from steermoe.serving.page.settings import MOST_AMOUNT, OWN, Settings, from_values
 from steermoe.steering.spec import SteeringSpec
 
 STRENGTHS = {"sport": 8.0, "food": 4.0}

@@ -8,7 +8,7 @@ from steermoe.errors import SteerMoEError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from steermoe.discovery.writing import Writing
+    from steermoe.serving.page.building import Topics
 
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"}
 MOST_BODY = 4 << 20
@@ -30,13 +30,13 @@ def require_gradio() -> None:
         ) from error
 
 
-def mount(app: "FastAPI", model: str | None = None, writing: "Writing | None" = None) -> Any:
+def mount(app: "FastAPI", model: str | None = None, topics: "Topics | None" = None) -> Any:
     """Mount the page of an application at /; its other routes stay.
 
     Args:
         app: from `serving.app.create_app`, complete; the page takes every path that has no route.
         model: how commands name the model; by default as the service does.
-        writing: how many texts the model writes about a topic; by default as `steermoe vectors build`.
+        topics: builds vectors of new topics; without it the page has no such form.
 
     Returns:
         the `Page`.
@@ -47,11 +47,11 @@ def mount(app: "FastAPI", model: str | None = None, writing: "Writing | None" = 
     require_gradio()
     import gradio as gr
 
-    from steermoe.playground.page import Page, css, head, theme
+    from steermoe.serving.page.blocks import Page, css, head, theme
 
     _keep_errors(app)
     app.add_middleware(Limited)
-    page = Page(app.state.service, model, writing)
+    page = Page(app.state.service, model, topics)
     gr.mount_gradio_app(
         app,
         page.blocks(),

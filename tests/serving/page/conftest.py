@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'steermoe[play]'")
 
 from steermoe.evaluation import provision
-from steermoe.playground.session import Session
 from steermoe.serving.live import LiveEngine
+from steermoe.serving.page.session import Session
 from steermoe.steering.resolver import PlanResolver
 from steermoe.vectors import library
 from tests.support import served

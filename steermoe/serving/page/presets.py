@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from steermoe.playground.settings import Settings
+from steermoe.serving.page.settings import Settings
 
 FIRST_PROMPT = "Once upon a time there was a brown dog named Milo who lived by the river."
 FIRST_TOPIC = "sport"

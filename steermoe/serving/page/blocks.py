@@ -10,13 +10,12 @@ from typing import Any
 
 import gradio as gr
 
-from steermoe.discovery.writing import Writing
 from steermoe.errors import SteerMoEError
-from steermoe.playground import exports, presets, view
-from steermoe.playground.building import Building, Progress, watched
-from steermoe.playground.session import Run, Session, Sessions
-from steermoe.playground.settings import Settings, from_values
-from steermoe.playground.widgets import CHAT, PASTED, SLOTS, STORY, make
+from steermoe.serving.page import exports, presets, view
+from steermoe.serving.page.building import Progress, Topics, watched
+from steermoe.serving.page.session import Run, Session, Sessions
+from steermoe.serving.page.settings import Settings, from_values
+from steermoe.serving.page.widgets import ABOUT, CHAT, PASTED, SLOTS, STORY, make
 from steermoe.serving.service import Service
 from steermoe.tracing.page import page as trace_page
 from steermoe.tracing.view import script, style
@@ -73,22 +72,23 @@ class Page:
     Args:
         service: what generates and steers.
         model: how commands name the model; by default as the service does.
-        writing: how many texts the model writes about a topic; by default as `steermoe vectors build`.
+        builder: builds vectors of new topics; without it there are none.
     """
 
-    def __init__(self, service: Service, model: str | None = None, writing: Writing | None = None) -> None:
+    def __init__(self, service: Service, model: str | None = None, builder: Topics | None = None) -> None:
         self._live, self._resolver = service.live, service.steering.resolver
         self._name, self._model = service.steering.served, model or service.steering.served
         self._can_chat = service.can_chat
         self.sessions = Sessions(lambda: Session(self._live, self._resolver))
-        self._building = Building(self._live, writing)
+        self._builder = builder
         self._work: dict[str, Progress] = {}
 
     def blocks(self) -> gr.Blocks:
         """The page, for `gr.mount_gradio_app`."""
         topics = self.topics()
         with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-            self._w = make(presets.first(topics), topics, list(presets.fitting(topics)), self._name, self._can_chat)
+            known, can_build = list(presets.fitting(topics)), self._builder is not None
+            self._w = make(presets.first(topics), topics, known, self._name, self._can_chat, can_build)
             self._wire_texts()
             self._wire_building()
             self._wire_exports()
@@ -232,7 +232,7 @@ class Page:
 
     def _wire_building(self) -> None:
         w = self._w
-        w["kind"].input(lambda kind: gr.Textbox(visible=kind == PASTED), w["kind"], w["texts"], queue=False, **QUIETLY)
+        w["kind"].input(self._on_kind, w["kind"], [w["topic"], w["texts"]], queue=False, **QUIETLY)
         w["build"].click(
             self._on_build,
             [w["kind"], w["topic"], w["texts"], w.names],
@@ -242,14 +242,19 @@ class Page:
         w["halt"].click(self._on_halt, None, None, queue=False, **QUIETLY)
         w["mapped"].input(self._on_map, w["mapped"], w["map"], **QUIETLY)
 
+    def _on_kind(self, kind: str) -> Any:
+        return gr.Textbox(info=ABOUT[kind]), gr.Textbox(visible=kind == PASTED)
+
     def _on_build(self, kind: str, topic: str, texts: str, names: list[str], request: gr.Request) -> Iterator[Any]:
         progress = self._work[request.session_hash or ""] = Progress()
         kept = [gr.skip()] * (SLOTS + 2)
         try:
-            if kind == PASTED:
-                future = self._building.pasted(topic, texts, progress)
-            else:
-                future = self._building.topic(topic, progress)
+            if self._builder is None:
+                raise SteerMoEError("no topics can be added here")
+            is_pasted = kind == PASTED
+            builder = self._builder
+            build = builder.pasted(topic, texts, progress) if is_pasted else builder.described(topic, progress)
+            future = self._live.call(build)
             for line in watched(future, progress):
                 yield [f'<p class="sm-busy">{html.escape(line)}</p>', *kept]
             name = future.result()

@@ -8,12 +8,12 @@ import html
 import numpy as np
 
 from steermoe.engines.trace import TokenTrace
-from steermoe.playground.session import Run
+from steermoe.serving.page.session import Run
 from steermoe.tracing.view import COLOURS, LEVELS, fragment
 
 HEADS = ("Without steering", "With steering")
 EMPTY = (
-    "What the model writes by itself will appear here.",
+    "What the model writes when nobody steers it will appear here.",
     "What it writes when its experts for your topic are turned up will appear here.",
 )
 

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-from steermoe.playground.settings import Settings
+from steermoe.serving.page.settings import Settings
 from steermoe.steering.spec import SteeringSpec, parse_domain
 
 ADDRESS = "http://127.0.0.1:8000"
