@@ -222,12 +222,8 @@ def batch(
         chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
         from steermoe.batch.batch import Batch, BatchOptions
 
-        if files.trace is not None:
-            worker = _tracing_worker(runner, files)
-        problems = _ProblemPrinter()
-        options = BatchOptions(
-            vectors.vectors, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built
-        )
+        problems, worker, where = _ProblemPrinter(), worker or _tracing_worker(runner, files), vectors.vectors
+        options = BatchOptions(where, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built)
         summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
         problems.sum_up()
     _print(summary, output, json)
@@ -262,17 +258,18 @@ def _check_trace(folder: Path | None, model: BatchModel, cluster: Cluster) -> No
         return
     if cluster.ray is not None:
         raise BatchError("--trace works in this process alone: leave it out, or --ray")
-    o.check_tracing(model.engine)
+    o.check_tracing(model.engine, None, shows=True)
 
 
-def _tracing_worker(runner: "Engine", files: FileOptions) -> "Worker":
-    """A worker that also writes each story's trace into a folder."""
+def _tracing_worker(runner: "Engine", files: FileOptions) -> "Worker | None":
+    """A worker that also writes each story's trace into a folder; None if that is not wanted."""
+    if files.trace is None:
+        return None
     from functools import partial
 
     from steermoe.batch.worker import EngineWorker
     from steermoe.tracing.file import make_folder, write_story
 
-    assert files.trace is not None
     return EngineWorker(runner, files.batch_size, partial(write_story, make_folder(files.trace)))
 
 

@@ -1,9 +1,10 @@
 """`steermoe compare`: the same prompt unsteered and steered, side by side."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from steermoe.cli import options as o
 from steermoe.cli.loading import ModelOptions
 from steermoe.cli.on_demand import open_engine
 from steermoe.steering.spec import SteeringSpec
+
+if TYPE_CHECKING:
+    from steermoe.evaluation.comparison import Column
 
 EXAMPLES = """Examples:
 
@@ -71,8 +75,7 @@ def compare(
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
-    if trace is not None:
-        o.check_tracing(model.engine, trace)
+    o.check_tracing(model.engine, trace)
     text = o.read_prompt(prompt, vectors.language)
     from steermoe.evaluation.comparison import compare_completions
 
@@ -91,19 +94,24 @@ def compare(
     with console.working(f"Generating {len(requests)} stories ..."):
         completions = runner.generate(requests, record=True)
     columns = compare_completions(completions)
-    from steermoe.cli.terminal.columns import print_columns, save_svg
-
-    if json:
-        for column in columns:
-            console.write_json(column.as_dict(runner.name))
-    else:
-        print_columns(text, columns)
-    if svg is not None:
-        save_svg(text, columns, svg)
-    if trace is not None:
-        o.save_trace(trace, completions, runner.name, model.chosen)
+    _show(text, columns, runner.name if json else None, svg)
+    o.save_trace(trace, completions, runner.name, model.chosen)
     o.warn_unanswered(completions)
     o.check_steered(completions)
+
+
+def _show(prompt: str, columns: "Sequence[Column]", model: str | None, svg: Path | None) -> None:
+    """Print a comparison, as JSON if the model's name is given for it, and draw it."""
+    from steermoe.cli.terminal import console
+    from steermoe.cli.terminal.columns import print_columns, save_svg
+
+    if model is not None:
+        for column in columns:
+            console.write_json(column.as_dict(model))
+    else:
+        print_columns(prompt, columns)
+    if svg is not None:
+        save_svg(prompt, columns, svg)
 
 
 def _specs(steering: SteeringSpec, domain: list[Any], formula: list[Any], strength: list[Any]) -> list[SteeringSpec]:

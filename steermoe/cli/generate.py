@@ -64,8 +64,7 @@ def generate(
 
     if show_routing and json:
         raise typer.BadParameter("--show-routing prints a coloured text, --json one object: leave one of them out")
-    if show_routing or trace is not None:
-        o.check_tracing(model.engine, trace)
+    o.check_tracing(model.engine, trace, show_routing)
     text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
     steering = topics.added_to(steering)
@@ -87,8 +86,7 @@ def generate(
             console.write_json(completion.as_dict(runner.name))
         else:
             console.write(f"{completion.text if chat.chat else text + completion.text}\n")
-    if trace is not None:
-        o.save_trace(trace, [completion], runner.name, model.chosen)
+    o.save_trace(trace, [completion], runner.name, model.chosen)
     o.warn_unanswered([completion])
     _print_report(completion, runner.shape)
     o.check_steered([completion])

@@ -541,8 +541,19 @@ Trace = Annotated[
 TRACING_ENGINES = "vLLM does not show what its routers choose for each token: use --engine hf, or llamacpp for GGUF"
 
 
-def check_tracing(engine: str, path: Path | None = None) -> None:
-    """Raise GenerationError if an engine can't trace, or a trace's file could not be written; before long work."""
+def check_tracing(engine: str, path: Path | None, shows: bool = False) -> None:
+    """Fail before long work if a trace that is wanted can't be made or written.
+
+    Args:
+        engine: its name, as the user gave it.
+        path: the trace's file; None if none is wanted.
+        shows: whether a trace is wanted for the terminal.
+
+    Raises:
+        GenerationError: the engine can't trace, or the file has no folder.
+    """
+    if path is None and not shows:
+        return
     from steermoe.errors import GenerationError
     from steermoe.tracing.file import check_ending
 
@@ -552,8 +563,10 @@ def check_tracing(engine: str, path: Path | None = None) -> None:
         check_ending(path)
 
 
-def save_trace(path: Path, completions: "Sequence[Completion]", model: str, engine: str) -> None:
-    """Write the traces of completions of one prompt, with the command of this run."""
+def save_trace(path: Path | None, completions: "Sequence[Completion]", model: str, engine: str) -> None:
+    """Write the traces of completions of one prompt, if they are wanted, with the command of this run."""
+    if path is None:
+        return
     import shlex
     import sys
 

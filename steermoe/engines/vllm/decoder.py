@@ -92,13 +92,13 @@ class VLLMDecoder:
         on_text: Callable[[str], None] | None = None,
         on_token: OnToken | None = None,
     ) -> None:
-        from vllm import TokensPrompt
-
         if any(request.trace for request in requests):
             raise GenerationError(
                 "vLLM does not show what its routers choose for each token: leave trace out, or use --engine hf, or "
                 "llamacpp for a GGUF file"
             )
+        from vllm import TokensPrompt
+
         for request, prompt in zip(requests, prompts, strict=True):
             name = f"steermoe-{next(_numbers)}"
             self._vllm.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), self._params(request))

@@ -1,7 +1,7 @@
 """How a GGUF model's routers choose from their logits: what llama.cpp's graph does between logits and choice.
 
-The file does not say all of it, so a `Rule` starts with every scoring that llama.cpp has and keeps those that agree
-with choices that llama.cpp itself made.
+Not every file says how scores are made of logits, so a `Rule` without that begins with the likeliest way and takes
+another one if choices that llama.cpp itself made contradict it; with it, such choices confirm it.
 
 Shapes: R choices, N experts of a layer, K experts chosen per token, G groups.
 """
@@ -15,6 +15,10 @@ from steermoe.errors import ModelError, SteeringError
 from steermoe.models.gguf.header import GGUFModel, _read, _Settings
 
 Floats = NDArray[np.float32]
+SCORINGS = {1: "softmax", 2: "sigmoid", 3: "logits", 4: "softplus"}
+"""By GGUF's numbers of gating functions."""
+LIKELIEST = ("sigmoid", "softmax", "softplus", "logits")
+"""Where a file with biases or groups says nothing: most that have biases take sigmoids."""
 F32 = 0
 """GGUF's type of biases."""
 TIE = 1e-5
@@ -33,12 +37,16 @@ class Rule:
         biases: [L, N], added to scores before the choice; None for none.
         groups: into which experts are divided; 1 for none.
         groups_used: groups that a token may choose from.
+        scoring: how scores are made of logits, as far as it is known.
     """
 
-    def __init__(self, name: str, biases: Floats | None, groups: int, groups_used: int) -> None:
+    def __init__(
+        self, name: str, biases: Floats | None, groups: int, groups_used: int, scoring: str | None = None
+    ) -> None:
         self._name, self._biases, self._groups, self._groups_used = name, biases, groups, groups_used
         is_plain = biases is None and groups <= 1
-        self._contradicted = dict.fromkeys(["logits"] if is_plain else ["softmax", "sigmoid", "logits", "softplus"], 0)
+        possible = ("logits",) if is_plain else LIKELIEST if scoring is None else (scoring,)
+        self._contradicted = dict.fromkeys(possible, 0)
         self._checked = 0
 
     @classmethod

@@ -134,8 +134,7 @@ def test_the_scoring_is_found_from_choices(scoring):
     draw = np.random.default_rng(1)
     biases = (draw.random((3, 8)) / 4).astype(np.float32)
     logits, rows = draw.normal(size=(200, 8)).astype(np.float32), draw.integers(0, 3, 200)
-    true = Rule("x", biases, 4, 2)
-    true._contradicted = {scoring: 0}
+    true = Rule("x", biases, 4, 2, scoring)
     rule = Rule("x", biases, 4, 2)
     rule.check(rows, logits, true.choose(rows, logits, 2))
     np.testing.assert_array_equal(rule.choose(rows, logits, 2), true.choose(rows, logits, 2))
