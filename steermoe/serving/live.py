@@ -34,6 +34,7 @@ MOST_TOKENS = 4096
 MOST_QUEUED = 256
 LLAMACPP_ROWS = 16
 """Rows of llama.cpp unless more are asked for: all of its cache is allocated at the start."""
+LATE = "the server was shut down before the text was finished"
 MOST_SECONDS = 60
 """The longest time after which a client is asked to come back."""
 
@@ -105,7 +106,7 @@ class LiveEngine(Commands):
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
-        self._is_closing = False
+        self._is_closing = self._is_starting = False
         self._deadline: float | None = None
         self._seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="steermoe-live", daemon=True)
@@ -271,8 +272,8 @@ class LiveEngine(Commands):
                 self._changed.wait_for(lambda: self._waiting or self._commands or self._running or self._is_closing)
                 if self._is_closing and not self._waiting and not self._running:
                     break
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._fail(Closed("the server was shut down before the text was finished"), everything=True)
+            if self._is_late():
+                self._fail(Closed(LATE), everything=True)
                 continue
             self._carry_out()
             with self._guarded():
@@ -288,11 +289,13 @@ class LiveEngine(Commands):
             self._decoder = self.engine.decoder(self.rows, self.tokens)
             return
         if starting := self._starting():
+            self._is_starting = True  # a decoder may draw first tokens of rows that it does not know yet
             self._decoder.start(
                 [ticket.request for ticket in starting],
                 [ticket.prompt for ticket in starting],
                 on_token=self._on_token,
             )
+        self._is_starting = False
         if self._running:
             self.steps += 1
             for completion in self._decoder.step():
@@ -327,12 +330,12 @@ class LiveEngine(Commands):
         return found
 
     def _on_token(self, row: Row, text: str) -> None:
-        if self._commands:
+        if self._commands and not self._is_starting:
             self._carry_out()
         ticket = self._running.get(row.request)
         if ticket is None or row.finish_reason == "interrupted":
             return
-        if not ticket.add(row, text):
+        if not ticket.add(row, text) or self._is_late():
             raise Stop
 
     def _end(self, completion: "Completion") -> None:
@@ -340,7 +343,12 @@ class LiveEngine(Commands):
         self.finished += 1
         self.generated += completion.new_tokens
         self._seconds += (completion.seconds - self._seconds) / 8
-        ticket.end(completion)
+        was_late = completion.finish_reason == "interrupted" and self._is_late() and not ticket.is_cancelled
+        ticket.end(Closed(LATE) if was_late and not ticket.stopped_at else completion)
+
+    def _is_late(self) -> bool:
+        """Whether the grace is over."""
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _carry_out(self) -> None:
         while self._commands:
@@ -385,6 +393,7 @@ class LiveEngine(Commands):
             if everything:
                 ended += self._waiting
                 self._waiting.clear()
+        self._is_starting = False
         self._decoder.close()
         self._decoder = self.engine.decoder(self.rows, self.tokens)
         self.failed += len(ended)
