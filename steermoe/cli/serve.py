@@ -232,13 +232,13 @@ def _serve_ours(
 ) -> None:
     from steermoe.cli.terminal import console
     from steermoe.models.default.pull import DEFAULT_MODEL
-    from steermoe.serving.app import Settings, run
+    from steermoe.serving.app import GRACE, Settings, run
     from steermoe.serving.live import MOST_QUEUED, Limits
     from steermoe.steering.resolver import PlanResolver
 
     queued = MOST_QUEUED if serving.queue is None else serving.queue
     limits = Limits(serving.rows, queued, serving.max_tokens)
-    settings = Settings(options, serving.cors or (), **({} if serving.grace is None else {"grace": serving.grace}))
+    settings = Settings(options, serving.cors or (), grace=GRACE if serving.grace is None else serving.grace)
     extend = serving.extension(opened.model or DEFAULT_MODEL)
     runner = opened.open()
     found = on_demand.files(opened, runner, vectors, on_demand.wish(vectors, build))

@@ -36,6 +36,8 @@ MOST_BODY = 4 << 20
 API = ("/v1/", "/api/")
 """Paths of programs, which send a key as a header; a browser asks for it, as a password of any name."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+GRACE = 30.0
+"""Seconds after a signal within which texts may be finished."""
 CLOSING = 5
 """Seconds for answers to be sent after the last text has ended."""
 TEXT_PATHS = ("/v1/completions", "/v1/chat/completions", "/api/generate", "/api/chat")
@@ -57,7 +59,7 @@ class Settings:
     options: ServerOptions = field(default_factory=ServerOptions)
     origins: Sequence[str] = ()
     most_body: int = MOST_BODY
-    grace: float = 30.0
+    grace: float = GRACE
 
     def __post_init__(self) -> None:
         if not 0 <= self.grace < float("inf"):
@@ -79,7 +81,7 @@ def create_app(live: LiveEngine, resolver: "PlanResolver", settings: Settings | 
     app = FastAPI(title="steermoe", docs_url=None, redoc_url=None, openapi_url=None)
     service = Service(live, Steering(live, resolver), Metrics(live))
     app.state.service = service
-    _add_routes(app, service, settings.most_body)
+    Routes(service, settings.most_body).add_to(app)
     app.add_exception_handler(SteerMoEError, _on_error)
     app.add_exception_handler(404, _on_missing)
     app.add_exception_handler(405, _on_missing)
@@ -91,71 +93,84 @@ def create_app(live: LiveEngine, resolver: "PlanResolver", settings: Settings | 
     return app
 
 
-def _add_routes(app: FastAPI, service: Service, most_body: int) -> None:
-    async def body(request: Request) -> Fields:
-        return parse(await _read(request, most_body))
+class Routes:
+    """What the application answers. What takes long is done on other threads, or awaited.
 
-    async def texts(request: Request, begin: Callable[[Service, Fields], Any], media_type: str) -> Any:
-        order = await asyncio.to_thread(begin, service, await body(request))
+    Args:
+        service: the model that is served.
+        most_body: bytes of a request's body.
+    """
+
+    def __init__(self, service: Service, most_body: int) -> None:
+        self._service, self._most_body = service, most_body
+
+    def add_to(self, app: FastAPI) -> None:
+        """Put them under their paths."""
+        for method, path, answer in (
+            ("GET", "/health", self.health),
+            ("GET", "/metrics", self.metrics),
+            ("GET", "/v1/models", self.models),
+            ("POST", "/v1/completions", self.completions),
+            ("POST", "/v1/chat/completions", self.chat_completions),
+            ("POST", "/v1/embeddings", self.embeddings),
+            ("GET", "/v1/steering", self.steering),
+            ("POST", "/v1/steering", self.set_steering),
+            ("POST", "/api/generate", self.generate),
+            ("POST", "/api/chat", self.chat),
+            ("GET", "/api/tags", self.tags),
+            ("GET", "/api/version", self.version),
+        ):
+            app.add_api_route(path, answer, methods=[method], response_model=None)
+
+    async def health(self) -> Response:
+        return _json({"status": "ok", "model": self._service.steering.served})
+
+    async def metrics(self) -> Response:
+        text = self._service.metrics.text()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self) -> Response:
+        return _json(await asyncio.to_thread(openai.models, self._service))
+
+    async def completions(self, request: Request) -> Any:
+        return await self._texts(request, openai.complete, EVENTS)
+
+    async def chat_completions(self, request: Request) -> Any:
+        return await self._texts(request, openai.chat, EVENTS)
+
+    async def embeddings(self, request: Request) -> Response:
+        order = openai.embed(self._service, await self._body(request))
+        return _json(order.answer(await asyncio.wrap_future(order.computing)))
+
+    async def steering(self) -> Response:
+        return _json(self._service.steering.as_dict())
+
+    async def set_steering(self, request: Request) -> Response:
+        asked = (await self._body(request)).values
+        spec = asked.get("steering", asked or None)
+        return _json(await asyncio.to_thread(self._service.steering.set, spec))
+
+    async def generate(self, request: Request) -> Any:
+        return await self._texts(request, ollama.generate, LINES)
+
+    async def chat(self, request: Request) -> Any:
+        return await self._texts(request, ollama.chat, LINES)
+
+    async def tags(self) -> Response:
+        return _json(await asyncio.to_thread(ollama.tags, self._service))
+
+    async def version(self) -> Response:
+        return _json(ollama.version())
+
+    async def _body(self, request: Request) -> Fields:
+        return parse(await _read(request, self._most_body))
+
+    async def _texts(self, request: Request, begin: Callable[[Service, Fields], Any], media_type: str) -> Any:
+        order = await asyncio.to_thread(begin, self._service, await self._body(request))
         if order.streams:
             return Streamed(order.events(), order.tickets, media_type)
         async with cancelling(request.receive, order.tickets):
             return _json(await order.answer())
-
-    async def health() -> Response:
-        return _json({"status": "ok", "model": service.steering.served})
-
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def models() -> Response:
-        return _json(await asyncio.to_thread(openai.models, service))
-
-    async def completions(request: Request) -> Any:
-        return await texts(request, openai.complete, EVENTS)
-
-    async def chat_completions(request: Request) -> Any:
-        return await texts(request, openai.chat, EVENTS)
-
-    async def embeddings(request: Request) -> Response:
-        return _json(await asyncio.to_thread(openai.embed, service, await body(request)))
-
-    async def steering() -> Response:
-        return _json(service.steering.as_dict())
-
-    async def set_steering(request: Request) -> Response:
-        asked = (await body(request)).values
-        spec = asked.get("steering", asked or None)
-        return _json(await asyncio.to_thread(service.steering.set, spec))
-
-    async def generate(request: Request) -> Any:
-        return await texts(request, ollama.generate, LINES)
-
-    async def chat(request: Request) -> Any:
-        return await texts(request, ollama.chat, LINES)
-
-    async def tags() -> Response:
-        return _json(await asyncio.to_thread(ollama.tags, service))
-
-    async def version() -> Response:
-        return _json(ollama.version())
-
-    routes: list[tuple[str, str, Callable[..., Any]]] = [
-        ("GET", "/health", health),
-        ("GET", "/metrics", metrics),
-        ("GET", "/v1/models", models),
-        ("POST", "/v1/completions", completions),
-        ("POST", "/v1/chat/completions", chat_completions),
-        ("POST", "/v1/embeddings", embeddings),
-        ("GET", "/v1/steering", steering),
-        ("POST", "/v1/steering", set_steering),
-        ("POST", "/api/generate", generate),
-        ("POST", "/api/chat", chat),
-        ("GET", "/api/tags", tags),
-        ("GET", "/api/version", version),
-    ]
-    for method, path, answer in routes:
-        app.add_api_route(path, answer, methods=[method], response_model=None)
 
 
 async def _read(request: Request, most: int) -> bytes:
@@ -348,12 +363,15 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
 def _bound(options: ServerOptions) -> Any:
     import socket
 
+    made = None
     try:
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(found[0], socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(found[4])
     except OSError as error:
+        if made is not None:
+            made.close()
         raise ModelError(
             f"the server can't listen at {options.host}:{options.port}: {reason(error)}; take another --host or --port"
         ) from error

@@ -105,7 +105,7 @@ class LiveEngine(Commands):
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
-        self._is_closing = False
+        self._is_closing = self._is_starting = False
         self._deadline: float | None = None
         self._seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="steermoe-live", daemon=True)
@@ -288,11 +288,13 @@ class LiveEngine(Commands):
             self._decoder = self.engine.decoder(self.rows, self.tokens)
             return
         if starting := self._starting():
+            self._is_starting = True  # a decoder may draw first tokens of rows that it does not know yet
             self._decoder.start(
                 [ticket.request for ticket in starting],
                 [ticket.prompt for ticket in starting],
                 on_token=self._on_token,
             )
+        self._is_starting = False
         if self._running:
             self.steps += 1
             for completion in self._decoder.step():
@@ -327,7 +329,7 @@ class LiveEngine(Commands):
         return found
 
     def _on_token(self, row: Row, text: str) -> None:
-        if self._commands:
+        if self._commands and not self._is_starting:
             self._carry_out()
         ticket = self._running.get(row.request)
         if ticket is None or row.finish_reason == "interrupted":
@@ -385,6 +387,7 @@ class LiveEngine(Commands):
             if everything:
                 ended += self._waiting
                 self._waiting.clear()
+        self._is_starting = False
         self._decoder.close()
         self._decoder = self.engine.decoder(self.rows, self.tokens)
         self.failed += len(ended)

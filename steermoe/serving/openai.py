@@ -17,6 +17,9 @@ from steermoe.serving.streams import merged
 from steermoe.serving.ticket import Piece, Ticket
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from steermoe.discovery.embedder import Embedded
     from steermoe.serving.steering import Asked
 
 DEFAULT_NEW_TOKENS = 16
@@ -405,24 +408,53 @@ def _thinking(fields: Fields) -> bool | None:
 # ---- embeddings ----
 
 
-def embed(service: Service, fields: Fields) -> dict[str, Any]:
-    """The routing embeddings [L * N] of texts: how often each expert is chosen, each layer's divided by its sum.
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A request for embeddings, on its way.
 
-    It waits until no text is being generated.
+    Attributes:
+        name: of the model.
+        form: "float" or "base64".
+        computing: what is computed: an `Embedded`.
+    """
+
+    name: str
+    form: str
+    computing: "Future[Any]"
+
+    def answer(self, embedded: "Embedded") -> dict[str, Any]:
+        """The answer.
+
+        Raises:
+            Refused: a text has no tokens.
+        """
+        if 0 in embedded.tokens:
+            raise Refused(f"text {embedded.tokens.tolist().index(0)} has no tokens: leave it out", param="input")
+        data = [
+            {"object": "embedding", "index": number, "embedding": _vector(row.flatten(), self.form)}
+            for number, row in enumerate(embedded.frequency)
+        ]
+        tokens = int(embedded.tokens.sum())
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": self.name, "usage": usage}
+
+
+def embed(service: Service, fields: Fields) -> Embedding:
+    """Have the routing embeddings [L * N] of texts computed, once no text is being generated.
 
     Raises:
-        Refused: a field that is wrong.
+        Refused: a field that is wrong. SteerMoEError: as `LiveEngine.call`.
     """
     fields.check_names(("model", "input", "encoding_format"), {"dimensions": ()}, IGNORED)
     asked = service.steering.asked({"model": fields.get("model")} if fields.get("model") is not None else {})
     if not asked.follows_default:
         raise Refused("embeddings are of the unsteered model: name the model alone", param="model")
     texts = fields.texts("input", MOST_INPUTS)
-    form = fields.text("encoding_format", "float")
+    form = fields.text("encoding_format", "float") or ""
     if form not in ("float", "base64"):
         raise fields.wrong("encoding_format", "float or base64")
 
-    def compute() -> Any:
+    def compute() -> "Embedded":
         from steermoe.discovery.embed_corpus import embedder
         from steermoe.discovery.embedder import EmbeddingOptions
 
@@ -431,16 +463,7 @@ def embed(service: Service, fields: Fields) -> dict[str, Any]:
         with embedder(source, EmbeddingOptions(max_tokens=service.live.tokens)) as embed:
             return embed.texts(texts)
 
-    embedded = service.live.call(compute).result()
-    if 0 in embedded.tokens:
-        raise Refused(f"text {embedded.tokens.tolist().index(0)} has no tokens: leave it out", param="input")
-    data = [
-        {"object": "embedding", "index": number, "embedding": _vector(row.flatten(), form)}
-        for number, row in enumerate(embedded.frequency)
-    ]
-    tokens = int(embedded.tokens.sum())
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": service.steering.served, "usage": usage}
+    return Embedding(service.steering.served, form, service.live.call(compute))
 
 
 def _vector(values: Any, form: str) -> Any:

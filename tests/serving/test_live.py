@@ -97,6 +97,19 @@ def test_steering_that_can_not_be_followed_leaves_the_text_alone(live):
     assert tickets[1].result(20).new_tokens == 200
 
 
+def test_cancelling_at_any_moment_is_never_lost(live):
+    """Also while the first token of the text is being drawn."""
+    for number in range(20):
+        (ticket,) = live.submit([Request(str(number), None, LONG)])
+        for _ in range(number * 50):
+            pass
+        ticket.cancel()
+        try:
+            assert ticket.result(10).finish_reason == "interrupted"
+        except Closed:
+            continue
+
+
 def test_a_failure_ends_the_texts_it_met_and_no_others(live, monkeypatch):
     (before,) = live.submit([Request("A dog", None, LONG)])
     next(iter(before))

@@ -36,19 +36,21 @@ class Server:
         self.url, self.folder, self.reference = url, folder, reference
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
-    def complete(self, model, prompt=PROMPTS[0], steering=None):
+    def complete(self, model, prompt=PROMPTS[0], steering=None, at_top=None):
         """A greedy text."""
         extra = {**NO_END, "return_token_ids": True}
         if steering is not None:
             extra["vllm_xargs"] = {"steering": json.dumps(steering)}
+        if at_top is not None:
+            extra["steering"] = at_top
         made = self.client.completions.create(
             model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body=extra
         )
         return made.choices[0]
 
-    def tokens(self, model, prompt=PROMPTS[0], steering=None):
+    def tokens(self, model, prompt=PROMPTS[0], steering=None, at_top=None):
         """Its tokens: random bytes are not always text."""
-        return tuple(self.complete(model, prompt, steering).token_ids)
+        return tuple(self.complete(model, prompt, steering, at_top).token_ids)
 
     def expected(self, domains, prompt=PROMPTS[0], **fields):
         """The same tokens by the hf engine."""
