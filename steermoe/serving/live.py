@@ -34,6 +34,7 @@ MOST_TOKENS = 4096
 MOST_QUEUED = 256
 LLAMACPP_ROWS = 16
 """Rows of llama.cpp unless more are asked for: all of its cache is allocated at the start."""
+LATE = "the server was shut down before the text was finished"
 MOST_SECONDS = 60
 """The longest time after which a client is asked to come back."""
 
@@ -271,8 +272,8 @@ class LiveEngine(Commands):
                 self._changed.wait_for(lambda: self._waiting or self._commands or self._running or self._is_closing)
                 if self._is_closing and not self._waiting and not self._running:
                     break
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._fail(Closed("the server was shut down before the text was finished"), everything=True)
+            if self._is_late():
+                self._fail(Closed(LATE), everything=True)
                 continue
             self._carry_out()
             with self._guarded():
@@ -334,7 +335,7 @@ class LiveEngine(Commands):
         ticket = self._running.get(row.request)
         if ticket is None or row.finish_reason == "interrupted":
             return
-        if not ticket.add(row, text):
+        if not ticket.add(row, text) or self._is_late():
             raise Stop
 
     def _end(self, completion: "Completion") -> None:
@@ -342,7 +343,12 @@ class LiveEngine(Commands):
         self.finished += 1
         self.generated += completion.new_tokens
         self._seconds += (completion.seconds - self._seconds) / 8
-        ticket.end(completion)
+        was_late = completion.finish_reason == "interrupted" and self._is_late() and not ticket.is_cancelled
+        ticket.end(Closed(LATE) if was_late and not ticket.stopped_at else completion)
+
+    def _is_late(self) -> bool:
+        """Whether the grace is over."""
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _carry_out(self) -> None:
         while self._commands:

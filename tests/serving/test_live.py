@@ -144,6 +144,29 @@ def test_closing_within_a_grace(own):
             ticket.result(0)
 
 
+def test_models_whose_rows_can_not_change(tiny_checkpoint, monkeypatch):
+    """They generate batch by batch; texts are streamed, cancelled and steered in the middle of one all the same."""
+    monkeypatch.setattr("steermoe.engines.hf.engine.rows_can_change", lambda model: False)
+    engine = served.tiny_engine(tiny_checkpoint)
+    plan = tiny.plan_for_experts(engine.loaded.model, 1, strength=30.0, formula="additive")
+    plain = engine.generate([Request("A dog", None, LONG)])[0].token_ids
+    live = LiveEngine(engine, Limits(rows=4))
+    steered, cancelled, other = live.submit([Request(text, None, LONG) for text in ("A dog", "It", "x")])
+    next(iter(steered))
+    cancelled.cancel()
+    steered.steer(plan).result(10)
+    (late,) = live.submit([Request("late", None, LONG)])
+    assert cancelled.result(20).finish_reason == "interrupted"
+    assert cancelled.result(0).new_tokens < 200 == other.result(20).new_tokens
+    assert steered.result(20).token_ids[:1] == plain[:1]
+    assert steered.result(0).token_ids != plain
+    next(iter(late))
+    live.close(0)
+    with pytest.raises(Closed):
+        late.result(0)
+    assert tiny.traces(engine.loaded.model) == []
+
+
 def test_too_long_texts(live):
     with pytest.raises(GenerationError, match="a text has at most 256 here"):
         live.submit([Request("A dog", None, Sampling(max_new_tokens=255))])
