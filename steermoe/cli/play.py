@@ -42,7 +42,7 @@ def play(
     from steermoe.errors import ModelError
     from steermoe.serving.page.mounting import mount, require_gradio
 
-    if model.chosen == "vllm":
+    if model.engine == "vllm":
         raise ModelError("the page needs an engine whose texts can be steered as they come: --engine hf or llamacpp")
     require_gradio()
     from steermoe.engines.listening import ServerOptions
@@ -58,7 +58,7 @@ def play(
     def ready(address: str) -> None:
         console.note(f"steermoe: the page is at {address}; Ctrl-C ends it")
         if browser:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=(address,), name="steermoe-browser", daemon=True).start()
 
     options = ServerOptions("127.0.0.1", port, (), vectors.vectors, vectors.any_model)
     run(engine, resolver, None, Settings(options), ready, extend)

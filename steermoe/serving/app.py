@@ -319,16 +319,22 @@ def run(
     live = LiveEngine(engine, limits)
     try:
         app = create_app(live, resolver, settings)
-        extend(app)
-        asyncio.run(_serve(app, live, settings, ready))
+        asyncio.run(_serve(app, live, settings, ready, extend))
     finally:
         live.close(0)
 
 
-async def _serve(app: FastAPI, live: LiveEngine, settings: Settings, ready: Callable[[str], None]) -> None:
+async def _serve(
+    app: FastAPI,
+    live: LiveEngine,
+    settings: Settings,
+    ready: Callable[[str], None],
+    extend: Callable[[FastAPI], Any],
+) -> None:
     options = settings.options
-    server = make_server(app, settings)
     sockets = [_bound(options)]
+    extend(app)  # here, since Gradio would otherwise leave an event loop of its own behind
+    server = make_server(app, settings)
     host, port = sockets[0].getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
 

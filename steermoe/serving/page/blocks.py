@@ -150,7 +150,7 @@ class Page:
         try:
             run: Run = begin()
         except SteerMoEError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
         hidden = gr.Button(visible=False)
         while session.run is run:
             is_done = run.is_done
@@ -170,7 +170,7 @@ class Page:
         try:
             session.steer(self._settings(data))
         except SteerMoEError as error:
-            gr.Warning(html.escape(str(error)))
+            gr.Warning(html.escape(str(error), quote=False))
 
     def _picker(self, side: int) -> Callable[..., Any]:
         """What is done about a click on a token of one side; Gradio reads its annotations, which a partial has not."""
@@ -182,7 +182,7 @@ class Page:
 
     def _on_token(self, side: int, event: gr.EventData, request: gr.Request) -> Any:
         """A token was clicked: offer to write on from it."""
-        number = int(event._data["number"])
+        number = int(event.number)
         run = self.sessions.of(request.session_hash or "").run
         trace = None if run is None else run.trace(side)
         if trace is None or not 0 <= number < len(trace):
@@ -211,9 +211,11 @@ class Page:
         try:
             settings = settings.updated(query.removeprefix("?"))
             if unknown := [name for name in settings.weights if name not in topics]:
-                gr.Warning(html.escape(f"this model has no topic {', '.join(unknown)[:200]}: add it below"))
+                gr.Warning(
+                    html.escape(f"this model has no topic {', '.join(unknown)[:200]}: add it below", quote=False)
+                )
         except SteerMoEError as error:
-            gr.Warning(html.escape(f"the link can't be read: {error}"))
+            gr.Warning(html.escape(f"the link can't be read: {error}", quote=False))
         return [*self._shown(settings, topics), topics, gr.Dropdown(choices=topics, value=None)]
 
     def _shown(self, settings: Settings, topics: list[str]) -> list[Any]:

@@ -1,5 +1,6 @@
 """Watching how the vector of a new topic is built, from the page of a visitor, who may stop it."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -9,6 +10,7 @@ from typing import Protocol
 
 from steermoe.errors import SteerMoEError
 
+log = logging.getLogger(__name__)
 EVERY = 0.25
 """Seconds between two looks at the progress."""
 
@@ -30,8 +32,8 @@ class Progress:
         self.is_stopped = False
 
     def note(self, text: str, style: str = "", /) -> None:
-        """As `Reports.note`."""
-        self._show(text.removeprefix("steermoe: "))
+        """Leave a note to the log: it names folders and options of commands, which visitors do not have."""
+        log.info("%s", text)
 
     @contextmanager
     def counting(self, what: str, things: str, total: int, /) -> Iterator[Callable[[int, int], None]]:

@@ -1,9 +1,10 @@
 """Puts the page beside the API: one process, one key, no request to any other host."""
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import SteerMoEError
+from steermoe.errors import SteerMoEError, reason
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from steermoe.serving.page.building import Topics
 
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"}
+LIBRARIES = ("fastapi", "prometheus_client", "uvicorn", "gradio")
 MOST_BODY = 4 << 20
 """Bytes of what the page sends at once."""
 MOST_UPLOAD = 1
@@ -20,13 +22,14 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def require_gradio() -> None:
-    """Raise SteerMoEError if Gradio is missing, before a model is loaded."""
+    """Raise SteerMoEError if Gradio, or what the server needs, is missing: before a model is loaded."""
     os.environ.update(OFFLINE)
     try:
-        import gradio  # noqa: F401
+        for name in LIBRARIES:
+            import_module(name)
     except ImportError as error:
         raise SteerMoEError(
-            f"the page needs Gradio ({error}): pip install 'steermoe[play]', or serve without it with --no-page"
+            f"the page needs {name} ({reason(error)}): pip install 'steermoe[play]', or serve without it with --no-page"
         ) from error
 
 

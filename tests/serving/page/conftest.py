@@ -1,9 +1,9 @@
 """A tiny model that writes long texts, with vectors, a folder for new ones, and sessions on it."""
 
-import json
 import shutil
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'steermoe[play]'")
 
@@ -14,7 +14,7 @@ from steermoe.steering.resolver import PlanResolver
 from steermoe.vectors import library
 from tests.support import served
 
-CONTEXT = 2048
+CONTEXT, LAYERS = 2048, 12
 
 
 @pytest.fixture(scope="package")
@@ -35,11 +35,14 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def checkpoint(tiny_checkpoint, tmp_path_factory):
-    """The tiny model with room for a long text."""
+    """A tiny model that takes seconds for a long text: more layers than the other one, and more room."""
+    from transformers import AutoConfig, MixtralForCausalLM
+
     folder = tmp_path_factory.mktemp("long") / "tiny-long"
     shutil.copytree(tiny_checkpoint, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=LAYERS, max_position_embeddings=CONTEXT)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder)
     return folder
 
 

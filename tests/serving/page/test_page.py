@@ -239,8 +239,8 @@ def test_a_preset_writes_at_once(visit):
 
 
 def test_what_is_wrong_is_said_and_nothing_is_written(visit):
-    visit.open(GREEDY, extra="&topic=chess=1")
-    playwright.expect(visit.page.get_by_text("this model has no topic chess")).to_be_visible()
+    visit.open(GREEDY, extra="&topic=<i>'chess'</i>=1")
+    playwright.expect(visit.page.get_by_text("this model has no topic <i>'chess'</i>: add it below")).to_be_visible()
     visit.page.fill("#sm-prompt textarea", " ")
     visit.write()
     playwright.expect(visit.page.get_by_text("the prompt has 1 characters")).to_be_visible()
