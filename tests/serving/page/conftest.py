@@ -17,7 +17,7 @@ from tests.support import served
 CONTEXT, LAYERS = 2048, 12
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder for everything that a visitor has built, and no vectors elsewhere."""
     import platformdirs
@@ -33,7 +33,7 @@ def home(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def checkpoint(tiny_checkpoint, tmp_path_factory):
     """A tiny model that takes seconds for a long text: more layers than the other one, and more room."""
     from transformers import AutoConfig, MixtralForCausalLM
@@ -46,13 +46,13 @@ def checkpoint(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def engine(checkpoint):
     """What sessions and pages run on, one after another."""
     return served.tiny_engine(checkpoint)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def vectors(home, engine):
     folder = home / "vectors"
     served.write_vectors(folder, engine.shape)
