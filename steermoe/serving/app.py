@@ -16,7 +16,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from steermoe.engines.listening import Keys, ServerOptions
-from steermoe.errors import GenerationError, ModelError, SteerMoEError, reason
+from steermoe.errors import GenerationError, ModelError, SteerMoEError, quoted, reason
 from steermoe.serving import ollama, openai
 from steermoe.serving.fields import Fields, Refused, dumps, parse
 from steermoe.serving.live import Limits, LiveEngine, QueueFull
@@ -147,6 +147,12 @@ class Routes:
 
     async def set_steering(self, request: Request) -> Response:
         asked = (await self._body(request)).values
+        if "steering" in asked and len(asked) > 1:
+            other = next(name for name in asked if name != "steering")
+            raise Refused(
+                f"field '{quoted(other)}' stands beside 'steering': put it into that object, or leave one of them out",
+                param=other,
+            )
         spec = asked.get("steering", asked or None)
         return _json(await asyncio.to_thread(self._service.steering.set, spec))
 
@@ -262,12 +268,19 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._is_local and _name(f"//{host}") not in (*LOOPBACK, None):
             return Refused(f"host {host!r:.80} is not this machine: use localhost, or serve with --host", status=403)
-        is_ours = origin is None or urlsplit(origin).netloc == host
+        is_ours = origin is None or _place(origin) == host
         if not is_ours and origin not in self._origins and "*" not in self._origins:
             return Refused(f"pages of {origin!r:.80} may not use this server: allow them with --cors", status=403)
         if path in OPEN or self._keys.admit(headers.get("authorization")):
             return None
         return Refused("this needs a key: send the header 'Authorization: Bearer KEY'", status=401)
+
+
+def _place(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _name(url: str) -> str | None:

@@ -77,6 +77,13 @@ def test_pages_of_other_origins_are_refused(closed, server):
     assert post(server.url, origin=server.url).status_code == 200
 
 
+def test_an_origin_that_is_no_address_is_refused(closed, server):
+    for url in (closed, server.url):
+        answer = post(url, origin="http://[", authorization="Bearer secret")
+        assert answer.status_code == 403
+        assert "pages of 'http://['" in answer.json()["error"]["message"]
+
+
 def test_names_that_only_look_like_this_machine_are_refused(server):
     """A page whose name is made to mean 127.0.0.1 would come with its own name as host."""
     answer = post(server.url, host="evil.example:8000")

@@ -1,7 +1,12 @@
 """The server's default steering, which changes while texts are generated."""
 
+import threading
+from concurrent.futures import Future
+
 import httpx
 import pytest
+
+from steermoe.serving.steering import Asked
 
 PROMPT = "Once upon a time"
 
@@ -42,8 +47,6 @@ def test_a_text_follows_a_new_default_from_the_next_token_on(url, server):
     plain = complete(url, **long)["trace"]["token_ids"]
     running = server.live.submit([request_like(tokens)])[0]
     service = server.app.state.service
-    from steermoe.serving.steering import Asked
-
     service.steering.follow([running], Asked(None, follows_default=True))
     seen = 0
     for piece in running:
@@ -78,6 +81,41 @@ def test_a_bad_default_changes_nothing(url, asked):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "steering"
     assert httpx.get(f"{url}/v1/steering").json()["plan"]["domain"] == "food"
+
+
+def test_a_default_beside_the_field_steering_is_refused(url):
+    httpx.post(f"{url}/v1/steering", json={"domain": "food"})
+    answer = httpx.post(f"{url}/v1/steering", json={"steering": "sport", "domain": "law"})
+    assert answer.status_code == 400
+    assert "field 'domain' stands beside 'steering'" in answer.json()["error"]["message"]
+    assert httpx.get(f"{url}/v1/steering").json()["plan"]["domain"] == "food"
+
+
+def test_a_text_that_begins_while_the_default_changes_follows_the_last_one(url, server):
+    """`follow` reads the default and steers; a default that is set in between must be the last word."""
+    steering = server.app.state.service.steering
+    steering.set("sport")
+    came = []
+
+    class Beginning:
+        is_done = False
+
+        def steer(self, plan):
+            if not came:
+                other = threading.Thread(target=steering.set, args=("food",))
+                threads.append(other)
+                other.start()
+                other.join(0.3)
+            came.append(plan and plan.vector.domain)
+            done = Future()
+            done.set_result(None)
+            return done
+
+    threads = []
+    ticket = Beginning()
+    steering.follow([ticket], Asked(None, follows_default=True))
+    threads[0].join()
+    assert came == ["sport", "food"]
 
 
 def test_a_vector_that_is_added_is_found_at_once(url, vectors, tiny_model, make_vector):
