@@ -1,6 +1,7 @@
 """The server's default steering, which changes while texts are generated."""
 
 import threading
+import time
 from concurrent.futures import Future
 
 import httpx
@@ -45,7 +46,7 @@ def test_a_text_follows_a_new_default_from_the_next_token_on(url, server):
     tokens = 220
     long = {"max_tokens": tokens, "min_tokens": tokens, "trace": True}
     plain = complete(url, **long)["trace"]["token_ids"]
-    running = server.live.submit([request_like(tokens)])[0]
+    running = server.live.submit([request_like(tokens, wait_for_a_change(server.live))])[0]
     service = server.app.state.service
     service.steering.follow([running], Asked(None, follows_default=True))
     seen = 0
@@ -65,11 +66,22 @@ def test_a_text_follows_a_new_default_from_the_next_token_on(url, server):
     assert running.plan.vector.domain == "sport"
 
 
-def request_like(tokens):
+def wait_for_a_change(live):
+    """Holds the text up at its tenth token until its steering is to be changed, however long that takes."""
+
+    def reached(token):
+        deadline = time.monotonic() + 20
+        while token.number == 10 and not live._commands and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    return reached
+
+
+def request_like(tokens, on_trace):
     from steermoe.engines.request import Request, Sampling
 
     sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return Request(PROMPT, None, sampling, False, trace=True)
+    return Request(PROMPT, None, sampling, False, trace=True, on_trace=on_trace)
 
 
 @pytest.mark.parametrize(
