@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from steermoe.engines.listening import Keys, ServerOptions
 from steermoe.errors import GenerationError, ModelError, SteerMoEError, quoted, reason
@@ -40,6 +41,8 @@ GRACE = 30.0
 """Seconds after a signal within which texts may be finished."""
 CLOSING = 5
 """Seconds for answers to be sent after the last text has ended."""
+SHOWING = 0.5
+"""Seconds for open pages to show the end of their texts."""
 TEXT_PATHS = ("/v1/completions", "/v1/chat/completions", "/api/generate", "/api/chat")
 
 log = logging.getLogger(__name__)
@@ -190,11 +193,14 @@ async def _read(request: Request, most: int) -> bytes:
     if length.isdecimal() and int(length) > most:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise too_large
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Refused("the body is not complete: the client went away") from error
     return b"".join(parts)
 
 
@@ -254,12 +260,14 @@ class Guard:
 
         path = scope["path"]
         refusal = self._refusal(path, headers)
+        self._metrics.answering += path.startswith(API)
         try:
             if refusal is not None:
                 await answer_error(path, refusal)(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
         finally:
+            self._metrics.answering -= path.startswith(API)
             route = scope.get("route")
             known = getattr(route, "path", "other")
             self._metrics.answered(known, status, started, is_text=path in TEXT_PATHS and status == 200)
@@ -305,6 +313,24 @@ class Server(uvicorn.Server):
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
+
+    async def finish(self, live: LiveEngine, grace: float, metrics: Metrics) -> None:
+        """Finish the texts within the grace, a second Ctrl-C at once; send the answers; then close what is still open.
+
+        Open are pages, which keep connections as long as they are shown, and requests whose body never came.
+        """
+        closing = asyncio.create_task(asyncio.to_thread(live.close, grace))
+        while not closing.done():
+            if self.force_exit:
+                await asyncio.to_thread(live.close, 0)
+            await asyncio.wait([closing], timeout=0.1)
+        await closing
+        until = time.monotonic() + CLOSING
+        while metrics.answering and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(SHOWING if self.server_state.connections else 0)
+        for connection in list(self.server_state.connections):
+            connection.transport.close()
 
 
 def run(
@@ -357,7 +383,7 @@ async def _serve(
         ready(f"http://{shown}:{port}")
         while not server.should_exit:
             await asyncio.sleep(0.1)
-        await asyncio.to_thread(live.close, settings.grace)
+        await server.finish(live, settings.grace, app.state.service.metrics)
 
     watching = asyncio.create_task(watch())
     await server.serve(sockets)
