@@ -123,7 +123,8 @@ class Routes:
             ("GET", "/api/tags", self.tags),
             ("GET", "/api/version", self.version),
         ):
-            app.add_api_route(path, answer, methods=[method], response_model=None)
+            methods = [method, "HEAD"] if method == "GET" else [method]
+            app.add_api_route(path, answer, methods=methods, response_model=None)
 
     async def health(self) -> Response:
         return _json({"status": "ok", "model": self._service.steering.served})

@@ -119,6 +119,11 @@ def test_long_bodies(closed):
 def test_paths_that_are_not_there(server):
     assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "there is no GET '/v1/nothing' here"
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert [httpx.head(server.url + path).status_code for path in ("/health", "/v1/models", "/nothing")] == [
+        200,
+        200,
+        404,
+    ]
     assert httpx.get(f"{server.url}/openapi.json").status_code == 404
     assert httpx.get(f"{server.url}/api/version").json()["version"]
 
