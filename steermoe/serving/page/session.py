@@ -75,7 +75,7 @@ class Run:
         texts: the unsteered one and the steered one.
         domains: of the vectors that have steered it, which colour both texts.
         request: what both texts begin with.
-        is_continued: whether it goes on from a token of an earlier text.
+        is_continued: whether it continues an earlier text after one of its tokens.
         is_changed: whether it was steered anew while it was being written.
     """
 
