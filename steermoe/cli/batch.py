@@ -223,7 +223,8 @@ def batch(
 
         problems, worker, where = _ProblemPrinter(), worker or _tracing_worker(runner, files), vectors.vectors
         options = BatchOptions(where, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built)
-        summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
+        remark = "; they get no trace: write to another file, or --overwrite" if files.trace is not None else ""
+        summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered, remark)
         problems.sum_up()
     _print(summary, output, json)
     if not summary.stories:
@@ -281,8 +282,8 @@ def _tracing_worker(runner: "Engine", files: FileOptions) -> "Worker | None":
     return EngineWorker(runner, files.batch_size, partial(write_story, make_folder(files.trace)))
 
 
-def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
-    """Run a batch with a progress bar."""
+def _run(job: "Batch", output: Path, ordered: bool, remark: str = "") -> "BatchSummary":
+    """Run a batch with a progress bar; `remark` follows the number of stories that are there already."""
     from steermoe.cli.terminal import console
 
     with console.working("Reading the prompts ..."):
@@ -290,7 +291,7 @@ def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
     for warning in job.warnings[:SHOWN_PROBLEMS]:
         console.note(f"steermoe: {warning}")
     if job.already:
-        console.note(f"{job.already} of {job.total} stories are already in '{output}'", "dim")
+        console.note(f"{job.already} of {job.total} stories are already in '{output}'{remark}", "dim")
     try:
         with console.counting("Generating", "stories", job.total, done=job.already) as progress:
             return job.run(progress, ordered=ordered)

@@ -14,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from steermoe.engines.listening import Keys, ServerOptions
-from steermoe.errors import GenerationError, ModelError, SteerMoEError, reason
+from steermoe.errors import GenerationError, ModelError, SteerMoEError, quoted, reason
 from steermoe.serving import ollama, openai
 from steermoe.serving.fields import Fields, Refused, dumps, parse
 from steermoe.serving.live import Limits, LiveEngine, QueueFull
@@ -40,6 +41,8 @@ GRACE = 30.0
 """Seconds after a signal within which texts may be finished."""
 CLOSING = 5
 """Seconds for answers to be sent after the last text has ended."""
+SHOWING = 0.5
+"""Seconds for open pages to show the end of their texts."""
 TEXT_PATHS = ("/v1/completions", "/v1/chat/completions", "/api/generate", "/api/chat")
 
 log = logging.getLogger(__name__)
@@ -120,7 +123,8 @@ class Routes:
             ("GET", "/api/tags", self.tags),
             ("GET", "/api/version", self.version),
         ):
-            app.add_api_route(path, answer, methods=[method], response_model=None)
+            methods = [method, "HEAD"] if method == "GET" else [method]
+            app.add_api_route(path, answer, methods=methods, response_model=None)
 
     async def health(self) -> Response:
         return _json({"status": "ok", "model": self._service.steering.served})
@@ -147,6 +151,12 @@ class Routes:
 
     async def set_steering(self, request: Request) -> Response:
         asked = (await self._body(request)).values
+        if "steering" in asked and len(asked) > 1:
+            other = next(name for name in asked if name != "steering")
+            raise Refused(
+                f"field '{quoted(other)}' stands beside 'steering': put it into that object, or leave one of them out",
+                param=other,
+            )
         spec = asked.get("steering", asked or None)
         return _json(await asyncio.to_thread(self._service.steering.set, spec))
 
@@ -184,11 +194,14 @@ async def _read(request: Request, most: int) -> bytes:
     if length.isdecimal() and int(length) > most:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise too_large
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Refused("the body is not complete: the client went away") from error
     return b"".join(parts)
 
 
@@ -248,12 +261,14 @@ class Guard:
 
         path = scope["path"]
         refusal = self._refusal(path, headers)
+        self._metrics.answering += path.startswith(API)
         try:
             if refusal is not None:
                 await answer_error(path, refusal)(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
         finally:
+            self._metrics.answering -= path.startswith(API)
             route = scope.get("route")
             known = getattr(route, "path", "other")
             self._metrics.answered(known, status, started, is_text=path in TEXT_PATHS and status == 200)
@@ -262,12 +277,19 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._is_local and _name(f"//{host}") not in (*LOOPBACK, None):
             return Refused(f"host {host!r:.80} is not this machine: use localhost, or serve with --host", status=403)
-        is_ours = origin is None or urlsplit(origin).netloc == host
+        is_ours = origin is None or _place(origin) == host
         if not is_ours and origin not in self._origins and "*" not in self._origins:
             return Refused(f"pages of {origin!r:.80} may not use this server: allow them with --cors", status=403)
         if path in OPEN or self._keys.admit(headers.get("authorization")):
             return None
         return Refused("this needs a key: send the header 'Authorization: Bearer KEY'", status=401)
+
+
+def _place(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _name(url: str) -> str | None:
@@ -292,6 +314,24 @@ class Server(uvicorn.Server):
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
+
+    async def finish(self, live: LiveEngine, grace: float, metrics: Metrics) -> None:
+        """Finish the texts within the grace, a second Ctrl-C at once; send the answers; then close what is still open.
+
+        Open are pages, which keep connections as long as they are shown, and requests whose body never came.
+        """
+        closing = asyncio.create_task(asyncio.to_thread(live.close, grace))
+        while not closing.done():
+            if self.force_exit:
+                await asyncio.to_thread(live.close, 0)
+            await asyncio.wait([closing], timeout=0.1)
+        await closing
+        until = time.monotonic() + CLOSING
+        while metrics.answering and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(SHOWING if self.server_state.connections else 0)
+        for connection in list(self.server_state.connections):
+            connection.transport.close()
 
 
 def run(
@@ -344,7 +384,7 @@ async def _serve(
         ready(f"http://{shown}:{port}")
         while not server.should_exit:
             await asyncio.sleep(0.1)
-        await asyncio.to_thread(live.close, settings.grace)
+        await server.finish(live, settings.grace, app.state.service.metrics)
 
     watching = asyncio.create_task(watch())
     await server.serve(sockets)

@@ -19,9 +19,13 @@ class Metrics:
 
     Args:
         live: what generates.
+
+    Attributes:
+        answering: requests of programs that are being answered now.
     """
 
     def __init__(self, live: "LiveEngine") -> None:
+        self.answering = 0
         self._registry = CollectorRegistry()
         self._registry.register(_Rows(live))
         self.requests = self._made(

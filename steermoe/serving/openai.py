@@ -15,6 +15,7 @@ from steermoe.serving.sampling import samples, sampling_of
 from steermoe.serving.service import MOST_CHOICES, Extras, Service
 from steermoe.serving.streams import merged
 from steermoe.serving.ticket import Piece, Ticket
+from steermoe.steering.asked import KEY
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -289,6 +290,7 @@ def complete(service: Service, fields: Fields) -> Order:
         Refused: a field that is wrong. SteerMoEError: as `Service.start`.
     """
     fields.check_names(COMPLETION, REFUSED, IGNORED)
+    fields.object("vllm_xargs").check_names((KEY,), {})
     asked = service.steering.asked(fields.values)
     prompts = fields.texts("prompt", MOST_CHOICES)
     n = _number_of_texts(fields, len(prompts))
@@ -305,6 +307,7 @@ def chat(service: Service, fields: Fields) -> Order:
         Refused: a field that is wrong. SteerMoEError: as `Service.start`.
     """
     fields.check_names(CHAT, REFUSED, IGNORED)
+    fields.object("vllm_xargs").check_names((KEY,), {})
     asked = service.steering.asked(fields.values)
     messages = [_message(one) for one in fields.objects("messages")]
     made = read_chat(service, messages, _thinking(fields))

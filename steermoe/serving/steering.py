@@ -90,10 +90,9 @@ class Steering:
         if asked.follows_default:
             with self._lock:
                 self._followers.update(tickets)
-                plan = self._plan
-            for ticket in tickets:
-                if plan is not asked.plan:
-                    ticket.steer(plan)
+                if self._plan is not asked.plan:
+                    for ticket in tickets:
+                        ticket.steer(self._plan)
 
     def as_dict(self) -> dict[str, Any]:
         """The default as `GET /v1/steering` shows it: as it was asked for, and the plan that it comes to."""
@@ -125,7 +124,7 @@ class Steering:
         with self._lock:
             self._spec, self._plan = spec, plan
             following = [ticket for ticket in self._followers if not ticket.is_done]
-        futures = [ticket.steer(plan) for ticket in following]
+            futures = [ticket.steer(plan) for ticket in following]
         wait(futures, timeout=PATIENCE)
         errors = [str(future.exception()) for future in futures if future.done() and future.exception()]
         return {**self.as_dict(), "at_once": len(following) - len(errors), "refused": sorted(set(errors))}

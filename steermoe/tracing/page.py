@@ -71,7 +71,7 @@ def panes_of(completions: Sequence[Completion]) -> list[Pane]:
     return panes
 
 
-def page(completions: Sequence[Completion], model: str, command: str = "", engine: str = "") -> str:
+def page(completions: Sequence[Completion], model: str, command: str = "", engine: str = "", note: str = "") -> str:
     """The whole page, one HTML file that loads nothing.
 
     Args:
@@ -79,6 +79,7 @@ def page(completions: Sequence[Completion], model: str, command: str = "", engin
         model: its name.
         command: what makes the page again.
         engine: its name.
+        note: one line more on how it was made.
     """
     panes = panes_of(completions)
     prompt = completions[0].request.prompt if completions else ""
@@ -107,13 +108,17 @@ def page(completions: Sequence[Completion], model: str, command: str = "", engin
 <section>
 <h2>How it was made</h2>
 {_table(panes, model, engine)}
-{f"<p>The command that makes it again:</p><pre>{html.escape(command)}</pre>" if command else ""}
+{f"<p>{html.escape(note)}</p>" if note else ""}{_command(command)}
 </section>
 </main>
 <script>{js}</script>
 </body>
 </html>
 """
+
+
+def _command(command: str) -> str:
+    return f"<p>The command that makes it again:</p><pre>{html.escape(command)}</pre>" if command else ""
 
 
 def _pane(pane: Pane) -> str:

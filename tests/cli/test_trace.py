@@ -62,6 +62,7 @@ def test_batch_writes_a_file_for_each_new_story(run, tiny_checkpoint, vectors):
         assert [domain.name for domain in trace.domains] == ([] if story["domain"] is None else ["sport"])
         assert {name: read[name] for name in story} == story
     again = run(*usual, "-o", "s.jsonl", "--trace", "more")
+    assert "they get no trace: write to another file, or --overwrite" in " ".join(again.err.split())
     assert again.code == 0
     assert list((vectors / "more").iterdir()) == []
 

@@ -235,6 +235,8 @@ BAD = [
     ({"steering": {"domain": "sport"}, "max_tokens": 1}, "steering", "it would reach none of 1 new tokens"),
     ({"steering": "sport", "model": "tiny-mixtral:law"}, "steering", "leave one of them out"),
     ({"steering": 5}, "steering", "5 is not a JSON object"),
+    ({"vllm_xargs": {"steerng": "sport"}}, "vllm_xargs.steerng", "is unknown: the fields are steering"),
+    ({"vllm_xargs": "sport"}, "vllm_xargs", "field 'vllm_xargs' is 'sport', expected an object"),
 ]
 
 
@@ -270,6 +272,7 @@ BAD_CHATS = [
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"top_logprobs": 2}, "top_logprobs", "together with logprobs true"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "messages", "has no switch for thinking"),
+    ({"vllm_xargs": {"steerng": "sport"}}, "vllm_xargs.steerng", "is unknown"),
 ]
 
 

@@ -1,7 +1,13 @@
 """The server's default steering, which changes while texts are generated."""
 
+import threading
+import time
+from concurrent.futures import Future
+
 import httpx
 import pytest
+
+from steermoe.serving.steering import Asked
 
 PROMPT = "Once upon a time"
 
@@ -40,10 +46,8 @@ def test_a_text_follows_a_new_default_from_the_next_token_on(url, server):
     tokens = 220
     long = {"max_tokens": tokens, "min_tokens": tokens, "trace": True}
     plain = complete(url, **long)["trace"]["token_ids"]
-    running = server.live.submit([request_like(tokens)])[0]
+    running = server.live.submit([request_like(tokens, wait_for_a_change(server.live))])[0]
     service = server.app.state.service
-    from steermoe.serving.steering import Asked
-
     service.steering.follow([running], Asked(None, follows_default=True))
     seen = 0
     for piece in running:
@@ -62,11 +66,22 @@ def test_a_text_follows_a_new_default_from_the_next_token_on(url, server):
     assert running.plan.vector.domain == "sport"
 
 
-def request_like(tokens):
+def wait_for_a_change(live):
+    """Holds the text up at its tenth token until its steering is to be changed, however long that takes."""
+
+    def reached(token):
+        deadline = time.monotonic() + 20
+        while token.number == 10 and not live._commands and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    return reached
+
+
+def request_like(tokens, on_trace):
     from steermoe.engines.request import Request, Sampling
 
     sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return Request(PROMPT, None, sampling, False, trace=True)
+    return Request(PROMPT, None, sampling, False, trace=True, on_trace=on_trace)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +93,41 @@ def test_a_bad_default_changes_nothing(url, asked):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "steering"
     assert httpx.get(f"{url}/v1/steering").json()["plan"]["domain"] == "food"
+
+
+def test_a_default_beside_the_field_steering_is_refused(url):
+    httpx.post(f"{url}/v1/steering", json={"domain": "food"})
+    answer = httpx.post(f"{url}/v1/steering", json={"steering": "sport", "domain": "law"})
+    assert answer.status_code == 400
+    assert "field 'domain' stands beside 'steering'" in answer.json()["error"]["message"]
+    assert httpx.get(f"{url}/v1/steering").json()["plan"]["domain"] == "food"
+
+
+def test_a_text_that_begins_while_the_default_changes_follows_the_last_one(url, server):
+    """`follow` reads the default and steers; a default that is set in between must be the last word."""
+    steering = server.app.state.service.steering
+    steering.set("sport")
+    came = []
+
+    class Beginning:
+        is_done = False
+
+        def steer(self, plan):
+            if not came:
+                other = threading.Thread(target=steering.set, args=("food",))
+                threads.append(other)
+                other.start()
+                other.join(0.3)
+            came.append(plan and plan.vector.domain)
+            done = Future()
+            done.set_result(None)
+            return done
+
+    threads = []
+    ticket = Beginning()
+    steering.follow([ticket], Asked(None, follows_default=True))
+    threads[0].join()
+    assert came == ["sport", "food"]
 
 
 def test_a_vector_that_is_added_is_found_at_once(url, vectors, tiny_model, make_vector):

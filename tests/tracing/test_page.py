@@ -190,3 +190,11 @@ def test_parts_for_other_pages():
     assert "customElements.define" in script()
     assert "</" not in script()
     assert "prefers-color-scheme: dark" in style()
+
+
+def test_a_note_is_shown_escaped():
+    one = completion_of(trace_of(["a", "b"]))
+    text = page([one], "m", note="<b>moved</b>")
+    assert "<p>&lt;b&gt;moved&lt;/b&gt;</p>" in text
+    assert "The command" not in text
+    assert text.replace("<p>&lt;b&gt;moved&lt;/b&gt;</p>", "") == page([one], "m")

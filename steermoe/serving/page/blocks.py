@@ -25,6 +25,11 @@ EVERY = 0.1
 TITLE = "steermoe: steer a language model while it writes"
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 """Events that run beside each other, whatever else is running."""
+CHANGED = (
+    "Sliders were moved while it was being written: the plan is the one that it began with, and no command makes it "
+    "again."
+)
+CONTINUED = "It was written on from a word of an earlier text, so no command makes it again."
 TO_LINK = "(query) => location.origin + location.pathname + '?' + query"
 TO_FILE = """(page) => {
   if (!page) return;
@@ -327,8 +332,10 @@ class Page:
         traced = [one for one in completions if one is not None and one.trace is not None and len(one.trace)]
         if run is None or not traced:
             raise gr.Error("There is no text yet: press Write, and let it finish.", print_exception=False)
-        command = exports.command(run.settings, session.spec(run.settings), self._model)
-        return trace_page(traced, self._name, command)
+        again = run.again
+        if again is not None:
+            return trace_page(traced, self._name, exports.command(again, session.spec(again), self._model))
+        return trace_page(traced, self._name, note=CHANGED if run.is_changed else CONTINUED)
 
 
 ORDER = tuple(name for name in Settings.__dataclass_fields__ if name != "amounts")

@@ -17,7 +17,7 @@ from steermoe.engines.request import Completion, Request
 from steermoe.engines.trace import Domain, TokenTrace, Trace, domains_of, shares
 from steermoe.errors import SteeringError, SteerMoEError
 from steermoe.serving.live import LiveEngine
-from steermoe.serving.page.settings import Settings
+from steermoe.serving.page.settings import MOST_PROMPT, Settings
 from steermoe.serving.ticket import Ticket
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
@@ -75,6 +75,8 @@ class Run:
         texts: the unsteered one and the steered one.
         domains: of the vectors that have steered it, which colour both texts.
         request: what both texts begin with.
+        is_continued: whether it continues an earlier text after one of its tokens.
+        is_changed: whether it was steered anew while it was being written.
     """
 
     settings: Settings
@@ -83,6 +85,19 @@ class Run:
     request: Request
     texts: Sequence[Text] = ()
     domains: tuple[Domain, ...] = ()
+    is_continued: bool = False
+    is_changed: bool = False
+
+    @property
+    def again(self) -> Settings | None:
+        """The settings that write both texts again; None if none do: steered anew, or an answer that was continued."""
+        if self.is_changed:
+            return None
+        if not self.is_continued:
+            return self.settings
+        if self.request.chat is not None or len(self.shown_prompt) > MOST_PROMPT:
+            return None
+        return replace(self.settings, prompt=self.shown_prompt)
 
     @property
     def is_done(self) -> bool:
@@ -140,6 +155,7 @@ class Session:
         trace = None if run is None else run.trace(side)
         if run is None or trace is None or not 0 <= number < len(trace):
             raise SteeringError(f"there is no token {number} to continue after: let the text finish, then click one")
+        settings = replace(settings, prompt=run.settings.prompt, is_chat=run.settings.is_chat)
         kept = run.prompt + trace.token_ids[: number + 1].tolist()
         shown = run.shown_prompt + "".join(trace.tokens[: number + 1])
         request = replace(run.request, sampling=settings.sampling())
@@ -147,7 +163,7 @@ class Session:
             request = replace(request, prompt=shown)
         elif len(kept) + settings.tokens > self._live.tokens:
             raise SteeringError(f"the text has no room for {settings.tokens} more tokens: ask for fewer")
-        return self._begin(Run(settings, shown, kept, request))
+        return self._begin(Run(settings, shown, kept, request, is_continued=True))
 
     def _begin(self, run: Run) -> Run:
         plan = self.plan(run.settings)
@@ -206,6 +222,7 @@ class Session:
             if run is None or run.texts[1].ticket.is_done:
                 return None
             self._follow(run, plan)
+            run.is_changed = True
             return run.texts[1].ticket.steer(plan)
 
     def _follow(self, run: Run, plan: "SteeringPlan | None") -> None:

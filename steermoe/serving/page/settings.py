@@ -20,6 +20,8 @@ MOST_AMOUNT = 2.0
 MOST_TOKENS = 1000
 MOST_PROMPT = 20_000
 """Characters of a prompt."""
+MOST_FIELDS = 100
+"""Settings of a link."""
 OWN = "automatic"
 """Stands for the vector's own formula."""
 DIGITS = 4
@@ -124,7 +126,11 @@ class Settings:
         changes: dict[str, Any] = {}
         amounts: dict[str, float] = {}
         kinds = {one.name.removeprefix("is_"): one for one in fields(self) if one.name != "amounts"}
-        for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=100):
+        try:
+            pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MOST_FIELDS)
+        except ValueError as error:
+            raise SteerMoEError(f"it has more than {MOST_FIELDS} settings: shorten it") from error
+        for name, text in pairs:
             if name == "topic":
                 topic, _, amount = text.rpartition("=")
                 amounts[topic] = _read(f"topic {topic}", float, amount)
@@ -155,6 +161,8 @@ def _read(name: str, kind: type, text: str) -> Any:
     try:
         if kind is bool:
             return {"True": True, "False": False}[text]
+        if kind is int and text.isdecimal():
+            return int(text)
         return int(float(text)) if kind is int else text if kind in (str, type(None)) else kind(text)
     except (ValueError, KeyError, OverflowError) as error:
         raise SteerMoEError(f"{name} is {shown(text)}, expected a value such as the page's own") from error

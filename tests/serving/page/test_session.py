@@ -1,6 +1,7 @@
 """Two texts side by side: their steering changes as they come, they go on from a token, they end when told to."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def test_a_slider_changes_the_running_text_and_no_other(session):
     seen = run.texts[1].seen
     wait_until(lambda: len(seen) > 10)
     other = Settings("Milo", amounts={"food": 0.5}, strength=-1.5, tokens=900, temperature=0.0)
+    assert run.again == LONG
     session.steer(other).result(10)
+    assert run.again is None
     wait_until(lambda: len(seen) > 30)
     session.steer(Settings("Milo", tokens=900)).result(10)
     wait_until(lambda: len(seen) > 50)
@@ -71,6 +74,7 @@ def test_a_text_goes_on_from_a_token_that_was_clicked(session):
     again = session.branch(1, 4, Settings("other", amounts={"food": 1.0}, tokens=7, temperature=0.0))
     assert again.prompt == run.prompt + kept
     assert again.shown_prompt == "Milo" + "".join(run.trace(1).tokens[:5])
+    assert again.again == Settings(again.shown_prompt, amounts={"food": 1.0}, tokens=7, temperature=0.0)
     completions = done(again)
     assert [one.prompt_tokens for one in completions] == [len(again.prompt)] * 2
     assert [one.new_tokens for one in completions] == [7, 7]
@@ -92,8 +96,9 @@ def test_a_message_is_answered_and_goes_on(session):
     run = session.start(settings)
     assert run.request.chat is not None
     done(run)
-    again = session.branch(1, 2, settings)
+    again = session.branch(1, 2, replace(settings, prompt="Bye", is_chat=False))
     done(again)
+    assert again.again is None
     assert again.prompt[: len(run.prompt)] == run.prompt
     assert ">Hello" not in view.side_of(again, 1)
 

@@ -60,6 +60,10 @@ def test_any_settings_survive_a_link(settings):
     assert Settings("other").updated(settings.query()) == settings
 
 
+def test_a_link_holds_every_digit_of_a_seed():
+    assert Settings("Milo").updated(Settings("Milo", seed=2**53 + 1).query()).seed == 2**53 + 1
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [
@@ -76,6 +80,7 @@ def test_any_settings_survive_a_link(settings):
         ("formula=magic", "formula is 'magic'"),
         ("temperature=1e99", "temperature 1e"),
         ("seed=-1", "seed -1 is out of range"),
+        ("utm=x&" * 101, "more than 100 settings"),
     ],
 )
 def test_a_wrong_link_says_what_is_wrong(query, message):
