@@ -199,6 +199,7 @@ def _serve_vllm(
     arguments: Any,
 ) -> None:
     from steermoe.engines.vllm.server import serve
+    from steermoe.serving.vllm import extend
 
     loading.pull_if_needed(opened.model)
     on_demand.before_opening(opened, vectors, on_demand.wish(vectors, build))
@@ -210,6 +211,7 @@ def _serve_vllm(
         eager=eager,
         parallel=parallel,
         arguments=arguments,
+        extend=extend,
     )
 
 
