@@ -118,6 +118,11 @@ def _run(arguments: Sequence[str], keys: Sequence[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser(prog="steermoe serve MODEL --")).parse_args(list(arguments))
     args.api_key = [*keys, *(args.api_key or ())] or None
     check_keys(args.api_key or ())
+    if args.enable_return_routed_experts:
+        raise ModelError(
+            "--enable-return-routed-experts needs vLLM's model runner V2, which can't be steered: leave it out, or "
+            f"{OTHER_ENGINES}"
+        )
     try:
         validate_parsed_serve_args(args)
         uvloop.run(run_server(args))

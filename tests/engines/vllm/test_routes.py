@@ -16,7 +16,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from steermoe.engines.vllm import server
-from steermoe.errors import SteeringError
+from steermoe.errors import ModelError, SteeringError
 from steermoe.serving.vllm import extend
 
 KEY = "a-key"
@@ -182,3 +182,8 @@ def test_a_root_path_hides_no_route(make_app, steered):
         assert ask(client, "POST", f"{prefix}/v1/completions", KEY)[0] == 400
         assert ask(client, "POST", f"{prefix}/invocations")[0] == 401
         assert ask(client, "POST", f"{prefix}/invocations", KEY)[0] == 404
+
+
+def test_vllms_own_record_of_experts_is_refused_before_the_model_is_read():
+    with pytest.raises(ModelError, match="needs vLLM's model runner V2, which can't be steered"):
+        server._run(["--model", "no/such/folder", "--enable-return-routed-experts"], [])
