@@ -102,8 +102,10 @@ class OllamaMiddleware:
         except SteerMoEError as error:
             await answer_error(path, error)(scope, receive, send)
             return
-        root = scope["path"].removesuffix(path)
-        changed = {**scope, "path": root + COMPLETIONS, "raw_path": (root + COMPLETIONS).encode()}
+        where = scope["path"].removesuffix(path) + COMPLETIONS
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-type"]
+        headers.append((b"content-type", b"application/json"))  # which clients of Ollama need not say
+        changed = {**scope, "path": where, "raw_path": where.encode(), "headers": headers}
         await self._app(with_length(changed, body), replay(body, receive), Answer(wanted, scope, receive, send))
 
     def _read(self, path: str, fields: Fields) -> tuple[ollama.Wanted, bytes]:

@@ -58,10 +58,10 @@ class Server:
         plan = PlanResolver(self.reference.shape, self.folder).plan(SteeringSpec(domains, **fields))
         return self.reference.generate([Request(prompt, plan, greedy(TOKENS))])[0].token_ids
 
-    def post(self, path, body, key=KEY):
+    def post(self, path, body, key=KEY, kind="application/json"):
         """Status and answer of a request that no client library has checked."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        headers = {"Content-Type": kind, "Authorization": f"Bearer {key}"}
         asked = urllib.request.Request(f"{self.url}{path}", data, headers)
         try:
             with urllib.request.urlopen(asked, timeout=60) as answer:
@@ -376,7 +376,8 @@ def test_ollama_chats_and_steers_by_its_options(server, ollama_client):
     parts = list(ollama_client.chat("tiny:sport", messages, stream=True, options=GREEDY))
     assert "".join(part.message.content for part in parts) == steered
     asked = {"model": "tiny", "messages": messages, "stream": False, "options": {**GREEDY, "steering": "sport"}}
-    assert server.post("/api/chat", asked)[1]["message"]["content"] == steered
+    as_curl_sends = server.post("/api/chat", asked, kind="application/x-www-form-urlencoded")
+    assert as_curl_sends[1]["message"]["content"] == steered
     seeded = {"seed": 4, "num_predict": 20}
     whole = ollama_client.generate("tiny", PROMPTS[0], options=seeded).response
     stop = whole[3:5]
