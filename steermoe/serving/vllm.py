@@ -71,6 +71,7 @@ class Protocols:
 
     async def set_steering(self, request: Request) -> Any:
         try:
+            _refuse_other_pages(request)
             spec = asked_default(parse(await read_body(request, MOST_BODY)))
             return json_answer(await asyncio.to_thread(self.served.steering.set, spec))
         except SteerMoEError as error:
@@ -81,6 +82,13 @@ class Protocols:
 
     async def version(self) -> Any:
         return json_answer(ollama.version())
+
+
+def _refuse_other_pages(request: Request) -> None:
+    """Raise Refused for a web page of another origin: vLLM lets all in, and this changes the texts of others."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise Refused(f"pages of {origin!r:.80} may not change the steering of this server", status=403)
 
 
 class OllamaMiddleware:

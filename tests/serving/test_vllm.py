@@ -1,4 +1,4 @@
-"""vLLM's answers in Ollama's form, whatever pieces they come in. The server itself: tests/engines/vllm/test_server.py."""
+"""vLLM's answers in Ollama's form, whatever pieces they come in; tests/engines/vllm/test_server.py has the server."""
 
 import asyncio
 import json
@@ -48,10 +48,8 @@ def piece(text, reason=None):
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_a_stream_cut_anywhere(size):
-    whole = b"".join(
-        [piece("<thi"), piece("nk>why"), piece("</think>"), piece("Hello, "), piece("you.<|end|>", "stop")]
-        + [event({"choices": [], "usage": USAGE}), event(b"[DONE]")]
-    )
+    texts = [piece("<thi"), piece("nk>why"), piece("</think>"), piece("Hello, "), piece("you.<|end|>", "stop")]
+    whole = b"".join([*texts, event({"choices": [], "usage": USAGE}), event(b"[DONE]")])
     _, body = answer_of([whole[i : i + size] for i in range(0, len(whole), size)], streams=True)
     *parts, last = [json.loads(line) for line in body.splitlines()]
     assert "".join(part["message"].get("thinking", "") for part in parts) == "why"

@@ -144,6 +144,19 @@ def test_ollamas_paths_ask_for_the_key(make_app, steered):
     assert ask(client, "POST", "/v1/embeddings")[0] == 401
 
 
+def test_a_page_of_another_origin_does_not_change_the_default(make_app, steered):
+    app = make_app()
+    no_engine(app)
+    client = TestClient(app, raise_server_exceptions=False)
+
+    def change(**headers):
+        answer = client.post("/v1/steering", headers=headers, json={"domain": "sport"})
+        return answer.status_code, answer.json()["error"]["message"]
+
+    assert change(origin="http://elsewhere.example")[0] == 403
+    assert change(origin="http://testserver") == change() == (400, "steering: it was read")
+
+
 def test_without_a_key_all_may_in_but_nothing_runs_unsteered(make_app, steered):
     app = make_app()
     no_engine(app)
