@@ -98,7 +98,7 @@ class Form:
         return _line(self.whole("", "", end))
 
     def end(self, finish_reason: str, prompt_tokens: int, new_tokens: int, first: int) -> dict[str, Any]:
-        """What the answer tells at its end.
+        """What the answer says at its end.
 
         Args:
             finish_reason: "length", or anything else for "stop".

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from steermoe.engines.messages import Chat, Part, Splitter, split_answer
 from steermoe.engines.request import Request as TextRequest
-from steermoe.engines.vllm.server import path_below_root, replay, with_length
+from steermoe.engines.vllm.server import SteeringEndpoint, path_below_root, replay, with_length
 from steermoe.errors import GenerationError, SteerMoEError
 from steermoe.serving import ollama
 from steermoe.serving.app import MOST_BODY, answer_error, asked_default, json_answer, read_body
@@ -30,8 +30,13 @@ COMPLETIONS = "/v1/completions"
 EVENT, DONE = b"data: ", b"[DONE]"
 
 
+def extend_servers() -> None:
+    """Add it to each server that `engines.vllm.server.serve` starts from now on."""
+    SteeringEndpoint.extend = extend
+
+
 def extend(app: Any) -> None:
-    """Add it to vLLM's app: what `engines.vllm.server.serve` takes."""
+    """Add it to vLLM's app."""
     from starlette.middleware import Middleware
 
     protocols = Protocols(app.state)

@@ -65,7 +65,6 @@ def serve(
     eager: bool = False,
     parallel: Mapping[str, int] | None = None,
     arguments: Sequence[str] = (),
-    extend: "Extend | None" = None,
 ) -> None:
     """Serve until interrupted.
 
@@ -77,14 +76,12 @@ def serve(
         eager: start at once, without compiling.
         parallel: `VLLMEngine`'s sizes of parallelism, by name.
         arguments: further arguments of vLLM's server, as on its command line.
-        extend: called with the server's app, to add routes and what runs between its checks and the steering.
 
     Raises:
         ModelError: the model can't be found, or vLLM can't be started. UnsupportedModel: it can't be steered.
     """
     server = server or ServerOptions()
     check_keys(server.api_keys)
-    SteeringEndpoint.extend = extend
     sizes = parallel_sizes(parallel or {})
     check_sizes(sizes, compiled=not eager)
     source = find_source(model, dtype)
@@ -151,7 +148,7 @@ class SteeringEndpoint:
     name = "steermoe"
     required_tasks = ("generate",)
     extend: ClassVar[Extend | None] = None
-    """What `serve` was given; vLLM makes the instances."""
+    """Called with the server's app, to add routes and what runs between the check of keys and the steering."""
 
     def attach_router(self, app: Any) -> None:
         """Read requests before vLLM does, behind its own check of keys, and list the steered models."""
