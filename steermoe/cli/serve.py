@@ -199,9 +199,11 @@ def _serve_vllm(
     arguments: Any,
 ) -> None:
     from steermoe.engines.vllm.server import serve
+    from steermoe.serving.vllm import extend_servers
 
     loading.pull_if_needed(opened.model)
     on_demand.before_opening(opened, vectors, on_demand.wish(vectors, build))
+    extend_servers()
     serve(
         opened.model,
         options,

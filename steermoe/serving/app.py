@@ -127,14 +127,14 @@ class Routes:
             app.add_api_route(path, answer, methods=methods, response_model=None)
 
     async def health(self) -> Response:
-        return _json({"status": "ok", "model": self._service.steering.served})
+        return json_answer({"status": "ok", "model": self._service.steering.served})
 
     async def metrics(self) -> Response:
         text = self._service.metrics.text()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> Response:
-        return _json(await asyncio.to_thread(openai.models, self._service))
+        return json_answer(await asyncio.to_thread(openai.models, self._service))
 
     async def completions(self, request: Request) -> Any:
         return await self._texts(request, openai.complete, EVENTS)
@@ -144,21 +144,14 @@ class Routes:
 
     async def embeddings(self, request: Request) -> Response:
         order = openai.embed(self._service, await self._body(request))
-        return _json(order.answer(await asyncio.wrap_future(order.computing)))
+        return json_answer(order.answer(await asyncio.wrap_future(order.computing)))
 
     async def steering(self) -> Response:
-        return _json(self._service.steering.as_dict())
+        return json_answer(self._service.steering.as_dict())
 
     async def set_steering(self, request: Request) -> Response:
-        asked = (await self._body(request)).values
-        if "steering" in asked and len(asked) > 1:
-            other = next(name for name in asked if name != "steering")
-            raise Refused(
-                f"field '{quoted(other)}' stands beside 'steering': put it into that object, or leave one of them out",
-                param=other,
-            )
-        spec = asked.get("steering", asked or None)
-        return _json(await asyncio.to_thread(self._service.steering.set, spec))
+        spec = asked_default(await self._body(request))
+        return json_answer(await asyncio.to_thread(self._service.steering.set, spec))
 
     async def generate(self, request: Request) -> Any:
         return await self._texts(request, ollama.generate, LINES)
@@ -167,23 +160,39 @@ class Routes:
         return await self._texts(request, ollama.chat, LINES)
 
     async def tags(self) -> Response:
-        return _json(await asyncio.to_thread(ollama.tags, self._service))
+        return json_answer(await asyncio.to_thread(ollama.tags, self._service))
 
     async def version(self) -> Response:
-        return _json(ollama.version())
+        return json_answer(ollama.version())
 
     async def _body(self, request: Request) -> Fields:
-        return parse(await _read(request, self._most_body))
+        return parse(await read_body(request, self._most_body))
 
     async def _texts(self, request: Request, begin: Callable[[Service, Fields], Any], media_type: str) -> Any:
         order = await asyncio.to_thread(begin, self._service, await self._body(request))
         if order.streams:
             return Streamed(order.events(), order.tickets, media_type)
         async with cancelling(request.receive, order.tickets):
-            return _json(await order.answer())
+            return json_answer(await order.answer())
 
 
-async def _read(request: Request, most: int) -> bytes:
+def asked_default(fields: Fields) -> Any:
+    """What `POST /v1/steering` asks for, for `Steering.set`: the field `steering`, or all fields.
+
+    Raises:
+        Refused: the field `steering` and others beside it.
+    """
+    asked = fields.values
+    if "steering" in asked and len(asked) > 1:
+        other = next(name for name in asked if name != "steering")
+        raise Refused(
+            f"field '{quoted(other)}' stands beside 'steering': put it into that object, or leave one of them out",
+            param=other,
+        )
+    return asked.get("steering", asked or None)
+
+
+async def read_body(request: Request, most: int) -> bytes:
     """The body.
 
     Raises:
@@ -205,7 +214,8 @@ async def _read(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_answer(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer in JSON."""
     return Response(dumps(content), status_code=status, media_type="application/json", headers=headers)
 
 
@@ -228,7 +238,7 @@ def answer_error(path: str, error: SteerMoEError) -> Response:
         headers["Connection"] = "close"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer" if path.startswith(API) else 'Basic realm="steermoe"'
-    return _json(content, status, headers)
+    return json_answer(content, status, headers)
 
 
 class Guard:

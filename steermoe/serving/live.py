@@ -120,6 +120,16 @@ class LiveEngine(Commands):
 
     # ---- for other threads ----
 
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.engine.name
+
+    @property
+    def dtype(self) -> str:
+        """The type of its weights."""
+        return self.engine.dtype
+
     def chat(self, messages: "Sequence[Message]", thinking: bool | None = None) -> "Chat":
         """As `Engine.chat`, from any thread."""
         with self._encoding:

@@ -12,7 +12,7 @@ from steermoe.engines.request import TokenScore
 from steermoe.errors import GenerationError, SteerMoEError
 from steermoe.serving.fields import Fields, Refused, dumps
 from steermoe.serving.sampling import samples, sampling_of
-from steermoe.serving.service import MOST_CHOICES, Extras, Service
+from steermoe.serving.service import MOST_CHOICES, Extras, Served, Service
 from steermoe.serving.streams import merged
 from steermoe.serving.ticket import Piece, Ticket
 from steermoe.steering.asked import KEY
@@ -324,7 +324,7 @@ def chat(service: Service, fields: Fields) -> Order:
     return _order(service, fields, asked, [(made, samplings)], logprobs, "chat.completion")
 
 
-def room_for(service: Service, made: Chat) -> int:
+def room_for(service: Served, made: Chat) -> int:
     """How many tokens an answer may have at most.
 
     Raises:
@@ -341,7 +341,7 @@ def room_for(service: Service, made: Chat) -> int:
     return room
 
 
-def read_chat(service: Service, messages: Sequence[Message], thinking: bool | None = None) -> Chat:
+def read_chat(service: Served, messages: Sequence[Message], thinking: bool | None = None) -> Chat:
     """As `LiveEngine.chat`, with errors that name the field."""
     try:
         return service.live.chat(messages, thinking)

@@ -9,6 +9,7 @@ from steermoe.engines.messages import conversation
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import GenerationError, SteeringError
 from steermoe.serving.fields import Refused
+from steermoe.serving.host import Host
 from steermoe.serving.live import LiveEngine
 from steermoe.serving.steering import Asked, Steering
 from steermoe.serving.ticket import Ticket
@@ -37,11 +38,39 @@ class Extras:
 
 
 @dataclass(frozen=True, eq=False)
-class Service:
-    """A model that is served."""
+class Served:
+    """What is needed to read requests to a model, whatever generates their texts."""
+
+    live: Host
+    steering: Steering
+
+    @functools.cached_property
+    def can_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        try:
+            self.live.chat(conversation("x"))
+        except GenerationError:
+            return False
+        return True
+
+    def room_after(self, prompt: str) -> int:
+        """How many tokens a continuation may have at most.
+
+        Raises:
+            Refused: the prompt can't be continued.
+        """
+        try:
+            one = Request(prompt, sampling=Sampling(max_new_tokens=1), special_tokens=False)
+            return self.live.tokens - len(self.live.encode(one))
+        except GenerationError as error:
+            raise Refused(str(error), param="prompt") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Service(Served):
+    """A model that is served by a live engine."""
 
     live: LiveEngine
-    steering: Steering
     metrics: "Metrics"
 
     def start(
@@ -83,27 +112,6 @@ class Service:
         self.steering.follow(tickets, asked)
         self.metrics.started(tickets)
         return tickets
-
-    @functools.cached_property
-    def can_chat(self) -> bool:
-        """Whether the model has a chat template."""
-        try:
-            self.live.chat(conversation("x"))
-        except GenerationError:
-            return False
-        return True
-
-    def room_after(self, prompt: str) -> int:
-        """How many tokens a continuation may have at most.
-
-        Raises:
-            Refused: the prompt can't be continued.
-        """
-        try:
-            one = Request(prompt, sampling=Sampling(max_new_tokens=1), special_tokens=False)
-            return self.live.tokens - len(self.live.encode(one))
-        except GenerationError as error:
-            raise Refused(str(error), param="prompt") from error
 
     def token_text(self, token: int) -> str:
         """The text of a token, special or not."""

@@ -9,12 +9,12 @@ from weakref import WeakSet
 
 from steermoe.errors import SteerMoEError
 from steermoe.serving.fields import Refused
+from steermoe.serving.host import Host
 from steermoe.serving.ticket import Ticket
 from steermoe.steering.asked import KEY, asked_spec, read_asked
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, read_spec
 
 if TYPE_CHECKING:
-    from steermoe.serving.live import LiveEngine
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.resolver import PlanResolver
 
@@ -41,13 +41,14 @@ class Steering:
     """The steering of a server's requests.
 
     Args:
-        live: what generates.
+        live: what generates. Only texts of a `LiveEngine` follow the default while they are generated.
         resolver: turns specs into plans.
     """
 
-    def __init__(self, live: "LiveEngine", resolver: "PlanResolver") -> None:
+    def __init__(self, live: Host, resolver: "PlanResolver") -> None:
         self.resolver = resolver
         self._live = live
+        self._default: Any = None
         self._spec: SteeringSpec | None = None
         self._plan: SteeringPlan | None = None
         self._followers: WeakSet[Ticket] = WeakSet()
@@ -56,7 +57,7 @@ class Steering:
     @property
     def served(self) -> str:
         """The name of the model."""
-        return self._live.engine.name
+        return self._live.name
 
     def names(self) -> list[str]:
         """What can be asked for as a model: the model, and the model with each domain that has a vector."""
@@ -69,7 +70,7 @@ class Steering:
             Refused: a model that is not served, or steering that can't be read, found or fitted.
         """
         try:
-            base, spec = asked_spec(self._without_latest(request), [self.served])
+            base, spec = asked_spec(self.without_latest(request), [self.served])
             name = request.get("model", self.served)
             if not isinstance(name, str):
                 raise Refused(f"field 'model' is {name!r:.80}, expected a name such as '{self.served}'", param="model")
@@ -114,22 +115,29 @@ class Steering:
             Refused: it can't be read, found or fitted; everything stays as it was.
         """
         try:
-            spec = None if asked is None else read_spec(read_asked(asked))
+            default = None if asked is None else read_asked(asked)
+            spec = None if default is None else read_spec(default)
             if spec is not None and spec.domain == (NO_DOMAIN,):
-                spec = None
+                spec = default = None
             plan = None if spec is None else self.resolver.plan(spec)
             self._live.check(plan)
         except SteerMoEError as error:
             raise Refused(f"steering: {error}", param=KEY) from error
         with self._lock:
-            self._spec, self._plan = spec, plan
+            self._default, self._spec, self._plan = default, spec, plan
             following = [ticket for ticket in self._followers if not ticket.is_done]
             futures = [ticket.steer(plan) for ticket in following]
         wait(futures, timeout=PATIENCE)
         errors = [str(future.exception()) for future in futures if future.done() and future.exception()]
         return {**self.as_dict(), "at_once": len(following) - len(errors), "refused": sorted(set(errors))}
 
-    def _without_latest(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    def default(self) -> Any:
+        """The default as it was asked for, for `read_spec`; None for no steering."""
+        with self._lock:
+            return self._default
+
+    def without_latest(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The request with the model's own name, if it has Ollama's `LATEST` behind it."""
         name = request.get("model")
         if name == f"{self.served}:{LATEST}":
             return {**request, "model": self.served}

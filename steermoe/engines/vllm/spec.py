@@ -7,7 +7,9 @@ import os
 from typing import Any
 
 from steermoe.engines.vllm.wire import pack, unpack
+from steermoe.errors import UnsupportedModel
 from steermoe.models.description import shape_of_config
+from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import read_spec
 
@@ -33,3 +35,9 @@ def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
         return asked
     plan = resolver.plan(read_spec(asked))
     return pack(plan, resolver.tags.of(plan)) if plan is not None and plan.does_something else None
+
+
+def refuse_lists(plan: SteeringPlan, reason: str) -> None:
+    """Raise UnsupportedModel for a plan that forces or bans experts where there is a reason against it."""
+    if reason and (plan.force or plan.ban):
+        raise UnsupportedModel(f"experts can't be forced or banned here: {reason}; leave force and ban out")
