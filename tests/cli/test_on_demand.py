@@ -52,7 +52,7 @@ def test_generate_builds_once(run, few_texts, tiny_checkpoint):
 def test_serve_builds_before_it_listens(run, few_texts, tiny_checkpoint, monkeypatch):
     app = pytest.importorskip("steermoe.serving.app", reason="fastapi is not installed: pip install 'steermoe[serve]'")
     served = []
-    monkeypatch.setattr(app, "run", lambda engine, resolver, limits, settings, ready: served.append((resolver, limits)))
+    monkeypatch.setattr(app, "run", lambda engine, resolver, limits, *_, **__: served.append((resolver, limits)))
     result = run("serve", tiny_checkpoint, "--build", "sport", "--rows", 3, "--queue", 5)
     assert result.code == 0, result.err
     assert "tiny-mixtral has no vector of 'sport'" in result.err
