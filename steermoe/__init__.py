@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from steermoe.discovery.labelled import routing_embeddings, vector_from_texts
     from steermoe.engines.hf.engine import HFEngine
     from steermoe.engines.request import Completion, Request, Sampling
+    from steermoe.engines.trace import Trace
     from steermoe.errors import SteerMoEError
     from steermoe.evaluation.load_vector import load_vector
     from steermoe.models.default.pull import pull
@@ -48,6 +49,7 @@ _HOME = {
     "SteeringPlan": "steering.plans",
     "SteeringReport": "steering.report",
     "SteeringVector": "vectors.vector",
+    "Trace": "engines.trace",
     "VectorInfo": "vectors.vector",
     "attach": "steering.handle",
     "describe": "models.description",
@@ -80,6 +82,7 @@ __all__ = [
     "SteeringPlan",
     "SteeringReport",
     "SteeringVector",
+    "Trace",
     "VectorInfo",
     "attach",
     "describe",

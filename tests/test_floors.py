@@ -13,8 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "steermoe"
 FLOORS = (
     ("cli",),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("batch", "discovery"),
+    ("tracing",),
     ("engines",),
     ("steering",),
     ("models",),

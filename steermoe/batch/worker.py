@@ -78,13 +78,20 @@ class EngineWorker:
     """Generates stories in an engine of this process.
 
     Args:
+        engine: the engine.
         rows: rows at once; None for as many as the memory allows.
+        on_trace: called with each story's record and its completion, which then has a trace.
     """
 
-    def __init__(self, engine: Engine, rows: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        rows: int | None = None,
+        on_trace: Callable[[dict[str, Any], Completion], None] | None = None,
+    ) -> None:
         if rows is not None and rows < 1:
             raise BatchError(f"batch size {rows} is out of range: expected 1 or more")
-        self._engine = engine
+        self._engine, self._on_trace = engine, on_trace
         self._finished_since_halving = 0
         self._most_rows = engine.most_rows if rows is None else rows
         self.rows = self._most_rows
@@ -99,7 +106,10 @@ class EngineWorker:
                 if failed := completion.missed or completion.unanswered:
                     skip(ready.job, failed)
                 else:
-                    yield self._record(ready, completion)
+                    record = self._record(ready, completion)
+                    if self._on_trace is not None:
+                        self._on_trace(record, completion)
+                    yield record
             self.report = decoder.report()
         finally:
             decoder.close()
@@ -114,7 +124,8 @@ class EngineWorker:
                     if job.messages and job.messages not in chats:
                         chats[job.messages] = self._engine.chat(job.messages, job.thinking)
                     chat = chats.get(job.messages)
-                    request = Request(job.prompt, planned.plan, job.sampling, job.special_tokens, chat)
+                    is_traced = self._on_trace is not None
+                    request = Request(job.prompt, planned.plan, job.sampling, job.special_tokens, chat, is_traced)
                     request.require_steered()
                     prompt = self._engine.encode(request, prompts.get(job.prompt) if chat is None else None)
                 except SteerMoEError as error:

@@ -56,6 +56,14 @@ class FileOptions:
         Literal["auto", "text", "jsonl"],
         typer.Option(help="Format of the prompts; auto decides by the file name, then by line 1."),
     ] = "auto"
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for a file of JSON about each new story: which experts each of its tokens was sent to, and "
+            "would have been without steering.",
+        ),
+    ] = None
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -198,6 +206,7 @@ def batch(
     asked = (chat.chat, chat.system, chat.thinking, special_tokens)
     settings = BatchSettings(steering, tuple(domain or ()), sampling, files.samples, *asked)
     check_apart(prompts, output, files.errors)
+    _check_trace(files.trace, model, cluster)
     for spec in settings.steerings():
         vectors.check(spec)
     settings = replace(settings, domains=(*settings.domains, *topics.names()))
@@ -212,11 +221,10 @@ def batch(
         runner, worker, built = needs.open(cluster, model, vllm.workers, files.batch_size)
         from steermoe.batch.batch import Batch, BatchOptions
 
-        problems = _ProblemPrinter()
-        options = BatchOptions(
-            vectors.vectors, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built
-        )
-        summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered)
+        problems, worker, where = _ProblemPrinter(), worker or _tracing_worker(runner, files), vectors.vectors
+        options = BatchOptions(where, files.keep, errors, problems, files.batch_size, worker, vectors.any_model, built)
+        remark = "; they get no trace: write to another file, or --overwrite" if files.trace is not None else ""
+        summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered, remark)
         problems.sum_up()
     _print(summary, output, json)
     if not summary.stories:
@@ -253,8 +261,29 @@ class _Needs:
         return runner, worker, built
 
 
-def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
-    """Run a batch with a progress bar."""
+def _check_trace(folder: Path | None, model: BatchModel, cluster: Cluster) -> None:
+    """Fail before long work if stories can't be traced."""
+    if folder is None:
+        return
+    if cluster.ray is not None:
+        raise BatchError("--trace works in this process alone: leave it out, or --ray")
+    o.check_tracing(model.engine, None, shows=True)
+
+
+def _tracing_worker(runner: "Engine", files: FileOptions) -> "Worker | None":
+    """A worker that also writes each story's trace into a folder; None if that is not wanted."""
+    if files.trace is None:
+        return None
+    from functools import partial
+
+    from steermoe.batch.worker import EngineWorker
+    from steermoe.tracing.file import make_folder, write_story
+
+    return EngineWorker(runner, files.batch_size, partial(write_story, make_folder(files.trace)))
+
+
+def _run(job: "Batch", output: Path, ordered: bool, remark: str = "") -> "BatchSummary":
+    """Run a batch with a progress bar; `remark` follows the number of stories that are there already."""
     from steermoe.cli.terminal import console
 
     with console.working("Reading the prompts ..."):
@@ -262,7 +291,7 @@ def _run(job: "Batch", output: Path, ordered: bool) -> "BatchSummary":
     for warning in job.warnings[:SHOWN_PROBLEMS]:
         console.note(f"steermoe: {warning}")
     if job.already:
-        console.note(f"{job.already} of {job.total} stories are already in '{output}'", "dim")
+        console.note(f"{job.already} of {job.total} stories are already in '{output}'{remark}", "dim")
     try:
         with console.counting("Generating", "stories", job.total, done=job.already) as progress:
             return job.run(progress, ordered=ordered)

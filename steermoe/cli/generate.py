@@ -29,6 +29,8 @@ steermoe generate --model ./my-model --domain sport
 steermoe generate --topic "pirates at sea"
 
 steermoe generate --model smollm2-moe-q8_0.gguf -d space --engine llamacpp
+
+steermoe generate -d sport --show-routing --trace sport.html
 """
 
 
@@ -47,12 +49,22 @@ def generate(
         bool | None,
         typer.Option("--stream/--no-stream", help="Print text as it is generated. Default: on a terminal only."),
     ] = None,
+    show_routing: Annotated[
+        bool,
+        typer.Option(
+            "--show-routing", help="Colour each token by the share of its places that a domain's experts got."
+        ),
+    ] = False,
+    trace: o.Trace = None,
     json: o.Json = False,
 ) -> None:
     """Continue a text, or answer a message with --chat, steered toward a domain or a topic, or unsteered."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
+    if show_routing and json:
+        raise typer.BadParameter("--show-routing prints a coloured text, --json one object: leave one of them out")
+    o.check_tracing(model.engine, trace, show_routing)
     text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
     steering = topics.added_to(steering)
@@ -60,10 +72,12 @@ def generate(
     plan = resolver.plan(steering)
     o.warn_beyond_safe_range([plan])
     special = o.has_special_tokens(prompt, special_tokens)
-    request = Request(text, plan, sampling, special, chat.read(runner, text))
+    request = Request(text, plan, sampling, special, chat.read(runner, text), show_routing or trace is not None)
     request.require_steered()
     streams = sys.stdout.isatty() if stream is None else stream
-    if streams and not json:
+    if show_routing:
+        completion = _show_routing(runner, request, streams)
+    elif streams and not json:
         completion = _stream(runner, request)
     else:
         with console.working("Generating ..."):
@@ -72,6 +86,7 @@ def generate(
             console.write_json(completion.as_dict(runner.name))
         else:
             console.write(f"{completion.text if chat.chat else text + completion.text}\n")
+    o.save_trace(trace, [completion], runner.name, model.chosen)
     o.warn_unanswered([completion])
     _print_report(completion, runner.shape)
     o.check_steered([completion])
@@ -91,6 +106,22 @@ def _stream(runner: "Engine", request: "Request") -> "Completion":
 
     printer = AnswerPrinter(request.chat)
     (completion,) = runner.generate([request], on_text=printer)
+    printer.end()
+    return completion
+
+
+def _show_routing(runner: "Engine", request: "Request", streams: bool) -> "Completion":
+    """Print the text in colours, token by token as it comes or all at once, and what they mean on stderr."""
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    from steermoe.cli.terminal import console
+    from steermoe.cli.terminal.routing import RoutingPrinter
+
+    runner.encode(request)
+    printer = RoutingPrinter(request, streams)
+    with console.working("Generating ...") if not streams else nullcontext():
+        (completion,) = runner.generate([replace(request, on_trace=printer)])
     printer.end()
     return completion
 

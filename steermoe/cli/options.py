@@ -522,6 +522,59 @@ def warn_unanswered(completions: "Sequence[Completion]") -> None:
             note(f"steermoe: {why}")
 
 
+def _check_trace(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in (".json", ".html"):
+        raise typer.BadParameter(f"'{path}' ends in neither .html nor .json, which say what to write")
+    return path
+
+
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        callback=_check_trace,
+        help="Also write which experts each token was sent to, and would have been without steering: FILE.html, a "
+        "page to look at, or FILE.json.",
+    ),
+]
+TRACING_ENGINES = "vLLM does not show what its routers choose for each token: use --engine hf, or llamacpp for GGUF"
+
+
+def check_tracing(engine: str, path: Path | None, shows: bool = False) -> None:
+    """Fail before long work if a trace that is wanted can't be made or written.
+
+    Args:
+        engine: its name, as the user gave it.
+        path: the trace's file; None if none is wanted.
+        shows: whether a trace is wanted for the terminal.
+
+    Raises:
+        GenerationError: the engine can't trace, or the file has no folder.
+    """
+    if path is None and not shows:
+        return
+    from steermoe.errors import GenerationError
+    from steermoe.tracing.file import check_ending
+
+    if engine == "vllm":
+        raise GenerationError(TRACING_ENGINES)
+    if path is not None:
+        check_ending(path)
+
+
+def save_trace(path: Path | None, completions: "Sequence[Completion]", model: str, engine: str) -> None:
+    """Write the traces of completions of one prompt, if they are wanted, with the command of this run."""
+    if path is None:
+        return
+    import shlex
+    import sys
+
+    from steermoe.tracing.file import write_traces
+
+    write_traces(path, completions, model, shlex.join(["steermoe", *sys.argv[1:]]), engine)
+
+
 def has_special_tokens(prompt: str | None, wanted: bool | None) -> bool | None:
     """Whether special tokens of the prompt are to be encoded as such: by default those of a typed one."""
     return True if wanted is None and prompt not in (None, "-") else wanted

@@ -58,7 +58,7 @@ def require_vllm() -> None:
     if find_spec("vllm") is None:
         raise ModelError(
             "vLLM is not installed: pip install 'steermoe[vllm]' on a machine with a GPU, `make vllm` in a checkout "
-            "for CPUs (docs/serving.md), or use --engine hf"
+            "for CPUs (docs/serve.md), or use --engine hf"
         )
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from steermoe.engines.engine import Decoder
+from steermoe.engines.engine import Decoder, OnToken
 from steermoe.engines.messages import split_answer
-from steermoe.engines.request import Completion, Request
+from steermoe.engines.recorder import Recorder
+from steermoe.engines.request import Completion, Request, TokenScore
 from steermoe.engines.text import Pieces, Tokenizer, continuation
 from steermoe.errors import GenerationError
 from steermoe.steering.segments import Segments, Tags
@@ -18,6 +19,8 @@ from steermoe.steering.segments import Segments, Tags
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steermoe.engines.trace import Trace
+    from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
 
 S = TypeVar("S")
@@ -43,6 +46,11 @@ class Row(Generic[S]):
         new: tokens generated so far.
         finish_reason: as in `Completion`; empty while it is being generated.
         tags: what its plan follows, as `ModelTags.of` gives it.
+        on_token: as in `Decoder.start`.
+        plan: the request's, until `steer` changes it.
+        scores: one per token in `new`, if the request asks for them.
+        shape: the model's; needed only for a request that asks for a trace.
+        recorder: takes down the trace; None if none was asked for.
     """
 
     request: Request
@@ -56,10 +64,20 @@ class Row(Generic[S]):
     new: list[int] = field(default_factory=list)
     finish_reason: str = ""
     tags: Tags | None = None
+    on_token: OnToken | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    shape: "RoutingShape | None" = None
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        self._segments = segments_of(self.request.plan, self.tags, self.prompt)
-        self._pieces = None if self.on_text is None else Pieces(self.tokenizer, self.prompt, self.shows_special)
+        self.plan = self.request.plan
+        self._segments = segments_of(self.plan, self.tags, self.prompt)
+        self._text: list[str] = []
+        is_watched = self.on_text is not None or self.on_token is not None
+        self._pieces = Pieces(self.tokenizer, self.prompt, self.shows_special) if is_watched else None
+        if self.request.trace and self.shape is not None:
+            on_trace = self.request.on_trace
+            self.recorder = Recorder(self.shape, self.tokenizer, self.prompt, self.shows_special, on_trace)
 
     @property
     def shows_special(self) -> bool:
@@ -79,7 +97,7 @@ class Row(Generic[S]):
     @property
     def was_steered(self) -> bool | None:
         """Whether its plan steered any of its tokens; None if their places alone tell."""
-        plan, segments = self.request.plan, self._segments
+        plan, segments = self.plan, self._segments
         if plan is None or segments is None:
             return None
         import torch
@@ -87,17 +105,48 @@ class Row(Generic[S]):
         read = segments.numbers[: len(segments.numbers) - (self.finish_reason == "length")]
         return bool(plan.factor(torch.tensor(read)).any())
 
+    def finished_trace(self) -> "Trace | None":
+        """The trace, if one was asked for; to be called once, when the row has ended."""
+        if self.recorder is None:
+            return None
+        numbers = range(len(self.new)) if self._segments is None else self._segments.numbers[len(self.prompt) :]
+        read = len(self.new) - (self.finish_reason != "stop")
+        return self.recorder.finish(self.plan, numbers, read)
+
+    @property
+    def text(self) -> str | None:
+        """Its whole text, if somebody watches it come."""
+        return "".join(self._text) if self.on_token is not None and self._pieces is not None else None
+
     @property
     def most(self) -> int:
         """The most tokens that it can have, prompt included."""
         return len(self.prompt) + self.request.sampling.max_new_tokens
 
-    def take(self, token: int) -> None:
+    def steer(self, plan: "SteeringPlan | None", tags: Tags | None) -> None:
+        """Follow another plan from the token that is read next on.
+
+        Args:
+            plan: the new plan.
+            tags: what it follows, as `ModelTags.of` gives it.
+        """
+        self.plan, self.tags = plan, tags
+        self._segments = segments_of(plan, tags, self.prompt)
+        if self._segments is not None:
+            self._segments.read(self.new)
+
+    def take(self, token: int, score: TokenScore | None = None) -> None:
         """Add a token, or end the row at an end token; the last token allowed also ends it."""
+        if self.finish_reason:
+            return
         if token in self.ends:
             self.end("stop")
             return
         self.new.append(token)
+        if score is not None:
+            self.scores.append(score)
+        if self.recorder is not None:
+            self.recorder.took(token)
         if self._segments is not None:
             self._segments.read([token])
         if self._pieces is not None:
@@ -110,16 +159,19 @@ class Row(Generic[S]):
         if self.finish_reason:
             return
         self.finish_reason = reason
-        if self._pieces is not None:
-            self._send(self._pieces.rest())
+        if self._pieces is not None and (rest := self._pieces.rest()):
+            self._send(rest)
 
     def _send(self, text: str) -> None:
-        if text and self.on_text is not None:
-            try:
+        self._text.append(text)
+        try:
+            if text and self.on_text is not None:
                 self.on_text(text)
-            except Stop:
-                self._pieces = None
-                self.end("interrupted")
+            if self.on_token is not None:
+                self.on_token(self, text)
+        except Stop:
+            self._pieces = None
+            self.end("interrupted")
 
 
 def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
@@ -129,7 +181,9 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         row: the row.
         frequency: the routing embedding F [L, N] of its new tokens, if it was recorded.
     """
-    text = continuation(row.tokenizer, row.prompt, row.new, row.shows_special)
+    text = row.text
+    if text is None:
+        text = continuation(row.tokenizer, row.prompt, row.new, row.shows_special)
     chat, thinking = row.request.chat, None
     if chat is not None:
         text, thinking = split_answer(chat, text)
@@ -143,7 +197,22 @@ def finish(row: Row, frequency: "Tensor | None" = None) -> Completion:
         frequency=frequency,
         was_steered=row.was_steered,
         thinking=thinking,
+        scores=None if row.request.logprobs is None else tuple(row.scores),
+        trace=row.finished_trace(),
     )
+
+
+def score_of(logits_V: "Tensor", token: int, most: int) -> TokenScore:
+    """How likely a token is by the model's logits.
+
+    Args:
+        logits_V: [V], the model's, unwarped.
+        token: the one that was drawn.
+        most: how many of the likeliest tokens to keep.
+    """
+    logprob_V = logits_V.float().log_softmax(-1)
+    top = logprob_V.topk(min(most, len(logprob_V)))
+    return TokenScore(float(logprob_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
 def segments_of(plan: "SteeringPlan | None", tags: Tags | None, prompt: Sequence[int]) -> Segments | None:
@@ -164,7 +233,7 @@ def by_prompt(rows: Sequence[Row[S]]) -> list[list[Row[S]]]:
     """The rows in groups whose prompts are computed alike: the same tokens, under the same steering of prompts."""
     groups: dict[Any, list[Row[S]]] = {}
     for row in rows:
-        plan = row.request.plan
+        plan = row.plan
         groups.setdefault((tuple(row.prompt), plan if steers_prompt(plan) else None), []).append(row)
     return list(groups.values())
 

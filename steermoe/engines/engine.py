@@ -1,7 +1,7 @@
 """The protocols of engines and decoders. Knows no library that runs models."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from steermoe.engines.request import Completion, Request
 
@@ -9,8 +9,12 @@ if TYPE_CHECKING:
     from steermoe.engines.memory import Room
     from steermoe.engines.messages import Chat, Message
     from steermoe.routing.shape import RoutingShape
+    from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
     from steermoe.steering.tags import ModelTags
+
+OnToken = Callable[[Any, str], None]
+"""Called with a `decoding.Row` after each of its tokens, and with the text that the token completes."""
 
 
 class Decoder(Protocol):
@@ -24,6 +28,7 @@ class Decoder(Protocol):
         requests: Sequence[Request],
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
+        on_token: OnToken | None = None,
     ) -> None:
         """Start requests, each with the tokens of its prompt.
 
@@ -31,6 +36,8 @@ class Decoder(Protocol):
             requests: texts to continue.
             prompts: the tokens of each request's prompt.
             on_text: called with each piece of their text as it comes.
+            on_token: called after each token with the row and the text that the token completes, perhaps none; what is
+                held back at the end comes without a token. It may raise `decoding.Stop`, and call `drop` and `steer`.
 
         Raises:
             GenerationError, SteeringError: as `Engine.generate`.
@@ -38,6 +45,24 @@ class Decoder(Protocol):
 
     def step(self) -> list[Completion]:
         """Advance by one or more tokens; returns the completions that this finishes, perhaps none."""
+
+    def drop(self, request: Request) -> None:
+        """End a text where it is, with the finish reason "interrupted"; a later `step` returns its completion.
+
+        Does nothing if it has ended.
+        """
+
+    def steer(self, request: Request, plan: "SteeringPlan | None") -> None:
+        """Change the plan of a text, from the token that is read next on. Does nothing if it has ended.
+
+        Args:
+            request: the one that was started; it is left as it was, as is what it has read.
+            plan: None to steer it no more.
+
+        Raises:
+            SteeringError: the plan follows tags that the model does not have, or the engine can't change it now. The
+                text goes on as before.
+        """
 
     def clear(self) -> None:
         """Drop what has started, for example after an error; the next `start` begins afresh."""
@@ -114,8 +139,15 @@ class Engine(Protocol):
             GenerationError: a request can't be run. SteeringError: steering was asked for and did not happen.
         """
 
-    def decoder(self, rows: int) -> Decoder:
-        """Runs many requests, at most `rows` at once. Use one decoder at a time, and not during `generate`."""
+    def decoder(self, rows: int, tokens: int | None = None) -> Decoder:
+        """Runs many requests, at most `rows` at once. Use one decoder at a time, and not during `generate`.
+
+        Args:
+            rows: requests at once.
+            tokens: for a decoder whose requests come one by one, as those of a server do: the most tokens of a text,
+                prompt included, so that there is room for it whenever it comes. Another thread may then call `encode`
+                and `chat` while the decoder runs.
+        """
 
     def room(self) -> "Room | None":
         """How many rows fit into the memory that is free now; None if the engine manages its memory itself."""

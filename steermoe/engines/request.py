@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import GenerationError, SteeringError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from steermoe.engines.messages import Chat
+    from steermoe.engines.trace import TokenTrace, Trace
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.report import SteeringReport
 
 MOST_SCALING = 1e9
 """The largest temperature or penalty; 1 / 1e9 is the smallest. Scores times this stay finite."""
+MOST_PENALTY = 2.0
+"""The largest presence or frequency penalty, as in OpenAI's protocol."""
 LISTS = ("force", "ban")
 """Fields of a plan that a completion leaves out, since lists can be long; stories have them at the end."""
 
@@ -71,6 +76,52 @@ class Sampling:
             if not is_right:
                 raise GenerationError(f"{name} {getattr(self, name)} is out of range: expected {expected}")
 
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """What is subtracted from the scores of tokens that were generated: once each, and for each time."""
+        return 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class PenalisedSampling(Sampling):
+    """With the penalties of OpenAI's protocol, which lower the scores of tokens that were generated already.
+
+    Attributes:
+        presence_penalty: once for each generated token.
+        frequency_penalty: for each time that it was generated.
+
+    Raises:
+        GenerationError: a value outside its range.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(getattr(self, name)) <= MOST_PENALTY:
+                expected = f"{-MOST_PENALTY:g} to {MOST_PENALTY:g}"
+                raise GenerationError(f"{name} {getattr(self, name)} is out of range: expected {expected}")
+
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """As `Sampling.penalties`."""
+        return self.presence_penalty, self.frequency_penalty
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely the model thought a token, before anything but steering changed its logits.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens with theirs, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -81,6 +132,10 @@ class Request:
             special tokens as such. If not, what looks like one stays text, as is right for text from elsewhere; None
             does that too, and says so.
         chat: what to answer instead of continuing the prompt, which is then its last message; `Engine.chat` makes it.
+        logprobs: also fill `Completion.scores`, with this many of the likeliest tokens at each place; None does not.
+        trace: also fill `Completion.trace`, at some cost in speed.
+        on_trace: called with each token of the trace, once the model has read it; of a single request, or through a
+            decoder.
     """
 
     prompt: str
@@ -88,6 +143,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     special_tokens: bool | None = None
     chat: "Chat | None" = None
+    trace: bool = False
+    on_trace: "Callable[[TokenTrace], None] | None" = None
+    logprobs: int | None = None
 
     def require_steered(self) -> None:
         """Raise SteeringError if its plan asks for steering that none of its tokens could get."""
@@ -122,6 +180,8 @@ class Completion:
         frequency: routing embedding F [L, N] of the generated tokens, if it was requested and there are any.
         was_steered: whether its plan steered any of its tokens, where that depends on more than their number.
         thinking: what came before the answer of a chat; None for a model that is not known to think.
+        scores: one per token, if `Request.logprobs` asks for them.
+        trace: where each token was sent, if it was requested.
     """
 
     request: Request
@@ -134,6 +194,8 @@ class Completion:
     frequency: "Tensor | None" = None
     was_steered: bool | None = None
     thinking: str | None = None
+    trace: "Trace | None" = None
+    scores: tuple[TokenScore, ...] | None = None
 
     @property
     def new_tokens(self) -> int:

@@ -297,6 +297,11 @@ class Pieces:
         self._before, self._pending = self._pending, []
         return text
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether tokens are held back."""
+        return bool(self._pending)
+
     def rest(self) -> str:
         """The text that is still held back."""
         before, both = self._decode(self._before), self._decode(self._before + self._pending)

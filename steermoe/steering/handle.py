@@ -236,6 +236,11 @@ class SteeringHandle:
             "a handle belongs to its model and can't be copied or saved: copy the model, and attach its plans to that"
         )
 
+    @property
+    def editors(self) -> Sequence[OnceEditor]:
+        """What edits each router's logits, [L]."""
+        return self._editors
+
     # ---- plans ----
 
     @property

@@ -144,13 +144,14 @@ def read_vector(path: Path | str) -> SteeringVector:
             raise VectorError(
                 "its numbers do not match the hash in its header; it was changed or damaged: get it again"
             )
+        matrices: dict[str, Any] = {name: tensors.get(name) for name in MATRICES}
         vector = SteeringVector(
             domain=header.domain,
             layers=header.layers,
             threshold=header.threshold,
             relative=header.relative,
             info=header.info,
-            **{name: tensors.get(name) for name in MATRICES},
+            **matrices,
         )
         if vector.num_experts != header.num_experts:
             raise VectorError(f"its header says {header.num_experts} experts per layer, it has {vector.num_experts}")

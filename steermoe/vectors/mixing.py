@@ -38,7 +38,8 @@ def mix(parts: Parts, domain: str | None = None) -> SteeringVector:
     experts = first.experts * parts[0][1]
     for vector, weight in parts[1:]:
         experts = experts + weight * vector.experts
-    return SteeringVector(name, None, first.layers, weights=experts, info=_info_of(parts))
+    sources = tuple(one for vector, _ in parts for one in vector.sources or (vector,))
+    return SteeringVector(name, None, first.layers, weights=experts, info=_info_of(parts), sources=sources)
 
 
 def _check_weights(parts: Parts) -> None:

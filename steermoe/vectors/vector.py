@@ -124,6 +124,7 @@ class SteeringVector:
         relative: if true, E keeps what exceeds `threshold` times the baseline instead.
         weights: E itself [L, N], if it does not follow from the frequency: a mixture or an imported matrix.
         info: provenance and calibration.
+        sources: of a mixture that was made in this process, the vectors that were mixed; no file keeps them.
 
     Raises:
         VectorError: shapes that don't agree, NaN or infinity, negative frequencies, rows that don't sum to 1.
@@ -137,6 +138,7 @@ class SteeringVector:
     relative: bool = False
     weights: "Tensor | None" = None
     info: VectorInfo = field(default_factory=VectorInfo)
+    sources: tuple["SteeringVector", ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.frequency is None and self.weights is None:

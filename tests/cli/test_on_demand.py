@@ -49,6 +49,19 @@ def test_generate_builds_once(run, few_texts, tiny_checkpoint):
     assert len([json.loads(line) for line in other.out.splitlines()]) == 2
 
 
+def test_serve_builds_before_it_listens(run, few_texts, tiny_checkpoint, monkeypatch):
+    app = pytest.importorskip("steermoe.serving.app", reason="fastapi is not installed: pip install 'steermoe[serve]'")
+    served = []
+    monkeypatch.setattr(app, "run", lambda engine, resolver, limits, *_, **__: served.append((resolver, limits)))
+    result = run("serve", tiny_checkpoint, "--build", "sport", "--rows", 3, "--queue", 5)
+    assert result.code == 0, result.err
+    assert "tiny-mixtral has no vector of 'sport'" in result.err
+    ((resolver, limits),) = served
+    assert "sport" in resolver.domains()
+    assert resolver.plan(SteeringSpec(domain=("sport",))).vector.domain == "sport"
+    assert (limits.rows, limits.queued) == (3, 5)
+
+
 def test_the_prompt_or_an_option_chooses_the_language(run, few_texts, tiny_checkpoint):
     found = run("generate", "Пёс Барни", "-d", "sport", "--model", tiny_checkpoint, *SHORT)
     assert "from 18 Russian texts" in found.err

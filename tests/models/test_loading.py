@@ -15,6 +15,7 @@ from steermoe.models.default import assemble, base, pull, spec
 from steermoe.models.description import describe
 from steermoe.vectors.vector import VectorInfo
 from tests.support import tiny_ggufs
+from tests.support.remote_modules import keep_modules_in
 
 
 def config_folder(folder: Path, config) -> Path:
@@ -152,7 +153,7 @@ class Config(PreTrainedConfig):
 )
 @pytest.mark.parametrize("version", ["4.39.3", None])
 def test_outdated_remote_code_names_the_version_that_runs_it(tmp_path, monkeypatch, broken, lacks, version):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_modules_in(tmp_path / "modules", monkeypatch)
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     folder = config_folder(tmp_path / "remote", config | ({"transformers_version": version} if version else {}))
     (folder / "code.py").write_text(OLD_CODE.replace("BROKEN", broken))
@@ -377,7 +378,7 @@ def test_remote_code_that_is_outdated_where_it_generates(tmp_path, tiny_checkpoi
     """It can still be loaded, for what needs no cache, such as embedding texts."""
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_modules_in(tmp_path / "modules", monkeypatch)
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "remote"))
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}

@@ -23,6 +23,7 @@ from steermoe.models.loading import LoadedModel
 from steermoe.routing.routers import Router
 from tests.support import published
 from tests.support.published import PUBLISHED, Published
+from tests.support.remote_modules import keep_modules_in
 
 TOLERANCE = 1e-4
 """Float noise."""
@@ -36,8 +37,7 @@ FORCED, BANNED = (3,), (0, 1, 5, 60)
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder of its own for the code of checkpoints, which transformers copies."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        keep_modules_in(tmp_path_factory.mktemp("modules"), patch)
         yield
 
 

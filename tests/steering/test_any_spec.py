@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from steermoe.batch import jobs
 from steermoe.batch.jobs import BatchSettings, Problem, PromptFile
 from steermoe.cli.app import app
-from steermoe.engines.vllm.spec import packed, spec_of_name
+from steermoe.engines.vllm.spec import packed
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import SteerMoEError
 from steermoe.routing.positions import POSITIONS
 from steermoe.routing.shape import RouterShape, RoutingShape
+from steermoe.steering.asked import spec_of_name
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
 from steermoe.steering.editing_graph import Edits, edit

@@ -143,7 +143,7 @@ def check(architecture: str, path: Path) -> dict[str, Any] | None:
     expect(tuple(named) == layers, f"it computes no node {file.node} in layers {sorted(set(layers) - set(named))}")
     check_first_choice(path, tensors, layers[0], file.node, before, after, added[layers[0]])
     for reach in REACHES:
-        check_engine(path, reach, vector, plain, expected, after)
+        check_engine(path, reach, vector, plain, expected, (before, after))
     return {"layers": list(layers), "node": file.node, "biased": f"blk.{layers[0]}.exp_probs_b.bias" in tensors}
 
 
@@ -171,6 +171,28 @@ def check_first_choice(
     expect(changed, "the edit changes no choice")
 
 
+def check_trace(
+    engine: LlamaCppEngine, context: Context, layers: tuple[int, ...], before: Watcher, after: Watcher
+) -> None:
+    """What was chosen, and in the first layer, which nothing steered comes before, what would have been."""
+    state, count = engine.state, len(TOKENS)
+    state.trace(range(count))
+    state.steer([0] * count, [1.0] * count, range(count))
+    logits_of(engine, context)
+    chosen, unsteered = state.take_traced()
+    state.trace([])
+    for place, layer in enumerate(layers):
+        expect(same(chosen[:, place], after.seen[f"ffn_moe_topk-{layer}"]), f"layer {layer} of its trace is wrong")
+    first = before.seen[f"ffn_moe_topk-{layers[0]}"]
+    expect(same(unsteered[:, 0], first), "its trace does not have what it would choose without steering")
+    expect((np.sort(chosen) != np.sort(unsteered)).any((0, 2)).all(), "its trace lacks what was moved")
+
+
+def same(one: NDArray[np.int32], other: NDArray[np.int32]) -> bool:
+    """Whether the same experts are chosen, in any order."""
+    return np.array_equal(np.sort(one), np.sort(other))
+
+
 def tensor_of(path: Path, name: str) -> Numbers:
     from gguf import GGUFReader
 
@@ -184,11 +206,11 @@ def counts_of(watcher: Watcher, layers: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def check_engine(
-    path: Path, reach: Reach, vector: SteeringVector, plain: Numbers, expected: Numbers, after: Watcher
+    path: Path, reach: Reach, vector: SteeringVector, plain: Numbers, expected: Numbers, seen: tuple[Watcher, Watcher]
 ) -> None:
     """Steered as by the watcher, forced and banned wherever asked, and otherwise the same to the bit."""
     engine = LlamaCppEngine(str(path), threads=1, reach=reach, cache="f32")
-    layers, count = vector.layers, len(TOKENS)
+    layers, count, after = vector.layers, len(TOKENS), seen[1]
     context, state = engine.context(1, CELLS), engine.state
     plan = SteeringPlan(vector, STRENGTH, formula="additive", positions="all")
     state.install([plan])
@@ -198,6 +220,7 @@ def check_engine(
     expect(state.verify() == len(layers), f"not every router was steered ({reach})")
     expect(np.abs(steered - plain).max() > 1e-3, f"steering changes nothing ({reach})")
     expect(np.allclose(steered, expected, atol=1e-4), f"steered logits are not those of the reference ({reach})")
+    check_trace(engine, context, layers, *seen)
     state.steer([-1] * count, [0.0] * count, range(count))
     expect(np.array_equal(logits_of(engine, context), plain), f"after steering ({reach}) its logits are not as before")
     expect(np.array_equal(engine.chosen(TOKENS, plan), counts_of(after, layers)), f"its choice is not ({reach})")

@@ -16,12 +16,13 @@ class AnswerPrinter:
     Args:
         chat: what is answered.
         wraps: break lines between words, at the width of the terminal.
+        print_answer: prints a piece of the answer.
     """
 
-    def __init__(self, chat: Chat, *, wraps: bool = False) -> None:
+    def __init__(self, chat: Chat, *, wraps: bool = False, print_answer: Callable[[str], None] = write) -> None:
         self._splitter = Splitter(chat)
         self._shows_thinking = sys.stderr.isatty()
-        self._answer = WordWrap(write, out.width) if wraps else Plain(write)
+        self._answer = WordWrap(print_answer, out.width) if wraps else Plain(print_answer)
         self._thinking = WordWrap(dim, out.width) if wraps else Plain(dim)
         self._is_after_thinking = False
 

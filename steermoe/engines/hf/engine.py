@@ -5,6 +5,7 @@ It picks the decoder: `RollingDecoder` if rows may come and go or compiled steps
 
 import hashlib
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from steermoe.engines.chat import read_chat
@@ -48,7 +49,7 @@ class HFEngine:
         self.compiled = compiled
         self._encoder = HFEncoder(loaded.tokenizer)
         self.tags = ModelTags(HFVocabulary(loaded.tokenizer), lambda: self.end_tokens())
-        self._was_tried = False
+        self._was_tried = self._has_own_encoder = False
         self._steps: CompiledSteps | None = None
 
     @property
@@ -72,12 +73,14 @@ class HFEngine:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         return Room(int(free_memory(self.loaded.device) * SHARE), LOGITS_BYTES * vocabulary, bytes_of_a_token(model))
 
-    def decoder(self, rows: int) -> Decoder:
+    def decoder(self, rows: int, tokens: int | None = None) -> Decoder:
         """As `Engine.decoder`: the best one that the model allows."""
         self._try_once()
+        if tokens is not None and not self._has_own_encoder:  # a tokenizer can't encode and decode at once
+            self._encoder, self._has_own_encoder = HFEncoder(deepcopy(self.loaded.tokenizer)), True
         if rows_can_change(self.loaded.model):
             return RollingDecoder(self.loaded, self.end_tokens(), self.compiled_steps(), self.tags)
-        return StaticDecoder(self.loaded, self.end_tokens(), tags=self.tags)
+        return StaticDecoder(self.loaded, self.end_tokens(), tags=self.tags, steerable=tokens is not None)
 
     @property
     def context_length(self) -> int | None:

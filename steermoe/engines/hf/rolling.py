@@ -8,26 +8,34 @@ Shapes: B rows in flight, M prompts that are computed together, S columns of the
 the vocabulary.
 """
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from steermoe.engines.decoding import Row, by_prompt, finish, steers_prompt
+from steermoe.engines.decoding import Row, by_prompt, finish, score_of, steers_prompt
+from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import RowCache, empty_cache
-from steermoe.engines.hf.sampling import generators_of, next_tokens
+from steermoe.engines.hf.sampling import generators_of, next_tokens, note_logprobs
 from steermoe.engines.request import Completion, Request
+from steermoe.errors import SteeringError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.tracker import Window
 from steermoe.steering.handle import SteeringHandle
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.tags import ModelTags
+from steermoe.steering.tracing import Choices, RoutingTracer
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 4096
 """Tokens of new prompts per forward pass, padding included; a longer prompt gets a pass of its own."""
@@ -54,7 +62,9 @@ class RollingDecoder:
         compiled: "CompiledSteps | None" = None,
         tags: ModelTags | None = None,
     ) -> None:
+        self._loaded = loaded
         self._model: Any = loaded.model
+        self._tracer: RoutingTracer | None = None
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._ends = ends
@@ -85,6 +95,7 @@ class RollingDecoder:
 
     def close(self) -> None:
         self.clear()
+        self._close_tracer()
         if self._handle is not None:
             self._handle.remove()
 
@@ -93,6 +104,7 @@ class RollingDecoder:
         requests: Sequence[Request],
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
+        on_token: OnToken | None = None,
     ) -> None:
         generators = generators_of([request.sampling for request in requests])
         rows = [
@@ -104,39 +116,88 @@ class RollingDecoder:
                 generator,
                 on_text,
                 tags=self._tags.of(request.plan),
+                on_token=on_token,
+                shape=self._loaded.shape if request.trace else None,
             )
             for request, prompt, generator in zip(requests, prompts, generators, strict=True)
         ]
         for chunk in _chunks(by_prompt(rows), PROMPT_TOKENS):
             self._compute_prompts(chunk)
 
+    def drop(self, request: Request) -> None:
+        for row in self._rows:
+            if row.request is request:
+                row.end("interrupted")
+
+    def steer(self, request: Request, plan: SteeringPlan | None) -> None:
+        for row in self._rows:
+            if row.request is request:
+                row.steer(plan, self._tags.of(plan))
+                self._rows_changed = True
+
     @torch.inference_mode()
     def step(self) -> list[Completion]:
+        self._drop_ended()
         if self._rows:
             assert self._cache is not None
             self._take_tokens(self._rows, self._next_logits(self._cache))
-            for number in reversed(range(len(self._rows))):
-                if self._rows[number].finish_reason:
-                    self._drop(number)
-            self._cache.set_width(max((row.cached for row in self._rows), default=0))
+            self._drop_ended()
         finished, self._finished = self._finished, []
         return finished
 
     def _next_logits(self, cache: RowCache) -> Tensor:
         """[B, V] after each row's last token, float32."""
-        plans = [row.request.plan for row in self._rows]
+        plans = [row.plan for row in self._rows]
         tokens_B1 = torch.tensor([row.new[-1:] for row in self._rows])
         cached_B = torch.tensor([row.cached for row in self._rows])
         index_B1 = torch.tensor([[row.place] for row in self._rows])
+        is_traced = any(row.recorder is not None for row in self._rows)
         if self._compiled is not None and self._compiled.serves(len(self._rows)):
-            return self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
+            if is_traced:
+                _tell_uncompiled()
+            else:
+                return self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
         width = int(cached_B.max())
         mask_BW = torch.arange(width + 1) >= (width - cached_B)[:, None]
         if self._rows_changed:
             self._steer(plans)
         self._rows_changed = False
         window = Window(len(self._rows), 1, 0, 0, index=index_B1)
-        return self._forward(tokens_B1, mask_BW, cached_B[:, None], cache, window)
+        if not is_traced:
+            return self._forward(tokens_B1, mask_BW, cached_B[:, None], cache, window)
+        with self._tracing() as tracer:
+            logits_BV = self._forward(tokens_B1, mask_BW, cached_B[:, None], cache, window)
+        self._note_choices(*tracer.take())
+        return logits_BV
+
+    # ---- traces ----
+
+    @contextmanager
+    def _tracing(self) -> Iterator[RoutingTracer]:
+        """Have the forward call inside looked at; the tracer stays attached for the next ones."""
+        if self._tracer is None:
+            self._tracer = RoutingTracer(self._model)
+        self._tracer.is_on = True
+        try:
+            yield self._tracer
+        finally:
+            self._tracer.is_on = False
+
+    def _close_tracer(self) -> None:
+        if self._tracer is not None:
+            self._tracer.close()
+        self._tracer = None
+
+    def _note_choices(self, chosen: Choices, unsteered: Choices) -> None:
+        """Pass on what was chosen for each row's last token."""
+        if len(chosen) != len(self._rows):
+            raise SteeringError(
+                f"routers saw {len(chosen)} tokens where the batch has {len(self._rows)}: this model does not keep "
+                "rows apart; trace texts one by one"
+            )
+        for number, row in enumerate(self._rows):
+            if row.recorder is not None:
+                row.recorder.read(len(row.new) - 1, chosen[number], unsteered[number], row.plan, row.place)
 
     # ---- prompts ----
 
@@ -160,7 +221,7 @@ class RollingDecoder:
         tokens_MS = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
         mask_MS = torch.arange(width) >= (width - lengths)[:, None]
         positions_MS = (mask_MS.long().cumsum(-1) - 1).clamp(min=0)
-        self._steer([row.request.plan if steers_prompt(row.request.plan) else None for row in rows])
+        self._steer([row.plan if steers_prompt(row.plan) else None for row in rows])
         self._rows_changed = True
         computed = empty_cache(self._model, forgets=self._compiled is None)
         window = Window(len(rows), width, 0, width, mask_MS)
@@ -208,8 +269,10 @@ class RollingDecoder:
             return torch.tensor(rows[number].prompt + rows[number].new)
 
         token_B = next_tokens(logits_BV, samplings, new, self._end_tokens, history, generators)
-        for row, token in zip(rows, token_B.tolist(), strict=True):
-            row.take(token)
+        note_logprobs(rows, logits_BV, token_B)
+        for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
+            most = row.request.logprobs
+            row.take(token, None if most is None else score_of(logits_BV[number], token, most))
 
     def _drop(self, number: int) -> None:
         assert self._cache is not None
@@ -220,11 +283,26 @@ class RollingDecoder:
             self._rows[number] = last
         self._rows_changed = True
 
+    def _drop_ended(self) -> None:
+        """Take the rows that have ended out of the cache, and give up the columns that only they had."""
+        ended = [number for number, row in enumerate(self._rows) if row.finish_reason]
+        for number in reversed(ended):
+            self._drop(number)
+        if self._cache is not None:
+            self._cache.set_width(max((row.cached for row in self._rows), default=0))
+
     def _steer(self, plans: list[SteeringPlan | None]) -> None:
         if self._handle is not None:
             self._handle.set(rows=plans)
         elif any(plans):
+            self._close_tracer()  # it must be outside of the steering
             self._handle = SteeringHandle(self._model, plans, self._tags)
+
+
+@functools.cache
+def _tell_uncompiled() -> None:
+    """Say once that a trace costs the compiled steps."""
+    logger.warning("texts with a trace are generated without the compiled steps, which show no router's own choice")
 
 
 def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from steermoe.engines.decoding import Row
 from steermoe.engines.request import Sampling
 
 BLOCK = 1 << 18
@@ -61,12 +62,17 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
         samplings: one per row.
         new: tokens that each row has so far.
         ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
-        history: called only for rows with a repetition penalty.
+        history: called only for rows with a penalty.
     """
     # always a copy: the scores that `generate` passes are not ours to change
     warped = scores.to(torch.float32, copy=True)
     if early := [row for row, sampling in enumerate(samplings) if new[row] < sampling.min_new_tokens]:
         warped[torch.tensor(early, device=warped.device)[:, None], ends.to(warped.device)] = float("-inf")
+    for row, sampling in enumerate(samplings):
+        presence, frequency = sampling.penalties
+        if (presence or frequency) and new[row]:
+            counts_V = torch.bincount(history(row)[-new[row] :].cpu(), minlength=warped.shape[1]).to(warped.device)
+            warped[row] -= presence * (counts_V > 0) + frequency * counts_V
     for rows in _alike(samplings).values():
         warpers = _warpers(*_warping(samplings[rows[0]]))
         if not warpers:
@@ -101,6 +107,20 @@ def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Gen
     return token_B
 
 
+def note_logprobs(rows: Sequence[Row[Any]], logits: Tensor, token_B: Tensor) -> None:
+    """Tell the recorders of the rows that have one how likely their next tokens were, by the logits [B, V]."""
+    traced = [number for number, row in enumerate(rows) if row.recorder is not None]
+    if not traced:
+        return
+    index = torch.tensor(traced, device=logits.device)
+    logprob_TV = logits[index].float().log_softmax(-1)
+    found = logprob_TV.gather(-1, token_B.to(logits.device)[index, None])[:, 0].tolist()
+    for number, logprob in zip(traced, found, strict=True):
+        recorder = rows[number].recorder
+        assert recorder is not None
+        recorder.drew(logprob)
+
+
 def generators_of(samplings: Sequence[Sampling]) -> list[torch.Generator]:
     """A random generator per row, from its own seed."""
     return [torch.Generator().manual_seed(sampling.seed) for sampling in samplings]
@@ -113,9 +133,17 @@ class RowSampler(LogitsProcessor):
         samplings: one per row, [B].
         prompt_lengths: [B], tokens of each row's prompt, without padding.
         ends: tokens that end a text, excluded until a row has its `min_new_tokens`.
+        on_tokens: called with the model's logits [B, V] and the tokens [B] that are drawn from them.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], prompt_lengths: Sequence[int], ends: Sequence[int]) -> None:
+    def __init__(
+        self,
+        samplings: Sequence[Sampling],
+        prompt_lengths: Sequence[int],
+        ends: Sequence[int],
+        on_tokens: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.on_tokens = on_tokens
         self.samplings = samplings
         self.prompt_lengths = prompt_lengths
         self.width = max(prompt_lengths)
@@ -124,6 +152,8 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token_B = next_tokens(scores, self.samplings, *self._given(input_ids), self.generators)
+        if self.on_tokens is not None:
+            self.on_tokens(scores, token_B)
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B[:, None], 0.0)
 
     def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 Shapes: B rows, S columns of their padded prompts.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +14,20 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from steermoe.engines.decoding import Row, finish
+from steermoe.engines.decoding import Row, finish, score_of
+from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import has_own_generate
-from steermoe.engines.hf.sampling import RowLimits, RowSampler
-from steermoe.engines.request import Completion, Request
+from steermoe.engines.hf.sampling import RowLimits, RowSampler, note_logprobs
+from steermoe.engines.request import Completion, Request, TokenScore
+from steermoe.errors import SteeringError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
+from steermoe.routing.tracker import Tracker, Window
 from steermoe.steering.handle import SteeringHandle
+from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.tags import ModelTags
+from steermoe.steering.tracing import RoutingTracer
 
 
 class StaticDecoder:
@@ -33,17 +40,26 @@ class StaticDecoder:
         ends: tokens that end a text.
         record: also fill `Completion.frequency`.
         tags: the model's; by default those of its tokenizer.
+        steerable: whether `steer` may be called while a batch runs.
     """
 
     def __init__(
-        self, loaded: LoadedModel, ends: set[int], record: bool = False, tags: ModelTags | None = None
+        self,
+        loaded: LoadedModel,
+        ends: set[int],
+        record: bool = False,
+        tags: ModelTags | None = None,
+        steerable: bool = False,
     ) -> None:
+        self._loaded = loaded
         self._model: Any = loaded.model
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
-        self._ends, self._record = ends, record
+        self._ends, self._record, self._steerable = ends, record, steerable
         self._tags = tags or ModelTags.of_tokenizer(loaded.tokenizer, ends)
         self._report: SteeringReport | None = None
+        self._scores: dict[Row[None], deque[TokenScore]] = {}
+        self._running: tuple[SteeringHandle, Sequence[Row[None]]] | None = None
         self.clear()
 
     def __len__(self) -> int:
@@ -63,36 +79,75 @@ class StaticDecoder:
         requests: Sequence[Request],
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
+        on_token: OnToken | None = None,
     ) -> None:
         for request, prompt in zip(requests, prompts, strict=True):
-            tags = self._tags.of(request.plan)
-            self._rows.append(Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags))
+            tags, shape = self._tags.of(request.plan), self._loaded.shape if request.trace else None
+            row = Row(
+                request,
+                prompt,
+                self._tokenizer,
+                self._ends,
+                None,
+                on_text,
+                tags=tags,
+                on_token=on_token,
+                shape=shape,
+            )
+            self._rows.append(row)
+
+    def drop(self, request: Request) -> None:
+        for row in self._rows:
+            if row.request is request:
+                row.end("interrupted")
+
+    def steer(self, request: Request, plan: SteeringPlan | None) -> None:
+        for row in self._rows:
+            if row.request is not request or row.finish_reason:
+                continue
+            tags = self._tags.of(plan)
+            running = self._running is not None and any(one is row for one in self._running[1])
+            if tags is not None and running:
+                raise SteeringError(
+                    f"positions {plan.positions if plan else None} follows tags, which this model's texts can't begin "
+                    "to do while they are generated: use positions generated"
+                )
+            row.steer(plan, tags)
+            if running and self._running is not None:
+                handle, rows = self._running
+                handle.set(rows=[one.plan for one in rows])
 
     def step(self) -> list[Completion]:
         if not self._rows:
             return []
+        dropped = [finish(row) for row in self._rows if row.finish_reason]
         done = [completion for rows in self._batches() for completion in self._run(rows)]
         self._rows = []
-        return done
+        return dropped + done
 
     def _batches(self) -> list[list[Row[None]]]:
         """All rows together; by length if the model has a `generate` of its own, which may read padding as text."""
+        rows = [row for row in self._rows if not row.finish_reason]
         if not has_own_generate(self._model):
-            return [self._rows]
+            return [rows] if rows else []
         batches: dict[int, list[Row[None]]] = {}
-        for row in self._rows:
+        for row in rows:
             batches.setdefault(len(row.prompt), []).append(row)
         return list(batches.values())
 
     def _run(self, rows: Sequence[Row[None]]) -> list[Completion]:
         """Generate with steering attached and routing recorded, and leave the model as it was."""
-        model, plans = self._model, [row.request.plan for row in rows]
+        model, plans = self._model, [row.plan for row in rows]
         handle = None
         with ExitStack() as undo:
-            if any(plans):
+            if any(plans) or self._steerable:
                 handle = SteeringHandle(model, plans[:1] if len(set(plans)) == 1 else plans, self._tags)
                 undo.callback(handle.remove)
+                self._running = handle, rows
+                undo.callback(setattr, self, "_running", None)
             routing = undo.enter_context(record_routing(model, "generated")) if self._record else None
+            if any(row.recorder is not None for row in rows):
+                undo.callback(RowTracer(model, rows).close)
             # `generate` takes what a configuration leaves open from the model's own, sampling and penalties included
             undo.callback(setattr, model, "generation_config", model.generation_config)
             model.generation_config = self._config(rows)
@@ -115,20 +170,34 @@ class StaticDecoder:
         samplings = [row.request.sampling for row in rows]
         own = [1] * len(rows) if self._model.config.is_encoder_decoder else lengths
         limits = [sampling.max_new_tokens for sampling in samplings]
-        is_streamed = len(rows) == 1 and rows[0].on_text is not None
+        is_streamed = any(row.on_text or row.on_token or row.request.on_trace for row in rows)
+        self._scores = {row: deque() for row in rows if row.request.logprobs is not None}
+        is_noted = self._scores or any(row.recorder is not None for row in rows)
+        sampler = RowSampler(samplings, own, sorted(self._ends), partial(self._note, rows) if is_noted else None)
         with torch.inference_mode():
             output = self._model.generate(
                 torch.tensor(tokens_BS, device=self._device),
                 attention_mask=torch.tensor(mask_BS, device=self._device),
-                logits_processor=LogitsProcessorList([RowSampler(samplings, own, sorted(self._ends))]),
+                logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([RowLimits(limits, start), RowEnds(rows)]),
-                streamer=RowStreamer(rows[0]) if is_streamed else None,
+                streamer=RowStreamer(rows, self._take) if is_streamed else None,
             )
         for row, new in zip(rows, output[:, start:].tolist(), strict=True):
             for token in new:
                 if row.finish_reason:
                     break
-                row.take(token)
+                self._take(row, token)
+
+    def _note(self, rows: Sequence[Row[None]], scores: Tensor, token_B: Tensor) -> None:
+        """Keep how likely each row's next token is, until the row takes it."""
+        note_logprobs(rows, scores, token_B)
+        for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
+            if row in self._scores and not row.finish_reason:
+                self._scores[row].append(score_of(scores[number], token, row.request.logprobs or 0))
+
+    def _take(self, row: Row[None], token: int) -> None:
+        waiting = self._scores.get(row)
+        row.take(token, waiting.popleft() if waiting else None)
 
     def _config(self, rows: Sequence[Row[None]]) -> GenerationConfig:
         """Greedy, since RowSampler has drawn the token by the time `generate` picks it."""
@@ -148,6 +217,46 @@ class StaticDecoder:
         )
 
 
+class RowTracer:
+    """Passes to the rows what is chosen for their generated tokens, while `generate` runs.
+
+    Args:
+        model: the model, steered already if it is to be.
+        rows: those of the batch; some ask for a trace.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Row[None]]) -> None:
+        self._rows = rows
+        with ExitStack() as undo:
+            self._tracer = RoutingTracer(model)
+            undo.callback(self._tracer.close)
+            undo.callback(Tracker(model, self._before, self._after).close)
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def _before(self, window: Window) -> None:
+        self._tracer.is_on = window.stack == "decoder" and bool((window.generated_index() >= 0).any())
+
+    def _after(self, window: Window) -> None:
+        if not self._tracer.is_on:
+            return
+        self._tracer.is_on = False
+        chosen, unsteered = self._tracer.take()
+        if len(chosen) != window.rows * window.columns:
+            raise SteeringError(
+                f"routers saw {len(chosen)} tokens where the batch has {window.rows * window.columns}: this model does "
+                "not keep rows apart; trace texts one by one"
+            )
+        for number, row in enumerate(self._rows):
+            for column, place in enumerate(window.generated_index().tolist()):
+                if row.recorder is not None and place >= 0:
+                    at = number * window.columns + column
+                    own = row.place if len(row.new) - 1 == place else None  # without streaming, rows get tokens later
+                    row.recorder.read(place, chosen[at], unsteered[at], row.plan, own)
+
+
 class RowEnds(StoppingCriteria):
     """Ends each row that has ended already, as `Stop` can end one."""
 
@@ -159,18 +268,23 @@ class RowEnds(StoppingCriteria):
 
 
 class RowStreamer(BaseStreamer):
-    """Passes tokens to a row, the only one of its batch, while `generate` runs."""
+    """Passes tokens to the rows of a batch while `generate` runs.
 
-    def __init__(self, row: Row[None]) -> None:
-        self._row = row
+    Args:
+        rows: in their order in the batch.
+        take: called with a row that goes on, and its token.
+    """
+
+    def __init__(self, rows: Sequence[Row[None]], take: Callable[[Row[None], int], None]) -> None:
+        self._rows, self._take = rows, take
         self._saw_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """Skip the prompt, which comes first, then pass on each token."""
+        """Skip the prompts, which come first, then pass on the token of each row that goes on."""
         if self._saw_prompt:
-            for token in value.flatten().tolist():
-                if not self._row.finish_reason:
-                    self._row.take(token)
+            for row, token in zip(self._rows, value.flatten().tolist(), strict=True):
+                if not row.finish_reason:
+                    self._take(row, token)
         self._saw_prompt = True
 
     def end(self) -> None:

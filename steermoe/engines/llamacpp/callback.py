@@ -40,6 +40,7 @@ _FIELDS = (
     *("a_counts", "a_calls", "a_saved", "a_scratch", "a_state"),
     *("any_listed", "a_listed", "a_ordered", "forced_hits", "forced_places", "banned_hits", "banned_places"),
     *("a_source", "a_counted"),
+    *("has_trace", "a_slot", "a_looked", "a_edited", "a_chosen"),
 )
 FIELD = {name: number for number, name in enumerate(_FIELDS)}
 _AT_NAME, _AT_OP, _AT_OP_PARAMS, _AT_SRC, _AT_DATA, _AT_NE, _AT_NB, _AT_BUFFER = range(8)
@@ -50,6 +51,7 @@ _A_ROW, _A_ACTIVE, _A_PUSH, _A_MARKS, _A_FORMULA, _A_PAPER, _A_NUMBER, _A_FACTOR
 _A_COUNTS, _A_CALLS, _A_SAVED, _A_SCRATCH, _A_STATE = range(40, 45)
 _ANY_LISTED, _A_LISTED, _A_ORDERED, _FORCED_HITS, _FORCED_PLACES, _BANNED_HITS, _BANNED_PLACES = range(45, 52)
 _A_SOURCE, _A_COUNTED = 52, 53
+_HAS_TRACE, _A_SLOT, _A_LOOKED, _A_EDITED, _A_CHOSEN = range(54, 59)
 
 PROBLEM_SHAPE, PROBLEM_TYPE = 1, 2
 PARAMETERS = 6
@@ -92,6 +94,20 @@ def _next_chosen(z_N, last):
 
 
 @njit(error_model="numpy")
+def _look(state, row, token, z_N, is_edited):
+    """Keep one layer's logits of a token whose text is traced, before or after the edit."""
+    slot = carray(pointer(state[_A_SLOT]), (state[_TOKENS],), np.int32)[token]
+    if slot < 0:
+        return
+    experts, place = state[_EXPERTS], slot * state[_ROUTERS] + row
+    carray(pointer(state[_A_EDITED]), (place + 1,), np.uint8)[place] = 1
+    start = state[_A_LOOKED] + 4 * experts * (2 * place + is_edited)
+    kept_N = carray(pointer(start), (experts,), np.float32)
+    for n in range(experts):
+        kept_N[n] = z_N[n]
+
+
+@njit(error_model="numpy")
 def _edit_node(state, row, z_TN):
     """Steer the rows of one layer's logits, and count the choices unless llama.cpp's own are read."""
     tokens, experts = z_TN.shape
@@ -114,7 +130,11 @@ def _edit_node(state, row, z_TN):
         formula = carray(pointer(state[_A_FORMULA] + 4 * number), (1,), np.int32)[0]
         paper = carray(pointer(state[_A_PAPER] + 4 * number), (1,), np.int32)[0]
         z_N = z_TN[t]
+        if state[_HAS_TRACE] != 0:
+            _look(state, row, token, z_N, 0)
         edit_row(z_N, push_N, marks_N, formula, paper != 0, factor_T[token])
+        if state[_HAS_TRACE] != 0:
+            _look(state, row, token, z_N, 1)
         if state[_FROM_TOPK] == 0:
             chosen = -1
             for _ in range(state[_TOP_K]):
@@ -149,6 +169,13 @@ def _count_node(state, row, tensor, steered):
         token = t if tokens == every else output_T[t]
         chosen_k = carray(pointer(data + t * stride), (top_k,), np.int32)
         number, text = number_T[token], text_T[token]
+        if state[_HAS_TRACE] != 0:
+            slot = carray(pointer(state[_A_SLOT]), (every,), np.int32)[token]
+            if slot >= 0:
+                start = state[_A_CHOSEN] + 4 * top_k * (slot * routers + row)
+                kept_k = carray(pointer(start), (top_k,), np.int32)
+                for k in range(top_k):
+                    kept_k[k] = chosen_k[k]
         if state[_HAS_TEXTS] != 0 and text >= 0:
             counts_N = carray(pointer(state[_A_COUNTS] + 8 * (text * routers + row) * experts), (experts,), np.int64)
             for expert in chosen_k:
@@ -290,7 +317,7 @@ def _on_node(tensor, asks, state):
             _order_node(state, row, tensor)
         return is_listed if asks != 0 else True
     if kind == TOP_K:
-        wanted = state[_FROM_TOPK] != 0 and (active or state[_HAS_TEXTS] != 0)
+        wanted = state[_FROM_TOPK] != 0 and (active or state[_HAS_TEXTS] != 0 or state[_HAS_TRACE] != 0)
         if asks == 0 and wanted:
             _count_node(state, row, tensor, active)
             return row != state[_STOP_AFTER]

@@ -157,8 +157,12 @@ class LlamaCppEngine:
         self.tags.of(request.plan)
         return encode_prompt(self.tokenizer, request, self.name, self.context_length, known)
 
-    def decoder(self, rows: int) -> RollingDecoder:
-        return RollingDecoder(self.context, self.state, self.tokenizer, min(rows, CALL_TOKENS), tags=self.tags)
+    def decoder(self, rows: int, tokens: int | None = None) -> RollingDecoder:
+        rows = min(rows, CALL_TOKENS)
+        if tokens is not None:
+            self.context(rows, tokens)
+        least = (1, 0) if tokens is None else (rows, tokens)
+        return RollingDecoder(self.context, self.state, self.tokenizer, rows, tags=self.tags, least=least)
 
     def room(self) -> Room:
         vocabulary, number_bytes = self.tokenizer.size, {"f16": 2, "f32": 4}[self._cache]

@@ -3,6 +3,7 @@
 Imports no llama.cpp: it is passed the context that computes.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.engines.decoding import Row, by_prompt
+from steermoe.engines.decoding import Row, by_prompt, score_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.llamacpp.state import CallbackState
 from steermoe.routing.positions import NOWHERE
@@ -69,6 +70,7 @@ class Run:
         self._plans = PlanMapping()
         self._calls = self._seen = self._steered = self._hits = self._slots = 0
         self._listed = SteeringReport()
+        self._is_traced = False
         state.install([])
         state.take_share()
         state.take_listed()
@@ -86,10 +88,10 @@ class Run:
         Returns:
             the rows that end with it.
         """
-        self._install([row.request.plan for row in [*self.rows, *rows]])
+        self._install([row.plan for row in [*self.rows, *rows]])
         self.rows += rows
         for row in rows:
-            self._factors[row] = factors_of(row.request.plan, len(row.prompt), row.request.sampling.max_new_tokens)
+            self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens)
         for group in by_prompt(rows):
             first, *others = (self.rows.index(row) for row in group)
             logits = self._read_prompt(first)
@@ -97,7 +99,12 @@ class Run:
                 self.context.copy(first, other)
             for row in group:
                 self._take(row, logits)
-        return self._drop()
+        return self.drop()
+
+    def follow(self, row: LlamaRow) -> None:
+        """Steer a row in flight by the plan that it has now."""
+        self._install([one.plan for one in self.rows])
+        self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens)
 
     def step(self) -> list[LlamaRow]:
         """Add a token to every row in flight; returns the rows that end with it."""
@@ -108,7 +115,7 @@ class Run:
         self._forward(places, [row.new[-1] for row in rows], [row.cached for row in rows], places)
         for place, row in enumerate(rows):
             self._take(row, self.context.logits(place))
-        return self._drop()
+        return self.drop()
 
     def report(self) -> SteeringReport:
         hits, slots = self._state.take_share()
@@ -117,8 +124,8 @@ class Run:
         self._listed += SteeringReport(**self._state.take_listed())
         return SteeringReport(self._calls, self._seen, self._steered, self._hits, self._slots) + self._listed
 
-    def _drop(self) -> list[LlamaRow]:
-        """Take the finished rows out, and close the gaps that they leave."""
+    def drop(self) -> list[LlamaRow]:
+        """Take the finished rows out, and close the gaps that they leave; returns them."""
         finished = [row for row in self.rows if row.finish_reason]
         for row in reversed(finished):
             place, last = self.rows.index(row), self.rows.pop()
@@ -128,7 +135,7 @@ class Run:
             self.context.forget(len(self.rows))
             del self._factors[row]
         if finished:
-            self._followed = self._plans.numbers(row.request.plan for row in self.rows)
+            self._followed = self._plans.numbers(row.plan for row in self.rows)
         return finished
 
     def _install(self, plans: Sequence[SteeringPlan | None]) -> None:
@@ -157,10 +164,30 @@ class Run:
         texts = None
         if len(self._state.counts):
             texts = [row.number if position >= len(row.prompt) else -1 for row, position in at]
+        slots = self._traced(at)
+        if slots or self._is_traced:
+            self._state.trace(slots)
+            self._is_traced = bool(slots)
         self._steered += self._state.steer([self._followed[place] for place in places], factors, wanted, texts)  # type: ignore[arg-type]
         self.context.forward(tokens, positions, places, wanted)
         self._calls += self._state.verify()
         self._seen += len(tokens)
+        if slots:
+            chosen, unsteered = self._state.take_traced()
+            for (row, _), slot in zip(at, slots, strict=True):
+                if slot >= 0 and row.recorder is not None:
+                    place = row.place
+                    row.recorder.read(len(row.new) - 1, chosen[slot], unsteered[slot], row.plan, place)
+
+    def _traced(self, at: Sequence[tuple[LlamaRow, int]]) -> list[int]:
+        """Where the choices of each token are kept while its call runs; -1 if it is not traced, [] if none is."""
+        if all(row.recorder is None for row in self.rows):
+            return []
+        numbers = itertools.count()
+        slots = [
+            next(numbers) if row.recorder is not None and position >= len(row.prompt) else -1 for row, position in at
+        ]
+        return slots if max(slots) >= 0 else []
 
     def _factor(self, row: LlamaRow, position: int) -> float:
         """The factor of a token: one of the prompt, or the last one that the row has taken."""
@@ -170,7 +197,17 @@ class Run:
         return 0.0 if number == NOWHERE else float(self._factors[row][len(row.prompt) + number])
 
     def _take(self, row: LlamaRow, logits: NDArray[np.float32]) -> None:
-        row.take(row.sampler.draw(logits, row.prompt + row.new, len(row.new)))
+        token = row.sampler.draw(logits, row.prompt + row.new, len(row.new))
+        if row.recorder is not None:
+            row.recorder.drew(logprob_of(token, logits))
+        most = row.request.logprobs
+        row.take(token, None if most is None else score_of(torch.tensor(logits), token, most))
+
+
+def logprob_of(token: int, logits: NDArray[np.float32]) -> float:
+    """The natural logarithm of a token's probability by logits [V]."""
+    largest = logits.max()
+    return float(logits[token] - largest - np.log(np.exp(logits - largest).sum(dtype=np.float64)))
 
 
 def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.float32]:

@@ -67,6 +67,11 @@ class TokenSampler:
         if new_tokens < sampling.min_new_tokens and len(self._ends):
             scores = scores.copy()
             scores[self._ends] = -np.inf
+        presence, frequency = sampling.penalties
+        if (presence or frequency) and new_tokens:
+            scores = scores.copy()
+            seen, counts = np.unique(np.asarray(context[-new_tokens:], dtype=np.int64), return_counts=True)
+            scores[seen] -= (presence + frequency * counts).astype(np.float32)
         if sampling.repetition_penalty != 1:
             scores = scores.copy()
             seen = np.unique(np.asarray(context, dtype=np.int64))

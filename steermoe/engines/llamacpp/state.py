@@ -13,7 +13,9 @@ from steermoe.engines.llamacpp import callback
 from steermoe.engines.llamacpp.callback import FIELD, TensorLayout
 from steermoe.errors import SteeringError
 from steermoe.formulas import FORMULAS
+from steermoe.models.gguf.choice import Rule
 from steermoe.models.gguf.header import GGUFModel
+from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import banks_for
 from steermoe.steering.editing_numba import BANNED, FORCED, marks_of
 from steermoe.steering.plans import SteeringPlan
@@ -86,9 +88,15 @@ class CallbackState:
         self._keep("ordered", np.zeros(routers, dtype=np.int64))
         self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
         self._keep("scratch", np.zeros(capacity * int(self.header[FIELD["experts"]]), dtype=np.float32))
+        self._keep("slot", np.full(capacity, -1, dtype=np.int32))
+        self._rule: Rule | None = None
         self._set("a_state", self.header.ctypes.data)
         self.install([])
         self.record(0)
+
+    @property
+    def shape(self) -> RoutingShape:
+        return self._model.shape
 
     def _set(self, name: str, value: int) -> None:
         self.header[FIELD[name]] = value
@@ -125,8 +133,54 @@ class CallbackState:
         self.counts = np.zeros((texts, int(header[FIELD["routers"]]), int(header[FIELD["experts"]])), dtype=np.int64)
         self._keep("counts", self.counts)
         self._set("has_texts", int(texts > 0))
-        self._set("from_topk", int(texts > 0 or not self._model.chooses_by_logits))
+        self._texts, self._slots = texts, 0
+        self._read_choices()
         self._set("stop_after", int(header[FIELD["routers"]]) - 1 if stop else -1)
+
+    def _read_choices(self) -> None:
+        """Ask for llama.cpp's own choices only where something needs them: each of them interrupts the graph."""
+        is_needed = self._texts > 0 or self._slots > 0 or not self._model.chooses_by_logits
+        self._set("from_topk", int(is_needed))
+        self._set("has_trace", int(self._slots > 0))
+
+    def trace(self, slots: Sequence[int]) -> None:
+        """Say which tokens of the next forward call are traced; call it before each call, or with nothing once.
+
+        Args:
+            slots: [T], 0 or more for tokens that are, each another number; -1 for others.
+        """
+        self._slots = max(slots, default=-1) + 1
+        self._read_choices()
+        if not self._slots:
+            return
+        routers, experts, top_k = (int(self.header[FIELD[name]]) for name in ("routers", "experts", "top_k"))
+        if self._rule is None:
+            self._rule = Rule.of(self._model)
+        if len(self._kept.get("edited", ())) < self._slots:
+            self._keep("looked", np.zeros((self._slots, routers, 2, experts), dtype=np.float32))
+            self._keep("edited", np.zeros((self._slots, routers), dtype=np.uint8))
+            self._keep("chosen", np.zeros((self._slots, routers, top_k), dtype=np.int32))
+        self._kept["slot"][: len(slots)] = slots
+        self._kept["edited"][:] = 0
+        self._kept["chosen"][:] = -1
+
+    def take_traced(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """What the traced tokens of the last call chose, and would have without steering: [slots, L, K] each.
+
+        Raises:
+            SteeringError: how the model's routers choose is not known.
+        """
+        chosen = self._kept["chosen"][: self._slots].copy()
+        unsteered = chosen.copy()
+        slot_R, row_R = np.nonzero(self._kept["edited"][: self._slots])
+        if len(slot_R):
+            assert self._rule is not None
+            looked = self._kept["looked"][slot_R, row_R]
+            keeps_to_lists = self._kept["listed"][row_R] != 0
+            checked = ~keeps_to_lists & (chosen[slot_R, row_R] >= 0).all(1)
+            self._rule.check(row_R[checked], looked[checked, 1], chosen[slot_R, row_R][checked])
+            unsteered[slot_R, row_R] = self._rule.choose(row_R, looked[:, 0], chosen.shape[2])
+        return chosen, unsteered
 
     def steer(
         self,

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from steermoe.engines.decoding import Row, finish
+from steermoe.engines.engine import OnToken
 from steermoe.engines.request import Completion, Request, Sampling
 from steermoe.engines.text import Tokenizer
 from steermoe.engines.vllm.steps import RECORD
-from steermoe.engines.vllm.wire import KEY, pack
-from steermoe.errors import SteeringError
+from steermoe.engines.vllm.wire import pack
+from steermoe.errors import GenerationError, SteeringError
 from steermoe.routing.shape import RoutingShape
+from steermoe.steering.asked import KEY
 from steermoe.steering.banks import check_plan
+from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
 from steermoe.steering.tags import ModelTags
 
@@ -87,18 +90,38 @@ class VLLMDecoder:
         requests: Sequence[Request],
         prompts: Sequence[list[int]],
         on_text: Callable[[str], None] | None = None,
+        on_token: OnToken | None = None,
     ) -> None:
+        if any(request.trace for request in requests):
+            raise GenerationError(
+                "vLLM does not show what its routers choose for each token: leave trace out, or use --engine hf, or "
+                "llamacpp for a GGUF file"
+            )
         from vllm import TokensPrompt
 
         for request, prompt in zip(requests, prompts, strict=True):
             name = f"steermoe-{next(_numbers)}"
             self._vllm.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), self._params(request))
             tags = self._tags.of(request.plan)
-            self._rows[name] = Row(request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags)
+            self._rows[name] = Row(
+                request, prompt, self._tokenizer, self._ends, None, on_text, tags=tags, on_token=on_token
+            )
             self._was_steered |= request.plan is not None
 
+    def drop(self, request: Request) -> None:
+        for row in self._rows.values():
+            if row.request is request:
+                row.end("interrupted")
+
+    def steer(self, request: Request, plan: SteeringPlan | None) -> None:
+        if any(row.request is request for row in self._rows.values()):
+            raise SteeringError("vLLM can't change the steering of a text that it generates: use --engine hf")
+
     def step(self) -> list[Completion]:
-        finished: dict[str, Row[None]] = {}
+        finished = {name: row for name, row in self._rows.items() if row.finish_reason}
+        if finished:
+            self._vllm.abort_request(list(finished))
+        self._rows = {name: row for name, row in self._rows.items() if name not in finished}
         for output in self._vllm.step() if self._vllm.has_unfinished_requests() else ():
             row, written = self._rows[output.request_id], output.outputs[0]
             for token in written.token_ids[len(row.new) :]:
@@ -146,6 +169,8 @@ def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.penalties[0],
+        frequency_penalty=sampling.penalties[1],
         seed=sampling.seed,
         max_tokens=sampling.max_new_tokens,
         min_tokens=sampling.min_new_tokens,

@@ -130,7 +130,7 @@ class VLLMEngine:
     def room(self) -> None:
         """None: vLLM manages its own memory."""
 
-    def decoder(self, rows: int = MAX_TEXTS, *, record: bool = False) -> VLLMDecoder:
+    def decoder(self, rows: int = MAX_TEXTS, tokens: int | None = None, *, record: bool = False) -> VLLMDecoder:
         """As `Engine.decoder`; vLLM itself decides how many requests run together."""
         return VLLMDecoder(self._vllm, self.shape, self.tokenizer, self.ends, record, self._no_lists, self.tags)
 

@@ -29,12 +29,13 @@ from torch import Tensor
 from steermoe.engines.request import require_steered
 from steermoe.engines.vllm.histories import Histories, segments_of
 from steermoe.engines.vllm.selection import TRIAL_TOKENS, Choice, keeps_to_lists
-from steermoe.engines.vllm.spec import packed, resolver_for
+from steermoe.engines.vllm.spec import packed, refuse_lists, resolver_for
 from steermoe.engines.vllm.steps import RECORD, Row, Steps
-from steermoe.engines.vllm.wire import KEY, tags_of, unpack
+from steermoe.engines.vllm.wire import tags_of, unpack
 from steermoe.errors import SteerMoEError, UnsupportedModel
 from steermoe.models.description import shape_of_config
 from steermoe.routing.shape import RouterShape
+from steermoe.steering.asked import KEY
 from steermoe.steering.tags import ModelTags
 
 TESTED = "0.32."
@@ -417,7 +418,8 @@ def _around_inputs(process: Callable[..., Any]) -> Callable[..., Any]:
                 most = getattr(params, "max_tokens", None)
                 if plan is not None and plan is not asked and most is not None:
                     require_steered(unpack(plan), most)
-                _refuse_lists(plan, getattr(self, "steermoe_no_lists", ""))
+                if plan is not None:
+                    refuse_lists(unpack(plan), getattr(self, "steermoe_no_lists", ""))
             except SteerMoEError as error:
                 refused = _load("vllm.exceptions", "VLLMValidationError")
                 raise refused(f"steering: {error}", parameter=KEY) from error
@@ -439,12 +441,6 @@ def tags_of_inputs(inputs: Any) -> ModelTags:
     end = defaults.get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
     return ModelTags.of_tokenizer(tokenizer, ends)
-
-
-def _refuse_lists(plan: bytes | None, reason: str) -> None:
-    """Raise UnsupportedModel for a plan that forces or bans experts where there is a reason against it."""
-    if reason and plan is not None and (unpack(plan).force or unpack(plan).ban):
-        raise UnsupportedModel(f"experts can't be forced or banned here: {reason}; leave force and ban out")
 
 
 def _around_block_keys(keys: Callable[..., Any]) -> Callable[..., Any]:

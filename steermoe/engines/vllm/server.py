@@ -8,19 +8,20 @@ import json
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.requests import Request
 
+from steermoe.engines.listening import ServerOptions, check_keys
 from steermoe.engines.request import require_steered
+from steermoe.engines.vllm.host import VLLMHost
 from steermoe.engines.vllm.launch import WORKER, cache_bytes, check_sizes, parallel_sizes, prepare_environment
-from steermoe.engines.vllm.spec import ANY_MODEL, packed, resolver_for, spec_of_name
-from steermoe.engines.vllm.wire import KEY, unpack
-from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel, escaped, quoted
+from steermoe.engines.vllm.spec import ANY_MODEL, packed, resolver_for
+from steermoe.engines.vllm.wire import unpack
+from steermoe.errors import ModelError, SteeringError, SteerMoEError, UnsupportedModel, escaped
 from steermoe.models.checkpoint import find_source
+from steermoe.steering.asked import KEY, asked_spec, read_asked
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 
@@ -32,47 +33,27 @@ OPEN = ("/health", "/ping", "/version", "/metrics", "/load", "/docs", "/redoc", 
 """Paths that answer without a key: how the server is, and vLLM's description of its API."""
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 """Fields of requests that limit the new tokens, the first that is given first."""
-KEY_VARIABLES = ("STEERMOE_API_KEY", "VLLM_API_KEY")
+ELSEWHERE = {
+    "/v1/embeddings": "routing embeddings are not offered here, since vLLM does not show what its routers choose",
+}
+"""Paths whose answers other engines have, with why this one has none."""
+RECORDS = {"trace": "traces", "return_routed_experts": "record of the experts that its routers choose"}
+"""Fields that ask for a record of routing."""
+OTHER_ENGINES = "serve the model with --engine hf, or llamacpp for a GGUF file"
 PLUGIN_GROUPS = ("general", "io_processor", "platform", "stat_logger")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Extend = Callable[[Any], None]
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where the server listens, whom it lets in, and where it finds vectors.
+class NotOffered(SteerMoEError):
+    """A field of a request that vLLM's server can't carry out."""
 
-    Attributes:
-        host: the address; 127.0.0.1 admits only this machine.
-        port: the port.
-        api_keys: a request must carry one of these keys; if there are none, everyone who reaches the port is let in.
-        vectors: a folder of vectors to search first. The server searches it at each request, so vectors may be added
-            while it runs.
-        any_model: also take vectors that were built for another model of the same shape.
-
-    Raises:
-        ModelError: an empty key, which would let everyone in.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: Sequence[str] = ()
-    vectors: Path | None = None
-    any_model: bool = False
-
-    def __post_init__(self) -> None:
-        check_keys(self.api_keys)
-
-
-def check_keys(keys: Sequence[str]) -> None:
-    """Raise ModelError for an empty key, given here or in the environment: vLLM would let everyone in."""
-    if not all(key.strip() for key in keys):
-        raise ModelError("--api-key is empty, which would let everyone in: give a key, or leave the option out")
-    for name in KEY_VARIABLES if not keys else ():
-        if not os.environ.get(name, "a key").strip():
-            raise ModelError(f"${name} is empty, which would let everyone in: set it to a key, or unset it")
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def serve(
@@ -134,6 +115,11 @@ def _run(arguments: Sequence[str], keys: Sequence[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser(prog="steermoe serve MODEL --")).parse_args(list(arguments))
     args.api_key = [*keys, *(args.api_key or ())] or None
     check_keys(args.api_key or ())
+    if args.enable_return_routed_experts:
+        raise ModelError(
+            "--enable-return-routed-experts needs vLLM's model runner V2, which can't be steered: leave it out, or "
+            f"{OTHER_ENGINES}"
+        )
     try:
         validate_parsed_serve_args(args)
         uvloop.run(run_server(args))
@@ -161,11 +147,16 @@ class SteeringEndpoint:
 
     name = "steermoe"
     required_tasks = ("generate",)
+    extend: ClassVar[Extend | None] = None
+    """Called with the server's app, to add routes and what runs between the check of keys and the steering."""
 
     def attach_router(self, app: Any) -> None:
         """Read requests before vLLM does, behind its own check of keys, and list the steered models."""
         from starlette.middleware import Middleware
 
+        app.user_middleware.append(Middleware(GuardMiddleware, state=app.state))
+        if SteeringEndpoint.extend is not None:
+            SteeringEndpoint.extend(app)
         app.user_middleware.append(Middleware(SteeringMiddleware, state=app.state))
         app.get("/v1/models")(list_models)
 
@@ -179,9 +170,13 @@ class SteeringEndpoint:
         resolver = resolver_for(engine_client.model_config, names_only=True)
         resolver.tags = plugin.tags_of_inputs(engine_client.input_processor)
         engine_client.input_processor.steermoe_resolver = resolver
-        no_lists = await engine_client.collective_rpc("steermoe_no_lists")
-        engine_client.input_processor.steermoe_no_lists = next(filter(None, no_lists), "")
+        found = await engine_client.collective_rpc("steermoe_no_lists")
+        no_lists = next(filter(None, found), "")
+        engine_client.input_processor.steermoe_no_lists = no_lists
         state.steermoe = resolver, list(args.served_model_name)
+        template = state.online_renderer.chat_template
+        name = args.served_model_name[0]
+        state.steermoe_host = VLLMHost(name, engine_client.input_processor, resolver, no_lists, template)
 
 
 async def list_models(request: Request) -> Any:
@@ -197,30 +192,44 @@ async def list_models(request: Request) -> Any:
     return JSONResponse(content=listed)
 
 
-class SteeringMiddleware:
-    """Turns the steering of a request into what the plugin reads, or answers 400 with the reason why it can't.
+class GuardMiddleware:
+    """Lets in who has a key, and answers under paths where vLLM would run the model without steering.
 
     vLLM asks for a key under some paths only; here it is asked for under all that are not `OPEN`.
     """
 
     def __init__(self, app: Any, state: Any) -> None:
-        self._app, self._state = app, state
+        self._app = app
         self._is_admitted = _admission(state.args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        path = _path_below_root(scope)
-        if not _is_under(path, OPEN) and scope.get("method") != "OPTIONS" and not self._is_admitted(scope):
+        path = path_below_root(scope)
+        if not is_under(path, OPEN) and scope.get("method") != "OPTIONS" and not self._is_admitted(scope):
             await _answer(scope, receive, send, 401, {"error": "Unauthorized"})
-        elif _is_under(path, ABSENT):
+        elif is_under(path, ABSENT):
             reason = f"{path} is not offered here, where it would run unsteered: use {', '.join(STEERED)}"
             await _answer(scope, receive, send, 404, {"error": {"message": reason, "code": 404}})
-        elif scope.get("method") == "POST" and _is_under(path, STEERED):
-            await self._steer(scope, receive, send)
+        elif (place := next((place for place in ELSEWHERE if is_under(path, (place,))), None)) is not None:
+            await _refuse(scope, receive, send, f"{ELSEWHERE[place]}: {OTHER_ENGINES}", None)
         else:
             await self._app(scope, receive, send)
+
+
+class SteeringMiddleware:
+    """Turns the steering of a request into what the plugin reads, or answers 400 with the reason why it can't.
+
+    A request that names no steering gets what `state.steermoe_default` returns, if there is such a function.
+    """
+
+    def __init__(self, app: Any, state: Any) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_text = scope["type"] == "http" and scope["method"] == "POST" and is_under(path_below_root(scope), STEERED)
+        await (self._steer if is_text else self._app)(scope, receive, send)
 
     async def _steer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
@@ -228,11 +237,15 @@ class SteeringMiddleware:
             return
         try:
             resolver, served = self._state.steermoe
-            changed = steered_body(body, served, resolver)
-        except SteerMoEError as error:
-            await _refuse(scope, receive, send, str(error))
+            default = getattr(self._state, "steermoe_default", None)
+            changed = steered_body(body, served, resolver, None if default is None else default())
+        except NotOffered as error:
+            await _refuse(scope, receive, send, str(error), error.field)
             return
-        await self._app(_with_length(scope, changed), _replay(changed, receive), send)
+        except SteerMoEError as error:
+            await _refuse(scope, receive, send, f"steering: {escaped(str(error))}", KEY)
+            return
+        await self._app(with_length(scope, changed), replay(changed, receive), send)
 
 
 def _admission(args: Any) -> Callable[[Scope], bool]:
@@ -245,14 +258,15 @@ def _admission(args: Any) -> Callable[[Scope], bool]:
     return lambda scope: not keys or check.verify_token(Headers(scope=scope))
 
 
-def _path_below_root(scope: Scope) -> str:
+def path_below_root(scope: Scope) -> str:
     """The path by which the app finds a route: a root path counts only where the next part of the path begins."""
     path, root = scope["path"], scope.get("root_path", "")
     rest = path.removeprefix(root)
     return rest if rest.startswith("/") else path
 
 
-def _is_under(path: str, places: Sequence[str]) -> bool:
+def is_under(path: str, places: Sequence[str]) -> bool:
+    """Whether a path is one of these, or a longer one."""
     return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
@@ -265,11 +279,18 @@ async def _answer(scope: Scope, receive: Receive, send: Send, status: int, conte
         await JSONResponse(content=content, status_code=status)(scope, receive, send)
 
 
-def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> bytes:
+def steered_body(body: bytes, served: list[str], resolver: PlanResolver, default: Any = None) -> bytes:
     """A request's body as vLLM gets it: the served model's name, and the steering in `vllm_xargs`, checked.
 
+    Args:
+        body: as it came.
+        served: names of the model.
+        resolver: turns specs into plans.
+        default: the spec for a request that names no steering; None leaves it unsteered.
+
     Raises:
-        SteerMoEError: steering that can't be read or found, does not fit the model, or would not happen.
+        NotOffered: it asks for a record of its routing. SteerMoEError: steering that can't be read or found, does not
+            fit the model, or would not happen.
     """
     try:
         asked = json.loads(body)
@@ -277,26 +298,38 @@ def steered_body(body: bytes, served: list[str], resolver: PlanResolver) -> byte
         return body  # vLLM says what is wrong
     if not isinstance(asked, dict):
         return body
-    name, extra = asked.get("model"), asked.get("vllm_xargs")
-    if KEY in asked or (isinstance(asked.get("extra_body"), dict) and KEY in asked["extra_body"]):
-        raise SteeringError(
-            f"the field '{KEY}' belongs in vllm_xargs, as text: "
-            '{"vllm_xargs": {"steering": "{\\"domain\\": \\"sport\\"}"}}'
-        )
-    found = spec_of_name(name, served) if isinstance(name, str) else None
-    spec = extra.get(KEY) if isinstance(extra, dict) else None
-    if found is None and spec is None:
+    extra = asked.get("vllm_xargs")
+    if isinstance(asked.get("extra_body"), dict) and KEY in asked["extra_body"]:
+        raise SteeringError("the field 'steering' belongs into the request itself, not into a field 'extra_body' of it")
+    _refuse_records(asked)
+    base, spec = asked_spec(asked, served)
+    asked.pop(KEY, None)
+    is_default = spec is None
+    spec = default if is_default else spec
+    if spec is None:
         return body
-    if found is not None and spec is not None:
-        raise SteeringError(f"both model '{quoted(str(name))}' and vllm_xargs ask for steering: leave one of them out")
     if asked.get("use_beam_search"):
         raise SteeringError("vLLM's beam search can't be steered: leave use_beam_search out")
-    if found is not None:
-        asked["model"], spec = found
-    _check_length(unpack(plan) if (plan := packed(resolver, spec)) else None, asked)
+    if base is not None:
+        asked["model"] = base
+    spec = read_asked(spec)
+    plan = unpack(found) if (found := packed(resolver, spec)) else None
+    try:
+        _check_length(plan, asked)
+    except SteeringError:
+        if is_default:
+            return body  # nobody asked to have this one steered, and no token of it could be
+        raise
     own = extra if isinstance(extra, dict) else {}
     asked["vllm_xargs"] = {**own, KEY: spec if isinstance(spec, str) else json.dumps(spec)}
     return json.dumps(asked).encode()
+
+
+def _refuse_records(asked: Mapping[str, Any]) -> None:
+    """Raise NotOffered if a request asks for a record of its routing."""
+    for field, what in RECORDS.items():
+        if asked.get(field) not in (None, False):
+            raise NotOffered(field, f"field '{field}': vLLM's server has no {what}: leave it out, or {OTHER_ENGINES}")
 
 
 def _check_length(plan: SteeringPlan | None, asked: Mapping[str, Any]) -> None:
@@ -318,7 +351,7 @@ async def _read(receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Delivers the body once, then the client's own messages, such as a disconnect."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -328,13 +361,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _with_length(scope: Scope, body: bytes) -> Scope:
+def with_length(scope: Scope, body: bytes) -> Scope:
+    """The scope of a request whose body has become another one."""
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, message: str) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, message: str, field: str | None) -> None:
     from vllm.entrypoints.serve import create_error_response
 
-    answer = create_error_response(f"steering: {escaped(message)}", param=KEY)
+    answer = create_error_response(message, param=field)
     await _answer(scope, receive, send, 400, answer.model_dump())

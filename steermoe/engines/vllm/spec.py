@@ -1,4 +1,4 @@
-"""Steering as users of vLLM write it, in JSON or a model name, and the packed plan that it becomes.
+"""Steering as users of vLLM write it, and the packed plan that it becomes.
 
 Imports no vLLM.
 """
@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 from steermoe.engines.vllm.wire import pack, unpack
-from steermoe.errors import SteeringError, quoted
+from steermoe.errors import UnsupportedModel
 from steermoe.models.description import shape_of_config
+from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import read_spec
 
@@ -36,20 +37,7 @@ def packed(resolver: PlanResolver, asked: Any) -> bytes | None:
     return pack(plan, resolver.tags.of(plan)) if plan is not None and plan.does_something else None
 
 
-def spec_of_name(name: str, served: list[str]) -> tuple[str, dict[str, Any]] | None:
-    """The served model and the spec of a name such as "smollm2-moe:sport=4,food=1"; None if it names no steering.
-
-    A weight is what it is for `--domain`: the share in a mixture, or with one domain a multiple of its own strength.
-
-    Raises:
-        SteeringError: the name ends at the colon, or a domain is missing.
-    """
-    for base in sorted(served, key=len, reverse=True):
-        if name.startswith(f"{base}:") and name not in served:
-            domains = [part.strip() for part in name[len(base) + 1 :].split(",")]
-            if not all(domains):
-                raise SteeringError(
-                    f"model '{quoted(name)}' names no domain after its colon: write, for example, {base}:sport"
-                )
-            return base, {"domain": domains}
-    return None
+def refuse_lists(plan: SteeringPlan, reason: str) -> None:
+    """Raise UnsupportedModel for a plan that forces or bans experts where there is a reason against it."""
+    if reason and (plan.force or plan.ban):
+        raise UnsupportedModel(f"experts can't be forced or banned here: {reason}; leave force and ban out")

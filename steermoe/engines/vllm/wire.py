@@ -17,9 +17,6 @@ from steermoe.steering.segments import Tags
 from steermoe.vectors.vector import SteeringVector
 
 WIRE_VERSION = 1
-KEY = "steering"
-"""The key of a request's steering in `SamplingParams.extra_args`, which is `vllm_xargs` at the server."""
-
 TAGS = "tags"
 """The key of a plan's tags in the header."""
 KEPT = 1024

@@ -2,7 +2,12 @@
 
 from dataclasses import asdict
 
-from steermoe.engines.vllm.decoder import report_of
+import pytest
+
+from steermoe.engines.request import Request
+from steermoe.engines.vllm.decoder import VLLMDecoder, report_of
+from steermoe.errors import GenerationError
+from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.report import SteeringReport
 
 
@@ -34,3 +39,11 @@ def test_stages_see_the_same_tokens_and_add_up_their_choices():
 def test_replicas_add_up_their_tokens():
     other = SteeringReport(3, 7, 2, 8, 12)
     assert report_of(Workers((FIRST, [0, 1], 0), (other, [0, 1], 1))) == FIRST + other
+
+
+def test_a_trace_is_refused_before_anything_starts():
+    shape = RoutingShape("m", (), (RouterShape(0, 8, 8, 2),))
+    decoder = VLLMDecoder(Workers(), shape, None, {2})
+    with pytest.raises(GenerationError, match="use --engine hf, or llamacpp"):
+        decoder.start([Request("x"), Request("x", trace=True)], [[1], [1]])
+    assert len(decoder) == 0

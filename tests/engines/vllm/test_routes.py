@@ -16,7 +16,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from steermoe.engines.vllm import server
-from steermoe.errors import SteeringError
+from steermoe.errors import ModelError, SteeringError
+from steermoe.serving.vllm import extend
 
 KEY = "a-key"
 TASKS = ("generate", "render", "transcription", "realtime")
@@ -27,6 +28,7 @@ QUIET = {
     *("/v1/chat/completions/derender", "/v1/completions/derender"),
     *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/start_profile", "/stop_profile", "/abort_requests"),
     *("/docs/oauth2-redirect", "/v1/responses/{response_id}"),
+    *("/v1/steering", "/api/tags", "/api/version"),
 }
 """Routes that generate nothing, or read what was generated; a new one is to be looked at before it is added here."""
 
@@ -37,6 +39,7 @@ def make_app(monkeypatch):
 
     def make(*options: str) -> FastAPI:
         monkeypatch.setenv("VLLM_PLUGINS", "steermoe")
+        monkeypatch.setattr(server.SteeringEndpoint, "extend", extend)
         parser = make_arg_parser(FlexibleArgumentParser())
         return build_app(parser.parse_args(["--model", "tiny", *options]), TASKS)
 
@@ -48,12 +51,30 @@ def steered(monkeypatch):
     """The requests whose steering was read; each is refused, since no engine could answer it."""
     seen = []
 
-    def read(body, served, resolver):
+    def read(body, served, resolver, default):
         seen.append(json.loads(body))
         raise SteeringError("it was read")
 
     monkeypatch.setattr(server, "steered_body", read)
     return seen
+
+
+class NoEngine:
+    """What the server reads requests with, of a model that nothing runs."""
+
+    name, dtype, tokens = "tiny", "float32", 64
+
+    @property
+    def resolver(self):
+        return self
+
+    def plan(self, spec):
+        raise SteeringError("it was read")
+
+
+def no_engine(app):
+    app.state.steermoe = None, ["tiny"]
+    app.state.steermoe_host = NoEngine()
 
 
 def routes_of(app):
@@ -90,7 +111,7 @@ def is_under(path, places):
 def test_every_route_is_guarded_and_steered_or_absent(make_app, steered):
     app = make_app("--api-key", KEY)
     client = TestClient(app, raise_server_exceptions=False)
-    app.state.steermoe = None, ["tiny"]
+    no_engine(app)
     found = sorted(set(routes_of(app)))
     assert {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"} <= {path for _, path in found}
     assert ("POST", "/invocations") in found
@@ -111,9 +132,34 @@ def test_every_route_is_guarded_and_steered_or_absent(make_app, steered):
             assert path in QUIET, f"{method} {path} is new: does it generate?"
 
 
+def test_ollamas_paths_ask_for_the_key(make_app, steered):
+    app = make_app("--api-key", KEY)
+    no_engine(app)
+    client = TestClient(app, raise_server_exceptions=False)
+    for path in ("/api/generate", "/api/chat"):
+        assert ask(client, "POST", path)[0] == 401
+        status, text = ask(client, "POST", path, KEY)
+        assert status == 400
+        assert json.loads(text) == {"error": "steering: it was read"}
+    assert ask(client, "POST", "/v1/embeddings")[0] == 401
+
+
+def test_a_page_of_another_origin_does_not_change_the_default(make_app, steered):
+    app = make_app()
+    no_engine(app)
+    client = TestClient(app, raise_server_exceptions=False)
+
+    def change(**headers):
+        answer = client.post("/v1/steering", headers=headers, json={"domain": "sport"})
+        return answer.status_code, answer.json()["error"]["message"]
+
+    assert change(origin="http://elsewhere.example")[0] == 403
+    assert change(origin="http://testserver") == change() == (400, "steering: it was read")
+
+
 def test_without_a_key_all_may_in_but_nothing_runs_unsteered(make_app, steered):
     app = make_app()
-    app.state.steermoe = None, ["tiny"]
+    no_engine(app)
     client = TestClient(app, raise_server_exceptions=False)
     assert ask(client, "POST", "/invocations")[0] == 404
     assert ask(client, "POST", "/inference/v1/generate")[0] == 404
@@ -123,7 +169,7 @@ def test_without_a_key_all_may_in_but_nothing_runs_unsteered(make_app, steered):
 
 def test_every_key_is_one(monkeypatch, make_app, steered):
     app = make_app("--api-key", "a", "b")
-    app.state.steermoe = None, ["tiny"]
+    no_engine(app)
     client = TestClient(app, raise_server_exceptions=False)
     assert [ask(client, "POST", "/v1/completions", key)[0] for key in ("a", "b", "c", None)] == [400, 400, 401, 401]
 
@@ -131,7 +177,7 @@ def test_every_key_is_one(monkeypatch, make_app, steered):
 @pytest.mark.parametrize("root", ["/", "/v1/comp", "/inv"])
 def test_a_root_path_that_is_only_the_beginning_of_a_path_hides_no_route(make_app, steered, root):
     app = make_app("--api-key", KEY, "--root-path", root)
-    app.state.steermoe = None, ["tiny"]
+    no_engine(app)
     client = TestClient(app, raise_server_exceptions=False)
     for path, status in (("/v1/completions", 400), ("/invocations", 404)):
         assert ask(client, "POST", path)[0] == 401
@@ -142,10 +188,15 @@ def test_a_root_path_that_is_only_the_beginning_of_a_path_hides_no_route(make_ap
 
 def test_a_root_path_hides_no_route(make_app, steered):
     app = make_app("--api-key", KEY, "--root-path", "/under")
-    app.state.steermoe = None, ["tiny"]
+    no_engine(app)
     client = TestClient(app, raise_server_exceptions=False)
     for prefix in ("", "/under"):
         assert ask(client, "POST", f"{prefix}/v1/completions")[0] == 401
         assert ask(client, "POST", f"{prefix}/v1/completions", KEY)[0] == 400
         assert ask(client, "POST", f"{prefix}/invocations")[0] == 401
         assert ask(client, "POST", f"{prefix}/invocations", KEY)[0] == 404
+
+
+def test_vllms_own_record_of_experts_is_refused_before_the_model_is_read():
+    with pytest.raises(ModelError, match="needs vLLM's model runner V2, which can't be steered"):
+        server._run(["--model", "no/such/folder", "--enable-return-routed-experts"], [])

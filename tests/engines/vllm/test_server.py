@@ -22,6 +22,7 @@ from steermoe.vectors.file import write_vector
 from tests.support.vllm_engines import PROMPTS, greedy, vector, write_checkpoint
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed: make test-vllm")
+ollama = pytest.importorskip("ollama", reason="the ollama package is not installed: make test-vllm")
 
 KEY = "a-key"
 START_SECONDS = 150
@@ -36,29 +37,31 @@ class Server:
         self.url, self.folder, self.reference = url, folder, reference
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
-    def complete(self, model, prompt=PROMPTS[0], steering=None):
+    def complete(self, model, prompt=PROMPTS[0], steering=None, at_top=None):
         """A greedy text."""
         extra = {**NO_END, "return_token_ids": True}
         if steering is not None:
             extra["vllm_xargs"] = {"steering": json.dumps(steering)}
+        if at_top is not None:
+            extra["steering"] = at_top
         made = self.client.completions.create(
             model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body=extra
         )
         return made.choices[0]
 
-    def tokens(self, model, prompt=PROMPTS[0], steering=None):
+    def tokens(self, model, prompt=PROMPTS[0], steering=None, at_top=None):
         """Its tokens: random bytes are not always text."""
-        return tuple(self.complete(model, prompt, steering).token_ids)
+        return tuple(self.complete(model, prompt, steering, at_top).token_ids)
 
     def expected(self, domains, prompt=PROMPTS[0], **fields):
         """The same tokens by the hf engine."""
         plan = PlanResolver(self.reference.shape, self.folder).plan(SteeringSpec(domains, **fields))
         return self.reference.generate([Request(prompt, plan, greedy(TOKENS))])[0].token_ids
 
-    def post(self, path, body, key=KEY):
+    def post(self, path, body, key=KEY, kind="application/json"):
         """Status and answer of a request that no client library has checked."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        headers = {"Content-Type": kind, "Authorization": f"Bearer {key}"}
         asked = urllib.request.Request(f"{self.url}{path}", data, headers)
         try:
             with urllib.request.urlopen(asked, timeout=60) as answer:
@@ -77,8 +80,21 @@ def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "steermoe.cli.app", "serve", root / "tiny", "--port", port, "--api-key", KEY]
-    command += ["--vectors", vectors, "--dtype", "float32", "--eager", "--", "--max-model-len", 128]
+    command = [sys.executable, "-m", "steermoe.cli.app", "serve", root / "tiny", "--engine", "vllm"]
+    command += [
+        "--port",
+        port,
+        "--api-key",
+        KEY,
+        "--vectors",
+        vectors,
+        "--dtype",
+        "float32",
+        "--eager",
+        "--",
+        "--max-model-len",
+        128,
+    ]
     command += ["--kv-cache-memory-bytes", 1 << 26, "--max-num-seqs", 32]
     log = (root / "log").open("w")
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
@@ -120,6 +136,7 @@ def test_names_steer_as_fields_do_and_as_the_hf_engine_does(server):
     for name, domains in texts.items():
         if domains:
             assert server.tokens("tiny", steering={"domain": domains}) == found[name]
+    assert server.tokens("tiny", at_top={"domain": ["sport"]}) == server.expected(["sport"])
 
 
 def test_every_field_of_a_plan(server):
@@ -207,7 +224,9 @@ BAD = [
         {"model": "tiny", "vllm_xargs": {"steering": '{"domain":"sport","positions":"answer"}'}},
         "positions answer follows the tags around a model's thinking",
     ),
-    ("a field at the top", {"model": "tiny", "steering": {"domain": "sport"}}, "belongs in vllm_xargs"),
+    ("a field at the top", {"model": "tiny", "steering": {"domain": "cooking"}}, "no vector 'cooking'"),
+    ("a text at the top", {"model": "tiny", "steering": "cooking"}, "no vector 'cooking'"),
+    ("two places", {"model": "tiny:sport", "steering": "food"}, "leave one of them out"),
     ("30 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_DECAY}}, "is too large: expected 0 to 2147483647"),
     ("30 digits in a window", {"model": "tiny", "vllm_xargs": {"steering": LONG_WINDOW}}, "is too large"),
     ("5,000 digits", {"model": "tiny", "vllm_xargs": {"steering": LONG_LAYERS}}, "is too large"),
@@ -315,3 +334,108 @@ def test_a_flood_of_bad_requests_beside_good_ones(server):
     assert set(answers[::10]) == {expected}
     assert {status for number, status in enumerate(answers) if number % 10} == {400}
     assert server.tokens("tiny:food") == server.expected(["food"])
+
+
+@pytest.fixture
+def ollama_client(server):
+    made = ollama.Client(host=server.url, headers={"Authorization": f"Bearer {KEY}"})
+    yield made
+    made._client.close()
+
+
+GREEDY = {"temperature": 0, "num_predict": TOKENS}
+
+
+def test_ollama_says_what_openai_says(server, ollama_client):
+    listed = [one.model for one in ollama_client.list().models]
+    assert listed == ["tiny", "tiny:food", "tiny:sport"]
+    for name in ("tiny:latest", "tiny:sport"):
+        model = name.removesuffix(":latest")
+        body = {"model": model, "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0}
+        choice = server.post("/v1/completions", body)[1]["choices"][0]
+        made = ollama_client.generate(name, PROMPTS[0], raw=True, options=GREEDY)
+        assert (made.response, made.model, made.done) == (choice["text"], name, True)
+        assert made.done_reason == choice["finish_reason"]
+        parts = list(ollama_client.generate(name, PROMPTS[0], raw=True, stream=True, options=GREEDY))
+        assert "".join(part.response for part in parts) == choice["text"]
+        assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+        assert len(parts) > 4
+        counts = (parts[-1].prompt_eval_count, parts[-1].eval_count)
+        assert counts == (made.prompt_eval_count, made.eval_count)
+
+
+def test_ollama_chats_and_steers_by_its_options(server, ollama_client):
+    messages = [{"role": "user", "content": PROMPTS[1]}]
+    body = {"messages": messages, "max_tokens": TOKENS, "temperature": 0}
+    plain, steered = (
+        server.post("/v1/chat/completions", {"model": name, **body})[1]["choices"][0]["message"]["content"]
+        for name in ("tiny", "tiny:sport")
+    )
+    assert plain != steered
+    assert ollama_client.chat("tiny", messages, options=GREEDY).message.content == plain
+    parts = list(ollama_client.chat("tiny:sport", messages, stream=True, options=GREEDY))
+    assert "".join(part.message.content for part in parts) == steered
+    asked = {"model": "tiny", "messages": messages, "stream": False, "options": {**GREEDY, "steering": "sport"}}
+    as_curl_sends = server.post("/api/chat", asked, kind="application/x-www-form-urlencoded")
+    assert as_curl_sends[1]["message"]["content"] == steered
+    seeded = {"seed": 4, "num_predict": 20}
+    whole = ollama_client.generate("tiny", PROMPTS[0], options=seeded).response
+    stop = whole[3:5]
+    ended = ollama_client.generate("tiny", PROMPTS[0], options={**seeded, "stop": [stop]})
+    assert (ended.response, ended.done_reason) == (whole[: whole.index(stop)], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "status", "message"),
+    [
+        ({"options": {"mirostat": 2}}, 400, "field 'options.mirostat' is not supported"),
+        ({"options": {"num_predict": 0}}, 400, "is 0, expected a whole number from 1 to 127"),
+        ({"options": {"steering": "cooking"}}, 400, "steering: no vector 'cooking'"),
+        ({"model": "tiny:cooking"}, 400, "steering: no vector 'cooking'"),
+        ({"model": "tiny:sport", "options": {"num_predict": 1}}, 400, "would reach none of 1 new tokens"),
+        ({"model": "llama"}, 404, "model 'llama' is not served here"),
+        ({"prompt": "x" * 300, "raw": True}, 400, "the context of tiny is 128"),
+    ],
+)
+def test_what_ollama_asks_wrongly_is_named(server, wrong, status, message, stream):
+    found, answer = server.post("/api/generate", {"model": "tiny", "prompt": PROMPTS[0], "stream": stream, **wrong})
+    assert found == status
+    assert message in answer["error"]
+
+
+def test_a_default_steers_whoever_names_no_steering(server, ollama_client):
+    plain = server.tokens("tiny")
+    asked = {"domain": "food", "strength": 3.0, "force": ["1:2"]}
+    status, answer = server.post("/v1/steering", asked)
+    try:
+        assert (status, answer["at_once"], answer["plan"]["domain"]) == (200, 0, "food")
+        expected = server.expected(["food"], strength=3.0, force=["1:2"])
+        assert server.tokens("tiny") == expected != plain
+        assert server.tokens("tiny", at_top="none") == plain
+        assert server.tokens("tiny:sport") == server.expected(["sport"])
+        made = ollama_client.generate("tiny", PROMPTS[0], raw=True, options=GREEDY).response
+        body = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0}
+        assert made == server.post("/v1/completions", {**body, "steering": asked})[1]["choices"][0]["text"]
+        assert server.post("/v1/completions", {**body, "max_tokens": 1})[0] == 200
+        assert server.post("/v1/completions", {**body, "use_beam_search": True, "n": 2})[0] == 400
+        status, answer = server.post("/v1/steering", {"domain": "cooking"})
+        assert (status, answer["error"]["param"]) == (400, "steering")
+        assert server.tokens("tiny") == expected
+    finally:
+        status, answer = server.post("/v1/steering", {"steering": None})
+    assert (status, answer) == (200, {"steering": None, "plan": None, "at_once": 0, "refused": []})
+    assert server.tokens("tiny") == plain
+
+
+def test_what_only_other_engines_have_is_refused(server):
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 2}
+    for path, asked in (
+        ("/v1/embeddings", {"model": "tiny", "input": "x"}),
+        ("/v1/completions", {**body, "trace": True}),
+        ("/v1/completions", {**body, "return_routed_experts": True}),
+    ):
+        status, answer = server.post(path, asked)
+        assert status == 400
+        assert "serve the model with --engine hf, or llamacpp for a GGUF file" in answer["error"]["message"]
+    assert server.post("/v1/completions", {**body, "trace": False, "return_routed_experts": None})[0] == 200

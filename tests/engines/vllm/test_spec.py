@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from steermoe.engines.vllm.spec import packed, spec_of_name
+from steermoe.engines.vllm.spec import packed
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import CompatibilityError, SteeringError, SteerMoEError, VectorNotFound
+from steermoe.steering.asked import spec_of_name
 from steermoe.steering.plans import Schedule, SteeringPlan
 from steermoe.steering.resolver import PlanResolver
 from steermoe.vectors.file import write_vector

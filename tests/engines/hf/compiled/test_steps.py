@@ -4,11 +4,13 @@ import json
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from steermoe.engines.hf import rolling
 from steermoe.engines.hf.compiled import artifacts
 from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.engines.hf.engine import HFEngine
@@ -177,6 +179,30 @@ def test_streaming_gives_the_same_pieces(compiled):
     (completion,) = HFEngine(tiny.loaded(model)).generate([request], on_text=pieces.append)
     assert "".join(pieces) == completion.text
     assert len(pieces) > 1
+
+
+def test_texts_with_a_trace_are_generated_without_compiled_steps_and_say_so(compiled, caplog):
+    model = build("granitemoeshared")
+    compiled(model)
+    rolling._tell_uncompiled.cache_clear()
+    usual = requests_for(model)[:6]
+    asked = [replace(request, trace=number in (1, 4)) for number, request in enumerate(usual)]
+    faster, own = HFEngine(tiny.loaded(model)), HFEngine(tiny.loaded(model), compiled=False)
+    decoder = faster.decoder(3)
+    found = roll(decoder, faster, asked, 3)
+    decoder.close()
+    assert tiny.traces(model) == []
+    assert [record.message for record in caplog.records if record.name == rolling.__name__] == [
+        "texts with a trace are generated without the compiled steps, which show no router's own choice"
+    ]
+    for request, done in zip(asked, found, strict=True):
+        (alone,) = own.generate([request])
+        assert done.token_ids == alone.token_ids
+        if request.trace:
+            assert (done.trace.chosen == alone.trace.chosen).all()
+            assert (done.trace.unsteered == alone.trace.unsteered).all()
+        else:
+            assert done.trace is None
 
 
 def test_what_hangs_on_the_model_is_not_passed_by(compiled):

@@ -1,0 +1,1 @@
+"""One engine for many clients at once: OpenAI's and Ollama's protocols, each request steered on its own."""
