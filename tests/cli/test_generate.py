@@ -9,17 +9,7 @@ import time
 
 import pytest
 
-from steermoe.vectors.file import write_vector
-
 SHORT = ("--max-new-tokens", "6")
-
-
-@pytest.fixture
-def vectors(bare_search_path, make_vector):
-    """`sport` and `food` for the tiny model, in ./steering_vectors."""
-    for domain in ("sport", "food"):
-        write_vector(make_vector(domain), bare_search_path / "steering_vectors" / "tiny" / f"{domain}.safetensors")
-    return bare_search_path
 
 
 def test_the_story_goes_to_stdout_and_the_report_to_stderr(run, tiny_checkpoint, vectors):

@@ -9,16 +9,8 @@ from rich.console import Console
 
 from steermoe.cli.terminal import routing
 from steermoe.engines.trace import Trace
-from steermoe.vectors.file import write_vector
 
 SHORT = ("--max-new-tokens", "6")
-
-
-@pytest.fixture
-def vectors(bare_search_path, make_vector):
-    for domain in ("sport", "food"):
-        write_vector(make_vector(domain), bare_search_path / "steering_vectors" / "tiny" / f"{domain}.safetensors")
-    return bare_search_path
 
 
 def test_generate_writes_a_trace_and_the_same_text(run, tiny_checkpoint, vectors):
