@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from steermoe import __version__
-from steermoe.cli import batch, calibrate, chat, compare, embed, evaluate, generate, models, play, serve
+from steermoe.cli import batch, calibrate, chat, compare, embed, evaluate, generate, models, play, serve, verify
 from steermoe.cli.terminal import console
 from steermoe.cli.vectors import app as vectors
 from steermoe.errors import SteerMoEError
@@ -51,6 +51,7 @@ app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=play.EXAMPLES)(play.play)
+app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(models.app, name="models")
 
