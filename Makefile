@@ -68,6 +68,10 @@ bench-model: model ## what the default model reaches on held-out openings (about
 bench-discovery: model ## how well domains are found and how fast texts are embedded (about 40 minutes)
 	$(BIN)/python benchmarks/discovery.py
 
+.PHONY: bench-sampling
+bench-sampling: model ## temperature, top-p and min-p at equal success (about 15 minutes; resumes where it was stopped)
+	$(BIN)/python benchmarks/sampling.py
+
 .PHONY: evidence
 evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; resumes where it was stopped)
 	$(BIN)/steermoe evaluate --formulas all --thresholds relative --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence

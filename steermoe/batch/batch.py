@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from steermoe.batch.jobs import KEPT_TEXT, STEERING_FIELDS, BatchSettings, Job, Problem, PromptFile, one_line
-from steermoe.batch.keys import StoryKeys
+from steermoe.batch.keys import LATER, StoryKeys
 from steermoe.batch.output import ErrorFile, StoryFile
 from steermoe.batch.worker import EngineWorker, PlannedJob, Worker
 from steermoe.engines.engine import Engine
@@ -278,6 +278,7 @@ def _difference(record: dict[str, Any], settings: BatchSettings, engine: Engine)
     now |= {f.name: getattr(settings.sampling, f.name) for f in fields(Sampling) if f.name != "seed"}
     if record.get("domain") is not None:
         now |= {name: getattr(settings.steering, name) for name in STEERING_FIELDS if name not in OTHER_FORM}
+    record = {**LATER, **record}
     for name, value in now.items():
         if value is not None and name in record and record[name] != value:
             return f"was generated with {name} {record[name]}, not {value}"

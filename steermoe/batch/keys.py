@@ -1,7 +1,7 @@
 """The key that identifies a story: a hash of everything that decides its text, and of its id.
 
-Files of stories hold keys, so keys must never change. The hashed content grows at its end only, and a field of plans
-that was added later is omitted where it has its default.
+Files of stories hold keys, so keys must never change. The hashed content grows at its end only, and a field of plans or
+of the sampling that was added later is omitted where it has its default.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from steermoe.vectors.vector import SteeringVector
 
 HASHED = ("strength", "formula", "scale", "positions", "schedule", "layers", "force", "ban")
 """The fields of plans when keys were introduced, in the order in which they are hashed, default or not."""
+LATER = {"min_p": 0.0}
+"""Fields of the sampling that came later, each with the value that all earlier stories have."""
 KEPT_VECTORS, KEPT_PLANS = 64, 1024
 
 
@@ -33,7 +35,8 @@ class StoryKeys:
 
     def key(self, job: Job, plan: SteeringPlan | None) -> str:
         """16 hexadecimal digits; `plan` is the resolved steering of the job."""
-        sampling = {name: float(value) for name, value in asdict(job.sampling).items() if name != "seed"}
+        given = {name: value for name, value in asdict(job.sampling).items() if LATER.get(name) != value}
+        sampling = {name: float(value) for name, value in given.items() if name != "seed"}
         steering = None if plan is None else self._steering(plan)
         content = [self._fingerprint, job.prompt, job.id, steering, sampling, job.sampling.seed]
         if job.messages:

@@ -101,6 +101,17 @@ class ProtocolOptions:
             help="Below 1 sharpens, above 1 flattens the distribution of the next token.", rich_help_panel=o.SAMPLING
         ),
     ] = 0.7
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the likeliest tokens with this total probability.", rich_help_panel=o.SAMPLING),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from tokens with at least this share of the likeliest one's probability; 0 for all.",
+            rich_help_panel=o.SAMPLING,
+        ),
+    ] = 0.0
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one batch.", rich_help_panel=PROTOCOL)] = 150
     quick: Annotated[
         bool,
@@ -119,6 +130,8 @@ class ProtocolOptions:
             temperature=self.temperature,
             forced_texts=QUICK_TEXTS if self.quick else self.texts,
             batch_size=self.batch_size,
+            top_p=self.top_p,
+            min_p=self.min_p,
         )
 
 

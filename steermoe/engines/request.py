@@ -36,6 +36,9 @@ class Sampling:
 
     Attributes:
         top_k, top_p: 0 and 1.0 turn them off.
+        min_p: tokens less likely than this share of the likeliest one's probability are never drawn (Nguyen et al.,
+            2407.01082); 0 turns it off, 1 leaves the likeliest. After temperature, and after top-k and top-p, as in
+            transformers; in vLLM before these two, so top-p then counts what min-p leaves.
         seed: a row's text depends on its own seed, not on the rows beside it.
 
     Raises:
@@ -52,6 +55,11 @@ class Sampling:
         default=1.0, metadata={"help": "Sample from the likeliest tokens with this total probability."}
     )
     top_k: int = field(default=0, metadata={"help": "Sample from this many likeliest tokens; 0 for all."})
+    min_p: float = field(
+        default=0.0,
+        kw_only=True,
+        metadata={"help": "Sample from tokens with at least this share of the likeliest one's probability; 0 for all."},
+    )
     repetition_penalty: float = field(default=1.0, metadata={"help": "Values above 1 discourage repetition."})
     seed: int = field(default=0, metadata={"help": "The same seed gives the same text."})
 
@@ -66,6 +74,7 @@ class Sampling:
             ),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", 0 <= self.top_k < 2**31, "0 to 2**31 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             (
                 "repetition_penalty",
                 1 / MOST_SCALING <= self.repetition_penalty <= MOST_SCALING,

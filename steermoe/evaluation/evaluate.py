@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from steermoe.engines.hf.engine import HFEngine
-from steermoe.engines.request import Completion, Request, Sampling
+from steermoe.engines.request import Completion, Request
 from steermoe.errors import CorpusError
 from steermoe.evaluation.calibration import Calibration, calibrate
 from steermoe.evaluation.comparison import vector_share
@@ -121,11 +121,7 @@ class Evaluation:
             Request(
                 condition.prompt(settings.openings[opening]),
                 plan,
-                Sampling(
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    seed=seed * len(settings.openings) + opening,
-                ),
+                settings.sampling(seed * len(settings.openings) + opening),
             )
             for opening, seed in numbers
         ]

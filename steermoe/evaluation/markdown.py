@@ -24,11 +24,12 @@ def markdown(summary: SummaryDict) -> str:
             ("Formulas at equal success", _equal_success(summary)),
         ]
     settings = summary["settings"]
+    drawn = "".join(f", {name.replace('_', '-')} {settings[name]:g}" for name in ("top_p", "min_p") if name in settings)
     head = (
         f"{summary['model']}: {count_of(len(settings['openings']), 'opening')} x {count_of(settings['seeds'], 'seed')} "
         f"x {count_of(len(summary['unsteered']), 'domain')}, {settings['max_new_tokens']} tokens each, temperature "
-        f"{settings['temperature']:g}. Intervals: 95%, paired bootstrap over openings. Largest logit difference at "
-        f"strength 0: {summary['strength_0']:g}."
+        f"{settings['temperature']:g}{drawn}. Intervals: 95%, paired bootstrap over openings. Largest logit difference "
+        f"at strength 0: {summary['strength_0']:g}."
     )
     complaints = [f"- CONTROL FAILED: {line}" for line in summary["complaints"]] or ["All controls came out."]
     return "\n".join([head, "", *complaints, *(f"\n### {title}\n\n{table}" for title, table in parts)]) + "\n"

@@ -34,7 +34,7 @@ class EvaluationSettings:
     Attributes:
         openings: the beginnings to continue.
         seeds: continuations of each opening; every condition uses the same seeds.
-        max_new_tokens, temperature: of the sampling.
+        max_new_tokens, temperature, top_p, min_p: of the sampling.
         forced_texts: the number of texts of each domain, and of neutral ones, to read with and without steering.
         batch_size: stories in one batch; a setting because it affects floating-point results.
 
@@ -48,9 +48,11 @@ class EvaluationSettings:
     temperature: float = 0.7
     forced_texts: int = 24
     batch_size: int = 150
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        self.sampling(seed=0)
         if not 1 <= self.seeds * len(self.openings) <= MOST_STORIES:
             raise SteeringError(
                 f"{self.seeds} seeds of {len(self.openings)} openings are too many, or none: ask for 1 to "
@@ -62,8 +64,16 @@ class EvaluationSettings:
                 "generate 2 or more"
             )
 
+    def sampling(self, seed: int) -> Sampling:
+        """How the tokens of a story are drawn."""
+        return Sampling(
+            self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, min_p=self.min_p, seed=seed
+        )
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"openings": list(self.openings)}
+        """For JSON. What came later is left out at its default, so that folders begun before it can be resumed."""
+        values = asdict(self) | {"openings": list(self.openings)}
+        return {name: value for name, value in values.items() if (name, value) not in (("top_p", 1), ("min_p", 0))}
 
 
 @dataclass(frozen=True)

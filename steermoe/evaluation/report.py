@@ -64,7 +64,7 @@ def evaluate_into(
             missing. SteeringError: a plan that does not fit.
     """
     classifier = DomainClassifier(texts)
-    results = ResultFolder(folder, _comparable(loaded, vectors, settings))
+    results = ResultFolder(folder, comparable(loaded, vectors, settings))
     started, counted = time.monotonic(), [0, 0]
 
     def progress(stories: int, tokens: int) -> None:
@@ -90,7 +90,7 @@ def evaluate_into(
     return summary
 
 
-def _comparable(
+def comparable(
     loaded: LoadedModel, vectors: Mapping[str, SteeringVector], settings: EvaluationSettings
 ) -> dict[str, Any]:
     """Everything that must be the same for results to be comparable."""

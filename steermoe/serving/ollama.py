@@ -29,6 +29,7 @@ OPTIONS = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
     "seed",
     "stop",
     "repeat_penalty",
@@ -49,7 +50,6 @@ IGNORED_OPTIONS = (
 )
 """Options that change no text."""
 REFUSED_OPTIONS: dict[str, Sequence[Any]] = {
-    "min_p": (0, 0.0),
     "typical_p": (1, 1.0),
     "tfs_z": (1, 1.0),
     "repeat_last_n": (),

@@ -66,6 +66,7 @@ SHARED = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",

@@ -43,6 +43,7 @@ def sampling_of(
         temperature=max(heat, 1 / MOST_SCALING) if heat > 0 else 1.0,
         top_p=fields.number("top_p", 0, 1, top_p, above=True),
         top_k=max(0, fields.whole("top_k", -1, LARGEST_TOP_K, top_k)),
+        min_p=fields.number("min_p", 0, 1, 0),
         repetition_penalty=fields.number(repetition, 0, 100, 1, above=True),
         seed=seed % (LARGEST_SEED + 1),
     )

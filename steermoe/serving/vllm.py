@@ -152,6 +152,7 @@ def completion_body(served: Served, fields: Fields, wanted: ollama.Wanted) -> di
         "temperature": sampling.temperature if sampling.do_sample else 0,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "seed": sampling.seed,
         "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.penalties[0],

@@ -93,7 +93,7 @@ LINES = "\n".join(
             ("A dog.", {"domains": ["sport", None, {"sport": 0.5, "food": 0.5}], "samples": 2}),
             ("It rained all night and nobody slept.", {"domain": "food", "max_new_tokens": 11, "schedule": "decay:4"}),
             ("x", {"domain": "sport", "positions": "all", "strength": 9, "formula": "additive"}),
-            ("Far away,", {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 77}),
+            ("Far away,", {"temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3, "seed": 77}),
             ("A dog.", {"do_sample": False, "max_new_tokens": 1}),
         ]
     )
@@ -153,6 +153,7 @@ def test_a_second_run_generates_only_what_is_missing(loaded, place):
     [
         (settings("sport", temperature=0.9), "A dog.", "line 1 was generated with temperature 1.0, not 0.9"),
         (settings("sport", max_new_tokens=5), "A dog.", "max_new_tokens 6, not 5"),
+        (settings("sport", min_p=0.2), "A dog.", "min_p 0.0, not 0.2"),
         (settings("sport", steering=SteeringSpec(strength=2.0)), "A dog.", "strength 5.0, not 2.0"),
         (settings("sport", steering=SteeringSpec(schedule="decay:3")), "A dog.", "schedule constant, not decay:3"),
         (settings("sport"), "A cat.", "line 1 has another prompt"),

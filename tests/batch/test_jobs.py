@@ -94,6 +94,7 @@ def test_a_json_line_overrides_every_setting(read):
         "temperature": 1,
         "top_p": 0.5,
         "top_k": 3,
+        "min_p": 0.1,
         "repetition_penalty": 1.5,
         "meta": {"any": ["thing", None]},
     }
@@ -104,7 +105,7 @@ def test_a_json_line_overrides_every_setting(read):
         steering=SteeringSpec(
             ("sport=0.7", "food=-1"), 3, "additive", "paper", "all", "decay:5", "2", ("0:1", "1:3"), ("0:2",)
         ),
-        sampling=Sampling(5, 2, False, 1, 0.5, 3, 1.5, 9),
+        sampling=Sampling(5, 2, False, 1, 0.5, 3, 1.5, 9, min_p=0.1),
         id="a17",
         meta=line["meta"],
     )
@@ -154,6 +155,8 @@ def test_domains_of_a_line(read, name):
         ('{"prompt": "x", "temperature": 1e-300}', "temperature 1e-300 is out of range"),
         ('{"prompt": "x", "repetition_penalty": 1e300}', "repetition_penalty 1e+300 is out of range"),
         ('{"prompt": "x", "top_k": 9999999999}', "top_k 9999999999 is out of range"),
+        ('{"prompt": "x", "min_p": 2}', "min_p 2 is out of range: expected 0 to 1"),
+        ('{"prompt": "x", "min_p": "much"}', "min_p"),
         ('{"prompt": "x", "ban": [["a", {}]]}', "field 'ban'"),
         ('{"' + "y" * 5000 + '": 1, "prompt": "x"}', "unknown field 'yyy"),
         ('{"prompt": "x", "a\\u001b\\n": 1}', "unknown field 'a\\x1b\\n'"),

@@ -71,9 +71,11 @@ def test_everything_that_decides_the_text_changes_the_key(resolver):
     found = [keys.key(job, one) for one in (None, plan, other_vector)]
     found += [keys.key(replace(job, **{name: "other"}), plan) for name in ("prompt", "id")]
     found += [keys.key(replace(job, special_tokens=True), plan)]
+    found += [keys.key(replace(job, sampling=replace(job.sampling, min_p=0.1)), plan)]
     found += [keys.key(replace(job, sampling=replace(job.sampling, seed=1)), plan), StoryKeys("other").key(job, plan)]
     assert len(set(found)) == len(found)
     assert keys.key(replace(job, special_tokens=False), plan) == keys.key(job, plan)
+    assert keys.key(replace(job, sampling=replace(job.sampling, min_p=0)), plan) == keys.key(job, plan)
     assert keys.key(job, replace(plan, strength=int(plan.strength))) == keys.key(job, plan)
 
 

@@ -10,6 +10,7 @@ import torch
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.errors import CorpusError, SteeringError, SteerMoEError
 from steermoe.evaluation import protocol
+from steermoe.evaluation.evaluate import Evaluation
 from steermoe.evaluation.protocol import Condition, Design, EvaluationSettings, cut_vector, shuffled
 from steermoe.evaluation.report import evaluate_into
 from steermoe.evaluation.results import ResultFolder
@@ -247,6 +248,21 @@ def test_a_folder_with_other_settings_is_rejected(tiny_model, vectors, texts, tm
     other = EvaluationSettings(("hello there",), seeds=2, max_new_tokens=8, forced_texts=4, batch_size=4)
     with pytest.raises(SteerMoEError, match=r"begun with other settings \(openings: "):
         evaluate_into(tmp_path / "out", tiny_model, vectors, texts, other, Design())
+
+
+def test_folders_from_before_top_p_and_min_p_can_be_resumed():
+    assert not {"top_p", "min_p"} & SETTINGS.as_dict().keys()
+    assert replace(SETTINGS, top_p=0.5, min_p=0.1).as_dict() == {**SETTINGS.as_dict(), "top_p": 0.5, "min_p": 0.1}
+
+
+@pytest.mark.parametrize("least", [{"min_p": 1.0}, {"top_p": 1e-9}])
+def test_stories_are_drawn_as_the_settings_say(tiny_model, vectors, texts, tmp_path, least):
+    """Where only the likeliest token is left, all seeds give the same story, however high the temperature."""
+    for more, different in (({}, 4), (least, 2)):
+        settings = replace(SETTINGS, temperature=50.0, **more)
+        folder = ResultFolder(tmp_path / str(different), settings.as_dict())
+        stories = Evaluation(tiny_model, vectors, texts, settings, folder).stories(Condition("unsteered"))
+        assert len({(story.opening, story.token_ids) for story in stories}) == different
 
 
 def test_a_damaged_file_is_named(tmp_path):

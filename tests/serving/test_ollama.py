@@ -71,7 +71,18 @@ def test_stop_and_seed(client):
     assert (ended.response, ended.done_reason) == (whole[: whole.index(stop)], "stop")
 
 
+def test_min_p_leaves_the_likeliest_token(client):
+    hot = {"temperature": 50, "num_predict": 12, "seed": 4, "top_k": 0, "top_p": 1}
+    least, plain = (
+        client.generate("tiny-mixtral", PROMPT, raw=True, options=options).response
+        for options in ({**hot, "min_p": 1}, hot)
+    )
+    greedy = client.generate("tiny-mixtral", PROMPT, raw=True, options={**GREEDY, "num_predict": 12}).response
+    assert least == greedy != plain
+
+
 BAD = [
+    ({"options": {"min_p": 2}}, "field 'options.min_p' is 2, expected a number from 0 to 1"),
     ({"options": {"mirostat": 2}}, "field 'options.mirostat' is not supported"),
     ({"options": {"num_predict": 0}}, "field 'options.num_predict' is 0, expected a whole number from 1 to 255"),
     ({"options": {"warmth": 1}}, "field 'options.warmth' is unknown"),

@@ -72,6 +72,9 @@ def test_sampling_is_that_of_the_engine(client, alone):
     made = complete(client, "tiny-mixtral:law", temperature=0.9, top_p=0.8, seed=5)
     expected = alone(domain="law", do_sample=True, temperature=0.9, top_p=0.8, seed=5)
     assert made.choices[0].text == expected.text
+    made = complete(client, temperature=20, seed=5, extra_body={"min_p": 0.9})
+    expected = alone(do_sample=True, temperature=20.0, min_p=0.9, seed=5)
+    assert made.choices[0].text == expected.text != alone(do_sample=True, temperature=20.0, seed=5).text
     again = complete(client, temperature=2.0), complete(client, temperature=2.0)
     assert again[0].choices[0].text != again[1].choices[0].text  # without a seed, each has its own
 
@@ -205,6 +208,7 @@ BAD = [
     ({"temperature": -1}, "temperature", "field 'temperature' is -1, expected a number from 0 to 100"),
     ({"temperature": "hot"}, "temperature", "expected a number"),
     ({"top_p": 0}, "top_p", "expected a number above 0 to 1"),
+    ({"min_p": 1.5}, "min_p", "field 'min_p' is 1.5, expected a number from 0 to 1"),
     ({"max_tokens": 0}, "max_tokens", "expected a whole number from 1 to 255"),
     ({"max_tokens": True}, "max_tokens", "field 'max_tokens' is True"),
     ({"max_tokens": 250}, "prompt", "a text has at most 256 here"),

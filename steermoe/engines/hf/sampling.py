@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TemperatureLogitsWarper,
@@ -207,7 +208,7 @@ class _TopP(TopPLogitsWarper):
         return out
 
 
-def _warping(sampling: Sampling) -> tuple[float, bool, float, int, float]:
+def _warping(sampling: Sampling) -> tuple[float, bool, float, int, float, float]:
     """Everything that decides how a row's scores are warped."""
     return (
         sampling.repetition_penalty,
@@ -215,11 +216,14 @@ def _warping(sampling: Sampling) -> tuple[float, bool, float, int, float]:
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
+        sampling.min_p,
     )
 
 
 @lru_cache(maxsize=256)
-def _warpers(penalty: float, do_sample: bool, temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+def _warpers(
+    penalty: float, do_sample: bool, temperature: float, top_k: int, top_p: float, min_p: float
+) -> LogitsProcessorList:
     """Transformers' own warpers, in its order."""
     found = LogitsProcessorList()
     if penalty != 1:
@@ -231,6 +235,8 @@ def _warpers(penalty: float, do_sample: bool, temperature: float, top_k: int, to
             found.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             found.append(_TopP(top_p))
+        if min_p:
+            found.append(MinPLogitsWarper(float(min_p)))
     return found
 
 

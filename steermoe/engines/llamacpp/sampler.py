@@ -86,6 +86,9 @@ class TokenSampler:
             scores = np.where(scores < smallest, np.float32(-np.inf), scores)
         if sampling.top_p < 1:
             scores = _keep_probable(scores, sampling.top_p)
+        if sampling.min_p:
+            weights = np.exp(scores - scores.max())  # probabilities over that of the likeliest
+            scores = np.where(weights < np.float32(sampling.min_p), np.float32(-np.inf), scores)
         return scores
 
 

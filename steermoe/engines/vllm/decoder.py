@@ -168,6 +168,7 @@ def sampling_params(sampling: Sampling, ends: list[int]) -> Any:
         temperature=sampling.temperature if sampling.do_sample else 0.0,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.penalties[0],
         frequency_penalty=sampling.penalties[1],

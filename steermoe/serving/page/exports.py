@@ -24,7 +24,8 @@ def command(settings: Settings, spec: SteeringSpec, model: str) -> str:
 
 def _sampling_options(settings: Settings) -> list[str]:
     options = [f"--max-new-tokens {settings.tokens}", f"--seed {settings.seed}"]
-    return [*options, f"--temperature {settings.temperature:g}" if settings.temperature else "--no-do-sample"]
+    options.append(f"--temperature {settings.temperature:g}" if settings.temperature else "--no-do-sample")
+    return [*options, *([f"--min-p {settings.min_p:g}"] if settings.min_p else [])]
 
 
 def python(settings: Settings, spec: SteeringSpec, model: str) -> str:
@@ -43,6 +44,7 @@ def python(settings: Settings, spec: SteeringSpec, model: str) -> str:
         plan = "plan"
     sampling = [f"max_new_tokens={settings.tokens}", f"seed={settings.seed}"]
     sampling.append(f"temperature={settings.temperature:g}" if settings.temperature else "do_sample=False")
+    sampling += [f"min_p={settings.min_p:g}"] if settings.min_p else []
     lines.append(f"sampling = steermoe.Sampling({', '.join(sampling)})")
     chat = ""
     if settings.is_chat:
@@ -61,6 +63,7 @@ def curl(settings: Settings, spec: SteeringSpec, model: str, address: str = ADDR
     else:
         body["prompt"] = settings.prompt
     body |= {"max_tokens": settings.tokens, "temperature": settings.temperature, "seed": settings.seed}
+    body |= {"min_p": settings.min_p} if settings.min_p else {}
     if spec.domain:
         body["steering"] = {"domain": dict(map(parse_domain, spec.domain)), **_given(spec)}
     path = "/v1/chat/completions" if settings.is_chat else "/v1/completions"

@@ -40,6 +40,7 @@ class Settings:
         positions, schedule, layers: as in `SteeringSpec`; layers "" for all.
         tokens: the most new tokens, 1 to MOST_TOKENS.
         temperature: 0 takes the likeliest token.
+        min_p: as in `Sampling`.
         seed: of both texts.
 
     Raises:
@@ -57,6 +58,7 @@ class Settings:
     layers: str = ""
     tokens: int = 120
     temperature: float = 0.7
+    min_p: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class Settings:
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
         drawn: dict[str, Any] = {"temperature": self.temperature} if self.temperature else {"do_sample": False}
-        return Sampling(max_new_tokens=self.tokens, seed=self.seed, **drawn)
+        return Sampling(max_new_tokens=self.tokens, min_p=self.min_p, seed=self.seed, **drawn)
 
     def spec(self, own_strength: Callable[[str], float]) -> SteeringSpec:
         """The steering that is asked for.
@@ -151,7 +153,8 @@ def from_values(values: Iterable[Any], names: Iterable[str], amounts: Iterable[A
         given[name] = None if given[name] == OWN else given[name]
     for name in ("tokens", "seed"):
         given[name] = _read(name, int, str(given[name] if given[name] is not None else ""))
-    given["temperature"] = float(given["temperature"] or 0)
+    for name in ("temperature", "min_p"):
+        given[name] = float(given[name] or 0)
     given["prompt"], given["strength"] = str(given["prompt"] or ""), float(given["strength"] or 0)
     chosen = {name: float(amount or 0) for name, amount in zip(names, amounts, strict=False)}
     return Settings(**given, amounts=chosen)

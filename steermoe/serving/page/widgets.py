@@ -176,6 +176,15 @@ def _more(widgets: Widgets, first: Settings) -> None:
             widgets.settings["temperature"] = gr.Slider(
                 0, 2, value=first.temperature, step=0.05, label="Daring (0 = always the likeliest word)"
             )
+            widgets.settings["min_p"] = gr.Slider(
+                0,
+                1,
+                value=first.min_p,
+                step=0.01,
+                label="Leave out unlikely words",
+                info="Those with less than this share of the likeliest word's probability (min-p).",
+                elem_id="sm-min-p",
+            )
             widgets.settings["seed"] = gr.Number(
                 first.seed, label="Seed", info="The same seed gives the same text.", precision=0, minimum=0
             )

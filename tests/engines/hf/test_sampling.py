@@ -27,6 +27,9 @@ def model():
         {"temperature": 0.3, "top_k": 7},
         {"temperature": 1.5, "top_p": 0.6},
         {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4},
+        {"min_p": 0.05},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.2, "repetition_penalty": 1.4},
+        {"do_sample": False, "min_p": 0.9},
         {"repetition_penalty": 2.0, "temperature": 2.0},
         {"min_new_tokens": 3},
         {"do_sample": False, "repetition_penalty": 1.7, "temperature": 0.1, "top_k": 1},
@@ -36,7 +39,7 @@ def model():
 def test_scores_equal_those_of_transformers(model, options):
     """The very processors that `generate` builds from the same options, on a prompt of 5 with 2 new tokens."""
     ids, sampling = tiny.prompt(7), Sampling(**options)
-    given = {name: getattr(sampling, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
+    given = {name: getattr(sampling, name) for name in ("do_sample", "temperature", "top_p", "top_k", "min_p")}
     config = GenerationConfig(
         **given,
         repetition_penalty=float(sampling.repetition_penalty),
@@ -72,16 +75,41 @@ def test_rows_have_their_own_settings_seeds_and_history():
         Sampling(seed=1, temperature=2.0),
         Sampling(do_sample=False, repetition_penalty=5.0),
         Sampling(seed=3, top_k=3, repetition_penalty=1.3, min_new_tokens=9),
+        Sampling(seed=4, temperature=3.0, min_p=1.0),
     ]
-    lengths = [6, 3, 2, 5]
+    lengths = [6, 3, 2, 5, 4]
     batch = tiny.left_padded([tiny.prompt(length, seed=length) for length in lengths])["input_ids"]
-    scores = torch.randn(4, tiny.VOCABULARY, generator=torch.Generator().manual_seed(5))
+    scores = torch.randn(5, tiny.VOCABULARY, generator=torch.Generator().manual_seed(5))
     scores[:, tiny.PAD] += 6  # which a penalty on padding would bring down
     together = RowSampler(samplings, lengths, [tiny.END])(batch, scores)
     for row, length in enumerate(lengths):
         alone = RowSampler(samplings[row : row + 1], [length], [tiny.END])
         assert torch.equal(alone(batch[row : row + 1, 6 - length :], scores[row : row + 1])[0], together[row])
     assert int(together[2].argmax()) == tiny.PAD
+    assert int(together[4].argmax()) == int(scores[4].argmax())
+
+
+def test_min_p_counts_after_temperature():
+    """Probabilities of 1/2, 1/4, 1/8, 1/8: min-p 0.3 keeps two tokens at temperature 1, one at 0.5, all at 2."""
+    scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    ids = torch.ones(1, 1, dtype=torch.long)
+    for temperature, kept in ((1.0, [1, 1, 0, 0]), (0.5, [1, 0, 0, 0]), (2.0, [1, 1, 1, 1])):
+        warped = RowSampler([Sampling(temperature=temperature, min_p=0.3)], [1], []).warp(ids, scores)
+        assert torch.isfinite(warped[0]).int().tolist() == kept
+
+
+@pytest.mark.parametrize("min_p", [0.0, 1e-9, 0.3, 1.0])
+def test_min_p_leaves_tokens_above_its_share_of_the_likeliest(min_p):
+    scores = torch.randn(64, tiny.VOCABULARY, generator=torch.Generator().manual_seed(2)) * 3
+    samplings = [Sampling(seed=seed, temperature=1.0, min_p=min_p) for seed in range(64)]
+    ids = torch.ones(64, 1, dtype=torch.long)
+    warped = RowSampler(samplings, [1] * 64, []).warp(ids, scores)
+    share = scores.softmax(-1) / scores.softmax(-1).amax(-1, keepdim=True)
+    assert torch.equal(torch.isfinite(warped), share >= min_p)
+    drawn = RowSampler(samplings, [1] * 64, [])(ids, scores).argmax(-1)
+    assert torch.equal(drawn, scores.argmax(-1)) == (min_p == 1)
+    plain = [replace(sampling, min_p=0.0) for sampling in samplings]
+    assert torch.equal(drawn, RowSampler(plain, [1] * 64, [])(ids, scores).argmax(-1)) == (min_p < 0.3)
 
 
 def test_same_seed_same_draws_and_others_differ():
@@ -120,6 +148,9 @@ def test_row_limits():
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.1}, "top_p 1.1 .* at most 1"),
         ({"top_k": -1}, "top_k -1 .* 0 to"),
+        ({"min_p": -0.1}, "min_p -0.1 .* 0 to 1"),
+        ({"min_p": 1.1}, "min_p 1.1 .* 0 to 1"),
+        ({"min_p": float("nan")}, "min_p nan"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 .* above 0"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**63}, "seed"),

@@ -39,7 +39,7 @@ LINES = "\n".join(
             ("It rained all night and nobody slept.", {"domain": "food", "max_new_tokens": 11, "schedule": "decay:4"}),
             ("x", {"domain": "sport", "positions": "all", "strength": 9, "formula": "additive"}),
             ("A dog.", {"domain": "food", "positions": "prompt", "seed": 3}),
-            ("Far away,", {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 77}),
+            ("Far away,", {"temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3, "seed": 77}),
             ("A dog.", {"do_sample": False, "max_new_tokens": 1}),
         ]
     )

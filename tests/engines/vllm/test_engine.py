@@ -1,5 +1,7 @@
 """The vLLM engine against the hf engine: the same greedy tokens, for every kind of plan, on several families."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,6 +73,17 @@ def test_every_plan_gives_the_tokens_of_the_hf_engine(pair):
     assert len(set(expected)) > len(plans) // 2, "steering must change these texts, or the test shows nothing"
     found = all_at_once(engine, asked)
     assert dict(zip(plans, found, strict=True)) == dict(zip(plans, expected, strict=True))
+
+
+def test_min_p_leaves_the_likeliest_token(pair):
+    """In one batch with a text that has no min-p."""
+    reference, engine = pair
+    hot = Sampling(max_new_tokens=8, min_new_tokens=8, temperature=2.0, seed=3)
+    asked = [Request("A dog", sampling=sampling) for sampling in (replace(hot, min_p=1.0), hot)]
+    least, plain = all_at_once(engine, asked)
+    greedy = Request("A dog", sampling=replace(hot, do_sample=False))
+    assert [least] == one_by_one(reference, [greedy])
+    assert plain != least
 
 
 FORCED, BANNED = 2, (0, 1, 3, 6)

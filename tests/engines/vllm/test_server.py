@@ -378,6 +378,8 @@ def test_ollama_chats_and_steers_by_its_options(server, ollama_client):
     asked = {"model": "tiny", "messages": messages, "stream": False, "options": {**GREEDY, "steering": "sport"}}
     as_curl_sends = server.post("/api/chat", asked, kind="application/x-www-form-urlencoded")
     assert as_curl_sends[1]["message"]["content"] == steered
+    hot = {"temperature": 2, "top_k": 0, "top_p": 1, "min_p": 1, "num_predict": TOKENS}
+    assert ollama_client.chat("tiny", messages, options=hot).message.content == plain
     seeded = {"seed": 4, "num_predict": 20}
     whole = ollama_client.generate("tiny", PROMPTS[0], options=seeded).response
     stop = whole[3:5]

@@ -14,6 +14,7 @@ from steermoe.vectors.file import write_vector
 
 PROMPT = 'It\'s "Milo" & $HOME; `x`\\ \n--end'
 PLAIN = Settings(PROMPT, amounts={"sport": 1.0}, tokens=6, seed=3)
+CAUTIOUS = Settings("Milo", amounts={"sport": 1.0}, tokens=6, temperature=1.5, min_p=0.25)
 FULL = Settings(
     "-d food",
     amounts={"sport": 0.5, "food": -0.25},
@@ -37,7 +38,7 @@ def resolver(bare_search_path, make_vector, tiny_model):
     return PlanResolver(tiny_model.shape)
 
 
-@pytest.mark.parametrize("settings", [PLAIN, FULL, Settings(PROMPT, tokens=6)])
+@pytest.mark.parametrize("settings", [PLAIN, CAUTIOUS, FULL, Settings(PROMPT, tokens=6)])
 def test_the_command_writes_the_same_text_as_the_program(settings, resolver, run, tiny_checkpoint, capsys):
     spec = settings.spec(lambda domain: 4.0)
     command = exports.command(settings, spec, str(tiny_checkpoint))
@@ -52,7 +53,7 @@ def test_the_command_writes_the_same_text_as_the_program(settings, resolver, run
     assert capsys.readouterr().out == texts[-1] + "\n"
 
 
-@pytest.mark.parametrize("settings", [PLAIN, FULL])
+@pytest.mark.parametrize("settings", [PLAIN, CAUTIOUS, FULL])
 def test_the_request_comes_to_the_same_plan(settings, resolver):
     spec = settings.spec(lambda domain: 4.0)
     words = shlex.split(exports.curl(settings, spec, "tiny", "http://host:1"))
@@ -60,6 +61,7 @@ def test_the_request_comes_to_the_same_plan(settings, resolver):
     body = json.loads(words[3])
     assert body["prompt"] == settings.prompt
     assert (body["max_tokens"], body["seed"], body["temperature"]) == (6, settings.seed, settings.temperature)
+    assert body.get("min_p", 0.0) == settings.min_p
     assert resolver.plan(read_spec(body["steering"])).as_dict() == resolver.plan(spec).as_dict()
 
 

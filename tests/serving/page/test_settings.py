@@ -26,6 +26,7 @@ FULL = Settings(
     layers="3-5",
     tokens=7,
     temperature=0.0,
+    min_p=0.05,
     seed=2**40,
 )
 amounts = some.integers(-200, 200).map(lambda number: number / 100)
@@ -53,6 +54,7 @@ def test_a_link_holds_all_settings():
         layers=some.text(),
         tokens=some.integers(1, 1000),
         temperature=some.integers(0, 200).map(lambda number: number / 100),
+        min_p=some.integers(0, 100).map(lambda number: number / 100),
         seed=some.integers(0, 2**62),
     )
 )
@@ -79,6 +81,7 @@ def test_a_link_holds_every_digit_of_a_seed():
         ("positions=here", "positions is 'here', expected one of generated"),
         ("formula=magic", "formula is 'magic'"),
         ("temperature=1e99", "temperature 1e"),
+        ("min_p=2", "min_p 2.0 is out of range"),
         ("seed=-1", "seed -1 is out of range"),
         ("utm=x&" * 101, "more than 100 settings"),
     ],
@@ -105,7 +108,7 @@ def test_no_topic_or_no_strength_is_no_steering(settings):
 
 
 def test_widgets_give_settings():
-    values = ["Milo", False, 1, OWN, "paper", "all", " first:3 ", "", 12.0, 0.7, 5.0]
+    values = ["Milo", False, 1, OWN, "paper", "all", " first:3 ", "", 12.0, 0.7, 0.25, 5.0]
     read = from_values(values, ["sport", "food"], [0.5, 0, 0.9])
     assert read == Settings(
         "Milo",
@@ -114,6 +117,7 @@ def test_widgets_give_settings():
         positions="all",
         schedule=" first:3 ",
         tokens=12,
+        min_p=0.25,
         seed=5,
     )
     spec = read.spec(STRENGTHS.__getitem__)
