@@ -3,6 +3,7 @@
 Shapes: B pairs and S columns of a batch.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,11 +121,15 @@ def _read(
     if handle is not None:
         handle.set(rows=plans)
         handle.expect(Window(*ids.shape, 0, ids.shape[1], mask.bool(), index=_numbered(pairs, mask.cpu()), ids=ids))
+    kept = ids.shape[1] - min(len(prompt) for prompt, _ in pairs) + 1  # logits over a vocabulary are costly
+    fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **fewer).logits
+    missing = ids.shape[1] - logits.shape[1]
     found = []
     for row, (prompt, rest) in zip(logits, pairs, strict=True):
-        scored = row[len(prompt) - 1 : len(prompt) - 1 + len(rest)].float()
+        first = len(prompt) - 1 - missing
+        scored = row[first : first + len(rest)].float()
         targets = torch.tensor(rest, device=scored.device)
         lost = F.cross_entropy(scored, targets, reduction="sum")
         found.append(Likelihood(-float(lost), len(rest), bool((scored.argmax(-1) == targets).all())))
