@@ -16,8 +16,9 @@ those names are mapped. The wanted reading is then the package's "trap". This co
 everyday life knows them.
 
 Conditions: unsteered; steered toward the domain; toward another one (all seven in turn, one per item); with the
-domain's experts shuffled. Intervals: 95%, paired bootstrap over items; over all domains, items are resampled within
-their domains, whose means count alike.
+domain's experts shuffled. Any disturbance may favour one reading, such as the more common one, so the last column is
+the effect of the right experts less that of the shuffled ones. Intervals: 95%, paired bootstrap over items; over all
+domains, items are resampled within their domains, whose means count alike.
 """
 
 import argparse
@@ -69,7 +70,8 @@ FORMATS = {
     "question": "Question: {question}\nAnswer:",
     "plain": "{question}",
 }
-CONDITIONS = ("right", "foreign", "shuffled")
+SPECIFIC = "right less shuffled"
+CONDITIONS = ("right", "foreign", "shuffled", SPECIFIC)
 BAR = 0.3
 
 
@@ -142,13 +144,14 @@ def over_domains(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, floa
 def summary(items: Sequence[Item], found: dict[str, np.ndarray], part: str) -> dict[str, dict]:
     """Of each domain and of "all": items, share won and effect by condition."""
     rows: dict[str, dict] = {}
-    names = [name for name in found if name != "unsteered"]
+    moved = {name: values - found["unsteered"] for name, values in found.items() if name != "unsteered"}
+    moved[SPECIFIC] = found["right"] - found["shuffled"]
     own = {
         domain: np.array([i for i, item in enumerate(items) if (item.part, item.domain) == (part, domain)])
         for domain in sorted({item.domain for item in items if item.part == part})
     }
     for domain, which in own.items():
-        effects = {name: bootstrap((found[name] - found["unsteered"])[which]) for name in names}
+        effects = {name: bootstrap(values[which]) for name, values in moved.items()}
         rows[domain] = {
             "items": len(which),
             "won": {name: float((values[which] > 0).mean()) for name, values in found.items()},
@@ -158,21 +161,27 @@ def summary(items: Sequence[Item], found: dict[str, np.ndarray], part: str) -> d
         "items": sum(map(len, own.values())),
         "won": {name: float(np.mean([row["won"][name] for row in rows.values()])) for name in found},
         "effect": {
-            name: over_domains({d: (found[name] - found["unsteered"])[which] for d, which in own.items()})
-            for name in names
+            name: over_domains({domain: values[which] for domain, which in own.items()})
+            for name, values in moved.items()
         },
     }
     return rows
 
 
 def show(rows: dict[str, dict], title: str) -> None:
-    names = list(rows["all"]["effect"])
-    table = Table("domain", "items", "won unsteered", "won steered", *names, title=title)
+    """The conditions of every run with their intervals, then the means of those that were asked for."""
+    table = Table("domain", "items", "won unsteered", "won steered", *CONDITIONS, title=title)
     for domain, row in rows.items():
-        cells = [f"{e['mean']:+.2f} [{e['low']:+.2f}, {e['high']:+.2f}]" for e in map(row["effect"].get, names)]
+        cells = [f"{e['mean']:+.2f} [{e['low']:+.2f}, {e['high']:+.2f}]" for e in map(row["effect"].get, CONDITIONS)]
         won = [f"{row['won'][name]:.0%}" for name in ("unsteered", "right")]
         table.add_row(domain, str(row["items"]), *won, *cells)
     Console(width=150).print(table)
+    further = [name for name in rows["all"]["effect"] if name not in CONDITIONS]
+    if further:
+        table = Table("condition", *rows, title=title)
+        for name in further:
+            table.add_row(name, *(f"{row['effect'][name]['mean']:+.2f}" for row in rows.values()))
+        Console(width=150).print(table)
 
 
 def verdicts(rows: dict[str, dict]) -> Iterator[str]:

@@ -140,6 +140,19 @@ class TeacherForcing:
             tokens=self.tokens,
         )
 
+    def popularity(self, experts: int) -> Tensor:
+        """How often each expert is chosen without steering, as shares of a layer's choices [C, experts].
+
+        Raises:
+            UnsupportedModel: its choices can't be separated by token.
+        """
+        chosen = [batch.chosen for batch in self._batches if batch.chosen is not None]
+        if not chosen:
+            raise UnsupportedModel("which experts are popular can't be measured: the routers' choices are not by token")
+        counts = [torch.bincount(row.flatten().long(), minlength=experts) for row in torch.cat(chosen, 1)]
+        found = torch.stack(counts).float()
+        return found / found.sum(1, keepdim=True)
+
     def largest_difference(self, plan: SteeringPlan) -> float:
         """The largest difference of any scored logit that a plan makes; 0 means bit-identical."""
         with steer(self._model, rows=[plan]) as handle:
