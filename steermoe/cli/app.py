@@ -14,7 +14,20 @@ from typing import Annotated, Any, cast
 import typer
 
 from steermoe import __version__
-from steermoe.cli import batch, calibrate, chat, compare, embed, evaluate, generate, models, play, serve, verify
+from steermoe.cli import (
+    batch,
+    calibrate,
+    chat,
+    compare,
+    embed,
+    evaluate,
+    generate,
+    lm_eval,
+    models,
+    play,
+    serve,
+    verify,
+)
 from steermoe.cli.terminal import console
 from steermoe.cli.vectors import app as vectors
 from steermoe.errors import SteerMoEError
@@ -49,6 +62,7 @@ app.command(epilog=batch.EXAMPLES)(batch.batch)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("lm-eval", epilog=lm_eval.EXAMPLES)(lm_eval.lm_eval)
 app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=play.EXAMPLES)(play.play)
 app.command(epilog=verify.EXAMPLES)(verify.verify)

@@ -22,6 +22,8 @@ steermoe evaluate --quick -o evaluation
 
 steermoe evaluate -d sport -d law --strengths 2,4,8 -o sweep
 
+steermoe evaluate --quick --more-controls -o controls
+
 steermoe evaluate --formulas all --thresholds absolute,relative --budgets 0.3,1 -o formulas
 
 steermoe evaluate -d chess --openings openings.txt --heldout texts --words lists --model ./my-model -o chess
@@ -63,6 +65,27 @@ class DesignOptions:
         typer.Option(help="Also test shuffled experts and a prompt that names the domain.", rich_help_panel=PROTOCOL),
     ] = True
 
+    more_controls: Annotated[
+        bool,
+        typer.Option(
+            "--more-controls",
+            help="Also steer away, by random vectors (20 draws) and toward popular experts, and compare the classifier "
+            "with other judges.",
+            rich_help_panel=PROTOCOL,
+        ),
+    ] = False
+    second_judge: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --more-controls: the folder of a sentence model that judges by the nearest text.",
+            rich_help_panel=PROTOCOL,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.second_judge is not None and not self.more_controls:
+            raise typer.BadParameter("--second-judge is asked only with --more-controls: add that, or leave it out")
+
     def design(self) -> "Design":
         """The design that the options describe.
 
@@ -78,6 +101,8 @@ class DesignOptions:
             strengths=() if self.strengths is None else tuple(parse_numbers(self.strengths, "strengths")),
             budgets=() if self.budgets is None else tuple(parse_numbers(self.budgets, "budgets")),
             controls=self.controls,
+            more_controls=self.more_controls,
+            second_judge=self.second_judge,
         )
 
 
@@ -210,8 +235,12 @@ def _run(
 
 
 def _print(summary: dict[str, Any]) -> None:
-    """One row per condition: success before and after, damage."""
+    """One row per condition: success before and after, damage; then what more controls found."""
     from steermoe.cli.terminal import tables
+    from steermoe.evaluation.markdown import AGREEMENT_TITLES, MORE_TITLES, agreement_rows, more_rows
     from steermoe.evaluation.report import TITLES, table_rows
 
     tables.print_table(TITLES, table_rows(summary), wrapping=1)
+    if summary.get("more_controls"):
+        tables.print_table(MORE_TITLES, more_rows(summary))
+        tables.print_table(AGREEMENT_TITLES, agreement_rows(summary), wrapping=0)

@@ -13,6 +13,7 @@ from steermoe.engines.request import Completion, Request
 from steermoe.errors import CorpusError
 from steermoe.evaluation.calibration import Calibration, calibrate
 from steermoe.evaluation.comparison import vector_share
+from steermoe.evaluation.controls import complaints_of, more_controls
 from steermoe.evaluation.judge import Judge
 from steermoe.evaluation.protocol import Condition, Design, EvaluationSettings, controls_for
 from steermoe.evaluation.results import ResultFolder, StoryRecord
@@ -109,13 +110,17 @@ class Evaluation:
         return TeacherForcing(self._loaded, texts)
 
     def _read(self, texts: TeacherForcing, condition: Condition) -> dict[str, float]:
-        plan = condition.plan(self.vectors[condition.domain])
+        plan = self._plan(condition)
         assert plan is not None
         return texts.compare(plan).as_dict()
 
+    def _plan(self, condition: Condition) -> SteeringPlan | None:
+        vector = self.vectors.get(condition.domain)
+        return condition.plan(vector, lambda: self._neutral.popularity(0 if vector is None else vector.num_experts))
+
     def _generate(self, condition: Condition) -> list[StoryRecord]:
         settings = self.settings
-        plan = condition.plan(self.vectors.get(condition.domain))
+        plan = self._plan(condition)
         numbers = [(opening, seed) for seed in range(settings.seeds) for opening in range(len(settings.openings))]
         requests = [
             Request(
@@ -188,11 +193,13 @@ def evaluate(
     summary = EvaluationSummary(judge(unsteered), unsteered, domains)
     plans = {domain: design.steered(vector) for domain, vector in evaluation.vectors.items()}
     done: list[Condition] = []
+    first: dict[str, Condition] = {}
     for number in range(max(map(len, plans.values()))):
         for domain in domains:
             for wanted in plans[domain][number : number + 1]:
                 notify(f"{domain}: {wanted.formula}, {wanted.cut} threshold")
                 found = wanted if wanted.budget is None else evaluation.within(wanted, wanted.budget)[0]
+                first.setdefault(domain, found)
                 for condition in (found, *(controls_for(found) if design.controls and number == 0 else ())):
                     notify(f"{domain}: {condition.kind}, {condition.formula} {condition.strength:g}")
                     evaluation.stories(condition)
@@ -206,9 +213,13 @@ def evaluate(
             evaluation.damage(condition) if is_read else None,
             evaluation.lift(condition) if is_read else None,
         )
-    return {
+    found = {
         "model": evaluation.model,
         "settings": evaluation.settings.as_dict(),
         "strength_0": evaluation.strength_0(),
         **summary.as_dict(done[0].group),
     }
+    if design.more_controls:
+        more = more_controls(evaluation, summary.judge, unsteered, first, notify)
+        found |= {"more_controls": more, "complaints": [*found["complaints"], *complaints_of(more)]}
+    return found

@@ -8,6 +8,17 @@ from steermoe.evaluation.summary import MAIN, control_groups
 
 SummaryDict = Mapping[str, Any]
 NAMES = {"additive": "(3) additive", "max_scaled": "(4) max-scaled", "zero_max_scaled": "(5) zero-max-scaled"}
+MORE_TITLES = (
+    "domain",
+    "lift",
+    "steered away",
+    "best of the random ones",
+    "popular",
+    "raised",
+    "by random vectors",
+    "by popular experts",
+)
+AGREEMENT_TITLES = ("judge", "texts", "same topic", "kappa")
 
 
 def markdown(summary: SummaryDict) -> str:
@@ -23,6 +34,14 @@ def markdown(summary: SummaryDict) -> str:
             ("Formulas at equal damage budget", _equal_damage(summary)),
             ("Formulas at equal success", _equal_success(summary)),
         ]
+    if summary.get("more_controls"):
+        parts.append(
+            ("Lift of the domain's own texts, and success, by control", _table(MORE_TITLES, more_rows(summary)))
+        )
+    if summary.get("agreement"):
+        parts.append(
+            ("Agreement of the classifier with other judges", _table(AGREEMENT_TITLES, agreement_rows(summary)))
+        )
     settings = summary["settings"]
     drawn = "".join(f", {name.replace('_', '-')} {settings[name]:g}" for name in ("top_p", "min_p") if name in settings)
     head = (
@@ -33,6 +52,30 @@ def markdown(summary: SummaryDict) -> str:
     )
     complaints = [f"- CONTROL FAILED: {line}" for line in summary["complaints"]] or ["All controls came out."]
     return "\n".join([head, "", *complaints, *(f"\n### {title}\n\n{table}" for title, table in parts)]) + "\n"
+
+
+def more_rows(summary: SummaryDict) -> list[list[str]]:
+    """Rows for `MORE_TITLES`: lift in nats per token, and by how much success is raised; none without more controls."""
+    return [
+        [
+            one["domain"],
+            *(f"{one[name]['lift']:+.2f}" for name in ("true", "negative")),
+            f"{max(one['random']['lift']):+.2f}",
+            f"{one['popular']['lift']:+.2f}",
+            *(rate(one[name]["raised"], "+.0%") for name in ("true", "random", "popular")),
+        ]
+        for one in summary.get("more_controls", [])
+    ]
+
+
+def agreement_rows(summary: SummaryDict) -> list[list[str]]:
+    """Rows for `AGREEMENT_TITLES`: each judge, over all texts and over those in which it names a topic."""
+    rows = []
+    for name, found in summary.get("agreement", {}).items():
+        for what, one in ((name, found), (f"{name}, where it names a domain", found["named"])):
+            same = "" if one["same"] is None else f"{one['same']:.0%}"
+            rows.append([what, str(one["texts"]), same, rate(one["kappa"], ".2f")])
+    return rows
 
 
 def _domains(summary: SummaryDict) -> str:

@@ -1,10 +1,12 @@
 """What an evaluation runs: its settings, and the conditions under which stories are generated and texts are read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from steermoe.engines.request import Sampling
 from steermoe.errors import SteeringError, quoted
@@ -18,9 +20,11 @@ Cut = Literal["own", "absolute", "relative"]
 """How a vector is thresholded: as its file says, at threshold/N as in the paper, or at threshold x baseline."""
 CUTS: tuple[Cut, ...] = ("own", "absolute", "relative")
 
-Kind = Literal["unsteered", "steered", "shuffled", "prompted", "both"]
+Kind = Literal["unsteered", "steered", "shuffled", "prompted", "both", "negative", "random", "popular"]
 """`shuffled`: the same vector with its experts shuffled in each layer. `prompted`: the prompt asks for the domain in
-words, nothing is steered. `both`: prompted and steered. (Another domain's vector needs no runs of its own.)"""
+words, nothing is steered. `both`: prompted and steered. (Another domain's vector needs no runs of its own.) `negative`:
+steered away, by the same strength below 0. `random`: random weights on random experts, in each layer as many and of the
+same norm. `popular`: the vector's weights on the experts that neutral texts use most."""
 
 MOST_STORIES = 1_000_000
 """Of each condition."""
@@ -84,6 +88,7 @@ class Condition:
         cut: how the vector is thresholded.
         budget: the damage budget in nats that the strength was found for; None if it was given.
         is_own: the strength is the vector's own, as `generate` uses it.
+        draw: the number of a random vector.
     """
 
     kind: Kind
@@ -94,10 +99,11 @@ class Condition:
     strength: float = 0.0
     budget: float | None = None
     is_own: bool = False
+    draw: int = 0
 
     @property
     def steers(self) -> bool:
-        return self.kind in ("steered", "shuffled", "both")
+        return self.kind not in ("unsteered", "prompted")
 
     @property
     def group(self) -> str:
@@ -114,21 +120,29 @@ class Condition:
         if self.kind == "unsteered":
             return self.kind
         how = f"-{self.formula}-{self.scale}-{self.cut}-{self.strength:g}" if self.steers else ""
-        return f"{self.domain}-{self.kind}{how}"
+        return f"{self.domain}-{self.kind}{how}" + (f"-draw-{self.draw}" if self.kind == "random" else "")
 
     def prompt(self, opening: str) -> str:
         return ASKING.format(domain=self.domain, opening=opening) if self.kind in ("prompted", "both") else opening
 
-    def plan(self, vector: SteeringVector | None) -> SteeringPlan | None:
-        """The plan to steer with, or None."""
+    def plan(self, vector: SteeringVector | None, usual: Callable[[], Tensor] | None = None) -> SteeringPlan | None:
+        """The plan to steer with, or None; `usual` measures how often neutral texts use each expert [L, N]."""
         if not self.steers or vector is None:
             return None
         used = cut_vector(vector, self.cut)
-        used = shuffled(used) if self.kind == "shuffled" else used
+        if self.kind == "shuffled":
+            used = shuffled(used)
+        elif self.kind == "random":
+            used = random_like(used, self.draw)
+        elif self.kind == "popular":
+            assert usual is not None
+            used = popular(used, usual())
         return SteeringPlan(used, self.strength, self.formula, self.scale)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "group": self.group, **asdict(self)}
+        fields = asdict(self)
+        del fields["draw"]  # only of conditions that are not listed
+        return {"name": self.name, "group": self.group, **fields}
 
 
 def cut_vector(vector: SteeringVector, cut: Cut) -> SteeringVector:
@@ -156,7 +170,31 @@ def shuffled(vector: SteeringVector, seed: int = 0) -> SteeringVector:
         values = row[used].clone()
         row[used] = 0.0
         row[target] = values
-    info = replace(vector.info, keywords=(), title=f"{vector.domain}, experts shuffled")
+    return _control(vector, experts, "experts shuffled")
+
+
+def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
+    """A control: in each layer as many experts, drawn from all, with random weights of the same Euclidean norm."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.zeros_like(vector.experts)
+    for row, true in zip(experts, vector.experts, strict=True):
+        used = torch.randperm(len(row), generator=generator)[: int(true.count_nonzero())]
+        drawn = torch.rand(len(used), generator=generator) + 1e-6
+        row[used] = drawn * true.norm() / drawn.norm() if len(used) else drawn
+    return _control(vector, experts, f"random experts, draw {seed}")
+
+
+def popular(vector: SteeringVector, usual: Tensor) -> SteeringVector:
+    """A control: the same weights, the largest first, on the experts of each layer that are used most [L, N]."""
+    experts = torch.zeros_like(vector.experts)
+    for row, true, often in zip(experts, vector.experts, usual, strict=True):
+        used = true[true != 0].sort(descending=True).values
+        row[often[: len(row)].argsort(descending=True)[: len(used)]] = used
+    return _control(vector, experts, "popular experts")
+
+
+def _control(vector: SteeringVector, experts: Tensor, what: str) -> SteeringVector:
+    info = replace(vector.info, keywords=(), title=f"{vector.domain}, {what}")
     return SteeringVector(vector.domain, None, vector.layers, weights=experts, info=info)
 
 
@@ -178,6 +216,9 @@ class Design:
             own strength, or a budget of 1 nat if formulas or thresholds are compared, since strengths then differ in
             meaning.
         controls: compare the first condition of each domain with shuffled experts and with a prompt in words.
+        more_controls: and with steering away, random vectors and popular experts (`controls.more_controls`); and the
+            classifier with other judges (`agreement.agreement`).
+        second_judge: the folder of a sentence model that judges too, by nearest neighbour.
     """
 
     formulas: tuple[Formula, ...] | None = None
@@ -186,6 +227,8 @@ class Design:
     strengths: tuple[float, ...] = ()
     budgets: tuple[float, ...] = ()
     controls: bool = True
+    more_controls: bool = False
+    second_judge: Path | None = None
 
     @property
     def compares(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steermoe.evaluation.agreement import SentenceModel, agreement, by_nearest, by_words
 from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.evaluate import Evaluation, Notify, evaluate
 from steermoe.evaluation.judge import FIGURES, Judge
@@ -64,6 +65,7 @@ def evaluate_into(
             missing. SteeringError: a plan that does not fit.
     """
     classifier = DomainClassifier(texts)
+    second = None if design.second_judge is None else SentenceModel(design.second_judge)
     results = ResultFolder(folder, comparable(loaded, vectors, settings))
     started, counted = time.monotonic(), [0, 0]
 
@@ -81,6 +83,13 @@ def evaluate_into(
 
     evaluation = Evaluation(loaded, vectors, texts, settings, results, progress)
     summary = evaluate(evaluation, design, judge, notify)
+    if design.more_controls:
+        notify("asking other judges")
+        judges = {"words": by_words({domain: domain_list(domain, (), texts.word_lists) for domain in texts.labels})}
+        judges |= {} if second is None else {"nearest text": by_nearest(texts, second)}
+        named = [row["name"] for row in summary["conditions"] if row["group"] == summary["main_group"]]
+        stories = [story for name in ("unsteered", *named) for story in results.stories(name, list)]
+        summary["agreement"] = agreement(classifier, judges, stories)
     summary["words"] = {domain: len(listed) for domain, listed in lists.items()}
     summary["seconds"] = round(time.monotonic() - started, 1)
     results.write_json(SUMMARY, summary)

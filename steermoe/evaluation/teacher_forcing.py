@@ -95,7 +95,7 @@ class TeacherForcing:
         prompt_tokens: int = PROMPT_TOKENS,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        _require_decoder(loaded)
+        require_decoder(loaded)
         self._model: Any = loaded.model
         self.prompt_tokens = prompt_tokens
         encoded = [loaded.tokenizer(text)["input_ids"][:max_tokens] for text in texts]
@@ -140,6 +140,19 @@ class TeacherForcing:
             tokens=self.tokens,
         )
 
+    def popularity(self, experts: int) -> Tensor:
+        """How often each expert is chosen without steering, as shares of a layer's choices [C, experts].
+
+        Raises:
+            UnsupportedModel: its choices can't be separated by token.
+        """
+        chosen = [batch.chosen for batch in self._batches if batch.chosen is not None]
+        if not chosen:
+            raise UnsupportedModel("which experts are popular can't be measured: the routers' choices are not by token")
+        counts = [torch.bincount(row.flatten().long(), minlength=experts) for row in torch.cat(chosen, 1)]
+        found = torch.stack(counts).float()
+        return found / found.sum(1, keepdim=True)
+
     def largest_difference(self, plan: SteeringPlan) -> float:
         """The largest difference of any scored logit that a plan makes; 0 means bit-identical."""
         with steer(self._model, rows=[plan]) as handle:
@@ -151,7 +164,7 @@ class TeacherForcing:
         )
 
     def _unsteered(self, texts: Sequence[Sequence[int]]) -> _Batch:
-        ids, mask = _padded(texts, input_device(self._model))
+        ids, mask = padded(texts, input_device(self._model))
         scored = mask[:, 1:].bool()
         scored[:, : self.prompt_tokens] = False
         logits, chosen = self._read(ids, mask, scored)
@@ -168,7 +181,7 @@ class TeacherForcing:
         return logits, torch.stack(kept).to(torch.int16)
 
 
-def _require_decoder(loaded: LoadedModel) -> None:
+def require_decoder(loaded: LoadedModel) -> None:
     if loaded.model.config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{loaded.name} is an encoder-decoder, which does not continue a text: damage and likelihood are measured "
@@ -184,14 +197,14 @@ def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) ->
     Raises:
         UnsupportedModel: an encoder-decoder.
     """
-    _require_decoder(loaded)
+    require_decoder(loaded)
     model: Any = loaded.model
     prompts = [loaded.tokenizer(done.request.prompt, split_special_tokens=True)["input_ids"] for done in completions]
     texts = [[*prompt, *done.token_ids] for prompt, done in zip(prompts, completions, strict=True)]
     found: list[float | None] = [None] * len(completions)
     order = sorted((i for i, done in enumerate(completions) if done.token_ids), key=lambda i: len(texts[i]))
     for numbers in batches(order, list(map(len, texts)), BATCH_TOKENS):
-        ids, mask = _padded([texts[i] for i in numbers], loaded.device)
+        ids, mask = padded([texts[i] for i in numbers], loaded.device)
         first = min(len(prompts[i]) for i in numbers) - 1
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, first:-1].float()
@@ -202,7 +215,7 @@ def continuation_nats(loaded: LoadedModel, completions: Sequence[Completion]) ->
     return found
 
 
-def _padded(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+def padded(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
     """Tokens and mask [B, S], padded on the right."""
     width = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
