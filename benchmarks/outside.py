@@ -27,8 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from steermoe.discovery.clustering import transform
-from steermoe.discovery.discover import discover
+from steermoe.discovery.clustering import Method, labels_of, transform
 from steermoe.discovery.embed_corpus import embed_corpus
 from steermoe.discovery.embedder import EmbeddingOptions
 from steermoe.discovery.store import EmbeddedTexts, Text
@@ -135,9 +134,10 @@ def compare(embedded: EmbeddedTexts, seeds: Sequence[int]) -> dict:
     sources = len(set(known))
     began = time.perf_counter()
     routing = replace(embedded, hidden=None)
-    found = {"discover": [discover(routing, options(seed)).clustering.labels for seed in seeds]}
+    found = {"discover": discovered(routing, seeds, algorithm="consensus")}
     seconds = (time.perf_counter() - began) / len(seeds)
-    found["discover + hidden states"] = [discover(embedded, options(seed)).clustering.labels for seed in seeds]
+    found["discover + hidden states"] = discovered(embedded, seeds, algorithm="consensus")
+    found["HDBSCAN"] = discovered(routing, seeds, algorithm="hdbscan")
     features = features_of(embedded)
     for name, matrix in features.items():
         found[f"k-means, {name}"] = [
@@ -162,15 +162,23 @@ def compare(embedded: EmbeddedTexts, seeds: Sequence[int]) -> dict:
     }
 
 
-def options(seed: int):
-    from steermoe.discovery.discover import DiscoveryOptions
-
-    return DiscoveryOptions(seed=seed, other_seeds=0)
+def discovered(embedded: EmbeddedTexts, seeds: Sequence[int], algorithm: str) -> list[np.ndarray]:
+    """The clusters of `vectors discover`, for each seed."""
+    method = Method(algorithm, metric="hellinger" if embedded.hidden is None else "cosine")
+    return [labels_of(embedded.features(), replace(method, seed=seed)) for seed in seeds]
 
 
 def misses(case: dict) -> list[str]:
-    """The bars that discovery on routing alone misses, in words."""
-    ours, means = case["methods"]["discover"], case["methods"]["k-means, routing"]
+    """The bars that discovery misses, on routing alone and with hidden states, in words."""
+    means = case["methods"]["k-means, routing"]
+    return [
+        f"{name}: {miss}"
+        for name in ("discover", "discover + hidden states")
+        for miss in misses_of(case["methods"][name], means)
+    ]
+
+
+def misses_of(ours: dict, means: dict) -> list[str]:
     median, least, _ = ours["ARI"]
     found = []
     if least < LEAST_OF_MEDIAN * median:

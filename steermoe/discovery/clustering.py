@@ -125,28 +125,48 @@ def cluster(features: Floats, method: Method | None = None) -> Clustering:
             number of clusters that is not found. SteerMoEError: umap-learn or scikit-learn is missing.
     """
     method = method or Method()
-    default = smallest_cluster if method.by_consensus else default_min_cluster_size
-    size = default(len(features)) if method.min_cluster_size is None else method.min_cluster_size
-    _check(len(features), size, method)
-    points = transform(features, method.metric)
+    points, size = _prepared(features, method)
     if not np.ptp(points, axis=0).any():
         return _nothing(len(points), size)
-    in_map = method.cluster_dimensions == 2
-    map_B2 = _embed(points, method, 2, min_dist=0.0 if in_map else 0.1)
-    if method.by_consensus:
-        labels, probabilities = consensus(points, method.seed, size, method.clusters)
-        size = min(size, int(np.bincount(labels[labels >= 0], minlength=1).min()) or size)
-    else:
-        places_BK = map_B2 if in_map else _places(points, method)
-        if method.clusters is None:
-            labels, probabilities = _densest(places_BK, size, method.selection or "eom")
-        else:
-            size, labels, probabilities = _wanted(places_BK, method.clusters, method.selection or "eom")
+    map_B2 = _embed(points, method, 2, min_dist=0.0 if method.cluster_dimensions == 2 else 0.1)
+    labels, probabilities, size = _grouped(points, size, method, map_B2)
     labels = _largest_first(labels)
     was_noise = labels == NOISE
     if method.assign_noise:
         labels = _assign(points, labels)
     return Clustering(map_B2, labels, probabilities, size, was_noise)
+
+
+def labels_of(features: Floats, method: Method | None = None) -> Labels:
+    """The labels that `cluster` gives, without the time for a map; raises the same."""
+    method = method or Method()
+    points, size = _prepared(features, method)
+    if not np.ptp(points, axis=0).any():
+        return _nothing(len(points), size).labels
+    labels = _largest_first(_grouped(points, size, method)[0])
+    return _assign(points, labels) if method.assign_noise else labels
+
+
+def _prepared(features: Floats, method: Method) -> tuple[Floats, int]:
+    """Features in the form that the metric compares, and the smallest size of a cluster; everything is checked."""
+    default = smallest_cluster if method.by_consensus else default_min_cluster_size
+    size = default(len(features)) if method.min_cluster_size is None else method.min_cluster_size
+    _check(len(features), size, method)
+    return transform(features, method.metric), size
+
+
+def _grouped(
+    points: Floats, size: int, method: Method, map_B2: Floats | None = None
+) -> tuple[Labels, Probabilities, int]:
+    """Labels and probabilities, [B] each, and the smallest size of a cluster that was used."""
+    if method.by_consensus:
+        labels, probabilities = consensus(points, method.seed, size, method.clusters)
+        return labels, probabilities, min(size, int(np.bincount(labels[labels >= 0], minlength=1).min()) or size)
+    places_BK = map_B2 if map_B2 is not None and method.cluster_dimensions == 2 else _places(points, method)
+    if method.clusters is None:
+        return *_densest(places_BK, size, method.selection or "eom"), size
+    size, labels, probabilities = _wanted(places_BK, method.clusters, method.selection or "eom")
+    return labels, probabilities, size
 
 
 def agreement_of_seeds(features: Floats, found: Clustering, method: Method, seeds: Sequence[int]) -> float | None:

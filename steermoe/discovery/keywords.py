@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MIN_TEXTS = 2
 MIN_SHARE = 0.05
 """A keyword must be in this many of its cluster's texts, and in this share of them, else one text's names would win."""
-LANGUAGE_CHARACTERS = 2000
+LANGUAGE_CHARACTERS = 1000
 """The part of a text that is read to find its language."""
 RARE = 0.02
 """A language that fewer of the texts have is doubtful: such texts count as of no known language."""
@@ -87,11 +87,31 @@ def cluster_keywords(
 
 
 def languages_of(texts: Sequence[str]) -> list[str]:
-    """The language of each text; "" for those of a language that next to none of the texts have."""
+    """The language of each text.
+
+    A text whose language can't be told, or is one that next to none of the texts have, gets the most frequent language
+    of texts in its script; "" if there is none.
+    """
     read = word_analyser(frozenset())
-    found = [language_of(text, read(text[:LANGUAGE_CHARACTERS])) for text in texts]
+    found, scripts = [], []
+    for text in texts:
+        words = read(text[:LANGUAGE_CHARACTERS])
+        found.append(language_of(text, words))
+        scripts.append(_script(words))
     counts = Counter(found)
-    return [language if counts[language] >= RARE * len(texts) else "" for language in found]
+    usual: dict[str, str] = {}
+    for (script, code), _ in Counter(zip(scripts, found, strict=True)).most_common():
+        if code and counts[code] >= RARE * len(texts):
+            usual.setdefault(script, code)
+    return [
+        code if code and counts[code] >= RARE * len(texts) else usual.get(script, "")
+        for code, script in zip(found, scripts, strict=True)
+    ]
+
+
+def _script(words: Sequence[str]) -> str:
+    """The script of a text's first word, such as "CYRILLIC"."""
+    return unicodedata.name(words[0][0], "").partition(" ")[0] if words else ""
 
 
 def _folded(

@@ -11,7 +11,7 @@ from steermoe.discovery.languages import language_of, most_frequent_forms, stemm
 SPORT = [
     "Наша команда выиграла матч, и вратарь был лучшим на поле.",
     "После матча тренер сказал, что команде не хватило сил.",
-    "В этом матче вратаря заменили, но команда всё равно победила.",
+    "В этом матче вратарь ушёл раньше, но команда всё равно победила.",
     "Тренер доволен: команду поддержали болельщики на каждом матче.",
     "Болельщики ждали гола весь матч, а вратари не ошибались.",
     "Судья остановил матч, когда на поле вышли болельщики.",
@@ -52,9 +52,10 @@ def test_languages(text, language):
     assert language_of(text, text.lower().replace(",", "").replace(".", "").split()) == language
 
 
-def test_a_language_of_one_text_among_many_is_doubtful():
-    assert set(languages_of([ENGLISH] * 99 + [GERMAN])) == {"en", ""}
+def test_a_doubtful_language_is_that_of_the_other_texts_in_its_script():
     assert languages_of([ENGLISH, GERMAN]) == ["en", "de"]
+    assert set(languages_of([ENGLISH] * 99 + [GERMAN])) == {"en"}
+    assert languages_of([SPORT[0], "Вратарь!", "Goal!"]) == ["ru", "ru", ""]
 
 
 def test_russian_keywords_are_topics_and_each_word_comes_once():
