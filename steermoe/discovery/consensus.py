@@ -12,7 +12,6 @@ Shapes: B texts, S texts of the sample, D features per text, P principal compone
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,23 +47,6 @@ JUDGED = 1000
 """Silhouettes are taken over at most so many texts."""
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """One way to cut the tree.
-
-    Attributes:
-        height: groups merge below it; 1 minus a share of runs.
-        labels: [S], `NOISE` for texts in groups that are too small.
-    """
-
-    height: float
-    labels: Labels
-
-    @property
-    def clusters(self) -> int:
-        return int(self.labels.max(initial=NOISE)) + 1
-
-
 def consensus(
     points: Floats, seed: int, least_size: int, clusters: int | None = None
 ) -> tuple[Labels, NDArray[np.float64]]:
@@ -78,7 +60,7 @@ def consensus(
 
     Returns:
         labels [B], `NOISE` for none; and for each text the mean share of runs in which it was together with the others
-        of its cluster [B], 0 for noise.
+        of its cluster [B], or outside the sample the share of its neighbours there; 0 for noise.
 
     Raises:
         CorpusError: no cut gives so many clusters. SteerMoEError: scikit-learn is missing.
@@ -95,11 +77,10 @@ def consensus(
     numbers = _numbers(texts, len(chosen))
     together_SS = _together(places_BP[chosen], numbers, random)
     least = max(LEAST, round(least_size * len(chosen) / texts))
-    judge = _judge(places_BP[chosen], random)
     if clusters is None:
-        labels_S = _best(_tree(together_SS), least, numbers[-1], judge)
+        labels_S = _best(_tree(together_SS), least, numbers[-1], _judge(places_BP[chosen], random))
     else:
-        labels_S = _wanted(_tree(together_SS), least, clusters, judge)
+        labels_S = _wanted(_tree(together_SS), least, clusters)
     firm_S = _firmness(together_SS, labels_S)
     if len(chosen) == texts:
         return labels_S, firm_S
@@ -159,19 +140,19 @@ def _tree(together_SS: Floats) -> NDArray[np.float64]:
     return linkage(squareform(1 - together_SS, checks=False), "average")
 
 
-def _cuts(tree: NDArray[np.float64], least: int, most: int) -> Iterator[Cut]:
-    """Cuts into 2 to `most` groups of `least` texts or more, the coarsest first; each way to group them once."""
+def _cuts(tree: NDArray[np.float64], least: int, most: int) -> Iterator[tuple[int, Labels]]:
+    """The number of clusters and the labels [S] of the coarsest cut into each number of groups of `least` texts or more, from 2 to `most`, the coarsest first."""
     from scipy.cluster.hierarchy import fcluster
 
-    sizes: set[bytes] = set()
+    there = {0, 1}
     for height in np.unique(tree[:, 2])[::-1]:
-        cut = Cut(float(height), _large(fcluster(tree, height, "distance"), least))
-        if (cut.labels == NOISE).mean() > MOST_NOISE or cut.clusters > most:
+        labels = _large(fcluster(tree, height, "distance"), least)
+        count = int(labels.max()) + 1
+        if (labels == NOISE).mean() > MOST_NOISE or count > most:
             return
-        name = np.bincount(cut.labels - NOISE, minlength=cut.clusters + 1).tobytes()
-        if cut.clusters > 1 and name not in sizes:
-            sizes.add(name)
-            yield cut
+        if count not in there:
+            there.add(count)
+            yield count, labels
 
 
 Judge = Callable[[Labels], float]
@@ -190,9 +171,8 @@ def _judge(places_SP: Floats, random: np.random.Generator) -> Judge:
         kept = np.flatnonzero(own != NOISE)
         if not 1 < len(np.unique(own[kept])) < len(kept):
             return -1.0
-        return (
-            float(silhouette_score(apart[np.ix_(kept, kept)], own[kept], metric="precomputed")) * len(kept) / len(own)
-        )
+        silhouette = silhouette_score(apart[np.ix_(kept, kept)], own[kept], metric="precomputed")
+        return float(silhouette) * len(kept) / len(own)
 
     return judge
 
@@ -202,27 +182,27 @@ def _best(tree: NDArray[np.float64], least: int, most: int, judge: Judge) -> Lab
     from scipy.cluster.hierarchy import fcluster
 
     usual = _large(fcluster(tree, 1 - TOGETHER, "distance"), least)
-    cuts = list(_cuts(tree, least, most))
+    cuts = [labels for _, labels in _cuts(tree, least, most)]
     if not cuts:
         return np.full_like(usual, NOISE)
-    scores = [judge(cut.labels) for cut in cuts]
+    scores = [judge(labels) for labels in cuts]
     if max(scores) >= CLEAR:
-        return cuts[int(np.argmax(scores))].labels
-    return usual if (usual == NOISE).mean() <= MOST_NOISE and usual.max() > 0 else cuts[-1].labels
+        return cuts[int(np.argmax(scores))]
+    return usual if (usual == NOISE).mean() <= MOST_NOISE and usual.max() > 0 else cuts[-1]
 
 
-def _wanted(tree: NDArray[np.float64], least: int, clusters: int, judge: Judge) -> Labels:
-    """The best of the cuts into so many clusters.
+def _wanted(tree: NDArray[np.float64], least: int, clusters: int) -> Labels:
+    """The cut into so many clusters.
 
     Raises:
         CorpusError: there is none.
     """
     there: set[int] = set()
     for size in (least, LEAST):
-        cuts = list(_cuts(tree, size, 2 * clusters))
-        there |= {cut.clusters for cut in cuts}
-        if right := [cut.labels for cut in cuts if cut.clusters == clusters]:
-            return max(right, key=judge)
+        for count, labels in _cuts(tree, size, 2 * clusters):
+            if count == clusters:
+                return labels
+            there.add(count)
     numbers = ", ".join(map(str, sorted(there))) or "1"
     raise CorpusError(
         f"the texts do not fall into {clusters} clusters, but into {numbers}: ask for one of these numbers"
