@@ -141,7 +141,10 @@ def _tree(together_SS: Floats) -> NDArray[np.float64]:
 
 
 def _cuts(tree: NDArray[np.float64], least: int, most: int) -> Iterator[tuple[int, Labels]]:
-    """The number of clusters and the labels [S] of the coarsest cut into each number of groups of `least` texts or more, from 2 to `most`, the coarsest first."""
+    """Number of clusters and labels [S] of cuts, the coarsest first: for each number from 2 to `most` one cut at most.
+
+    Groups of fewer than `least` texts are noise.
+    """
     from scipy.cluster.hierarchy import fcluster
 
     there = {0, 1}
