@@ -43,7 +43,9 @@ CHUNK = 2000
 """Texts that are compared with the sample at a time."""
 MOST_NOISE = 0.25
 """A cut that leaves more texts outside all clusters is too fine."""
-JUDGED = 1000
+VARIANTS = 4
+"""Cuts into the same number of clusters differ in which texts are outside; so many are looked at."""
+JUDGED = 500
 """Silhouettes are taken over at most so many texts."""
 
 
@@ -141,20 +143,22 @@ def _tree(together_SS: Floats) -> NDArray[np.float64]:
 
 
 def _cuts(tree: NDArray[np.float64], least: int, most: int) -> Iterator[tuple[int, Labels]]:
-    """Number of clusters and labels [S] of cuts, the coarsest first: for each number from 2 to `most` one cut at most.
+    """Number of clusters and labels [S] of cuts, the coarsest first, `VARIANTS` for each number up to `most`.
 
     Groups of fewer than `least` texts are noise.
     """
     from scipy.cluster.hierarchy import fcluster
 
-    there = {0, 1}
+    seen: dict[int, set[bytes]] = {}
     for height in np.unique(tree[:, 2])[::-1]:
         labels = _large(fcluster(tree, height, "distance"), least)
         count = int(labels.max()) + 1
         if (labels == NOISE).mean() > MOST_NOISE or count > most:
             return
-        if count not in there:
-            there.add(count)
+        variants = seen.setdefault(count, set())
+        sizes = np.bincount(labels - NOISE).tobytes()
+        if count > 1 and len(variants) < VARIANTS and sizes not in variants:
+            variants.add(sizes)
             yield count, labels
 
 
