@@ -1,27 +1,31 @@
-"""Find groups of texts in their routing embeddings: UMAP, then HDBSCAN (Shchukin 2024). Knows no texts and no models.
+"""Find groups of texts in their routing embeddings, and their places on a map. Knows no texts and no models.
+
+Two algorithms: the consensus of many clusterings, and UMAP with HDBSCAN (Shchukin 2024).
 
 Shapes: B texts, D features per text, K dimensions to cluster in.
 """
 
-import contextlib
 import itertools
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from steermoe.discovery.consensus import NOISE as NOISE
+from steermoe.discovery.consensus import Floats, Labels, consensus, quietly, smallest_cluster
 from steermoe.errors import CorpusError, SteerMoEError
 
 Metric = Literal["hellinger", "euclidean", "cosine"]
 METRICS = get_args(Metric)
 Selection = Literal["eom", "leaf"]
 SELECTIONS = get_args(Selection)
-NOISE = -1
-"""The label of texts that are in no cluster."""
+Algorithm = Literal["consensus", "hdbscan"]
+ALGORITHMS = get_args(Algorithm)
+DIMENSIONS = 5
+"""In which HDBSCAN clusters by default."""
 MIN_CLUSTERS = 3
 """There must be enough texts for this many clusters of the minimum size: fewer are no different from noise."""
 DENSITY_NEIGHBOURS = 10
@@ -35,8 +39,6 @@ LEAST_SIZE, SIZES_TRIED = 2, 12
 SPECTRAL_LEAST = 20
 """UMAP's spectral initialisation needs clearly more texts than dimensions."""
 
-Floats = NDArray[np.float32]
-Labels = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
 
 
@@ -45,26 +47,35 @@ class Method:
     """How texts are clustered.
 
     Attributes:
-        cluster_dimensions: K.
-        min_cluster_size: the fewest texts in a cluster; by default `default_min_cluster_size(B)`.
+        algorithm: "consensus" of many clusterings (see `consensus`), or "hdbscan" on UMAP's layout (the paper). None is
+            "consensus", or "hdbscan" if `cluster_dimensions` or `selection` is given, which only HDBSCAN has.
+        cluster_dimensions: K; None is 5.
+        min_cluster_size: the fewest texts in a cluster; by default `default_min_cluster_size`.
         clusters: the wanted number of clusters, in place of their size.
         selection: which of HDBSCAN's nested clusters are taken: "eom" the most stable ones of any size, "leaf" the
-            smallest, which are more and of more equal size.
+            smallest, which are more and of more equal size; None is "eom".
         neighbours: neighbours of each text that UMAP looks at, at most a quarter of all texts; more show larger
             structures.
         metric: distance between two texts. "hellinger" is the euclidean distance of square roots, made for shares.
         assign_noise: put each text that is in no cluster into the one with the nearest mean features.
-        seed: for UMAP.
+        seed: for UMAP and the consensus.
     """
 
-    cluster_dimensions: int = 5
+    algorithm: Algorithm | None = None
+    cluster_dimensions: int | None = None
     min_cluster_size: int | None = None
     clusters: int | None = None
-    selection: Selection = "eom"
+    selection: Selection | None = None
     neighbours: int = 15
     metric: Metric = "hellinger"
     assign_noise: bool = False
     seed: int = 0
+
+    @property
+    def by_consensus(self) -> bool:
+        if self.algorithm is None:
+            return self.cluster_dimensions is None and self.selection is None
+        return self.algorithm == "consensus"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +87,7 @@ class Clustering:
         labels: cluster of each text, [B]; 0 is the largest cluster, -1 is noise.
         probabilities: how certainly each text is in its cluster, [B], 0 to 1; 0 for noise, assigned or not.
         min_cluster_size: the size that was used.
-        was_noise: which texts HDBSCAN called noise, [B]; assigned noise has a cluster all the same.
+        was_noise: which texts were in no cluster at first, [B]; assigned noise has a cluster all the same.
     """
 
     map_B2: Floats
@@ -91,9 +102,9 @@ class Clustering:
 
 
 def default_min_cluster_size(texts: int) -> int:
-    """The square root of the number of texts, but at most a tenth of it and at least 2.
+    """For HDBSCAN: the square root of the number of texts, but at most a tenth of it and at least 2.
 
-    6 texts: 2. 60: 6. 1,000: 32. 40,000: 200.
+    6 texts: 2. 60: 6. 1,000: 32. 40,000: 200. (For the consensus: `smallest_cluster`.)
     """
     return max(2, min(texts // 10, round(math.sqrt(texts))))
 
@@ -101,9 +112,9 @@ def default_min_cluster_size(texts: int) -> int:
 def cluster(features: Floats, method: Method | None = None) -> Clustering:
     """Cluster texts by their features.
 
-    UMAP (McInnes 2018) lays the texts out in `cluster_dimensions` with no minimum distance (`min_dist` 0), and HDBSCAN
-    (Campello 2013) clusters them there. A second, two-dimensional UMAP is the map for the picture. The paper clusters
-    in the map itself: `cluster_dimensions=2`. The same seed gives the same clusters on the same machine.
+    By consensus, see `consensus`. By HDBSCAN (Campello 2013), after UMAP (McInnes 2018) has laid the texts out in
+    `cluster_dimensions` with no minimum distance (`min_dist` 0). A two-dimensional UMAP is the map for the picture. The
+    paper clusters in the map itself: `cluster_dimensions=2`. The same seed gives the same clusters on the same machine.
 
     Args:
         features: [B, D].
@@ -114,18 +125,11 @@ def cluster(features: Floats, method: Method | None = None) -> Clustering:
             number of clusters that is not found. SteerMoEError: umap-learn or scikit-learn is missing.
     """
     method = method or Method()
-    size = default_min_cluster_size(len(features)) if method.min_cluster_size is None else method.min_cluster_size
-    _check(len(features), size, method)
-    points = transform(features, method.metric)
+    points, size = _prepared(features, method)
     if not np.ptp(points, axis=0).any():
         return _nothing(len(points), size)
-    in_map = method.cluster_dimensions == 2
-    map_B2 = _embed(points, method, 2, min_dist=0.0 if in_map else 0.1)
-    places_BK = map_B2 if in_map else _embed(points, method, method.cluster_dimensions, min_dist=0.0)
-    if method.clusters is None:
-        labels, probabilities = _densest(places_BK, size, method.selection)
-    else:
-        size, labels, probabilities = _wanted(places_BK, method.clusters, method.selection)
+    map_B2 = _embed(points, method, 2, min_dist=0.0 if method.cluster_dimensions == 2 else 0.1)
+    labels, probabilities, size = _grouped(points, size, method, map_B2)
     labels = _largest_first(labels)
     was_noise = labels == NOISE
     if method.assign_noise:
@@ -133,10 +137,42 @@ def cluster(features: Floats, method: Method | None = None) -> Clustering:
     return Clustering(map_B2, labels, probabilities, size, was_noise)
 
 
+def labels_of(features: Floats, method: Method | None = None) -> Labels:
+    """The labels that `cluster` gives, without the time for a map; raises the same."""
+    method = method or Method()
+    points, size = _prepared(features, method)
+    if not np.ptp(points, axis=0).any():
+        return _nothing(len(points), size).labels
+    labels = _largest_first(_grouped(points, size, method)[0])
+    return _assign(points, labels) if method.assign_noise else labels
+
+
+def _prepared(features: Floats, method: Method) -> tuple[Floats, int]:
+    """Features in the form that the metric compares, and the smallest size of a cluster; everything is checked."""
+    default = smallest_cluster if method.by_consensus else default_min_cluster_size
+    size = default(len(features)) if method.min_cluster_size is None else method.min_cluster_size
+    _check(len(features), size, method)
+    return transform(features, method.metric), size
+
+
+def _grouped(
+    points: Floats, size: int, method: Method, map_B2: Floats | None = None
+) -> tuple[Labels, Probabilities, int]:
+    """Labels and probabilities, [B] each, and the smallest size of a cluster that was used."""
+    if method.by_consensus:
+        labels, probabilities = consensus(points, method.seed, size, method.clusters)
+        return labels, probabilities, min(size, int(np.bincount(labels[labels >= 0], minlength=1).min()) or size)
+    places_BK = map_B2 if map_B2 is not None and method.cluster_dimensions == 2 else _places(points, method)
+    if method.clusters is None:
+        return *_densest(places_BK, size, method.selection or "eom"), size
+    size, labels, probabilities = _wanted(places_BK, method.clusters, method.selection or "eom")
+    return labels, probabilities, size
+
+
 def agreement_of_seeds(features: Floats, found: Clustering, method: Method, seeds: Sequence[int]) -> float | None:
     """The lowest adjusted Rand index of the clusters with those that other seeds give; 1 is the same, 0 is chance.
 
-    None without clusters or seeds. Costs a layout for each seed.
+    None without clusters or seeds. Costs a clustering for each seed.
 
     Args:
         features: [B, D].
@@ -150,8 +186,11 @@ def agreement_of_seeds(features: Floats, found: Clustering, method: Method, seed
     first = np.where(found.was_noise, NOISE, found.labels)
     agreements = []
     for seed in seeds:
-        places_BK = _embed(points, replace(method, seed=seed), method.cluster_dimensions, min_dist=0.0)
-        labels, _ = _densest(places_BK, found.min_cluster_size, method.selection)
+        if method.by_consensus:
+            labels, _ = consensus(points, seed, found.min_cluster_size, method.clusters)
+        else:
+            places_BK = _places(points, replace(method, seed=seed))
+            labels, _ = _densest(places_BK, found.min_cluster_size, method.selection or "eom")
         agreements.append(adjusted_rand(first, labels))
     return min(agreements)
 
@@ -204,13 +243,18 @@ def _nothing(texts: int, size: int) -> Clustering:
 
 def _check(texts: int, size: int, method: Method) -> None:
     counts = {"cluster_dimensions": method.cluster_dimensions, "min_cluster_size": size}
-    counts |= {"neighbours": method.neighbours} | ({} if method.clusters is None else {"clusters": method.clusters})
+    counts |= {"neighbours": method.neighbours, "clusters": method.clusters}
     for name, value in counts.items():
-        if value < 2:
+        if value is not None and value < 2:
             raise CorpusError(f"{name} is {value}: give 2 or more")
     if not 0 <= method.seed < 2**32:
         raise CorpusError(f"seed is {method.seed}: give a whole number from 0 to {2**32 - 1}")
-    if method.selection not in SELECTIONS:
+    if method.algorithm not in (None, *ALGORITHMS):
+        raise CorpusError(f"algorithm '{method.algorithm}' is unknown: use {' or '.join(ALGORITHMS)}")
+    for name in ("selection", "cluster_dimensions"):
+        if method.algorithm == "consensus" and (given := getattr(method, name)) is not None:
+            raise CorpusError(f"{name} is {given}, which the consensus does not have: leave it out, or take hdbscan")
+    if method.selection not in (None, *SELECTIONS):
         raise CorpusError(f"selection '{method.selection}' is unknown: use {' or '.join(SELECTIONS)}")
     if method.clusters is not None:
         if method.min_cluster_size is not None:
@@ -227,10 +271,15 @@ def _check(texts: int, size: int, method: Method) -> None:
         )
 
 
+def _places(points: Floats, method: Method) -> Floats:
+    """The layout in which HDBSCAN clusters."""
+    return _embed(points, method, method.cluster_dimensions or DIMENSIONS, min_dist=0.0)
+
+
 def _embed(points: Floats, method: Method, dimensions: int, *, min_dist: float) -> Floats:
     """UMAP's layout [B, dimensions]."""
     texts = len(points)
-    with _quietly():
+    with quietly():
         try:
             from umap import UMAP
         except ImportError as error:
@@ -250,7 +299,7 @@ def _embed(points: Floats, method: Method, dimensions: int, *, min_dist: float) 
 
 def _densest(places_BK: Floats, size: int, selection: Selection) -> tuple[Labels, Probabilities]:
     """HDBSCAN's labels and probabilities, [B] each."""
-    with _quietly():
+    with quietly():
         try:
             from sklearn.cluster import HDBSCAN
         except ImportError as error:
@@ -312,11 +361,3 @@ def _assign(points: Floats, labels: Labels) -> Labels:
     for index in np.flatnonzero(labels == NOISE):
         assigned[index] = np.linalg.norm(means - points[index], axis=1).argmin()
     return assigned
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[Any]:
-    """Silence warnings: UMAP's about its seed and isolated texts, numba's and sklearn's deprecations."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.discovery import clustering
-from steermoe.discovery.clustering import Clustering, Floats, Method, Metric, Selection
+from steermoe.discovery.clustering import Algorithm, Clustering, Floats, Method, Metric, Selection
 from steermoe.discovery.cutting import cut
 from steermoe.discovery.keywords import Keyword, cluster_keywords
 from steermoe.discovery.store import EmbeddedTexts
+from steermoe.discovery.wording import Wording, wording_of
 from steermoe.errors import CorpusError, VectorError, count_of
 from steermoe.vectors.file import check_domain_name, normal_name
 from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector, VectorInfo
@@ -32,6 +33,10 @@ OTHER_SEEDS, STABILITY_TEXTS = 2, 2000
 """Other seeds that are tried, with at most this many texts: each takes about as long as the map."""
 DOMINANT, STABLE = 0.5, 0.7
 """A cluster with more than the first share of all texts is reported, like an agreement of seeds below the second."""
+LEAST_WORDING, SHREDDED = 0.1, 4.0
+"""Clusters that follow the words less than this above chance are reported; so many tokens a word are a sign of why."""
+MANY_WORDS = 5
+"""Texts with fewer words are short, or in a script without spaces."""
 ADVICE_NONE = "give more, longer or more different texts"
 ADVICE_DOMINANT = "try --selection leaf, or --clusters with the number of domains that you expect"
 ADVICE_NOISE = "try a smaller --min-cluster-size, or --assign-noise"
@@ -49,24 +54,27 @@ class DiscoveryOptions:
         threshold: see `SteeringVector`. None is 3, or lower for clusters whose vector would steer too few of the layers
             that set them apart (see `cutting.cut`); a number is kept.
         relative: compare with the corpus baseline. If nothing exceeds that, the vector is cut at `threshold` / N.
-        cluster_dimensions, min_cluster_size, neighbours, assign_noise, seed: see `clustering.Method`.
+        algorithm, cluster_dimensions, min_cluster_size, neighbours, assign_noise, seed: see `clustering.Method`.
         metric: see `clustering.Method`; None is "hellinger", or "cosine" if the features include hidden states.
         clusters, selection: see `clustering.Method`.
+        hidden: cluster by mean hidden states too, if the embeddings have them; vectors are of the routing alone.
         other_seeds: cluster with this many other seeds too, to see whether the clusters depend on the seed; None is 2
             for up to `STABILITY_TEXTS` texts, else 0.
     """
 
     threshold: float | None = None
     relative: bool = True
-    cluster_dimensions: int = 5
+    algorithm: Algorithm | None = None
+    cluster_dimensions: int | None = None
     min_cluster_size: int | None = None
     neighbours: int = 15
     metric: Metric | None = None
     assign_noise: bool = False
     seed: int = 0
     clusters: int | None = None
-    selection: Selection = "eom"
+    selection: Selection | None = None
     other_seeds: int | None = None
+    hidden: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +119,7 @@ class Discovery:
         options: as given, with the threshold, cluster size, metric and other seeds that were used.
         stability: the lowest agreement with the clusters that other seeds give, in the same measure; None if no other
             seed was tried.
+        wording: whether the clusters follow the words of the texts; None if there is too little to compare.
     """
 
     embedded: EmbeddedTexts
@@ -120,6 +129,7 @@ class Discovery:
     noise: int
     options: DiscoveryOptions
     stability: float | None = None
+    wording: Wording | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -141,7 +151,21 @@ class Discovery:
                 f"another seed gives other clusters (adjusted Rand index {self.stability:.2f}, 1 is the same): take "
                 f"them as one of several views; {ADVICE_SEED}"
             )
+        if self.wording is not None and self.wording.above_chance < LEAST_WORDING:
+            found.append(
+                f"the clusters hardly follow the words: {self.wording.share:.0%} of the texts are with the one that is "
+                f"nearest by words, by chance {self.wording.chance:.0%}; the model's routing says little about these "
+                f"texts{self._why_shredded()}"
+            )
         return tuple(found)
+
+    def _why_shredded(self) -> str:
+        """That the model cuts words into many tokens, or ""; of texts in scripts that put spaces between words."""
+        words = [len(text.text.split()) for text in self.embedded.texts]
+        tokens = float(np.median(self.embedded.tokens / np.maximum(words, 1)))
+        if tokens < SHREDDED or np.median(words) < MANY_WORDS:
+            return ""
+        return f": it cuts a word into {tokens:.0f} tokens or more, so it hardly knows their language"
 
     def name_of(self, label: int) -> str:
         """The name of a cluster by its number; "" for noise."""
@@ -175,6 +199,8 @@ def discover(
     seeds = _check(options, len(embedded))
     names = {old: check_domain_name(name) for old, name in (names or {}).items()}
     notify = progress or (lambda step: None)
+    if not options.hidden:
+        embedded = replace(embedded, hidden=None)
     metric: Metric = options.metric or ("hellinger" if embedded.hidden is None else "cosine")
     method = Method(**{f.name: getattr(options, f.name) for f in fields(Method)} | {"metric": metric})
     notify(f"Clustering {len(embedded)} texts ...")
@@ -194,18 +220,29 @@ def discover(
         cluster = _describe(embedded, number, name, keywords[number], members, points)
         vector, note = _build_vector(embedded, cluster, members, baseline, options)
         clusters.append(replace(cluster, vector=vector, note=note))
-    used: dict[str, Any] = {"min_cluster_size": found.min_cluster_size, "metric": metric, "other_seeds": seeds}
-    if options.threshold is None:
-        used["threshold"] = DEFAULT_THRESHOLD
     return Discovery(
         embedded,
         found,
         tuple(clusters),
         _agreement(embedded.labels, found),
         int((found.labels < 0).sum()),
-        replace(options, **used),
+        replace(options, **_used(options, method, found), other_seeds=seeds, hidden=embedded.hidden is not None),
         stability,
+        wording_of([text.text for text in embedded.texts], found.labels),
     )
+
+
+def _used(options: DiscoveryOptions, method: Method, found: Clustering) -> dict[str, Any]:
+    """Options as they were used, where they were left open."""
+    used: dict[str, Any] = {"min_cluster_size": found.min_cluster_size, "metric": method.metric}
+    if method.by_consensus:
+        used["algorithm"] = "consensus"
+    else:
+        used |= {"algorithm": "hdbscan", "selection": options.selection or "eom"}
+        used["cluster_dimensions"] = options.cluster_dimensions or clustering.DIMENSIONS
+    if options.threshold is None:
+        used["threshold"] = DEFAULT_THRESHOLD
+    return used
 
 
 def _check(options: DiscoveryOptions, texts: int) -> int:

@@ -84,6 +84,11 @@ def _summary(discovery: Discovery) -> str:
         )
     if discovery.stability is not None:
         words += f" The same index with the clusters that other seeds give: at least {discovery.stability:.2f}."
+    if discovery.wording is not None:
+        words += (
+            f" {discovery.wording.share:.0%} of the texts are in one cluster with the text that is nearest by words "
+            f"(by chance {discovery.wording.chance:.0%})."
+        )
     if not discovery.embedded.meta.complete:
         words += " The embeddings are not complete: this is a part of the corpus."
     return words

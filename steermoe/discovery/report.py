@@ -155,6 +155,7 @@ def describe(discovery: Discovery) -> dict[str, Any]:
         "noise": discovery.noise,
         "adjusted_rand": discovery.adjusted_rand,
         "stability": discovery.stability,
+        "wording": None if discovery.wording is None else asdict(discovery.wording),
         "warnings": list(discovery.warnings),
         "clusters": clusters,
         "files": [INDEX, MAP, *maps, TABLE, *named, REPORT],

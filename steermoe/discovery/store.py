@@ -109,13 +109,13 @@ class EmbeddedTexts:
     def features(self) -> Floats:
         """[B, L*N], or [B, L*N + H] with hidden states.
 
-        Both parts are scaled to the same mean norm, so that neither dominates ("Your Mixture-of-Experts LLM Is Secretly
-        an Embedding Model", 2410.10814, concatenates them too).
+        The square roots of the routing's shares, and hidden states, are scaled to the same mean norm, so that neither
+        dominates ("Your Mixture-of-Experts LLM Is Secretly an Embedding Model", 2410.10814, concatenates them too).
         """
         routing = self.frequency.reshape(len(self.frequency), -1)
         if self.hidden is None:
             return routing
-        return np.concatenate([_unit_mean_norm(routing), _unit_mean_norm(self.hidden)], axis=1)
+        return np.concatenate([_unit_mean_norm(np.sqrt(routing)), _unit_mean_norm(self.hidden)], axis=1)
 
 
 def _unit_mean_norm(matrix: Floats) -> Floats:

@@ -1,6 +1,7 @@
 """Clusters of synthetic routing: they are found, reproducible, numbered by size, and noise stays noise."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def _extra():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dimensions", [2, 5])
+@pytest.mark.parametrize("dimensions", [None, 2, 5])
 def test_groups_are_found_the_largest_first(metric, dimensions):
     features, groups = routing([30, 60, 40])
     found = cluster(features, Method(metric=metric, cluster_dimensions=dimensions))
@@ -86,7 +87,9 @@ def test_default_size(texts, size):
     assert default_min_cluster_size(texts) == size
 
 
-@pytest.mark.parametrize(("sizes", "dimensions"), [([3, 3], 5), ([2, 2, 2], 2), ([5, 4], 10), ([8, 8, 8], 5)])
+@pytest.mark.parametrize(
+    ("sizes", "dimensions"), [([3, 3], 5), ([2, 2, 2], 2), ([5, 4], 10), ([8, 8, 8], 5), ([8, 8, 8], None)]
+)
 def test_few_texts(sizes, dimensions):
     features, groups = routing(sizes, seed=1)
     found = cluster(features, Method(cluster_dimensions=dimensions))
@@ -111,6 +114,9 @@ def test_too_few_texts(options, expected):
         ({"clusters": 11}, "20 texts are too few for 11 clusters: give at least 22 texts"),
         ({"clusters": 3, "min_cluster_size": 4}, "give clusters or min_cluster_size, not both"),
         ({"selection": "root"}, "selection 'root' is unknown: use eom or leaf"),
+        ({"algorithm": "kmeans"}, "algorithm 'kmeans' is unknown: use consensus or hdbscan"),
+        ({"algorithm": "consensus", "selection": "leaf"}, "selection is leaf, which the consensus does not have"),
+        ({"algorithm": "consensus", "cluster_dimensions": 3}, "cluster_dimensions is 3, which the consensus does not"),
         ({"metric": "manhattan"}, "metric 'manhattan' is unknown: use hellinger, euclidean, cosine"),
     ],
 )
@@ -120,7 +126,7 @@ def test_options_out_of_range(options, expected):
 
 
 @pytest.mark.parametrize("clusters", [2, 4])
-@pytest.mark.parametrize("selection", ["eom", "leaf"])
+@pytest.mark.parametrize("selection", ["eom", "leaf", None])
 def test_the_wanted_number_of_clusters(clusters, selection):
     features, groups = routing([120 // clusters] * clusters)
     found = cluster(features, Method(clusters=clusters, selection=selection, neighbours=10))
@@ -158,7 +164,7 @@ def test_clusters_that_hang_on_the_seed_do_not_agree(monkeypatch):
     found = cluster(features)
     mixed = np.arange(20) % 2
     monkeypatch.setattr(clustering, "_densest", lambda at, *_: (mixed, np.ones(20)))
-    assert agreement_of_seeds(features, found, Method(), [1]) < 0.3
+    assert agreement_of_seeds(features, found, Method(algorithm="hdbscan"), [1]) < 0.3
 
 
 @pytest.mark.parametrize("texts", [6, 40])
@@ -182,7 +188,8 @@ def test_noise_is_assigned_to_the_nearest_mean_on_request(monkeypatch):
     features[6, 1] += 0.2
     labels = np.array([0, 0, 1, 1, 2, 2, -1])
     monkeypatch.setattr(clustering, "_densest", lambda at, *_: (labels, np.where(labels < 0, 0.0, 1.0)))
-    left, assigned = cluster(features), cluster(features, Method(assign_noise=True))
+    density = Method(algorithm="hdbscan")
+    left, assigned = cluster(features, density), cluster(features, replace(density, assign_noise=True))
     assert left.labels.tolist() == labels.tolist()
     assert assigned.labels.tolist() == [0, 0, 1, 1, 2, 2, 0]
     assert assigned.probabilities[6] == 0
@@ -192,7 +199,15 @@ def test_noise_is_assigned_to_the_nearest_mean_on_request(monkeypatch):
 def test_noise_stays_noise_without_clusters(monkeypatch):
     nothing = np.full(20, -1)
     monkeypatch.setattr(clustering, "_densest", lambda at, *_: (nothing, np.zeros(20)))
-    assert (cluster(routing([10, 10])[0], Method(assign_noise=True)).labels == -1).all()
+    assert (cluster(routing([10, 10])[0], Method(algorithm="hdbscan", assign_noise=True)).labels == -1).all()
+
+
+def test_one_option_of_hdbscan_is_enough_to_take_it():
+    assert Method().by_consensus
+    assert Method(min_cluster_size=4, clusters=None, neighbours=9).by_consensus
+    assert not Method(selection="eom").by_consensus
+    assert not Method(cluster_dimensions=2).by_consensus
+    assert not Method(algorithm="hdbscan").by_consensus
 
 
 def test_transforms():

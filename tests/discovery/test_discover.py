@@ -10,6 +10,7 @@ import torch
 
 from steermoe.discovery.discover import DiscoveryOptions, discover, most_common
 from steermoe.discovery.store import EmbeddedTexts, EmbeddingMeta, Text
+from steermoe.discovery.wording import Wording
 from steermoe.errors import CorpusError, SteerMoEError, VectorError
 from steermoe.vectors.file import check_domain_name, read_vector, write_vector
 
@@ -115,7 +116,7 @@ def test_noise_counts_as_a_group_in_the_agreement(monkeypatch):
 
     labels = np.repeat([0, -1], 20)
     monkeypatch.setattr(clustering, "_densest", lambda at, *_: (labels, (labels >= 0).astype(float)))
-    found = discover(embedded({"sport": 20, "food": 20}))
+    found = discover(embedded({"sport": 20, "food": 20}), DiscoveryOptions(algorithm="hdbscan"))
     assert found.adjusted_rand == 1.0
     assert found.noise == 20
     assert len(found.clusters) == 1
@@ -260,7 +261,15 @@ def test_options_and_progress_are_reported():
         "Building vectors ...",
     ]
     assert (found.options.seed, found.options.neighbours, found.options.cluster_dimensions) == (3, 9, 2)
-    assert found.options.min_cluster_size == 4
+    assert (found.options.min_cluster_size, found.options.algorithm, found.options.selection) == (4, "hdbscan", "eom")
+    assert not found.options.hidden
+
+
+def test_hidden_states_can_be_left_out():
+    source = embedded({"sport": 20, "food": 20})
+    mixed = np.tile(np.eye(2, dtype=np.float32), (20, 1)) * 9 - 4  # they say nothing about the domain
+    found = discover(replace(source, hidden=mixed), DiscoveryOptions(hidden=False))
+    assert (found.adjusted_rand, found.options.metric, found.options.hidden) == (1.0, "hellinger", False)
 
 
 def test_texts_without_a_cluster():
@@ -316,6 +325,22 @@ def test_noise_that_is_most_of_the_corpus(found):
     source = replace(found.embedded, texts=[found.embedded.texts[0]] * 500)
     (warning,) = replace(found, embedded=source, noise=440).warnings
     assert warning == "440 of 500 texts are in no cluster; try a smaller --min-cluster-size, or --assign-noise"
+
+
+def test_clusters_that_do_not_follow_the_words(found):
+    assert found.wording.share == 1.0
+    assert found.wording.chance == pytest.approx((24**2 + 20**2 + 16**2) / 60**2)
+    no_better = replace(found, wording=Wording(0.4, 0.36))
+    (warning,) = no_better.warnings
+    assert warning.startswith("the clusters hardly follow the words: 40% of the texts are with the one that is nearest")
+    assert "by chance 36%" in warning
+    assert "language" not in warning
+    shredded = replace(found.embedded, tokens=np.full(60, 40))  # six words a text
+    assert (
+        replace(no_better, embedded=shredded)
+        .warnings[0]
+        .endswith(": it cuts a word into 7 tokens or more, so it hardly knows their language")
+    )
 
 
 def test_other_seeds_on_request(monkeypatch):

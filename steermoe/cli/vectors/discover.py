@@ -34,11 +34,19 @@ MOST_DIGITS = 10
 class Clustering:
     """How texts are clustered, with the names of `DiscoveryOptions`."""
 
+    algorithm: Annotated[
+        Literal["consensus", "hdbscan"] | None,
+        typer.Option(
+            help="Consensus of many clusterings, or HDBSCAN on UMAP's layout as in the paper. Default: consensus, or "
+            "hdbscan with --dimensions or --selection.",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = None
     min_cluster_size: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Fewest texts of a cluster. Default: the square root of their number, at most a tenth.",
+            help="Fewest texts of a cluster. Default: half the square root of their number (hdbscan: the whole).",
             rich_help_panel=CLUSTERING,
         ),
     ] = None
@@ -46,14 +54,14 @@ class Clustering:
         int, typer.Option(min=2, help="Neighbours of each text that UMAP considers.", rich_help_panel=CLUSTERING)
     ] = 15
     cluster_dimensions: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--dimensions",
             min=2,
-            help="Dimensions for clustering; 2 clusters on the map itself, as in the paper.",
+            help="Dimensions for HDBSCAN, 5 by default; 2 clusters on the map itself, as in the paper.",
             rich_help_panel=CLUSTERING,
         ),
-    ] = 5
+    ] = None
     metric: Annotated[
         Literal["hellinger", "euclidean", "cosine"] | None,
         typer.Option(
@@ -74,12 +82,12 @@ class Clustering:
         typer.Option(min=2, help="Wanted number of clusters, in place of their size.", rich_help_panel=CLUSTERING),
     ] = None
     selection: Annotated[
-        Literal["eom", "leaf"],
+        Literal["eom", "leaf"] | None,
         typer.Option(
-            help="Of nested clusters: the most stable, or the smallest (more of them, of similar size).",
+            help="Of HDBSCAN's nested clusters: the most stable, or the smallest (more of them, of similar size).",
             rich_help_panel=CLUSTERING,
         ),
-    ] = "eom"
+    ] = None
     other_seeds: Annotated[
         int | None,
         typer.Option(
@@ -89,6 +97,14 @@ class Clustering:
             rich_help_panel=CLUSTERING,
         ),
     ] = None
+    hidden: Annotated[
+        bool,
+        typer.Option(
+            "--hidden/--no-hidden",
+            help="Cluster by mean hidden states as well as by routing (embeddings: if they have them).",
+            rich_help_panel=CLUSTERING,
+        ),
+    ] = True
 
 
 @o.spread
@@ -130,7 +146,7 @@ def discover(
 
     names = parse_names(name or [])
     report.check_ready(output, force)
-    store = _embeddings(source, output / EMBEDDINGS, texts, model, context)
+    store = _embeddings(source, output / EMBEDDINGS, texts, model, context, clustering.hidden)
     if not store.meta.complete:
         console.note(f"steermoe: '{store.folder}' is incomplete: only a part of its corpus is used")
     from steermoe.discovery import discover as domains
@@ -175,10 +191,15 @@ def parse_names(names: list[str]) -> dict[int | str, str]:
 
 
 def _embeddings(
-    source: Path, folder: Path, texts: o.CorpusOptions, model: loading.ModelOptions, context: typer.Context
+    source: Path,
+    folder: Path,
+    texts: o.CorpusOptions,
+    model: loading.ModelOptions,
+    context: typer.Context,
+    hidden: bool,
 ) -> "EmbeddingStore":
-    """Open embeddings; or embed a corpus into a folder, or resume an earlier run."""
-    from steermoe.discovery.store import is_store
+    """Open embeddings; or embed a corpus into a folder, or resume an earlier run with what that one stored."""
+    from steermoe.discovery.store import EmbeddingStore, is_store
 
     if is_store(source):
         return open_embeddings(source, texts, model, context)
@@ -186,7 +207,9 @@ def _embeddings(
     loaded = model.load()
     from steermoe.discovery.embedder import EmbeddingOptions
 
-    return embed_into(folder, corpus, loaded, EmbeddingOptions(max_tokens=texts.max_tokens))
+    if is_store(folder):
+        hidden = EmbeddingStore.open(folder).meta.hidden
+    return embed_into(folder, corpus, loaded, EmbeddingOptions(hidden=hidden, max_tokens=texts.max_tokens))
 
 
 def _print_remarks(record: dict[str, Any]) -> None:

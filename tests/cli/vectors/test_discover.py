@@ -99,6 +99,7 @@ def test_options_reach_the_clustering(run, embeddings, tmp_path):
     assert settings == {
         "threshold": 2.0,
         "relative": False,
+        "algorithm": "hdbscan",
         "cluster_dimensions": 2,
         "min_cluster_size": 10,
         "neighbours": 7,
@@ -108,6 +109,7 @@ def test_options_reach_the_clustering(run, embeddings, tmp_path):
         "clusters": None,
         "selection": "eom",
         "other_seeds": 0,
+        "hidden": False,
     }
 
 
