@@ -21,6 +21,8 @@ class RouterShape:
         blanks: how many of `num_experts`, the last ones, are columns without an expert: longcat's zero experts, zaya's
             skip.
         no_lists: why its experts can't be forced or banned; "" if they can.
+        no_counts: why it can't choose another number of experts; "" if it can.
+        most: how many it could choose at most, where groups leave some out; 0 for all.
     """
 
     layer: int
@@ -29,6 +31,8 @@ class RouterShape:
     top_k: int
     blanks: int = 0
     no_lists: str = ""
+    no_counts: str = ""
+    most: int = 0
 
     @property
     def vector_widths(self) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class RoutingTracer:
         chosen = self._stacked(now)
         if not plain:
             return chosen, chosen
-        unsteered = {n: chosen_experts(self._routers[n], output) for n, output in plain.items()}
+        unsteered = {n: _own_choice(self._routers[n], output) for n, output in plain.items()}
         return chosen, self._stacked({**now, **unsteered})
 
     def _around(self, number: int, router: Router) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -97,6 +97,7 @@ class RoutingTracer:
                 f"routers saw {' and '.join(map(str, sorted(counts)))} tokens in one call: this model can't be traced"
             )
         tokens, top_k = max(counts, default=0), max(router.top_k for router in self._routers)
+        top_k = max([top_k, *(one.shape[1] for one in chosen.values())])
         found = np.full((tokens, len(self._routers), top_k), NONE, dtype=np.int32)
         alike: dict[tuple[torch.device, int], list[int]] = {}
         for number, one in chosen.items():
@@ -105,3 +106,8 @@ class RoutingTracer:
             together = torch.stack([chosen[number] for number in numbers], 1)
             found[:, numbers, :width] = together.cpu().numpy()
         return found
+
+
+def _own_choice(router: Router, output: Any) -> Tensor:
+    """What a router chose by itself, whatever number of experts it was to choose in the call after."""
+    return chosen_experts(router, output, router.top_k)
