@@ -1,8 +1,8 @@
 """Change how many experts a router chooses for a token: its own code runs with another number.
 
-Where tokens of one call get different numbers, the router runs once for each number, and every token takes its own run's
-choice. Places beyond a token's number repeat its first expert with weight 0, which adds nothing to its output. So a
-token's experts and weights are those that a model made for its number would choose, normalised as the router does it.
+Where tokens of one call get different numbers, the router runs once for each number, and every token takes the choice
+of its own run. Places beyond a token's number repeat its first expert with weight 0, which adds nothing to its output.
+So a token gets the experts and the weights that a model with this number would give it, normalised as the router does.
 
 Shapes: T tokens of a call, k experts that a router chooses by itself, K the most that a token of the call gets.
 """
@@ -25,7 +25,7 @@ class CountEditor(Protocol):
     """What `set_counts` asks each time a router runs."""
 
     def counts(self) -> Tensor | int | None:
-        """How many experts the tokens of this call get: a number for all, or one for each [T]; None for the router's."""
+        """How many experts the tokens of this call get: a number for all, or one for each [T]; None for its own."""
 
 
 def numbers_in(counts: Tensor | int | None) -> list[int]:
@@ -99,6 +99,9 @@ def _merged(router: Router, runs: Mapping[int, Any], counts: Any) -> Any:
     outputs = [run if isinstance(run, tuple) else (run,) for run in runs.values()]
     merged: list[Any] = []
     for parts in zip(*outputs, strict=True):
+        if all(part is None for part in parts):
+            merged.append(None)
+            continue
         if not all(isinstance(part, Tensor) and part.dim() >= 2 for part in parts):
             raise _unknown(router)
         padded = [

@@ -5,7 +5,7 @@ checkpoint without its weights, `gguf.header.read_gguf` for a GGUF file, `Engine
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -75,6 +75,10 @@ class RoutingShape:
     def top_k(self) -> int:
         """Of the first router."""
         return self.routers[0].top_k
+
+    def without_counts(self, reason: str) -> "RoutingShape":
+        """The same, where routers can't choose another number of experts than their own, and why."""
+        return replace(self, routers=tuple(replace(router, no_counts=reason) for router in self.routers))
 
     def is_a(self, architecture: str) -> bool:
         """Whether a `model_type` is this model's, apart from - and _; true if either is unknown."""

@@ -160,7 +160,7 @@ def _check_counts(shape: RoutingShape, plan: SteeringPlan) -> None:
     if number is None:
         return
     for router in shape.routers:
-        if not _is_inside(plan, router.layer):
+        if not _is_inside(plan, router.layer) or number == router.top_k:
             continue
         if router.no_counts:
             raise SteeringError(

@@ -40,6 +40,8 @@ CONSTANTS = (
 )
 """Steps that put what they carry on the stack."""
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error)
+"""What a program that was changed makes the readers raise."""
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -185,11 +187,11 @@ def read_table(name: str, content: bytes, columns: tuple[str, ...]) -> dict[str,
             f"'{name}' is a pickle that asks for {error}: expected a table of pandas and nothing else, which is read "
             "without running it; save it as CSV with the columns layer, expert and weight"
         ) from error
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
+    except DAMAGE as error:
         raise VectorError(f"'{name}' is a damaged pickle ({reason(error, 200)}): get it again") from error
     try:
         found = _columns(table, columns)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (*DAMAGE, RecursionError) as error:
         raise VectorError(
             f"'{name}' is a pickle, but not of a table as pandas 1.3 and newer write it: save it again with such a "
             "pandas, or as CSV with the columns layer, expert and weight"
