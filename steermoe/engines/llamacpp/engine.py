@@ -107,7 +107,8 @@ class LlamaCppEngine:
         self._active = active_experts
         if active_experts is not None:
             self.file = with_active_experts(self.file, active_experts)
-        self.shape = self.file.shape.without_counts(NO_COUNTS)
+        self.file = replace(self.file, routers=self.file.shape.without_counts(NO_COUNTS).routers)
+        self.shape = self.file.shape
         self.threads = threads or torch.get_num_threads()
         self._cache = cache
         self._callback = callback

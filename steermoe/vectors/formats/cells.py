@@ -34,7 +34,7 @@ class Cells:
         weights: of (layer, expert); the others are 0.
         layers: the layers that the file speaks of, those with zeros included; None for those in `weights`.
         experts: N, if the file says it.
-        by_router: its layers may be counted among those with a router, instead of among all decoder layers.
+        by_router: its layers are those with routers, however it numbers them; else they are decoder layers.
         formula, strength: what its tool does to the logits, if a formula does the same.
         is_dsmoe: they are scores of DSMoE, which adds to the logits of the best experts.
     """
@@ -100,7 +100,12 @@ class Cells:
         """
         if shape is None:
             return {layer: layer for layer in own}
-        if self.by_router and own == list(range(len(shape.layers))):
+        if self.by_router:
+            if len(own) != len(shape.layers):
+                raise VectorError(
+                    f"'{name}' is for {count_of(len(own), 'layer')}, {shape.name} has {len(shape.layers)} with "
+                    "routers: it is for another model"
+                )
             return dict(zip(own, shape.layers, strict=True))
         used = {layer for (layer, _), weight in self.weights.items() if weight}
         if foreign := sorted(used - set(shape.layers)):
