@@ -38,7 +38,8 @@ def numbers_in(counts: Tensor | int | None) -> list[int]:
 def set_counts(model: nn.Module, router: Router, editor: CountEditor) -> Callable[[], None]:
     """Make a router choose as many experts as the editor says from now on; calls without numbers run as before.
 
-    Attach it before what looks at the router's output, so that this sees what the block gets.
+    Attach it before what looks at the router's output, so that this sees what the block gets. Whoever attaches it calls
+    `clear_note` after each call of the model that had numbers.
 
     Returns:
         a function that undoes it; it may be called at any time and more than once.
@@ -53,7 +54,6 @@ def set_counts(model: nn.Module, router: Router, editor: CountEditor) -> Callabl
         def forward(*args: Any, **kwargs: Any) -> Any:
             counts = editor.counts()
             if counts is None:
-                clear_note(module)
                 return original(*args, **kwargs)
             runs = {}
             for number in numbers_in(counts):
@@ -104,10 +104,12 @@ def _merged(router: Router, runs: Mapping[int, Any], counts: Any) -> Any:
             continue
         if not all(isinstance(part, Tensor) and part.dim() >= 2 for part in parts):
             raise _unknown(router)
-        padded = [
-            _padded(part, widest) if part.shape[-1] == number else part
-            for number, part in zip(runs, parts, strict=True)
-        ]
+        padded = list(parts)
+        if len({part.shape for part in parts}) > 1:
+            padded = [
+                _padded(part, widest) if part.shape[-1] == number else part
+                for number, part in zip(runs, parts, strict=True)
+            ]
         if len({part.shape for part in padded}) > 1 or padded[0].flatten(0, -2).shape[0] != len(counts):
             raise _unknown(router)
         own = counts.to(padded[0].device).view(*padded[0].shape[:-1], 1)

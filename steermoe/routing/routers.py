@@ -24,6 +24,7 @@ from steermoe.errors import SteeringError, UnsupportedModel
 from steermoe.routing.architectures import (
     HASH_REASON,
     LAYER_NUMBER,
+    LEAST_COUNTS,
     LINEAR_GATE,
     NO_COUNTS,
     NO_LISTS,
@@ -75,6 +76,7 @@ class Router:
             self.blanks,
             reason,
             self.no_counts,
+            LEAST_COUNTS.get(type(self.module).__name__, 1),
             _most(self.module, self.num_experts),
         )
 

@@ -22,7 +22,7 @@ class RouterShape:
             skip.
         no_lists: why its experts can't be forced or banned; "" if they can.
         no_counts: why it can't choose another number of experts; "" if it can.
-        most: how many it could choose at most, where groups leave some out; 0 for all.
+        least, most: how few and how many it could choose; `most` is 0 for all, and less where groups leave some out.
     """
 
     layer: int
@@ -32,6 +32,7 @@ class RouterShape:
     blanks: int = 0
     no_lists: str = ""
     no_counts: str = ""
+    least: int = 1
     most: int = 0
 
     @property

@@ -167,6 +167,11 @@ def _check_counts(shape: RoutingShape, plan: SteeringPlan) -> None:
                 f"layer {router.layer} of {shape.name} can't have {number} active experts: {router.no_counts}; leave "
                 "active experts out, or use another model"
             )
+        if number < router.least:
+            raise SteeringError(
+                f"{number} active experts are too few for layer {router.layer} of {shape.name}: ask for {router.least} "
+                "or more"
+            )
         most = router.most or router.num_experts
         if number > most:
             groups = ", as it leaves out whole groups of them" if router.most else ""

@@ -19,16 +19,25 @@ REFUSED = {
     "dbrx": "DbrxRouter keeps no number that could be changed",
     "jetmoe": "sorts the tokens by expert",
     "nllb_moe": "always chooses two",
+    "openai_privacy_filter": "its block multiplies by the number too",
+    "phimoe": "always chooses two",
     "switch_transformers": "always chooses one",
+    "zaya": "always chooses one, or skips the layer",
 }
 """Families whose routers have no number of their own, with a part of the reason."""
 NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-FEWER, MORE = 1, 3
+MORE, FEWER = 3, {"longcat_flash": 2}
+"""Numbers other than the model's own, 2; `FEWER` is 1 where it can be."""
 TOLERANCE = 1e-4
 
 
 def with_number(family: str, number: int):
     """The family's model with the same weights and this number in its configuration."""
+    if family == "deepseek_v4":  # its configuration changes the tables of the hash layers too
+        model = build(family)
+        for router in find_routers(model):
+            router.module.top_k = number
+        return model
     config = tiny_config(family)
     return build(family, **{name: number for name in NAMES if isinstance(getattr(config, name, None), int)})
 
@@ -40,8 +49,9 @@ def all_tokens(**fields) -> SteeringPlan:
 @pytest.mark.parametrize("family", [family for family in STEERABLE if family not in REFUSED])
 def test_a_family_with_another_number_computes_what_its_configuration_would(family):
     """All rows alike, then rows with different numbers and without one, then steered too."""
-    model, fewer, more = build(family), with_number(family, FEWER), with_number(family, MORE)
-    rows = tokens(model, rows=3)
+    least = FEWER.get(family, 1)
+    model, fewer, more = build(family), with_number(family, least), with_number(family, MORE)
+    rows = tokens(model, rows=3, length=5)
     plain = run(model, rows)
     few, many = run(fewer, rows), run(more, rows)
     assert not torch.allclose(many, plain, atol=TOLERANCE)
@@ -49,7 +59,7 @@ def test_a_family_with_another_number_computes_what_its_configuration_would(fami
     assert torch.allclose(run(model, rows), many, atol=TOLERANCE)
     assert handle.report().slots == handle.report().tokens_steered * MORE * len(find_routers(model))
 
-    handle.set(rows=[all_tokens(active_experts=MORE), None, all_tokens(active_experts=FEWER)])
+    handle.set(rows=[all_tokens(active_experts=MORE), None, all_tokens(active_experts=least)])
     mixed = run(model, rows)
     handle.verify()
     for row, expected in enumerate((many, plain, few)):
@@ -107,6 +117,12 @@ def mixtral():
 def test_what_does_not_fit(plan, message):
     with pytest.raises(SteeringError, match=message):
         check_plan(shape_of(mixtral()), all_tokens(**plan))
+
+
+def test_too_few():
+    """With one, LongCat's own code fails: it squeezes a dimension away."""
+    with pytest.raises(SteeringError, match=r"1 active experts are too few for layer 0 of .*: ask for 2 or more"):
+        check_plan(shape_of(build("longcat_flash")), all_tokens(active_experts=1))
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.0, True, 2**31])
