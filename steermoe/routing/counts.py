@@ -4,7 +4,7 @@ Where tokens of one call get different numbers, the router runs once for each nu
 of its own run. Places beyond a token's number repeat its first expert with weight 0, which adds nothing to its output.
 So a token gets the experts and the weights that a model with this number would give it, normalised as the router does.
 
-Shapes: T tokens of a call, k experts that a router chooses by itself, K the most that a token of the call gets.
+Shapes: T tokens of a call, k experts that a router chooses without us, K the most that a token of the call gets.
 """
 
 import copy

@@ -9,6 +9,7 @@ linear map and before whatever the architecture does next: softmax or sigmoid, b
 Shapes: T tokens, W columns of a router's logits, k experts chosen per token.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -300,6 +301,7 @@ def _most(module: Any, experts: int) -> int:
     return kept * (experts // groups) if groups > 1 and type(kept) is int and kept < groups else 0
 
 
+@functools.lru_cache(64)
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)

@@ -107,5 +107,5 @@ class RoutingTracer:
 
 
 def _own_choice(router: Router, output: Any) -> Tensor:
-    """What a router chose by itself, whatever number of experts it was to choose in the call after."""
+    """What a router chose with its own number of experts, whatever the number in the steered call after."""
     return chosen_experts(router, output, router.top_k)

@@ -25,6 +25,11 @@ REFUSED = {
     "zaya": "always chooses one, or skips the layer",
 }
 """Families whose routers have no number of their own, with a part of the reason."""
+QUICK = {
+    *("deepseek_v3", "ernie4_5_moe", "gemma4", "gpt_oss", "granitemoeshared", "hunyuan_v1_moe"),
+    *("inkling", "llama4", "longcat_flash", "minimax", "mixtral", "qwen3_moe"),
+}
+"""Families whose routers differ in kind: scores, biases, groups, where the number is, what they return."""
 NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 MORE, FEWER = 3, {"longcat_flash": 2}
 """Numbers other than the model's own, 2; `FEWER` is 1 where it can be."""
@@ -46,7 +51,14 @@ def all_tokens(**fields) -> SteeringPlan:
     return SteeringPlan(positions="all", **fields)
 
 
-@pytest.mark.parametrize("family", [family for family in STEERABLE if family not in REFUSED])
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+        for family in STEERABLE
+        if family not in REFUSED
+    ],
+)
 def test_a_family_with_another_number_computes_what_its_configuration_would(family):
     """All rows alike, then rows with different numbers and without one, then steered too."""
     least = FEWER.get(family, 1)

@@ -77,7 +77,7 @@ def write_easysteer(vector: SteeringVector, most: int | None) -> tuple[bytes, in
 
     Args:
         vector: the vector; how large its weights are is lost.
-        most: activate only so many experts of a layer, those with the largest weights; None for all.
+        most: activate at most this many experts of a layer, those with the largest weights; None for all.
 
     Returns:
         the file's content, and how many experts were left out.

@@ -51,7 +51,7 @@ def test_import_of_the_best_scores(run, bare_search_path, tiny_checkpoint):
         ([], 1, "does not say how many experts a layer has: pass --model"),
         (["--format", "steermoe"], 1, "is a damaged pickle"),
         (["--format", "nope"], 2, "'nope' is not one of"),
-        (["--top", "0"], 2, "0 is not in the range x>=1"),
+        (["--top", "0"], 2, "'--top': Input should be greater than or equal to 1; it is '0'"),
         (["--top", "5"], 1, "has 4 experts with a score above 0, --top asks for 5"),
     ],
 )
