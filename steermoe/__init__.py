@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from steermoe.steering.handle import SteeringHandle, attach, steer
     from steermoe.steering.plans import Schedule, SteeringPlan, plan_for
     from steermoe.steering.report import SteeringReport
+    from steermoe.vectors.exporting import export_vector
     from steermoe.vectors.file import read_vector, write_vector
+    from steermoe.vectors.importing import import_vector
     from steermoe.vectors.matrix import import_matrix
     from steermoe.vectors.mixing import mix
     from steermoe.vectors.vector import SteeringVector, VectorInfo
@@ -54,8 +56,10 @@ _HOME = {
     "attach": "steering.handle",
     "describe": "models.description",
     "detach": "steering.detaching",
+    "export_vector": "vectors.exporting",
     "find_routers": "routing.routers",
     "import_matrix": "vectors.matrix",
+    "import_vector": "vectors.importing",
     "list_families": "routing.families",
     "load": "models.loading",
     "load_vector": "evaluation.load_vector",
@@ -87,8 +91,10 @@ __all__ = [
     "attach",
     "describe",
     "detach",
+    "export_vector",
     "find_routers",
     "import_matrix",
+    "import_vector",
     "list_families",
     "load",
     "load_vector",

@@ -47,7 +47,7 @@ class StoryKeys:
     def _hashed(self, plan: SteeringPlan) -> list[Any]:
         values = {**plan.as_dict(), "strength": float(plan.strength)}
         vector = [] if plan.vector is None else [values["domain"], self._digest(plan.vector)]
-        defaults = SteeringPlan(plan.vector, force=plan.force, ban=plan.ban).as_dict()
+        defaults = SteeringPlan(plan.vector, force=plan.force, ban=plan.ban or ((0, 0),)).as_dict()
         later = {
             name: values[name] for name in values if name not in ("domain", *HASHED) and values[name] != defaults[name]
         }

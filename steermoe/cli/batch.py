@@ -253,7 +253,7 @@ class _Needs:
         """The engine, what opens further workers, and the files of vectors that were missing and are built now."""
         wanted = on_demand.wish(self.vectors, self.names, self.text)
         built = on_demand.before_opening(model, self.vectors, wanted, self.topics)
-        runner, worker = cluster.open(model, workers, rows)
+        runner, worker = cluster.open(on_demand.with_active_experts(model, self.specs), workers, rows)
         self.chat.read(runner, "Hello")  # fails at once, not for each line, if the model can't chat
         on_demand.check_tags(runner, self.specs)
         built |= on_demand.files(model, runner, self.vectors, wanted, self.topics)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is opened, in which engine, and how; `vllm` as in `auto.EngineOptions`."""
+    """Which model is opened, in which engine, and how; `vllm` and `active_experts` as in `auto.EngineOptions`."""
 
     model: o.Model = None
     engine: o.Engine = "auto"
@@ -29,6 +29,7 @@ class ModelOptions:
     quantize: o.Quantize = None
     compiled_steps: o.CompiledSteps = True
     vllm: dict[str, Any] = field(default_factory=dict)
+    active_experts: int | None = None
 
     @property
     def chosen(self) -> EngineName:
@@ -67,6 +68,7 @@ class ModelOptions:
                 quantize=self.quantize,
                 compiled_steps=self.compiled_steps,
                 vllm=self.vllm,
+                active_experts=self.active_experts,
             ),
         )
 

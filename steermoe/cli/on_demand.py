@@ -4,11 +4,13 @@ vLLM can't record routing: for it the model is loaded in transformers first, and
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from steermoe.cli.loading import ModelOptions, pull_if_needed
 from steermoe.cli.options import TopicOptions, VectorOptions
+from steermoe.steering.spec import NO_DOMAIN
 
 if TYPE_CHECKING:
     from steermoe.engines.engine import Engine
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from steermoe.routing.shape import RoutingShape
     from steermoe.steering.resolver import PlanResolver
     from steermoe.steering.spec import SteeringSpec
+
+
+AnyModel = TypeVar("AnyModel", bound=ModelOptions)
 
 
 def wish(vectors: VectorOptions, names: Iterable[str], text: str = "", *, calibrated: bool = True) -> "Wish":
@@ -49,11 +54,17 @@ def open_engine(
 
     wanted = wish(vectors, (name for spec in specs for name in names_of(spec)), text)
     built = before_opening(model, vectors, wanted, topics)
-    runner = model.open()
+    runner = with_active_experts(model, specs).open()
     check_tags(runner, specs)
     check(runner)
     warn_of_script(runner.shape, text)
     return runner, vectors.resolver(runner, built | files(model, runner, vectors, wanted, topics))
+
+
+def with_active_experts(model: AnyModel, specs: "Iterable[SteeringSpec]") -> AnyModel:
+    """The options, with the number of experts that all specs ask for, if there is one: llama.cpp loads a model so."""
+    numbers = {spec.active_experts for spec in specs if spec.domain != (NO_DOMAIN,)}
+    return replace(model, active_experts=numbers.pop()) if len(numbers) == 1 else model
 
 
 def check_tags(runner: "Engine", specs: "Iterable[SteeringSpec]") -> None:

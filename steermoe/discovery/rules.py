@@ -24,6 +24,7 @@ from steermoe.discovery.token_weights import WeighedChoices, weigh_choices
 from steermoe.errors import VectorError
 from steermoe.models.default.stories import domain_words
 from steermoe.routing.shape import RoutingShape
+from steermoe.vectors.formats.cells import ACTIVATED, DEACTIVATED
 from steermoe.vectors.vector import SteeringVector
 
 PeerRule: TypeAlias = Literal["steermoe", "dsmoe", "safex"]
@@ -34,10 +35,6 @@ PAPERS = {"steermoe": "SteerMoE, 2509.09660", "dsmoe": "DSMoE, 2604.05267", "saf
 COMPARING: tuple[PeerRule, ...] = ("steermoe", "safex")
 """The rules that compare a domain's texts with others."""
 
-ACTIVATED = 1.01
-"""The strength c of (5) that stands for SteerMoE's max + 0.01: with E = 1 a logit becomes 1.01 |max(z)|."""
-DEACTIVATED = -1e4
-"""E of an expert that SteerMoE deactivates: its logit falls far below the smallest one."""
 DSMOE_EXPERTS, DSMOE_STRENGTH = 10, 0.10
 """N and s of DSMoE."""
 RESAMPLES, SEED = 20, 0

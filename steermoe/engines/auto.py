@@ -93,6 +93,7 @@ class EngineOptions:
         quantize: as in `loading.load`, for transformers.
         compiled_steps: `compiled` of `HFEngine`.
         vllm: further arguments of `VLLMEngine`, for example `tensor_parallel_size`.
+        active_experts: as in `LlamaCppEngine`; other engines read it from each plan.
     """
 
     dtype: str = "auto"
@@ -101,6 +102,7 @@ class EngineOptions:
     quantize: "Quantization | None" = None
     compiled_steps: bool = True
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    active_experts: int | None = None
 
 
 def open_engine(
@@ -162,4 +164,4 @@ def _open_llamacpp(model: str, options: EngineOptions) -> "Engine":
         raise ModelError("--dtype and --device-map belong to --engine hf: llama.cpp uses the types in the file")
     from steermoe.engines.llamacpp.engine import LlamaCppEngine
 
-    return LlamaCppEngine(model)
+    return LlamaCppEngine(model, active_experts=options.active_experts)

@@ -78,6 +78,7 @@ class Recorder:
             place: its number for `SteeringPlan.factor`; None if that is known at the end only.
         """
         self._read[number] = self._cleaned(chosen), self._cleaned(unsteered)
+        self._top_k = max(self._top_k, chosen.shape[1])
         self._follow(plan)
         if place is not None:
             self._strengths[number] = strength_at(plan, place)

@@ -22,6 +22,17 @@ NO_LISTS = {
     "NllbMoeTop2Router": "transformers runs experts 0 and 1 of an NLLB-MoE layer, whatever its router chooses",
 }
 """Classes of routers whose choice does not decide which experts run, and why."""
+NO_COUNTS = {
+    "NllbMoeTop2Router": "an NLLB-MoE router always chooses two",
+    "SwitchTransformersTop1Router": "a router of Switch Transformers always chooses one",
+    "PhimoeTopKRouter": "a PhiMoE router always chooses two",
+    "ZayaRouter": "a Zaya router always chooses one, or skips the layer",
+    "JetMoeTopKGating": "a JetMoe router sorts the tokens by expert, so that none can have its own number",
+    "OpenAIPrivacyFilterTopKRouter": "its block multiplies by the number too, which it keeps itself",
+}
+"""Classes of routers whose number of chosen experts can't be changed, and why."""
+LEAST_COUNTS = {"LongcatFlashTopkRouter": 2}
+"""Classes of routers whose experts can't run with fewer: LongCat's squeeze the dimension away that one leaves."""
 PYTHON_ONLY = "in Python only, the commands can't run it"
 """What is said of a family whose routers are found, but whose models continue no text."""
 NOT_RUN = {

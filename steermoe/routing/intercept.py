@@ -25,6 +25,9 @@ class LogitsEditor(Protocol):
     def edit(self, logits: Tensor) -> Tensor:
         """New logits [..., W] for these, of the same shape and any float type."""
 
+    def runs(self) -> int:
+        """How often the router's own code runs in this call: once for each number of experts that tokens get."""
+
     def observe(self, output: Any) -> None:
         """Receive what the router returned from an edited call."""
 
@@ -88,10 +91,10 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
                 hits: list[int] = []
                 with _CatchLogits(shape, editor.edit, hits):
                     output = original(*args, **kwargs)
-                if len(hits) != 1:
+                if len(hits) != editor.runs():
                     raise SteeringError(
-                        f"router '{router.name}' made its logits {len(hits)} times in one call, expected once: "
-                        "this architecture is not steered correctly; please report it"
+                        f"router '{router.name}' made its logits {len(hits)} times in one call, expected "
+                        f"{_times(editor.runs())}: this architecture is not steered correctly; please report it"
                     )
             editor.observe(output)
             return output
@@ -99,6 +102,10 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
         return forward
 
     return wrap_method(host, "forward", around)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> Callable[[], None]:
@@ -113,8 +120,9 @@ def _intercept_child(router: Router, child: nn.Module, editor: LogitsEditor) -> 
     def on_router(module: nn.Module, args: Any, output: Any) -> None:
         if not editor.active():
             return
-        if len(edited) != 1:
-            raise SteeringError(f"router '{router.name}' called its gate {len(edited)} times, expected once")
+        if len(edited) != editor.runs():
+            times = _times(editor.runs())
+            raise SteeringError(f"router '{router.name}' called its gate {len(edited)} times, expected {times}")
         editor.observe(output)
 
     def before_router(module: nn.Module, args: Any) -> None:

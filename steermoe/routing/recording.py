@@ -168,6 +168,9 @@ class _LogitsWatcher:
         self._record._observe_logits(self._number, self._router, self._kind, logits)
         return logits
 
+    def runs(self) -> int:
+        return 1
+
     def observe(self, output: Any) -> None:
         """The choices are counted by a hook, with probabilities or without."""
 

@@ -9,13 +9,14 @@ linear map and before whatever the architecture does next: softmax or sigmoid, b
 Shapes: T tokens, W columns of a router's logits, k experts chosen per token.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from steermoe.errors import SteeringError, UnsupportedModel
 from steermoe.routing.architectures import (
     HASH_REASON,
     LAYER_NUMBER,
+    LEAST_COUNTS,
     LINEAR_GATE,
+    NO_COUNTS,
     NO_LISTS,
     NO_ROUTER_REASONS,
     NOT_A_ROUTER,
@@ -49,7 +52,7 @@ class Router:
         num_experts: experts it can choose from (what expert vectors have columns for).
         width: columns of its logits; some routers have extra columns for shared experts.
         top_k: experts chosen per token.
-        blanks: as in `RouterShape`.
+        blanks, no_counts: as in `RouterShape`.
         stack: which of the model's stacks it belongs to.
     """
 
@@ -61,11 +64,34 @@ class Router:
     top_k: int
     stack: Literal["encoder", "decoder"] = "decoder"
     blanks: int = 0
+    no_counts: str = ""
 
     @property
     def shape(self) -> RouterShape:
         reason = NO_LISTS.get(type(self.module).__name__, "")
-        return RouterShape(self.layer, self.num_experts, self.width, self.top_k, self.blanks, reason)
+        return RouterShape(
+            self.layer,
+            self.num_experts,
+            self.width,
+            self.top_k,
+            self.blanks,
+            reason,
+            self.no_counts,
+            LEAST_COUNTS.get(type(self.module).__name__, 1),
+            _most(self.module, self.num_experts),
+        )
+
+
+class CountOwner(NamedTuple):
+    """Where a router keeps the number of experts that it chooses.
+
+    Attributes:
+        module: the router, whose forward reads the number.
+        place: the attribute with the number, or that of a configuration and the number's name in it.
+    """
+
+    module: nn.Module
+    place: tuple[str, ...]
 
 
 def find_routers(model: nn.Module) -> list[Router]:
@@ -103,6 +129,7 @@ def find_routers(model: nn.Module) -> list[Router]:
                 top_k=_top_k(module, parent, model),
                 stack=stack,
                 blanks=_blanks(module, model),
+                no_counts=_no_counts(module, parent),
             )
         )
     if not routers:
@@ -237,6 +264,51 @@ def _top_k(module: Any, parent: Any, model: nn.Module) -> int:
     raise UnsupportedModel(f"can't tell how many experts {type(module).__name__} chooses for a token")
 
 
+NOTE = "_steermoe_counts"
+"""The attribute of a router that says how many experts the tokens of its last call got, where that was not its own
+number: one for all, or one for each [T]."""
+COUNTS_IN_CONFIG = ("top_k_experts",)
+"""Names of the number in configurations that routers read while they run."""
+
+
+def count_owner(model: nn.Module, router: Router) -> CountOwner | None:
+    """Where a router keeps the number of experts that it chooses; None if it has none that could be changed."""
+    return None if router.no_counts else _count_owner(router.module, model.get_submodule(_parent(router.name)))
+
+
+def _count_owner(module: Any, parent: Any) -> CountOwner | None:
+    if type(parent).__name__.startswith("Mxfp4"):  # its kernel chooses
+        return None
+    if type(vars(module).get("top_k")) is int:
+        return CountOwner(module, ("top_k",))
+    for name in COUNTS_IN_CONFIG:
+        if f"config.{name}" in _source(type(module)) and type(getattr(module.config, name, None)) is int:
+            return CountOwner(module, ("config", name))
+    return None
+
+
+def _no_counts(module: nn.Module, parent: nn.Module) -> str:
+    """Why a router can't choose another number of experts; "" if it can."""
+    if reason := NO_COUNTS.get(type(module).__name__):
+        return reason
+    return "" if _count_owner(module, parent) else f"{type(module).__name__} keeps no number that could be changed"
+
+
+def _most(module: Any, experts: int) -> int:
+    """How many experts a router could choose that leaves out all but some groups of them; 0 if it leaves out none."""
+    groups = next((value for name in ("num_group", "n_group") if type(value := getattr(module, name, None)) is int), 1)
+    kept = getattr(module, "topk_group", None)
+    return kept * (experts // groups) if groups > 1 and type(kept) is int and kept < groups else 0
+
+
+@functools.lru_cache(64)
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -257,18 +329,36 @@ def module_that_routes(model: nn.Module, router: Router) -> nn.Module:
     return parent if type(parent).__name__.startswith("Mxfp4") else router.module
 
 
-def chosen_experts(router: Router, output: Any) -> Tensor:
-    """The experts that a router chose, [T, k], read from what its forward returned."""
+def chosen_experts(router: Router, output: Any, top_k: int | None = None) -> Tensor:
+    """The experts that a router chose, [T, k], read from what its forward returned.
+
+    Args:
+        router: the router.
+        output: what it returned.
+        top_k: k, if it is known; by default the most that a token of the router's last call got (see `NOTE`). Where a
+            token got fewer, the places that are left hold a number beyond the router's columns.
+    """
+    counts = vars(router.module).get(NOTE) if top_k is None else None
+    if counts is None:
+        return _chosen(router, output, router.top_k if top_k is None else top_k)
+    if isinstance(counts, int):
+        return _chosen(router, output, counts)
+    chosen_TK = _chosen(router, output, int(counts.max()))
+    counted_TK = torch.arange(chosen_TK.shape[1]) < counts[:, None]
+    return chosen_TK.where(counted_TK.to(chosen_TK.device), router.width)
+
+
+def _chosen(router: Router, output: Any, top_k: int) -> Tensor:
     parts = output if isinstance(output, tuple | list) else (output,)
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    if router.top_k < router.width:
+    if top_k < router.width:
         for position, tensor in enumerate(tensors):
             is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
-            if is_integer and tensor.dim() >= 2 and tensor.shape[-1] == router.top_k:
+            if is_integer and tensor.dim() >= 2 and tensor.shape[-1] == top_k:
                 return _unmask_skipped(router, tensor.flatten(0, -2), tensors[position - 1] if position else None)
     for tensor in tensors:  # logits, or weights that are zero for all but the chosen
         if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.shape[-1] in (router.num_experts, router.width):
-            return tensor.flatten(0, -2)[:, : router.num_experts].topk(router.top_k, -1).indices
+            return tensor.flatten(0, -2)[:, : router.num_experts].topk(top_k, -1).indices
     raise SteeringError(f"can't read the chosen experts from what {type(router.module).__name__} returns")
 
 

@@ -73,7 +73,7 @@ def keep_lists(model: nn.Module, router: Router, editor: ListsEditor) -> Callabl
             if not editor.has_lists():
                 return original(*args, **kwargs)
             choices: list[int] = []
-            with _CatchChoice(editor, router.top_k, choices):
+            with _CatchChoice(editor, lambda: _count_now(router), choices):
                 output = original(*args, **kwargs)
             if not choices:
                 raise SteeringError(
@@ -96,9 +96,15 @@ def chosen_by(lists: Lists, top_k: int, choose: Callable[[], Any]) -> tuple[Any,
         choose: the function; it is called once.
     """
     choices: list[int] = []
-    with _CatchChoice(_Given(lists), top_k, choices):
+    with _CatchChoice(_Given(lists), lambda: top_k, choices):
         found = choose()
     return found, bool(choices)
+
+
+def _count_now(router: Router) -> int:
+    """How many experts a router chooses in the call that runs, which may be another number than usual."""
+    number = vars(router.module).get("top_k")
+    return number if isinstance(number, int) else router.top_k
 
 
 class _Given:
@@ -160,11 +166,11 @@ class _CatchChoice(TorchFunctionMode):
 
     Args:
         editor: has the lists.
-        top_k: how many experts the router chooses.
+        top_k: how many experts the router chooses at the time.
         choices: gets an entry for each choice that was caught.
     """
 
-    def __init__(self, editor: ListsEditor, top_k: int, choices: list[int]) -> None:
+    def __init__(self, editor: ListsEditor, top_k: Callable[[], int], choices: list[int]) -> None:
         super().__init__()
         self.editor, self.top_k, self.choices = editor, top_k, choices
 
@@ -221,7 +227,7 @@ class _CatchChoice(TorchFunctionMode):
         if self.choices or mask.shape != scores.shape:
             return func(scores, *args, **kwargs)
         forced, banned = (_laid_over(scores, marks) for marks in lists)
-        too_few = (~mask & ~banned).sum(-1, keepdim=True) < self.top_k
+        too_few = (~mask & ~banned).sum(-1, keepdim=True) < self.top_k()
         kept = forced | (too_few & banned.any(-1, keepdim=True))
         return func(scores, mask & ~kept, named["value"])
 

@@ -5,7 +5,7 @@ checkpoint without its weights, `gguf.header.read_gguf` for a GGUF file, `Engine
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -21,6 +21,8 @@ class RouterShape:
         blanks: how many of `num_experts`, the last ones, are columns without an expert: longcat's zero experts, zaya's
             skip.
         no_lists: why its experts can't be forced or banned; "" if they can.
+        no_counts: why it can't choose another number of experts; "" if it can.
+        least, most: how few and how many it could choose; `most` is 0 for all, and less where groups leave some out.
     """
 
     layer: int
@@ -29,6 +31,9 @@ class RouterShape:
     top_k: int
     blanks: int = 0
     no_lists: str = ""
+    no_counts: str = ""
+    least: int = 1
+    most: int = 0
 
     @property
     def vector_widths(self) -> tuple[int, ...]:
@@ -71,6 +76,10 @@ class RoutingShape:
     def top_k(self) -> int:
         """Of the first router."""
         return self.routers[0].top_k
+
+    def without_counts(self, reason: str) -> "RoutingShape":
+        """The same, where routers can't choose another number of experts than their own, and why."""
+        return replace(self, routers=tuple(replace(router, no_counts=reason) for router in self.routers))
 
     def is_a(self, architecture: str) -> bool:
         """Whether a `model_type` is this model's, apart from - and _; true if either is unknown."""

@@ -21,6 +21,7 @@ class Bank:
         push: strength times expert vector, c E.
         raised: where E > 0.
         wanted: [P, W], the columns that a plan raises or forces.
+        active: how many experts its tokens get, [P]; 0 for as many as the router gives them.
         is_idle: no plan does anything in this layer.
     """
 
@@ -29,8 +30,10 @@ class Bank:
     forced: Tensor
     banned: Tensor
     wanted: Tensor
+    active: Tensor
     may_lower: bool
     has_lists: bool
+    has_active: bool
     is_idle: bool
     _moved: dict[torch.device, "Bank"] = field(default_factory=dict)
 
@@ -39,11 +42,13 @@ class Bank:
         """For the `number`-th router of a model that the plans fit."""
         experts = torch.zeros(max(1, len(plans)), router.num_experts)
         forced, banned = experts.bool(), experts.bool()
+        active = torch.zeros(max(1, len(plans)), dtype=torch.long)
         for place, plan in enumerate(plans):
-            if plan.layers is not None and not plan.layers[0] <= router.layer <= plan.layers[1]:
+            if not _is_inside(plan, router.layer):
                 continue
             if plan.vector is not None and plan.strength:
                 experts[place, : plan.vector.num_experts] = plan.vector.experts[number]
+            active[place] = plan.active_experts or 0
             for listed, marks in ((plan.force, forced), (plan.ban, banned)):
                 for layer, expert in listed:
                     if layer == router.layer:  # lists can be long
@@ -58,9 +63,11 @@ class Bank:
             forced,
             banned,
             wanted,
+            active,
             may_lower=bool((push < 0).any()),
             has_lists=has_lists,
-            is_idle=not has_lists and not bool(push.any()),
+            has_active=bool(active.any()),
+            is_idle=not has_lists and not bool(push.any()) and not bool(active.any()),
         )
 
     def on(self, device: torch.device) -> "Bank":
@@ -89,7 +96,10 @@ def banks_for(shape: RoutingShape, plans: Sequence[SteeringPlan]) -> list[Bank]:
         _check_fits(shape, plan)
     banks = [Bank.of(router, number, plans) for number, router in enumerate(shape.routers)]
     for place, plan in enumerate(plans):
-        does = any(bool(b.push[place].any() or b.forced[place].any() or b.banned[place].any()) for b in banks)
+        does = any(
+            bool(b.push[place].any() or b.forced[place].any() or b.banned[place].any() or b.active[place])
+            for b in banks
+        )
         if plan.does_something and not does:
             raise SteeringError(_nothing_to_do(plan))
     return banks
@@ -124,17 +134,50 @@ def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
                 f"experts of layer {router.layer} can't be forced or banned: {router.no_lists}; leave force and ban "
                 "out, or use another model"
             )
+    _check_counts(shape, plan)
     forced, banned = (Counter(layer for layer, _ in set(listed)) for listed in (plan.force, plan.ban))
     for router in routers:
-        if forced[router.layer] > router.top_k:
+        top_k = plan.active_experts if plan.active_experts and _is_inside(plan, router.layer) else router.top_k
+        if forced[router.layer] > top_k:
             raise SteeringError(
-                f"{forced[router.layer]} experts are forced in layer {router.layer}, but it chooses {router.top_k} per "
-                f"token: force at most {router.top_k}"
+                f"{forced[router.layer]} experts are forced in layer {router.layer}, but it chooses {top_k} per "
+                f"token: force at most {top_k}"
             )
-        if banned[router.layer] > router.num_experts - router.top_k:
+        if banned[router.layer] > router.num_experts - top_k:
             raise SteeringError(
                 f"{banned[router.layer]} of {router.num_experts} experts are banned in layer {router.layer}, but it "
-                f"chooses {router.top_k} per token: ban at most {router.num_experts - router.top_k}"
+                f"chooses {top_k} per token: ban at most {router.num_experts - top_k}"
+            )
+
+
+def _is_inside(plan: SteeringPlan, layer: int) -> bool:
+    return plan.layers is None or plan.layers[0] <= layer <= plan.layers[1]
+
+
+def _check_counts(shape: RoutingShape, plan: SteeringPlan) -> None:
+    """Raise SteeringError if a router can't choose as many experts as a plan says."""
+    number = plan.active_experts
+    if number is None:
+        return
+    for router in shape.routers:
+        if not _is_inside(plan, router.layer) or number == router.top_k:
+            continue
+        if router.no_counts:
+            raise SteeringError(
+                f"layer {router.layer} of {shape.name} can't have {number} active experts: {router.no_counts}; leave "
+                "active experts out, or use another model"
+            )
+        if number < router.least:
+            raise SteeringError(
+                f"{number} active experts are too few for layer {router.layer} of {shape.name}: ask for {router.least} "
+                "or more"
+            )
+        most = router.most or router.num_experts
+        if number > most:
+            groups = ", as it leaves out whole groups of them" if router.most else ""
+            raise SteeringError(
+                f"{number} active experts are too many for layer {router.layer} of {shape.name}, which chooses from "
+                f"{most}{groups}: ask for at most {most}"
             )
 
 

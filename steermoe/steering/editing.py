@@ -16,6 +16,7 @@ from torch import Tensor
 from steermoe import formulas
 from steermoe.errors import SteeringError
 from steermoe.formulas import Formula, Scale
+from steermoe.routing.counts import numbers_in
 from steermoe.routing.selection import Lists
 from steermoe.routing.shape import RouterShape
 from steermoe.steering.banks import Bank
@@ -146,10 +147,28 @@ class Editor:
         layout = step.layout.on(device)
         return Lists(bank.forced[layout.plan_T] & layout.steered_T1, bank.banned[layout.plan_T] & layout.steered_T1)
 
+    def counts(self) -> int | Tensor | None:
+        """How many experts the tokens of this call get: a number for all, or one for each [T]; None for k."""
+        step, bank = self.step, self.bank
+        if step is None or not bank.has_active:
+            return None
+        if step.layout is None:
+            return int(bank.active[0]) or None
+        layout = step.layout
+        active_T = bank.active[layout.plan_T] * layout.steered_T1[:, 0]
+        return active_T.where(active_T > 0, self.router.top_k)
+
+    def runs(self) -> int:
+        return max(1, len(numbers_in(self.counts())))
+
     def observe(self, output: Any) -> None:
         assert self.step is not None
         assert self._chosen is not None
-        self._tally.add(self, self.step, self._chosen(output))
+        chosen_TK, places_TK = self._chosen(output), None
+        if isinstance(self.counts(), Tensor):  # places that a token did not get repeat its first expert
+            places_TK = chosen_TK < self.router.width
+            chosen_TK = chosen_TK.where(places_TK, chosen_TK[:, :1])
+        self._tally.add(self, self.step, chosen_TK, places_TK)
 
     def check_lists(self) -> None:
         """Raise SteeringError if a counted call did not choose a forced expert, or chose a banned one."""
@@ -209,12 +228,12 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Editor, Step, Bank, Tensor]] = []
+        self._pending: list[tuple[Editor, Step, Bank, Tensor, Tensor | None]] = []
         self._hits: dict[torch.device, Tensor] = {}
         self._slots: int | Tensor = 0
 
-    def add(self, editor: Editor, step: Step, chosen_Tk: Tensor) -> None:
-        self._pending.append((editor, step, editor.bank, chosen_Tk))
+    def add(self, editor: Editor, step: Step, chosen_Tk: Tensor, places_Tk: Tensor | None = None) -> None:
+        self._pending.append((editor, step, editor.bank, chosen_Tk, places_Tk))
         if not torch.compiler.is_compiling() and len(self._pending) * chosen_Tk.numel() > PENDING_LIMIT:
             self.count()
 
@@ -225,16 +244,19 @@ class Tally:
     def count(self) -> None:
         """Count what is pending."""
         pending, self._pending = self._pending, []
-        groups: dict[Any, list[tuple[Bank, Tensor]]] = {}
-        for editor, step, bank, chosen in pending:
+        groups: dict[Any, list[tuple[Bank, Tensor, Tensor | None]]] = {}
+        for editor, step, bank, chosen, places in pending:
             editor.calls += 1
             if bank.has_lists:
                 editor.listed = editor.listed + _count_listed(step, bank, chosen)
-            groups.setdefault((step, bank.wanted.shape, chosen.shape, chosen.device), []).append((bank, chosen))
+            key = (step, bank.wanted.shape, chosen.shape, chosen.device, places is None)
+            groups.setdefault(key, []).append((bank, chosen, places))
         for (step, *_), calls in groups.items():
-            self._count_alike(step, [bank for bank, _ in calls], [chosen for _, chosen in calls])
+            self._count_alike(step, calls)
 
-    def _count_alike(self, step: Step, banks: list[Bank], chosen: list[Tensor]) -> None:
+    def _count_alike(self, step: Step, group: list[tuple[Bank, Tensor, Tensor | None]]) -> None:
+        banks, chosen = [bank for bank, *_ in group], [one for _, one, _ in group]
+        places = [one for *_, one in group if one is not None]
         chosen_CTk = torch.stack(chosen).long()
         device = chosen_CTk.device
         wanted_CPW = torch.stack([bank.on(device).wanted for bank in banks])
@@ -248,6 +270,13 @@ class Tally:
         if step.counted_T is not None and len(step.counted_T) == tokens:
             hits_CTk = hits_CTk & step.counted_T.to(device)[:, None]
             steered = step.tokens
+        if places:  # tokens with different numbers of experts
+            places_CTk = torch.stack(places)
+            if step.counted_T is not None and len(step.counted_T) == tokens:
+                places_CTk = places_CTk & step.counted_T.to(device)[:, None]
+            self._hits[device] = self._hits.get(device, 0) + (hits_CTk & places_CTk).sum()
+            self._slots = self._slots + places_CTk.sum().cpu()
+            return
         self._hits[device] = self._hits.get(device, 0) + hits_CTk.sum()
         self._slots = self._slots + steered * (top_k * calls)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
+from steermoe.routing.counts import clear_note, set_counts
 from steermoe.routing.intercept import intercept
 from steermoe.routing.routers import chosen_experts, find_routers, language_model, shape_of
 from steermoe.routing.selection import keep_lists
@@ -111,6 +112,7 @@ class SteeringHandle:
                 if hasattr(self._model, name):
                     undo.callback(wrap_method(self._model, name, refuse_packing(lambda: self.plans)))
             for router, editor in zip(self._routers, self._editors, strict=True):
+                undo.callback(set_counts(self._model, router, editor))
                 undo.callback(intercept(self._model, router, editor))
                 undo.callback(keep_lists(self._model, router, editor))
             _STEERED[first] = self
@@ -299,6 +301,8 @@ class SteeringHandle:
                 if editor.step is not None and editor.calls == before:
                     self._bypassed[router.name] = self._bypassed.get(router.name, 0) + 1
                 editor.step = None
+                if editor.bank.has_active:
+                    clear_note(router.module)
 
     def _step(self, window: Window) -> Step | None:
         """The step for these tokens, or None if none of them is steered."""

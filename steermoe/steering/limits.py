@@ -36,6 +36,17 @@ def check_listed(experts: Sequence[Any]) -> None:
         raise SteeringError(f"{len(experts)} experts are too many to force or ban: list at most {MOST_EXPERTS}")
 
 
+def check_count(number: Any) -> int:
+    """The number of experts that a token gets.
+
+    Raises:
+        SteeringError: it is no whole number from 1 on.
+    """
+    if type(number) is not int or not 0 < number <= LARGEST:
+        raise SteeringError(f"active experts {shown(number)}: expected a whole number from 1 on, such as 4")
+    return number
+
+
 def check_tags(tags: Any) -> tuple[str, str]:
     """The texts of two think tags.
 

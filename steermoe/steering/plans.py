@@ -15,7 +15,7 @@ from steermoe.errors import SteeringError, quoted, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.positions import POSITIONS, Positions
 from steermoe.routing.tracker import select
-from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_listed, check_tags, whole
+from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_count, check_listed, check_tags, whole
 from steermoe.vectors.vector import SteeringVector
 
 DEFAULT_FORMULA: Formula = "max_scaled"
@@ -122,6 +122,7 @@ class SteeringPlan:
         layers: steer only decoder layers (first, last), both included; None for all.
         force, ban: experts that every steered token must, or must not, be sent to, each as (decoder layer, expert).
         think_tags: the texts before and after what the model thinks; None for its own.
+        active_experts: how many experts every steered token gets; None for as many as the model gives it.
 
     Raises:
         SteeringError: an unknown name, a strength or a number that is out of range, or nothing to do.
@@ -137,6 +138,7 @@ class SteeringPlan:
     force: tuple[LayerExpert, ...] = ()
     ban: tuple[LayerExpert, ...] = ()
     think_tags: tuple[str, str] | None = None
+    active_experts: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("formula", FORMULAS), ("scale", SCALES), ("positions", POSITIONS)):
@@ -156,8 +158,10 @@ class SteeringPlan:
                 raise SteeringError(
                     f"layers {self.layers[0]}-{self.layers[1]} is not a range: give first and last, counted from 0"
                 )
-        if self.vector is None and not self.force and not self.ban:
-            raise SteeringError("a plan needs a vector, or experts to force or ban")
+        if self.active_experts is not None:
+            object.__setattr__(self, "active_experts", check_count(self.active_experts))
+        if self.vector is None and not self.force and not self.ban and self.active_experts is None:
+            raise SteeringError("a plan needs a vector, experts to force or ban, or a number of active experts")
         if both := sorted(set(self.force) & set(self.ban)):
             raise SteeringError(f"experts {both[:3]} are both forced and banned: keep each in one of the lists")
 
@@ -189,7 +193,7 @@ class SteeringPlan:
 
     @property
     def does_something(self) -> bool:
-        return bool(self.force or self.ban) or (self.vector is not None and self.strength != 0)
+        return bool(self.force or self.ban or self.active_experts) or (self.vector is not None and self.strength != 0)
 
     def factor(self, index: Tensor) -> Tensor:
         """How strongly each token is steered, as a multiple of the strength.

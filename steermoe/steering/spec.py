@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from steermoe.errors import SteeringError, escaped, quoted, shown
 from steermoe.formulas import Formula, Scale
 from steermoe.routing.positions import Positions
-from steermoe.steering.limits import MOST_STRENGTH, check_listed, check_tags, whole
+from steermoe.steering.limits import MOST_STRENGTH, check_count, check_listed, check_tags, whole
 
 if TYPE_CHECKING:
     from steermoe.steering.plans import LayerExpert, Schedule
@@ -250,6 +250,17 @@ class SteeringSpec:
         ),
     )
 
+    active_experts: int | None = field(
+        default=None,
+        metadata=about(
+            "How many experts each steered token gets. Default: as many as the model gives it.",
+            example=4,
+            kind=((int,), "a whole number such as 4"),
+            read=check_count,
+            unset="the model's own",
+        ),
+    )
+
     def __post_init__(self) -> None:
         for one in fields(self):  # None leaves the default
             if getattr(self, one.name) is None:
@@ -261,7 +272,7 @@ class SteeringSpec:
     @property
     def is_unsteered(self) -> bool:
         """Whether it asks for nothing, or for no steering."""
-        return self.domain == (NO_DOMAIN,) or not (self.domain or self.force or self.ban)
+        return self.domain == (NO_DOMAIN,) or not (self.domain or self.force or self.ban or self.active_experts)
 
     def plan_fields(self) -> dict[str, Any]:
         """The fields of `SteeringPlan` that follow from it: all but the vector.
@@ -353,6 +364,6 @@ def read_spec(spec: Any) -> SteeringSpec:
     if unknown := sorted(set(map(str, spec)) - set(NAMES)):
         raise SteeringError(f"steering has no field {quoted(', '.join(unknown))}: its fields are {', '.join(NAMES)}")
     read = SteeringSpec(**{name: read_field(name, value) for name, value in spec.items() if value is not None})
-    if not (read.domain or read.force or read.ban):
+    if not (read.domain or read.force or read.ban or read.active_experts):
         raise SteeringError(f"it names no domain, and no experts to force or ban: write an object such as {EXAMPLE}")
     return read

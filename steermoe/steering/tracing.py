@@ -64,11 +64,10 @@ class RoutingTracer:
         """
         now, plain = self._now, self._plain
         self._now, self._plain = {}, {}
-        chosen = self._stacked(now)
-        if not plain:
-            return chosen, chosen
-        unsteered = {n: chosen_experts(self._routers[n], output) for n, output in plain.items()}
-        return chosen, self._stacked({**now, **unsteered})
+        unsteered = {n: _own_choice(self._routers[n], output) for n, output in plain.items()}
+        width = max((one.shape[1] for one in (*now.values(), *unsteered.values())), default=0)
+        chosen = self._stacked(now, width)
+        return chosen, self._stacked({**now, **unsteered}, width) if plain else chosen
 
     def _around(self, number: int, router: Router) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def around(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,13 +89,13 @@ class RoutingTracer:
 
         return around
 
-    def _stacked(self, chosen: dict[int, Tensor]) -> Choices:
+    def _stacked(self, chosen: dict[int, Tensor], least: int) -> Choices:
         counts = {len(one) for one in chosen.values()}
         if len(counts) > 1:
             raise SteeringError(
                 f"routers saw {' and '.join(map(str, sorted(counts)))} tokens in one call: this model can't be traced"
             )
-        tokens, top_k = max(counts, default=0), max(router.top_k for router in self._routers)
+        tokens, top_k = max(counts, default=0), max(least, *(router.top_k for router in self._routers))
         found = np.full((tokens, len(self._routers), top_k), NONE, dtype=np.int32)
         alike: dict[tuple[torch.device, int], list[int]] = {}
         for number, one in chosen.items():
@@ -105,3 +104,8 @@ class RoutingTracer:
             together = torch.stack([chosen[number] for number in numbers], 1)
             found[:, numbers, :width] = together.cpu().numpy()
         return found
+
+
+def _own_choice(router: Router, output: Any) -> Tensor:
+    """What a router chose with its own number of experts, whatever the number in the steered call after."""
+    return chosen_experts(router, output, router.top_k)

@@ -1,14 +1,18 @@
-"""Import expert vectors from a matrix of layers x experts: JSON in the forms of the paper's authors, or .npy."""
+"""Import expert vectors from a matrix of layers x experts: JSON in the forms of the paper's authors, .npy or .npz."""
 
+import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import VectorError, VectorNotFound, reason
+from steermoe.errors import VectorError, quoted, reason
 from steermoe.files import read_npy
 from steermoe.vectors.file import check_domain_name
+from steermoe.vectors.formats.cells import MAX_NUMBERS
+from steermoe.vectors.formats.content import MAX_BYTES, json_of, read_content, whole_number
 from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
 
 if TYPE_CHECKING:
@@ -16,6 +20,11 @@ if TYPE_CHECKING:
 
 EMBEDDING = "embedding"
 """The key of the numbers in a dictionary."""
+WEIGHTS, LAYERS = "weights", "layers"
+"""Keys of the matrices that this package writes: that the numbers are E itself, and the decoder layer of each row."""
+NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
+"""What .npy and .npz files begin with."""
+MAX_ARRAYS = 2**14
 SHOWN_KEYS = 8
 
 
@@ -31,9 +40,9 @@ def import_matrix(
     """Read an expert vector: a JSON list of L lists of N numbers, the format of the paper's authors, or such a matrix.
 
     Also read: a flat list of L*N numbers, layer by layer, if `layers` are known; {"embedding": ...}; a dictionary of
-    several vectors; and a .npy file. Rows that each sum to 1 are taken to be frequencies F, anything else to be E
-    itself. If there are rows for all decoder layers up to the last of `layers`, and those of the others hold only
-    zeros, they are left out.
+    several vectors; a .npy file; and a .npz file, as such a dictionary. Rows that each sum to 1 are taken to be
+    frequencies F, anything else to be E itself. If there are rows for all decoder layers up to the last of `layers`,
+    and those of the others hold only zeros, they are left out.
 
     Args:
         path: the file.
@@ -46,7 +55,22 @@ def import_matrix(
     Raises:
         VectorError: not such a file, not such a matrix, no such cluster, or invalid numbers.
     """
-    matrix = _without_dense_layers(_read(path, _chosen(path, _content(path), cluster, domain), layers, experts), layers)
+    return matrix_vector(path, matrix_content(path, read_content(path)), domain, layers, experts, info, cluster)
+
+
+def matrix_vector(
+    path: Path,
+    content: Any,
+    domain: str,
+    layers: Sequence[int] | None,
+    experts: int | None,
+    info: VectorInfo | None,
+    cluster: str | None,
+) -> SteeringVector:
+    """As `import_matrix`, for the content of the file."""
+    layers = own_layers(path, content) if layers is None else layers
+    is_weights = isinstance(content, dict) and content.get(WEIGHTS) is True
+    matrix = _without_dense_layers(_read(path, _chosen(path, content, cluster, domain), layers, experts), layers)
     numbers = tuple(layers) if layers is not None else tuple(range(len(matrix)))
     if len(numbers) != len(matrix):
         raise VectorError(
@@ -55,7 +79,8 @@ def import_matrix(
     if not matrix.any():
         raise VectorError(f"'{path}' contains only zeros: it would steer nothing")
     info = info or VectorInfo()
-    is_frequency = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
+    is_distribution = bool(((matrix.sum(-1) - 1).abs() < ROW_SUM_TOLERANCE).all() and (matrix >= 0).all())
+    is_frequency = is_distribution and not is_weights
     return SteeringVector(
         check_domain_name(domain),
         matrix if is_frequency else None,
@@ -88,22 +113,55 @@ def _read(path: Path, content: Any, layers: Sequence[int] | None, experts: int |
         raise VectorError(f"'{path}' contains a number that is too large for float32") from error
 
 
-def _content(path: Path) -> Any:
+def own_layers(path: Path, content: Any) -> list[int] | None:
+    """The decoder layers that a dictionary of ours lists; None for all other content."""
+    if not isinstance(content, dict) or content.get(WEIGHTS) is not True or LAYERS not in content:
+        return None
+    listed = content[LAYERS]
+    if not isinstance(listed, list):
+        raise VectorError(f"'{path}': its layers are no list, expected the decoder layer of each row")
+    return [whole_number(str(path), layer, "a layer") for layer in listed]
+
+
+def write_json(vector: SteeringVector) -> bytes:
+    """A vector's expert vector E in the authors' form {"embedding": ...}, with what else a reader needs."""
+    content = {
+        "domain": vector.domain,
+        "model": vector.info.model,
+        WEIGHTS: True,
+        LAYERS: list(vector.layers),
+        EMBEDDING: vector.experts.tolist(),
+    }
+    return f"{json.dumps(content)}\n".encode()
+
+
+def matrix_content(path: Path, content: bytes) -> Any:
     """What the file holds: numbers in lists and dictionaries."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise VectorNotFound(f"can't read '{path}': {error.strerror or error}; give a .json or .npy file") from error
-    if content.startswith(b"\x93NUMPY"):
+    if content.startswith(NPY):
         return _content_of_npy(path, content)
+    return _content_of_npz(path, content) if content.startswith(ZIP) else json_of(str(path), content)
+
+
+def _content_of_npz(path: Path, content: bytes) -> dict[str, Any]:
+    """A dictionary of the .npy files in it, as bytes; none is unpacked before its size is known."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise VectorError(
-            f"'{path}' is neither JSON nor .npy: give a matrix of layers x experts as one of them"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise VectorError(f"'{path}' is not JSON: {error}") from error
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ARRAYS or sum(entry.file_size for entry in entries) > MAX_BYTES:
+                raise VectorError(
+                    f"'{path}' holds {len(entries)} arrays of {sum(entry.file_size for entry in entries)} bytes, "
+                    f"expected at most {MAX_ARRAYS} and {MAX_BYTES}: save fewer in one file"
+                )
+            return {entry.filename.removesuffix(".npy"): _unpacked(archive, entry) for entry in entries}
+    except VectorError:
+        raise
+    except Exception as error:  # a damaged archive can make zipfile raise anything
+        raise VectorError(f"'{path}' is a damaged .npz file ({reason(error, 200)}): save it again") from error
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as file:
+        return file.read(entry.file_size)
 
 
 def _content_of_npy(path: Path, content: bytes) -> Any:
@@ -117,24 +175,27 @@ def _content_of_npy(path: Path, content: bytes) -> Any:
         raise VectorError(
             f"'{path}' holds {matrix.ndim} dimensions of {matrix.dtype}, expected L layers x N experts of numbers"
         )
+    if matrix.size > MAX_NUMBERS:
+        raise VectorError(f"'{path}' holds {matrix.size:,} numbers, expected at most {MAX_NUMBERS:,}")
     return matrix.tolist()
 
 
 def _chosen(path: Path, content: Any, cluster: str | None, domain: str) -> Any:
     """The numbers of one vector, out of the dictionary that they may be in."""
     if isinstance(content, dict) and EMBEDDING not in content:
-        names = list(map(str, content))
+        names = [quoted(str(key)) for key in content]
         wanted = cluster if cluster is not None else domain if domain in content else None
         if wanted is None and len(names) == 1:
-            (wanted,) = names
+            (wanted,) = content
         if wanted not in content:
             shown = ", ".join(f"'{name}'" for name in names[:SHOWN_KEYS]) + (", ..." if len(names) > SHOWN_KEYS else "")
-            what = "names no cluster to take" if wanted is None else f"has no cluster '{wanted}'"
+            what = "names no cluster to take" if wanted is None else f"has no cluster '{quoted(wanted)}'"
             raise VectorError(f"'{path}' {what}, there are {shown or 'none'}: pass --cluster")
         content = content[wanted]
     elif cluster is not None:
         raise VectorError(f"'{path}' holds one vector, no clusters: leave out --cluster")
-    return content[EMBEDDING] if isinstance(content, dict) and EMBEDDING in content else content
+    found = content[EMBEDDING] if isinstance(content, dict) and EMBEDDING in content else content
+    return _content_of_npy(path, found) if isinstance(found, bytes) else found
 
 
 def _as_rows(path: Path, content: Any, layers: Sequence[int] | None, experts: int | None) -> list[list[float]]:

@@ -101,6 +101,7 @@ option = {
     "force": expert,
     "ban": expert,
     "think_tags": st.tuples(text, text) | text,
+    "active_experts": st.builds(str, whole) | st.integers(1, 4).map(str) | text,
 }
 json_number = st.integers() | st.floats() | st.sampled_from([10**30, -(10**30), 1e300, 2**31])
 anything = st.recursive(
@@ -111,6 +112,7 @@ anything = st.recursive(
 field = {
     **{name: value | anything for name, value in option.items()},
     "think_tags": st.lists(text, max_size=3) | anything,
+    "active_experts": st.integers(-1, 5) | json_number | anything,
     "domain": mixture | st.dictionaries(domain, json_number, max_size=3) | st.lists(weighted, max_size=3) | anything,
     "strength": json_number | anything,
     "layers": layers | st.lists(st.integers(-2, 10**12), max_size=3) | anything,

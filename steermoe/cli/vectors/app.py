@@ -1,4 +1,4 @@
-"""`steermoe vectors`: list, show, check and import; `build`, `discover` and `mix` have their own files."""
+"""`steermoe vectors`: list, show and check; the other commands have their own files."""
 
 import os
 from contextlib import suppress
@@ -9,7 +9,8 @@ import typer
 
 from steermoe.cli import options as o
 from steermoe.cli.terminal import console
-from steermoe.cli.vectors import build, discover, mix
+from steermoe.cli.vectors import build, discover, export, import_, mix
+from steermoe.cli.vectors.describing import describe_steerable
 
 if TYPE_CHECKING:
     from steermoe.models.description import ModelDescription
@@ -37,14 +38,6 @@ steermoe vectors check sport food
 steermoe vectors check sport --model smollm2-moe --json
 
 steermoe vectors check my/old.safetensors --rehash
-"""
-IMPORT_EXAMPLES = """Examples:
-
-steermoe vectors import matrix.json --domain chess
-
-steermoe vectors import matrix.json --domain chess --model ./my-model -o chess.safetensors
-
-steermoe vectors import clusters.json --domain chess --cluster 12 --model ./my-model
 """
 MAX_KEYWORDS = 3
 """Keywords that are listed per vector."""
@@ -93,11 +86,15 @@ Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List, show, check, build, discover, mix, import and export vectors.",
 )
 app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=discover.EXAMPLES)(discover.discover)
 app.command(epilog=mix.EXAMPLES)(mix.mix)
+app.command("import", epilog=import_.EXAMPLES)(import_.import_)
+app.command(epilog=export.EXAMPLES)(export.export)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
@@ -116,7 +113,7 @@ def list_(
     from steermoe.vectors.library import find_vectors, search_path
 
     files = find_vectors(vectors)
-    found = None if model is None else _found(files, _describe(model, trust_remote_code).shape)
+    found = None if model is None else _found(files, describe_steerable(model, trust_remote_code).shape)
     records = []
     for file in files:
         try:
@@ -233,7 +230,7 @@ def check(
 
     The hash detects damage and edits. It does not prove who made a file.
     """
-    description = _describe(model, trust_remote_code) if model is not None else None
+    description = describe_steerable(model, trust_remote_code) if model is not None else None
     results = [_check(target, vectors, description, rehash, any_model) for target in targets]
     are_right = all(result["error"] is None for result in results)
     if json:
@@ -248,83 +245,6 @@ def check(
                 console.note(f"steermoe: {result['error']}")
     if not are_right:
         raise typer.Exit(1)
-
-
-@app.command("import", epilog=IMPORT_EXAMPLES)
-def import_(
-    matrix: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MATRIX",
-            help="JSON, a list with a list of N numbers (experts) for each of L layers, or such a .npy file; with "
-            "--model also a flat list.",
-        ),
-    ],
-    domain: Annotated[str, typer.Option("--domain", "-d", help="Name of the vector.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model that the vector is for; the shape is checked.")
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Key of the vector, if MATRIX is a dictionary of several. Default: DOMAIN.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File to write. Default: steering_vectors/MODEL/DOMAIN.safetensors."),
-    ] = None,
-    force: o.Overwrite = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-    json: o.JsonDocument = False,
-) -> None:
-    """Convert a matrix, such as the JSON of the method's authors, into a vector file. Prints the file's path."""
-    from steermoe.errors import VectorError
-    from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
-    from steermoe.vectors.matrix import import_matrix
-    from steermoe.vectors.vector import VectorInfo
-
-    domain = check_domain_name(domain)
-    description = _describe(model, trust_remote_code) if model is not None else None
-    folder = Path(description.name).name if description else "imported"
-    is_there, path = False, output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
-    if path.suffix != SUFFIX:
-        raise VectorError(f"'{path}' is not the name of a vector file: end it in {SUFFIX}")
-    with suppress(OSError):  # a name that no file can have is an error when it is written
-        is_there = path.exists()
-    if is_there and not force:
-        raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another file")
-    if description is None:
-        vector = import_matrix(matrix, domain, cluster=cluster)
-    else:
-        vector = import_matrix(
-            matrix,
-            domain,
-            layers=description.moe_layers,
-            experts=max(description.experts),
-            info=VectorInfo.of(description.shape),
-            cluster=cluster,
-        )
-        vector.check_fits(description.shape)
-    write_vector(vector, path)
-    record = {**read_header(path).as_dict(), "path": str(path)}
-    if json:
-        console.write_json(record)
-    else:
-        console.say(str(path))
-
-
-def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
-    """The description of a model that can be steered.
-
-    Raises:
-        ModelError: it can't be found. UnsupportedModel: no vector can fit it.
-    """
-    from steermoe.errors import UnsupportedModel
-    from steermoe.models.description import describe
-
-    with console.working(f"Inspecting {model} ..."):
-        description = describe(model, trust_remote_code=trust_remote_code)
-    if not description.steerable:
-        raise UnsupportedModel(f"'{model}' can't be steered: {description.reason}")
-    return description
 
 
 def _check(

@@ -152,9 +152,12 @@ class RollingDecoder:
         cached_B = torch.tensor([row.cached for row in self._rows])
         index_B1 = torch.tensor([[row.place] for row in self._rows])
         is_traced = any(row.recorder is not None for row in self._rows)
+        has_counts = any(plan is not None and plan.active_experts is not None for plan in plans)
         if self._compiled is not None and self._compiled.serves(len(self._rows)):
             if is_traced:
                 _tell_uncompiled()
+            elif has_counts:
+                _tell_uncounted()
             else:
                 return self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
         width = int(cached_B.max())
@@ -303,6 +306,12 @@ class RollingDecoder:
 def _tell_uncompiled() -> None:
     """Say once that a trace costs the compiled steps."""
     logger.warning("texts with a trace are generated without the compiled steps, which show no router's own choice")
+
+
+@functools.cache
+def _tell_uncounted() -> None:
+    """Say once that another number of experts costs the compiled steps."""
+    logger.warning("active experts are generated without the compiled steps, which have the model's own number in them")
 
 
 def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -22,8 +23,9 @@ from steermoe.engines.llamacpp.tokenizer import GGUFTokenizer
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import encode_prompt
-from steermoe.errors import ModelError
+from steermoe.errors import ModelError, SteeringError
 from steermoe.models.gguf.header import GGUFModel, read_gguf
+from steermoe.steering.limits import check_count
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.tags import ModelTags
 
@@ -42,6 +44,34 @@ SAMPLED_BYTES, SAMPLES = 4096, 256
 """The size in bytes of the pieces of a file that go into its fingerprint, and their number."""
 
 
+NO_COUNTS = (
+    "llama.cpp reads the number once, when it loads the model: `steermoe generate --active-experts N` loads it with N"
+)
+"""Why a text can't have its own number of active experts."""
+
+
+def with_active_experts(file: GGUFModel, number: int) -> GGUFModel:
+    """The file as llama.cpp reads it if each token is to get another number of experts.
+
+    Raises:
+        SteeringError: the model has fewer experts.
+    """
+    check_count(number)
+    most = min(router.num_experts for router in file.routers)
+    if number > most:
+        raise SteeringError(f"{number} active experts are too many for {file.name}, which has {most}: ask for fewer")
+    return replace(file, routers=tuple(replace(router, top_k=number) for router in file.routers))
+
+
+def _overrides(key: str, number: int) -> Any:
+    """What llama.cpp reads instead of a number in the file; a list that ends with an empty entry."""
+    overrides = (llama_cpp.llama_model_kv_override * 2)()
+    overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+    overrides[0].key = key.encode()
+    overrides[0].value.val_i64 = number
+    return overrides
+
+
 class LlamaCppEngine:
     """A GGUF file in llama.cpp.
 
@@ -53,6 +83,8 @@ class LlamaCppEngine:
         reach: how logits are reached (see `callback`); by default inside the graph on the CPU.
         cache: ggml's type of the attention cache, "f16" or "f32".
         callback: False leaves it out, to measure its cost; then nothing can be steered or recorded.
+        active_experts: how many experts each token of all texts gets, prompts included; by default as many as the file
+            says.
 
     Raises:
         ModelError: the file can't be loaded. UnsupportedModel: it has no routers.
@@ -67,10 +99,15 @@ class LlamaCppEngine:
         reach: Reach | None = None,
         cache: str = "f16",
         callback: bool = True,
+        active_experts: int | None = None,
     ) -> None:
         self._model: Any = None
         self._context: Context | None = None
         self.file = model if isinstance(model, GGUFModel) else read_gguf(model)
+        self._active = active_experts
+        if active_experts is not None:
+            self.file = with_active_experts(self.file, active_experts)
+        self.file = replace(self.file, routers=self.file.shape.without_counts(NO_COUNTS).routers)
         self.shape = self.file.shape
         self.threads = threads or torch.get_num_threads()
         self._cache = cache
@@ -81,6 +118,9 @@ class LlamaCppEngine:
             gpu_layers = ALL_LAYERS if llama_cpp.llama_supports_gpu_offload() else NO_LIBRARY_GPU_LAYERS
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        if active_experts is not None:
+            overrides = _overrides(f"{self.file.architecture}.expert_used_count", active_experts)
+            params.kv_overrides = overrides
         messages.clear()
         self._model = llama_cpp.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not self._model:
@@ -155,6 +195,12 @@ class LlamaCppEngine:
     def encode(self, request: Request, known: list[int] | None = None) -> list[int]:
         """As `Engine.encode`."""
         self.tags.of(request.plan)
+        asked = None if request.plan is None else request.plan.active_experts
+        if self._active not in (None, asked):
+            raise SteeringError(
+                f"this text asks for {asked or 'no number of'} active experts, but llama.cpp was loaded with "
+                f"{self._active} for all texts: load it once for each number"
+            )
         return encode_prompt(self.tokenizer, request, self.name, self.context_length, known)
 
     def decoder(self, rows: int, tokens: int | None = None) -> RollingDecoder:

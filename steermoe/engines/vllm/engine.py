@@ -16,6 +16,7 @@ from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
 from steermoe.engines.vllm.decoder import VLLMDecoder, report_of
 from steermoe.engines.vllm.launch import check_sizes, parallel_sizes, prepare_environment, start
+from steermoe.engines.vllm.spec import NO_COUNTS
 from steermoe.errors import GenerationError, UnsupportedModel
 from steermoe.models.checkpoint import find_source
 from steermoe.models.description import shape_of_config
@@ -71,7 +72,8 @@ class VLLMEngine:
             self.close()
             raise UnsupportedModel(f"{self._source.name} can't be steered in vLLM: {reason}")
         self._no_lists = next(filter(None, self.ask("steermoe_no_lists")), "")
-        self.shape = replace(shape_of_config(self._vllm.model_config), name=self.name)
+        shape = shape_of_config(self._vllm.model_config).without_counts(NO_COUNTS)
+        self.shape = replace(shape, name=self.name)
         self.tokenizer = self._source.tokenizer(trust_remote_code)
         self._encoder = HFEncoder(self.tokenizer)
         self.ends = end_tokens(self._source.eos_token_id(), self.tokenizer)

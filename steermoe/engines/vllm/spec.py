@@ -17,10 +17,15 @@ ANY_MODEL = "STEERMOE_ANY_MODEL"
 """If it is 1 in the environment, vectors that were built for another model of the same shape are taken too."""
 
 
+NO_COUNTS = "vLLM's kernels choose as many as the model's configuration says, for all texts"
+"""Why a text can't have its own number of active experts."""
+
+
 def resolver_for(model_config: Any, *, names_only: bool = False) -> PlanResolver:
     """What reads the specs of requests to a running vLLM, from vLLM's configuration of its model."""
     any_model = os.environ.get(ANY_MODEL) == "1"
-    return PlanResolver(shape_of_config(model_config), watch=True, names_only=names_only, any_model=any_model)
+    shape = shape_of_config(model_config).without_counts(NO_COUNTS)
+    return PlanResolver(shape, watch=True, names_only=names_only, any_model=any_model)
 
 
 def packed(resolver: PlanResolver, asked: Any) -> bytes | None:

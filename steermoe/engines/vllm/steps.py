@@ -400,8 +400,10 @@ def _empty_bank(router: RouterShape, plans: int, device: torch.device, *, all_fl
         forced=marks_PN.clone(),
         banned=marks_PN.clone(),
         wanted=torch.zeros(plans, router.width, dtype=torch.bool, device=device),
+        active=torch.zeros(plans, dtype=torch.long, device=device),
         may_lower=all_flags,
         has_lists=all_flags,
+        has_active=False,
         is_idle=not all_flags,
     )
 

@@ -1,6 +1,7 @@
 """Continuous batching: rows that come and go give the texts that they give alone, whatever the cache is made of."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from steermoe.engines.hf.static import StaticDecoder
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import SteeringError
 from steermoe.routing.families import list_families
+from steermoe.steering.plans import SteeringPlan
 from tests.support import steering_models as tiny
 from tests.support import tiny_models
 from tests.support.rolling import build, requests_for, roll
@@ -143,3 +145,28 @@ def test_static_decoder_adds_up_its_reports():
     assert [done.request for done in together] == requests
     assert decoder.report().tokens_steered == 2 * 5
     decoder.close()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_rows_with_different_numbers_of_experts(family):
+    """Each text is what a model gives whose own number it is; `tests/routing/test_counts.py` has every family."""
+    model = build(family)
+    engine = HFEngine(tiny.loaded(model))
+    plans = [
+        None,
+        SteeringPlan(active_experts=1, positions="all"),
+        tiny.plan_for_experts(model, 2, active_experts=3),
+        tiny.plan_for_experts(model, 1, active_experts=4, schedule="first:4", ban=((0, 2),)),
+    ]
+    requests = requests_for(model, plans, count=8)
+    expected = [engine.generate([request])[0] for request in requests]
+    decoder = engine.decoder(3)
+    together = roll(decoder, engine, requests, 3)
+    decoder.close()
+    assert tiny.traces(model) == []
+    assert [done.token_ids for done in together] == [single.token_ids for single in expected]
+    assert [done.token_ids for done in engine.generate(requests)] == [single.token_ids for single in expected]
+    other = tiny_models.build(family, vocab_size=tiny.VOCABULARY, num_experts_per_tok=1)
+    other.load_state_dict(model.state_dict())
+    plain = replace(requests[1], plan=None)
+    assert HFEngine(tiny.loaded(other)).generate([plain])[0].token_ids == expected[1].token_ids

@@ -87,6 +87,9 @@ class _GraphEditor:
         _, _, forced, banned, *_ = self._call.edits
         return Lists(forced[self._number], banned[self._number])
 
+    def runs(self) -> int:
+        return 1
+
     def observe(self, output: Any) -> None:
         self._call.chosen[self._number] = chosen_experts(self._router, output)
 
