@@ -1,4 +1,4 @@
-"""`steermoe vectors`: list, show, check and import; `build`, `discover` and `mix` have their own files."""
+"""`steermoe vectors`: list, show, check and import; `build`, `discover`, `mix` and the Hub have their own files."""
 
 import os
 from contextlib import suppress
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steermoe.cli import options as o
+from steermoe.cli.loading import describe_steerable
 from steermoe.cli.terminal import console
-from steermoe.cli.vectors import build, discover, mix
+from steermoe.cli.vectors import build, discover, hub, mix
 
 if TYPE_CHECKING:
     from steermoe.models.description import ModelDescription
@@ -66,6 +67,7 @@ FACTS = {
     "tokens": "tokens",
     "licence": "licence",
     "created_by": "created by",
+    "source": "pulled from",
     "sha256": "sha256",
     "tensors_sha256": "sha256 of numbers",
     "path": "file",
@@ -93,11 +95,16 @@ Target = Annotated[str, typer.Argument(metavar="DOMAIN|FILE", help="A domain, or
 Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vectors to search first.")]
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="List, show, check, build, discover, mix and import vectors."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List, show, check, build, discover, mix and import vectors, and share them on the Hub.",
 )
 app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=discover.EXAMPLES)(discover.discover)
 app.command(epilog=mix.EXAMPLES)(mix.mix)
+app.command(epilog=hub.PUSH_EXAMPLES)(hub.push)
+app.command(epilog=hub.PULL_EXAMPLES)(hub.pull)
+app.command(epilog=hub.SEARCH_EXAMPLES)(hub.search)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
@@ -116,7 +123,7 @@ def list_(
     from steermoe.vectors.library import find_vectors, search_path
 
     files = find_vectors(vectors)
-    found = None if model is None else _found(files, _describe(model, trust_remote_code).shape)
+    found = None if model is None else _found(files, describe_steerable(model, trust_remote_code).shape)
     records = []
     for file in files:
         try:
@@ -233,7 +240,11 @@ def check(
 
     The hash detects damage and edits. It does not prove who made a file.
     """
-    description = _describe(model, trust_remote_code) if model is not None else None
+    if rehash:
+        from steermoe.vectors.hub import refuse_places
+
+        refuse_places(targets, "`steermoe vectors pull` it first")
+    description = describe_steerable(model, trust_remote_code) if model is not None else None
     results = [_check(target, vectors, description, rehash, any_model) for target in targets]
     are_right = all(result["error"] is None for result in results)
     if json:
@@ -282,7 +293,7 @@ def import_(
     from steermoe.vectors.vector import VectorInfo
 
     domain = check_domain_name(domain)
-    description = _describe(model, trust_remote_code) if model is not None else None
+    description = describe_steerable(model, trust_remote_code) if model is not None else None
     folder = Path(description.name).name if description else "imported"
     is_there, path = False, output or Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.suffix != SUFFIX:
@@ -309,22 +320,6 @@ def import_(
         console.write_json(record)
     else:
         console.say(str(path))
-
-
-def _describe(model: str, trust_remote_code: bool) -> "ModelDescription":
-    """The description of a model that can be steered.
-
-    Raises:
-        ModelError: it can't be found. UnsupportedModel: no vector can fit it.
-    """
-    from steermoe.errors import UnsupportedModel
-    from steermoe.models.description import describe
-
-    with console.working(f"Inspecting {model} ..."):
-        description = describe(model, trust_remote_code=trust_remote_code)
-    if not description.steerable:
-        raise UnsupportedModel(f"'{model}' can't be steered: {description.reason}")
-    return description
 
 
 def _check(
