@@ -85,6 +85,8 @@ def _explained(error: Exception, repo: str, revision: str) -> HubError:
     from huggingface_hub import errors as known
 
     name = f"'{quoted(repo)}'"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of an upload in a thread
+        error = error.__cause__
     if isinstance(error, known.GatedRepoError):
         return HubError(f"{name} is gated: ask for access on its page on the Hub, then {LOG_IN}")
     if isinstance(error, known.RepositoryNotFoundError):

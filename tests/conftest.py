@@ -154,6 +154,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
             "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
         }
         for name, value in changes.items():
             monkeypatch.setattr(constants, name, value)

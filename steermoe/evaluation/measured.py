@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.errors import SteerMoEError
-from steermoe.evaluation.report import SUMMARY
-from steermoe.evaluation.results import SETTINGS
+from steermoe.evaluation.results import SETTINGS, SUMMARY
 from steermoe.evaluation.summary import MAIN
 from steermoe.vectors.card import Measured
 from steermoe.vectors.file import tensors_sha256

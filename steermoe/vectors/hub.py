@@ -136,7 +136,7 @@ class Pack:
         asked: the revision that was asked for, which the cache keeps the commit under.
         files: of its vectors, by domain.
         others: names of what else ends in .safetensors, which is never read: no domain is called so.
-        has_card: whether it has a README.md.
+        names: of all its files; empty if it was found in the cache.
         why_cached: why its copy in the cache was taken; "" if the Hub answered.
     """
 
@@ -145,7 +145,7 @@ class Pack:
     asked: str
     files: dict[str, Listed]
     others: tuple[str, ...] = ()
-    has_card: bool = False
+    names: frozenset[str] = frozenset()
     why_cached: str = ""
     token: str | None = field(default=None, repr=False)
 
@@ -178,11 +178,11 @@ def open_pack(repo: str, revision: str = "", token: str | None = None) -> Pack:
 def _pack_of(info: Any, repo: str, asked: str, token: str | None) -> Pack:
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise HubError(f"the Hub names {shown(info.sha)} as the commit of '{repo}': what answers is no Hub")
-    files, others, has_card = {}, [], False
+    files, others, names = {}, [], set()
     for one in info.siblings or ():
         name = str(one.rfilename)
+        names.add(name)
         domain = name.removesuffix(SUFFIX)
-        has_card = has_card or name == "README.md"
         if name.endswith(SUFFIX) and domain != normal_name(domain):
             others.append(name)
         elif name.endswith(SUFFIX):
@@ -190,7 +190,7 @@ def _pack_of(info: Any, repo: str, asked: str, token: str | None) -> Pack:
             files[domain] = Listed(
                 name, one.size if type(one.size) is int else None, sha256, "" if sha256 else str(one.blob_id or "")
             )
-    return Pack(repo, info.sha, asked, files, tuple(others), has_card, token=token)
+    return Pack(repo, info.sha, asked, files, tuple(others), frozenset(names), token=token)
 
 
 def _cached_pack(repo: str, asked: str, why: HubUnreachable) -> Pack:

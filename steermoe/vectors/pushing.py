@@ -1,12 +1,13 @@
 """Put vectors into a pack on the Hub: their files, a map of each, and the card, in one commit."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from steermoe.errors import VectorError, shown
+from steermoe.figures import check_matplotlib
 from steermoe.hub import check_reachable, endpoint, hub_errors, patience
 from steermoe.vectors.card import Card, Entry, Measured, licence_id, recorded
 from steermoe.vectors.file import SUFFIX, VectorHeader, check_domain_name, read_header, write_vector
@@ -79,7 +80,7 @@ def push(vectors: Sequence[SteeringVector], repo: str, wanted: Push | None = Non
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from steermoe.figures import check_matplotlib
+    from steermoe.vectors.picture import draw_vector
 
     wanted = wanted or Push()
     check_repo(repo)
@@ -93,10 +94,13 @@ def push(vectors: Sequence[SteeringVector], repo: str, wanted: Push | None = Non
             api.create_repo(repo, private=wanted.private, exist_ok=True)
         pack = open_pack(repo, token=wanted.token)
         headers = {**_others(pack, written), **written}
-        existing = _card_of(pack) if pack.has_card else ""
+        existing = _card_of(pack) if CARD in pack.names else ""
         card = wanted.card(repo, list(headers.values()))
-        entries = _entries(headers, wanted.measured, existing)
+        pictures = {f"{domain}.png" for domain in written} | pack.names
+        entries = _entries(headers, wanted.measured, existing, pictures)
         (Path(scratch) / CARD).write_text(card.write(entries, existing), encoding="utf-8")
+        for vector in vectors:
+            draw_vector(vector, Path(scratch) / f"{check_domain_name(vector.domain)}.png")
         files = sorted(Path(scratch).iterdir())
         with hub_errors(repo):
             commit = api.create_commit(
@@ -112,12 +116,13 @@ def preview(vectors: Sequence[SteeringVector], repo: str, wanted: Push) -> str:
     """The card of a pack that has nothing but these vectors; asks no Hub. Errors as of `push`."""
     check_repo(repo)
     with tempfile.TemporaryDirectory() as scratch:
-        headers = write_files(vectors, Path(scratch), pictures=False)
-    return wanted.card(repo, list(headers.values())).write(_entries(headers, wanted.measured, ""))
+        headers = write_files(vectors, Path(scratch))
+    entries = _entries(headers, wanted.measured, "", {f"{domain}.png" for domain in headers})
+    return wanted.card(repo, list(headers.values())).write(entries)
 
 
-def write_files(vectors: Sequence[SteeringVector], folder: Path, *, pictures: bool = True) -> dict[str, VectorHeader]:
-    """Write the files of vectors and their maps.
+def write_files(vectors: Sequence[SteeringVector], folder: Path) -> dict[str, VectorHeader]:
+    """Write the files of vectors.
 
     Returns:
         the headers of the files, by domain.
@@ -125,8 +130,6 @@ def write_files(vectors: Sequence[SteeringVector], folder: Path, *, pictures: bo
     Raises:
         VectorError: vectors of several models, a domain twice, or a name that can't be a file's.
     """
-    from steermoe.vectors.picture import draw_vector
-
     headers: dict[str, VectorHeader] = {}
     for vector in vectors:
         domain = check_domain_name(vector.domain)
@@ -135,8 +138,6 @@ def write_files(vectors: Sequence[SteeringVector], folder: Path, *, pictures: bo
         write_vector(vector, folder / f"{domain}{SUFFIX}")
         headers[domain] = read_header(folder / f"{domain}{SUFFIX}")
         _check_one_model(headers[domain], next(iter(headers.values())), "the others")
-        if pictures:
-            draw_vector(vector, folder / f"{domain}.png")
     return headers
 
 
@@ -189,7 +190,9 @@ def _card_of(pack: Pack) -> str:
         raise VectorError(f"the {CARD} of '{pack.repo}' is no card ({error}): mend it") from error
 
 
-def _entries(headers: Mapping[str, VectorHeader], measured: Mapping[str, Measured], existing: str) -> list[Entry]:
+def _entries(
+    headers: Mapping[str, VectorHeader], measured: Mapping[str, Measured], existing: str, pictures: Set[str]
+) -> list[Entry]:
     """What the card says about each vector; what it said before about the same file stays."""
     from huggingface_hub import ModelCard
 
@@ -199,7 +202,10 @@ def _entries(headers: Mapping[str, VectorHeader], measured: Mapping[str, Measure
             known = recorded(ModelCard(existing, ignore_metadata_errors=True).data.to_dict())
         except Exception:  # the front matter can't be read, as writing it says
             known = {}
-    return [Entry(header, measured.get(domain) or known.get(header.sha256 or "")) for domain, header in headers.items()]
+    return [
+        Entry(header, measured.get(domain) or known.get(header.sha256 or ""), f"{domain}.png" in pictures)
+        for domain, header in headers.items()
+    ]
 
 
 def as_record(pushed: Pushed) -> dict[str, Any]:

@@ -214,7 +214,9 @@ class SteeringVector:
         """As the function `check_fits`."""
         check_fits(self, shape)
 
-    # ---- the Hub; these import by name, since vectors know no files ----
+    # ---- the Hub ----
+    # As ModelHubMixin has them, which fits no frozen dataclass (it sets an attribute of each instance) and costs all
+    # commands 0.2 s. They import by name, since vectors know no files.
 
     def push_to_hub(
         self,

@@ -66,8 +66,11 @@ class Repo:
 
     def metadata(self) -> dict[str, Any]:
         """The front matter of its card."""
-        text = self.files.get("README.md", b"").decode()
-        found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
+        text = self.files.get("README.md", b"").decode(errors="replace")
+        try:
+            found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
+        except yaml.YAMLError:
+            return {}
         return found if isinstance(found, dict) else {}
 
     def tags(self) -> list[str]:
@@ -143,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         self.hub.requests.append(f"{self.command} {url.path}")
         try:
             self._route(parts, parse_qs(url.query), body)
@@ -151,6 +154,16 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": answer.code} if answer.code else {}
             headers |= {"X-Error-Message": answer.message} if answer.message else {}
             self._send(answer.status, json.dumps({"error": answer.message}).encode(), headers)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while length := int(self.rfile.readline(), 16):
+            body += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _route(self, parts: list[str], query: dict[str, list[str]], body: bytes) -> None:
         match parts:

@@ -124,7 +124,7 @@ def test_what_is_not_there(hub, pack):
         find("hub:you/pack/law")
     for name in ("you/nothing", "you/secret"):
         with pytest.raises(HubError, match=f"the Hub has no '{name}', or it is private: check the name, or log in"):
-            open_pack(name, token="" if name == "you/nothing" else False)
+            open_pack(name, token=False)
 
 
 def test_a_gated_pack(hub, content):

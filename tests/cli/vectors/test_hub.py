@@ -1,6 +1,7 @@
 """`steermoe vectors push`, `pull` and `search`, and `-d hub:...`, on a stand-in for the Hub."""
 
 import json
+import re
 import time
 
 import pytest
@@ -9,7 +10,8 @@ from huggingface_hub import constants
 
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
-from steermoe.vectors.file import read_header, write_vector
+from steermoe.vectors.file import read_header, read_vector, write_vector
+from steermoe.vectors.pushing import Push, preview
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 from tests.conftest import TOP_K
 
@@ -55,6 +57,7 @@ def front_matter(card: bytes | str) -> dict:
 def test_a_push_makes_a_repository_with_card_and_map(hub, vectors, run):
     done = run("vectors", "push", "sport", "--to", "me/pack")
     repo = hub.repos["me/pack"]
+    assert done.code == 0, done.err
     assert (done.code, done.out) == (0, f"{hub.address}/me/pack/commit/{repo.names['main']}\n")
     assert done.err == "use it with -d hub:me/pack/sport\n"
     assert set(repo.files) == {".gitattributes", "README.md", "sport.png", "sport.safetensors"}
@@ -133,8 +136,8 @@ def test_success_is_on_the_card_if_it_was_measured(hub, vectors, run, tmp_path, 
     foreign = write_evaluation(tmp_path / "foreign", make_vector(info=INFO, threshold=0.1))
     done = run("vectors", "push", "sport", "--to", "me/pack", "--evaluation", foreign)
     assert "is about another vector 'sport': evaluate the one that you push" in done.err
-    (foreign / "evaluation.json").write_text("[]")
-    assert "is damaged" in run("vectors", "push", "sport", "--to", "me/pack", "--evaluation", foreign).err
+    (evaluation / "evaluation.json").write_text("[]")
+    assert "is damaged" in run("vectors", "push", "sport", "--to", "me/pack", "--evaluation", evaluation).err
     assert "can't read" in run("vectors", "push", "sport", "--to", "me/pack", "--evaluation", tmp_path).err
 
 
@@ -261,12 +264,14 @@ def test_without_matplotlib_nothing_is_created(hub, vectors, run, monkeypatch):
 
 
 @pytest.fixture
-def pack(hub, vectors, run):
-    """`me/pack`, pushed, and an empty working folder."""
-    assert run("vectors", "push", "sport", "food", "--to", "me/pack").code == 0
-    for path in vectors.rglob("*.safetensors"):
+def pack(hub, vectors):
+    """`me/pack` with sport and food and their card, and an empty working folder."""
+    paths = sorted(vectors.rglob("*.safetensors"))
+    card = preview([read_vector(path) for path in paths], "me/pack", Push())
+    files = {path.name: path.read_bytes() for path in paths}
+    for path in paths:
         path.unlink()
-    return hub.repos["me/pack"]
+    return hub.add("me/pack", {**files, "README.md": card.encode()})
 
 
 def test_pull(pack, run, vectors):
@@ -276,7 +281,7 @@ def test_pull(pack, run, vectors):
     assert done.err == f"from me/pack at {pack.names['main']}\n"
     shown = json.loads(run("vectors", "show", "sport", "--json").out)
     assert shown["source"] == f"hub:me/pack/sport@{pack.names['main']}"
-    assert f"pulled from         {shown['source']}\n" in run("vectors", "show", "sport").out
+    assert re.search(rf"^pulled from +{shown['source']}$", run("vectors", "show", "sport").out, re.MULTILINE)
     again = run("vectors", "pull", "me/pack", "sport")
     assert (again.code, again.err.count("\n")) == (1, 1)
     assert "already exists: pass --force" in again.err
@@ -284,13 +289,15 @@ def test_pull(pack, run, vectors):
     assert (record["domain"], record["source"]) == ("sport", shown["source"])
 
 
-def test_pull_for_a_model(hub, pack, run, tiny_checkpoint, tiny_model, make_vector, vectors):
-    done = run("vectors", "pull", "me/pack", "--model", tiny_checkpoint)
+def test_pull_for_a_model(hub, run, tiny_checkpoint, make_vector, bare_search_path, tmp_path):
+    write_vector(make_vector(info=VectorInfo(model="acme/other")), tmp_path / "made.safetensors")
+    hub.add("you/pack", {"sport.safetensors": (tmp_path / "made.safetensors").read_bytes()})
+    done = run("vectors", "pull", "you/pack", "--model", tiny_checkpoint)
     assert done.code == 1
-    assert "vector 'food' was built for acme/Tiny-Mixtral, and tiny-mixtral has none of its own" in done.err
-    assert not list(vectors.rglob("*.safetensors"))
-    assert run("vectors", "pull", "me/pack", "--model", tiny_checkpoint, "--any-model", "-o", "there").code == 0
-    assert len(list((vectors / "there").glob("*.safetensors"))) == 2
+    assert "vector 'sport' was built for acme/other, and tiny-mixtral has none of its own" in done.err
+    assert list(bare_search_path.iterdir()) == []
+    assert run("vectors", "pull", "you/pack", "--model", tiny_checkpoint, "--any-model", "-o", "there").code == 0
+    assert len(list((bare_search_path / "there").glob("*.safetensors"))) == 1
 
 
 def test_files_that_are_left_out_are_named(hub, pack, run):
