@@ -9,6 +9,8 @@
     +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
     +-- CorpusError           texts can't be read, or their embeddings can't be stored
     +-- BatchError            prompts can't be read, or stories can't be stored
+    +-- HubError              the Hub refuses something, or has it not
+    |   +-- HubUnreachable    the Hub gives no answer
     +-- GenerationError       a request can't be carried out: empty prompt, prompt longer than the context, ...
 
 Every message names the value, what was expected, and the fix; the functions say how it writes values and counts.
@@ -84,6 +86,14 @@ class CorpusError(SteerMoEError):
 
 class BatchError(SteerMoEError):
     """A file of prompts can't be read, or a file of stories can't be written or resumed."""
+
+
+class HubError(SteerMoEError):
+    """The Hub does not have what was asked for, refuses it, or sends what it should not."""
+
+
+class HubUnreachable(HubError):
+    """The Hub gives no answer, or is not to be asked."""
 
 
 class GenerationError(SteerMoEError):

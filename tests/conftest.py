@@ -1,7 +1,7 @@
 """What many tests share: a tiny random model, vectors that fit it, an empty search path, and the command line."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,3 +136,27 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for module in ("steermoe.discovery.health", "steermoe.vectors.picture"):
         monkeypatch.setattr(f"{module}.save", keep)
     return saved
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A stand-in for the Hub, which huggingface_hub uses in this process, with an empty cache and a token."""
+    from huggingface_hub import constants
+
+    from tests.support.hub import serve
+
+    with serve() as served:
+        for name, value in served.environment.items():
+            monkeypatch.setenv(name, value)
+        changes = {
+            "ENDPOINT": served.address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("steermoe.vectors.hub._found", {})
+        yield served

@@ -22,14 +22,14 @@ FLOORS = (
     ("vectors",),
     ("routing",),
     ("figures",),
-    ("files", "formulas"),
+    ("files", "formulas", "hub"),
     ("errors",),
 )
 """From top to bottom; rooms on one floor don't import each other."""
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 DEEPEST = 8
 """The most imports on a path from room to room; the ground counts as one room."""
-GROUND = {"errors", "files", "figures", "formulas"}
+GROUND = {"errors", "files", "figures", "formulas", "hub"}
 OUTSIDE = {"steermoe", "steermoe.__main__"}
 """The package itself may import any room."""
 

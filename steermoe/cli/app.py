@@ -148,6 +148,7 @@ def _quiet_libraries() -> None:
     """Keep the progress bars and warnings of other libraries off the terminal; steermoe shows its own."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     ours = logging.getLogger("steermoe")

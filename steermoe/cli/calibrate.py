@@ -57,8 +57,11 @@ def calibrate(
     from steermoe.cli.terminal import console, tables
     from steermoe.evaluation.calibration import check_budget
     from steermoe.vectors import file
+    from steermoe.vectors.hub import refuse_places
 
     check_budget(budget)
+    if output is None and not dry_run:
+        refuse_places(domain, "pass --output FOLDER for a calibrated copy, or --dry-run")
     paths = {name: _files(name, vectors.vectors, vectors.can_build(name)) for name in dict.fromkeys(domain)}
     loaded = model.load()
     from steermoe.evaluation.calibration import calibrate_vector

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from steermoe.discovery.embedder import RoutingSource
     from steermoe.engines.engine import Engine
+    from steermoe.models.description import ModelDescription
     from steermoe.models.loading import LoadedModel
 
 
@@ -125,3 +126,20 @@ def pull_if_needed(model: str | None) -> None:
         note("The default model is missing: pulling and assembling it, once (about 100 MB).")
         with working("Pulling the default model ..."):
             pull()
+
+
+def describe_steerable(model: str, trust_remote_code: bool) -> "ModelDescription":
+    """The description of a model that can be steered.
+
+    Raises:
+        ModelError: it can't be found. UnsupportedModel: no vector can fit it.
+    """
+    from steermoe.cli.terminal import console
+    from steermoe.errors import UnsupportedModel
+    from steermoe.models.description import describe
+
+    with console.working(f"Inspecting {model} ..."):
+        description = describe(model, trust_remote_code=trust_remote_code)
+    if not description.steerable:
+        raise UnsupportedModel(f"'{model}' can't be steered: {description.reason}")
+    return description

@@ -14,7 +14,7 @@ from steermoe.evaluation.judge import FIGURES, Judge
 from steermoe.evaluation.markdown import markdown, rate
 from steermoe.evaluation.pictures import draw_all
 from steermoe.evaluation.protocol import Design, EvaluationSettings
-from steermoe.evaluation.results import ResultFolder, StoryRecord
+from steermoe.evaluation.results import SUMMARY, ResultFolder, StoryRecord
 from steermoe.evaluation.summary import MAIN
 from steermoe.evaluation.texts import Labelled, domain_list
 from steermoe.files import csv_cell
@@ -22,7 +22,7 @@ from steermoe.models.loading import LoadedModel
 from steermoe.vectors.file import tensors_sha256
 from steermoe.vectors.vector import SteeringVector
 
-SUMMARY, CSV, TABLES = "evaluation.json", "conditions.csv", "summary.md"
+CSV, TABLES = "conditions.csv", "summary.md"
 TITLES = (
     "domain",
     "condition",

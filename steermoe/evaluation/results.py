@@ -9,7 +9,7 @@ from typing import Any
 from steermoe.errors import SteerMoEError
 from steermoe.files import atomic_path
 
-SETTINGS = "settings.json"
+SETTINGS, SUMMARY = "settings.json", "evaluation.json"
 STORIES = "stories"
 ON_TEXTS = "forced"
 """Subfolder of what was measured on given texts, by teacher forcing."""

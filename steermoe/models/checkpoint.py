@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.errors import ModelError, reason
+from steermoe.errors import HubUnreachable, ModelError, quoted, reason
+from steermoe.hub import check_reachable
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 from steermoe.models.gguf.header import read_header
+from steermoe.models.stored import local_folder
 from steermoe.models.template import has_tokenizer
 from steermoe.routing.architectures import NOT_RUN
 from steermoe.routing.shape import name_of
@@ -130,7 +132,32 @@ def _locate(model: str | Path | None) -> tuple[str, str, dict[str, str]]:
         return name_of(path.resolve()), str(path), {}
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ModelError(f"no model at '{model}': give a checkpoint folder, a .gguf file, or a hub id")
-    return str(model), str(model), {}
+    return str(model), _on_hub(str(model)), {}
+
+
+def _on_hub(model: str) -> str:
+    """What transformers should load for a hub id: the id, or the copy in the cache if the Hub gives no answer.
+
+    The Hub is asked once in a process, before libraries ask it for each file, and again and again for half a minute.
+
+    Raises:
+        ModelError: no answer, and no copy.
+    """
+    if model in _answered:
+        return model
+    try:
+        check_reachable()
+    except HubUnreachable as error:
+        folder = local_folder(model)
+        if folder is None:
+            raise ModelError(f"can't find '{quoted(model)}', neither as a folder nor on the hub: {error}") from error
+        return str(folder)
+    _answered.add(model)
+    return model
+
+
+_answered: set[str] = set()
+"""Hub ids for which the Hub gave an answer in this process, if only that it has none of that name."""
 
 
 def _auto_class(config: Any) -> Any:

@@ -16,6 +16,7 @@ from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, St
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
 from steermoe.steering.tags import ModelTags
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
+from steermoe.vectors.hub import is_place
 from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting, whose
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
@@ -196,6 +197,11 @@ class PlanResolver:
             return [self._given[name]]
         if not self._names_only:
             return find_vector(name, folder=self._folder)
+        if is_place(name):
+            raise VectorError(
+                f"'{quoted(name)}' is a place on the Hub: requests name domains; pull it on the server with `steermoe "
+                "vectors pull`"
+            )
         check_domain_name(name)
         try:
             return find_vector(name, folder=self._folder)

@@ -276,7 +276,7 @@ def write_vector(vector: SteeringVector, path: Path) -> None:
         "threshold": float(vector.threshold),
         "relative": bool(vector.relative),
         "tensors_sha256": tensors_sha256(tensors),
-        "info": asdict(vector.info),
+        "info": {name: value for name, value in asdict(vector.info).items() if value or name != "source"},
     }
     header[HEADER_HASH] = header_sha256(header)
     content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})

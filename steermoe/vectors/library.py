@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from steermoe.errors import CompatibilityError, VectorError, VectorNotFound, shown
+from steermoe.vectors import hub
 from steermoe.vectors.file import SUFFIX, VectorHeader, check_domain_name, normal_name, read_header, read_vector
 from steermoe.vectors.vector import SteeringVector, check_fits
 
@@ -80,11 +81,15 @@ def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
 def find_vector(name: str | Path, *, folder: Path | str | None = None, group: str | None = None) -> list[Path]:
     """The files that a name can mean, first to last: a vector file's path itself, or a domain's files.
 
+    A place on the Hub, hub:USER/REPO/DOMAIN, means the file there, which is downloaded.
+
     Raises:
-        VectorNotFound: no such file.
+        VectorNotFound: no such file. HubError: the Hub does not have it, or gives no answer.
     """
     if is_path(name):
         return [Path(name)]
+    if hub.is_place(name):
+        return [hub.find(str(name))]
     domain = check_domain_name(str(name))
     files = [file for file in find_vectors(folder) if group in (None, file.group)]
     if found := [file.path for file in files if file.domain == domain]:
@@ -105,8 +110,11 @@ def first_file(name: str | Path, *, folder: Path | str | None = None, group: str
 
 
 def is_path(name: str | Path) -> bool:
-    """Whether a name is the path of a vector file, which is taken whatever model it was built for, if it fits."""
-    return Path(name).suffix == SUFFIX
+    """Whether a name is the path of a vector file, which is taken whatever model it was built for, if it fits.
+
+    A place on the Hub is none: like a domain, it is taken for the model that it was built for.
+    """
+    return Path(name).suffix == SUFFIX and not hub.is_place(name)
 
 
 Whose = Literal["own", "named", "changed", "foreign"]

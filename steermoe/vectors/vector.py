@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from steermoe.errors import CompatibilityError, VectorError, shown
@@ -48,7 +49,16 @@ def _is_range(value: Any) -> bool:
 _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *(
         (name, _is_text, "text")
-        for name in ("title", "model", "architecture", "fingerprint", "corpus_sha256", "created_by", "licence")
+        for name in (
+            "title",
+            "model",
+            "architecture",
+            "fingerprint",
+            "corpus_sha256",
+            "created_by",
+            "licence",
+            "source",
+        )
     ),
     *(
         (name, lambda value: isinstance(value, tuple) and all(map(_is_text, value)), "a tuple of texts")
@@ -93,6 +103,8 @@ class VectorInfo:
     licence: str = ""
     parts: tuple[str, ...] = ()
     """Of a mixture: each part as "name=weight", with the start of its hash if it came from a file."""
+    source: str = ""
+    """Where it was pulled from, with the commit: hub:USER/REPO/DOMAIN@COMMIT."""
 
     @classmethod
     def of(cls, shape: RoutingShape) -> "VectorInfo":
@@ -201,6 +213,63 @@ class SteeringVector:
     def check_fits(self, shape: RoutingShape) -> None:
         """As the function `check_fits`."""
         check_fits(self, shape)
+
+    # ---- the Hub ----
+    # As ModelHubMixin has them, which fits no frozen dataclass (it sets an attribute of each instance) and costs all
+    # commands 0.2 s. They import by name, since vectors know no files.
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "",
+        private: bool | None = None,
+        token: str | None = None,
+        base_model: str = "",
+        licence: str = "",
+    ) -> str:
+        """Put the vector into a pack on the Hub, with a card and a map; what the pack has already stays.
+
+        Args:
+            repo_id: USER/REPO, which is created if it is not there.
+            commit_message: what the commit says.
+            private: whether a new repository is private; None for what the account has by default.
+            token: instead of the one that was saved by `hf auth login`.
+            base_model: the model's id on the Hub. Default: its name, if that is one.
+            licence: of the vector. Default: the one that it names.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            HubError: the Hub refuses it, or gives no answer. VectorError: a vector that can't be shared so.
+            SteerMoEError: matplotlib, which draws the map, is missing.
+        """
+        pushing = import_module("steermoe.vectors.pushing")
+        wanted = pushing.Push(commit_message, private, token, base_model, licence)
+        return str(pushing.push([self], repo_id, wanted).url)
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_id: str, domain: str | None = None, *, revision: str | None = None, token: str | None = None
+    ) -> "SteeringVector":
+        """Load a vector from a pack on the Hub, or from its copy in the cache if the Hub can't be reached.
+
+        Args:
+            repo_id: USER/REPO, or the whole place hub:USER/REPO/DOMAIN@REVISION.
+            domain: which vector; None if the pack has only one.
+            revision: a branch, a tag or a commit. Default: the latest.
+            token: instead of the one that was saved by `hf auth login`.
+
+        Returns:
+            the vector; its `info.source` says which commit it is of.
+
+        Raises:
+            VectorNotFound: the pack has no such vector, or several. VectorError: a file that is wrong.
+            HubError: no such repository or revision, or it can't be reached and is not in the cache.
+        """
+        loaded: SteeringVector = import_module("steermoe.vectors.hub").load(repo_id, domain, revision or "", token)
+        return loaded
 
 
 class Sized(Protocol):

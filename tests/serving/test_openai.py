@@ -234,6 +234,8 @@ BAD = [
     ({"model": "tiny-mixtral:cooking"}, "steering", "no vector 'cooking'; there are biology, food"),
     ({"steering": {"domain": "sport", "power": 3}}, "steering", "steering has no field power"),
     ({"steering": "../sport.safetensors"}, "steering", "steering: "),
+    ({"steering": "hub:you/pack/sport"}, "steering", "is a place on the Hub: requests name domains"),
+    ({"model": "tiny-mixtral:hub:you/pack/sport"}, "steering", "is a place on the Hub: requests name domains"),
     ({"steering": {"domain": "sport", "strength": 1e40}}, "steering", "out of range"),
     ({"steering": {"domain": "sport", "positions": "tool-calls"}}, "steering", "positions tool-calls"),
     ({"steering": {"domain": "sport"}, "max_tokens": 1}, "steering", "it would reach none of 1 new tokens"),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steermoe.cli import options as o
+from steermoe.cli.loading import describe_steerable
 from steermoe.cli.terminal import console
-from steermoe.cli.vectors import build, discover, export, import_, mix
-from steermoe.cli.vectors.describing import describe_steerable
+from steermoe.cli.vectors import build, discover, export, hub, import_, mix
 
 if TYPE_CHECKING:
     from steermoe.models.description import ModelDescription
@@ -59,6 +59,7 @@ FACTS = {
     "tokens": "tokens",
     "licence": "licence",
     "created_by": "created by",
+    "source": "pulled from",
     "sha256": "sha256",
     "tensors_sha256": "sha256 of numbers",
     "path": "file",
@@ -88,13 +89,16 @@ Folder = Annotated[Path | None, typer.Option("--vectors", help="Folder of vector
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, show, check, build, discover, mix, import and export vectors.",
+    help="List, show, check, build, discover, mix, import and export vectors, and share them on the Hub.",
 )
 app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=discover.EXAMPLES)(discover.discover)
 app.command(epilog=mix.EXAMPLES)(mix.mix)
 app.command("import", epilog=import_.EXAMPLES)(import_.import_)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=hub.PUSH_EXAMPLES)(hub.push)
+app.command(epilog=hub.PULL_EXAMPLES)(hub.pull)
+app.command(epilog=hub.SEARCH_EXAMPLES)(hub.search)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)
@@ -230,6 +234,10 @@ def check(
 
     The hash detects damage and edits. It does not prove who made a file.
     """
+    if rehash:
+        from steermoe.vectors.hub import refuse_places
+
+        refuse_places(targets, "`steermoe vectors pull` it first")
     description = describe_steerable(model, trust_remote_code) if model is not None else None
     results = [_check(target, vectors, description, rehash, any_model) for target in targets]
     are_right = all(result["error"] is None for result in results)

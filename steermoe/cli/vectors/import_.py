@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from steermoe.cli import options as o
+from steermoe.cli.loading import describe_steerable
 from steermoe.cli.terminal import console
-from steermoe.cli.vectors.describing import describe_steerable
 from steermoe.vectors.importing import ImportFormat
 
 EXAMPLES = """Examples:

@@ -30,6 +30,7 @@ def mix(
     from steermoe.errors import VectorError
     from steermoe.steering.spec import parse_domain
     from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, write_vector
+    from steermoe.vectors.hub import folder_name
     from steermoe.vectors.library import first_file
     from steermoe.vectors.mixing import mix_files
 
@@ -38,7 +39,7 @@ def mix(
     files = [first_file(name, folder=vectors, group=group) for name, _ in named]
     is_path = output.endswith(SUFFIX)
     domain = check_domain_name(Path(output).name.removesuffix(SUFFIX) if is_path else output)
-    folder = group or _folder_name(read_header(files[0]).info.model) or files[0].parent.name
+    folder = group or folder_name(read_header(files[0]).info.model) or files[0].parent.name
     path = Path(output) if is_path else Path("steering_vectors") / folder / f"{domain}{SUFFIX}"
     if path.exists() and not force:
         raise VectorError(f"'{path}' already exists: pass --force to overwrite it, or --output for another name")
@@ -48,9 +49,3 @@ def mix(
         console.write_json({**read_header(path).as_dict(), "path": str(path)})
     else:
         console.say(str(path))
-
-
-def _folder_name(model: str) -> str:
-    """The folder of a model's vectors by the model that a file names; "" if that can't be a folder's name."""
-    name = Path(model).name
-    return name if name != ".." and name.isprintable() else ""

@@ -1,0 +1,66 @@
+"""The examples of docs/share.md, run as written on the default model and a stand-in for the Hub."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from steermoe.models.default import pull
+
+pytest.importorskip("matplotlib")
+
+PAGE = (Path(__file__).parents[2] / "docs" / "share.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.replace("USER/", "me/"), flags=re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("console") for line in block.splitlines()]
+SLOW = [command for command in COMMANDS if "evaluation" in command]
+QUICK = [command for command in COMMANDS if command not in SLOW]
+
+
+@pytest.fixture
+def pack(hub, run, tmp_path, monkeypatch):
+    """`me/my-vectors` with sport, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    assert run("vectors", "push", "sport", "--to", "me/my-vectors").code == 0
+    return hub.repos["me/my-vectors"]
+
+
+def test_the_page_has_examples():
+    assert len(QUICK) == 13
+    assert len(SLOW) == 2
+    assert len(blocks("python")) == 1
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_command_runs(command, pack, run):
+    arguments = shlex.split(command)[1:]
+    generates = arguments[0] in ("generate", "compare")
+    if (generates or "smollm2-moe" in arguments) and not pull.is_pulled():
+        pytest.skip("the default model is not pulled: `make model`")
+    done = run(*arguments, *(["--max-new-tokens", "3"] if generates else []))
+    assert done.code == 0, done.err
+    assert done.out.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.default_model
+def test_success_on_the_card(pack, run):
+    if not pull.is_pulled():
+        pytest.skip("the default model is not pulled: `make model`")
+    for command in SLOW:
+        done = run(*shlex.split(command)[1:])
+        assert done.code == 0, done.err
+    card = pack.files["README.md"].decode()
+    assert re.search(
+        r"^\| sport \| 25\.5 \| 0 to 64 \| 0\.79 nats \| \d+% \(\d+% to \d+%\) of 12 texts \| \d+% \|", card, re.M
+    )
+
+
+def test_python_runs(pack, capsys):
+    exec(compile(blocks("python")[0], "share.md", "exec"), {})
+    assert re.fullmatch(r"hub:me/my-vectors/sport@[0-9a-f]{40}\n", capsys.readouterr().out)
