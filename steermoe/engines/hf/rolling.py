@@ -21,7 +21,7 @@ from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens, note_logprobs
 from steermoe.engines.request import Completion, Request
-from steermoe.errors import SteeringError
+from steermoe.errors import TraceError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.tracker import Window
 from steermoe.steering.handle import SteeringHandle
@@ -187,7 +187,7 @@ class RollingDecoder:
     def _note_choices(self, chosen: Choices, unsteered: Choices) -> None:
         """Pass on what was chosen for each row's last token."""
         if len(chosen) != len(self._rows):
-            raise SteeringError(
+            raise TraceError(
                 f"routers saw {len(chosen)} tokens where the batch has {len(self._rows)}: this model does not keep "
                 "rows apart; trace texts one by one"
             )
