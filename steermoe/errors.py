@@ -7,6 +7,7 @@
     +-- ModelError            a model can't be found, loaded or assembled
     |   +-- UnsupportedModel  a model has no router that can be steered
     +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
+    |   +-- TraceError        what a model's routers chose can't be told for each token of a text
     +-- CorpusError           texts can't be read, or their embeddings can't be stored
     +-- BatchError            prompts can't be read, or stories can't be stored
     +-- HubError              the Hub refuses something, or has it not
@@ -78,6 +79,10 @@ class UnsupportedModel(ModelError):
 
 class SteeringError(SteerMoEError):
     """A steering plan is wrong, or a steering that was asked for did not happen."""
+
+
+class TraceError(SteeringError):
+    """What a model's routers chose, or would have chosen, can't be told for each token of a text."""
 
 
 class CorpusError(SteerMoEError):

@@ -69,13 +69,14 @@ def compare(
     special_tokens: o.SpecialTokens = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw the comparison as this SVG file.")] = None,
     trace: o.Trace = None,
+    overwrite: o.Overwrites = False,
     json: o.Json = False,
 ) -> None:
     """Generate the same story, or answer with --chat, unsteered and steered, side by side, with routing shares."""
     from steermoe.cli.terminal import console
     from steermoe.engines.request import Request
 
-    o.check_tracing(model.engine, trace)
+    o.check_tracing(model.engine, trace, overwrite=overwrite)
     text = o.read_prompt(prompt, vectors.language)
     from steermoe.evaluation.comparison import compare_completions
 

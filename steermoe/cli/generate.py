@@ -56,6 +56,7 @@ def generate(
         ),
     ] = False,
     trace: o.Trace = None,
+    overwrite: o.Overwrites = False,
     json: o.Json = False,
 ) -> None:
     """Continue a text, or answer a message with --chat, steered toward a domain or a topic, or unsteered."""
@@ -64,7 +65,7 @@ def generate(
 
     if show_routing and json:
         raise typer.BadParameter("--show-routing prints a coloured text, --json one object: leave one of them out")
-    o.check_tracing(model.engine, trace, show_routing)
+    o.check_tracing(model.engine, trace, show_routing, overwrite)
     text = o.read_prompt(prompt, vectors.language)
     vectors.check(steering)
     steering = topics.added_to(steering)

@@ -538,19 +538,21 @@ Trace = Annotated[
         "page to look at, or FILE.json.",
     ),
 ]
+Overwrites = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --trace if it exists.")]
 TRACING_ENGINES = "vLLM does not show what its routers choose for each token: use --engine hf, or llamacpp for GGUF"
 
 
-def check_tracing(engine: str, path: Path | None, shows: bool = False) -> None:
+def check_tracing(engine: str, path: Path | None, shows: bool = False, overwrite: bool = False) -> None:
     """Fail before long work if a trace that is wanted can't be made or written.
 
     Args:
         engine: its name, as the user gave it.
         path: the trace's file; None if none is wanted.
         shows: whether a trace is wanted for the terminal.
+        overwrite: whether the file may be replaced.
 
     Raises:
-        GenerationError: the engine can't trace, or the file has no folder.
+        GenerationError: the engine can't trace, or the file has no folder or is there already.
     """
     if path is None and not shows:
         return
@@ -559,8 +561,8 @@ def check_tracing(engine: str, path: Path | None, shows: bool = False) -> None:
 
     if engine == "vllm":
         raise GenerationError(TRACING_ENGINES)
-    if path is not None:
-        check_ending(path)
+    if path is not None and check_ending(path).is_file() and not overwrite:
+        raise GenerationError(f"'{path}' already exists: pass --overwrite to replace it, or name another file")
 
 
 def save_trace(path: Path | None, completions: "Sequence[Completion]", model: str, engine: str) -> None:

@@ -121,6 +121,7 @@ class Routes:
             ("POST", "/api/generate", self.generate),
             ("POST", "/api/chat", self.chat),
             ("GET", "/api/tags", self.tags),
+            ("POST", "/api/show", self.show),
             ("GET", "/api/version", self.version),
         ):
             methods = [method, "HEAD"] if method == "GET" else [method]
@@ -161,6 +162,10 @@ class Routes:
 
     async def tags(self) -> Response:
         return json_answer(await asyncio.to_thread(ollama.tags, self._service))
+
+    async def show(self, request: Request) -> Response:
+        fields = await self._body(request)
+        return json_answer(await asyncio.to_thread(ollama.show, self._service, fields))
 
     async def version(self) -> Response:
         return json_answer(ollama.version())

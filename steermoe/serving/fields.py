@@ -40,6 +40,24 @@ def parse(body: bytes) -> "Fields":
     return Fields(found)
 
 
+FOR_CLIENTS = (
+    ("lower --max-new-tokens", "ask for fewer new tokens"),
+    ("name them with --think-tags OPEN CLOSE (think_tags in JSON and Python)", "name them in the field think_tags"),
+    ("give the beginning of a text to `steermoe generate` without --chat", "let it continue a prompt instead"),
+    ("leave out --thinking", "leave thinking out of the request"),
+    ("leave out --no-thinking", "leave thinking out of the request"),
+)
+"""What messages say about options of commands, and what clients of a server can do instead."""
+
+
+def for_clients(message: str) -> str:
+    """A message in one line, without options of commands that its reader does not run."""
+    line = " ".join(message.split())
+    for option, instead in FOR_CLIENTS:
+        line = line.replace(option, instead)
+    return line
+
+
 class Fields:
     """Fields of an object, by name. A field that is null counts as left out.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from steermoe.engines.decoding import Row, Stop
 from steermoe.engines.memory import is_out_of_memory
-from steermoe.errors import GenerationError, SteerMoEError, reason
+from steermoe.errors import GenerationError, SteerMoEError, TraceError, reason
 from steermoe.serving.ticket import Commands, Piece, Ticket
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class LiveEngine(Commands):
         finished, failed: how many texts have ended so far, and how many of them with an error.
         generated: tokens generated so far.
         steps: steps of the decoder so far.
+        untraced: why texts can't be traced, once that has shown; "" before.
     """
 
     def __init__(self, engine: "Engine", limits: Limits | None = None) -> None:
@@ -97,6 +98,7 @@ class LiveEngine(Commands):
         if limits.tokens is not None and known is not None and limits.tokens > known:
             raise GenerationError(f"{limits.tokens} tokens are more than the {known} of the context of {engine.name}")
         self.queued = limits.queued
+        self.untraced = ""
         self.finished = self.failed = self.generated = self.steps = 0
         self._room = engine.room()
         self.rows = limits.rows or self._usual_rows()
@@ -147,7 +149,7 @@ class LiveEngine(Commands):
         if len(prompt) + request.sampling.max_new_tokens > self.tokens:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and {request.sampling.max_new_tokens} more were asked for, but a "
-                f"text has at most {self.tokens} here: ask for fewer, or serve with a larger --max-tokens"
+                f"text has at most {self.tokens} here: ask for fewer"
             )
         return prompt
 
@@ -389,6 +391,8 @@ class LiveEngine(Commands):
             return
         except SteerMoEError as error:
             failed = error
+            if isinstance(error, TraceError):
+                self.untraced = str(error)
         except Exception as error:
             log.exception("the model failed")
             memory = "there is not enough memory for all texts at once" if is_out_of_memory(error) else reason(error)

@@ -1,4 +1,7 @@
-"""Ollama's protocol: /api/generate, /api/chat, /api/tags, /api/version; answers are streamed as lines of JSON."""
+"""Ollama's protocol: /api/generate, /api/chat, /api/tags, /api/show, /api/version.
+
+Answers are streamed as lines of JSON.
+"""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -56,6 +59,7 @@ REFUSED_OPTIONS: dict[str, Sequence[Any]] = {
     "mirostat": (0,),
     "penalize_newline": (),
 }
+UNKNOWN_TIME = "1970-01-01T00:00:00Z"
 SHARED = ("model", "options", "stream", "think", "steering")
 IGNORED = ("keep_alive",)
 REFUSED: dict[str, Sequence[Any]] = {
@@ -261,19 +265,45 @@ def read_messages(served: Served, fields: Fields) -> Wanted:
 
 def tags(served: Served) -> dict[str, Any]:
     """What `/api/tags` answers: the model, and the model with each domain that has a vector."""
-    details = {
-        "format": served.live.dtype,
-        "family": "moe",
-        "families": ["moe"],
-        "quantization_level": served.live.dtype,
-    }
-    now = datetime.fromtimestamp(0, UTC).isoformat().replace("+00:00", "Z")
+    details = _details(served, "moe")
     return {
         "models": [
-            {"name": name, "model": name, "modified_at": now, "size": 0, "digest": "", "details": details}
+            {"name": name, "model": name, "modified_at": UNKNOWN_TIME, "size": 0, "digest": "", "details": details}
             for name in served.steering.names()
         ]
     }
+
+
+def show(served: Served, fields: Fields) -> dict[str, Any]:
+    """What `/api/show` answers: what is known about the model, whatever steers it.
+
+    Raises:
+        Refused: a model that is not served, or a field that is wrong.
+    """
+    fields.check_names(("model", "name"), {"system": ("",), "template": ("",), "options": ({},)}, ("verbose",))
+    name = fields.text("model") or fields.text("name")
+    if name is None:
+        raise fields.wrong("model", f"a name such as '{served.steering.served}'")
+    served.steering.asked({"model": name})
+    shape = served.steering.resolver.shape
+    kind = shape.architecture or "moe"
+    sizes = {
+        "context_length": served.live.tokens,
+        "expert_count": shape.num_experts,
+        "expert_used_count": shape.top_k,
+        "expert_layer_count": len(shape.routers),
+    }
+    return {
+        "modified_at": UNKNOWN_TIME,
+        "details": _details(served, kind),
+        "model_info": {"general.architecture": kind, **{f"{kind}.{size}": number for size, number in sizes.items()}},
+        "capabilities": ["completion"],
+    }
+
+
+def _details(served: Served, family: str) -> dict[str, Any]:
+    kind = served.live.dtype
+    return {"format": kind, "family": family, "families": [family], "quantization_level": kind}
 
 
 def version() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from steermoe.engines.messages import Chat, Message, Part, Splitter, split_answer
 from steermoe.engines.request import TokenScore
 from steermoe.errors import GenerationError, SteerMoEError
-from steermoe.serving.fields import Fields, Refused, dumps
+from steermoe.serving.fields import Fields, Refused, dumps, for_clients
 from steermoe.serving.sampling import samples, sampling_of
 from steermoe.serving.service import MOST_CHOICES, Extras, Served, Service
 from steermoe.serving.streams import merged
@@ -260,8 +260,7 @@ def error_of(error: SteerMoEError) -> tuple[int, dict[str, Any]]:
         status = 503 if isinstance(error, Closed) else 500
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    message = " ".join(str(error).split())
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return status, {"error": {"message": for_clients(str(error)), "type": kind, "param": param, "code": code}}
 
 
 # ---- requests ----

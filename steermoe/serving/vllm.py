@@ -46,6 +46,7 @@ def extend(app: Any) -> None:
         ("GET", "/v1/steering", protocols.steering),
         ("POST", "/v1/steering", protocols.set_steering),
         ("GET", "/api/tags", protocols.tags),
+        ("POST", "/api/show", protocols.show),
         ("GET", "/api/version", protocols.version),
     ):
         app.add_api_route(path, answer, methods=[method], response_model=None)
@@ -84,6 +85,13 @@ class Protocols:
 
     async def tags(self) -> Any:
         return json_answer(await asyncio.to_thread(ollama.tags, self.served))
+
+    async def show(self, request: Request) -> Any:
+        try:
+            fields = parse(await read_body(request, MOST_BODY))
+            return json_answer(await asyncio.to_thread(ollama.show, self.served, fields))
+        except SteerMoEError as error:
+            return answer_error("/api/show", error)
 
     async def version(self) -> Any:
         return json_answer(ollama.version())

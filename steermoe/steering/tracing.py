@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steermoe.errors import SteeringError
+from steermoe.errors import TraceError
 from steermoe.routing.routers import Router, chosen_experts, find_routers, language_model, module_that_routes
 from steermoe.routing.wrapping import wrap_method
 from steermoe.steering.editing import Editor
@@ -60,7 +60,7 @@ class RoutingTracer:
         """The experts that were chosen since the last call of this, and those that would have been without steering.
 
         Raises:
-            SteeringError: routers saw different numbers of tokens, so that rows can't be separated.
+            TraceError: routers saw different numbers of tokens, so that rows can't be separated.
         """
         now, plain = self._now, self._plain
         self._now, self._plain = {}, {}
@@ -92,7 +92,7 @@ class RoutingTracer:
     def _stacked(self, chosen: dict[int, Tensor], least: int) -> Choices:
         counts = {len(one) for one in chosen.values()}
         if len(counts) > 1:
-            raise SteeringError(
+            raise TraceError(
                 f"routers saw {' and '.join(map(str, sorted(counts)))} tokens in one call: this model can't be traced"
             )
         tokens, top_k = max(counts, default=0), max(least, *(router.top_k for router in self._routers))

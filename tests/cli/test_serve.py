@@ -52,7 +52,7 @@ def test_arguments_for_vllm(run, monkeypatch, tiny_checkpoint, bare_search_path)
     text = " ".join(given)
     assert f"--model {tiny_checkpoint} --served-model-name tiny-mixtral --dtype float32" in text
     assert "--host 127.0.0.1 --port 9" in text
-    assert keys == ["a", "b"]
+    assert list(keys) == ["a", "b"]
     assert "--api-key" not in text
     assert text.endswith("--max-num-seqs 7")
     assert "--tensor-parallel-size=2" in given

@@ -27,6 +27,18 @@ def test_generate_writes_a_trace_and_the_same_text(run, tiny_checkpoint, vectors
     assert "<steermoe-trace" in (vectors / "t.html").read_text()
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_trace_is_replaced_only_if_asked(run, tiny_checkpoint, vectors, command):
+    usual = (command, "A dog.", "-d", "sport", "-m", tiny_checkpoint, *SHORT, "--trace", "t.json")
+    (vectors / "t.json").write_text("mine")
+    refused = run(*usual)
+    assert (refused.code, refused.out) == (1, "")
+    assert "'t.json' already exists: pass --overwrite to replace it, or name another file" in refused.err
+    assert (vectors / "t.json").read_text() == "mine"
+    assert run(*usual, "--overwrite").code == 0
+    assert json.loads((vectors / "t.json").read_text())["texts"]
+
+
 def test_compare_writes_all_texts(run, tiny_checkpoint, vectors):
     usual = ("compare", "A dog.", "-d", "sport", "-d", "food", "-m", tiny_checkpoint, "--json", *SHORT)
     plain, traced = run(*usual), run(*usual, "--trace", "t.html")

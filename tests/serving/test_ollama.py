@@ -32,6 +32,28 @@ def test_tags(client):
 
 
 @pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-mixtral:latest", "tiny-mixtral:law"])
+def test_show(client, name):
+    shown = client.show(name)
+    assert shown.capabilities == ["completion"]
+    assert (shown.details.family, shown.details.quantization_level) == ("mixtral", "float32")
+    assert shown.modelinfo["general.architecture"] == "mixtral"
+    assert shown.modelinfo["mixtral.context_length"] == 256
+    assert shown.modelinfo["mixtral.expert_used_count"] < shown.modelinfo["mixtral.expert_count"]
+
+
+def test_show_of_what_is_not_served(client, server):
+    for name, status in (("gpt", 404), ("tiny-mixtral:cooking", 400)):
+        with pytest.raises(ollama.ResponseError) as failed:
+            client.show(name)
+        assert failed.value.status_code == status
+    answer = httpx.post(f"{server.url}/api/show", json={})
+    assert (answer.status_code, answer.json()["error"]) == (
+        400,
+        "field 'model' is None, expected a name such as 'tiny-mixtral'",
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-mixtral:latest", "tiny-mixtral:law"])
 def test_generate_continues_raw_prompts(client, completed, name):
     made = client.generate(name, PROMPT, raw=True, options=GREEDY)
     assert made.response == completed(prompt=PROMPT, model=name)

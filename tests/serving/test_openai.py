@@ -218,6 +218,8 @@ BAD = [
     ({"stop": [""]}, "stop", "expected texts of 1 to 1000 characters"),
     ({"stop": ["a"] * 17}, "stop", "a list of 1 to 16 texts"),
     ({"presence_penalty": 3}, "presence_penalty", "expected a number from -2 to 2"),
+    ({"prompt": "x" * 300}, "prompt", "shorten the prompt or ask for fewer new tokens"),
+    ({"steering": {"domain": "sport", "positions": "answer"}}, "steering", ": name them in the field think_tags"),
     ({"prompt": ""}, "prompt", "the prompt is empty"),
     ({"prompt": [1, 2]}, "prompt", "expected a text, or a list"),
     ({"prompt": "\ud800"}, "prompt", "half a surrogate pair"),
@@ -277,7 +279,11 @@ BAD_CHATS = [
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"top_logprobs": 2}, "top_logprobs", "together with logprobs true"),
-    ({"chat_template_kwargs": {"enable_thinking": True}}, "messages", "has no switch for thinking"),
+    (
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        "messages",
+        "has no switch for thinking: leave thinking out of the request",
+    ),
     ({"vllm_xargs": {"steerng": "sport"}}, "vllm_xargs.steerng", "is unknown"),
 ]
 

@@ -23,7 +23,7 @@ from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens, note_logprobs
 from steermoe.engines.request import Completion, Request
-from steermoe.errors import SteeringError
+from steermoe.errors import TraceError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.tracker import Window
 from steermoe.steering.handle import SteeringHandle
@@ -153,13 +153,13 @@ class RollingDecoder:
         index_B1 = torch.tensor([[row.place] for row in self._rows])
         is_traced = any(row.recorder is not None for row in self._rows)
         has_counts = any(plan is not None and plan.active_experts is not None for plan in plans)
-        if self._compiled is not None and self._compiled.serves(len(self._rows)):
+        if self._compiled is not None and self._compiled.serves(len(self._rows)) and not has_counts:
+            logits_BV = self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
             if is_traced:
-                _tell_uncompiled()
-            elif has_counts:
-                _tell_uncounted()
-            else:
-                return self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
+                self._note_choices(*self._compiled.choices())
+            return logits_BV
+        if has_counts and self._compiled is not None:
+            _tell_uncounted()
         width = int(cached_B.max())
         mask_BW = torch.arange(width + 1) >= (width - cached_B)[:, None]
         if self._rows_changed:
@@ -194,7 +194,7 @@ class RollingDecoder:
     def _note_choices(self, chosen: Choices, unsteered: Choices) -> None:
         """Pass on what was chosen for each row's last token."""
         if len(chosen) != len(self._rows):
-            raise SteeringError(
+            raise TraceError(
                 f"routers saw {len(chosen)} tokens where the batch has {len(self._rows)}: this model does not keep "
                 "rows apart; trace texts one by one"
             )
@@ -300,12 +300,6 @@ class RollingDecoder:
         elif any(plans):
             self._close_tracer()  # it must be outside of the steering
             self._handle = SteeringHandle(self._model, plans, self._tags)
-
-
-@functools.cache
-def _tell_uncompiled() -> None:
-    """Say once that a trace costs the compiled steps."""
-    logger.warning("texts with a trace are generated without the compiled steps, which show no router's own choice")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import has_own_generate
 from steermoe.engines.hf.sampling import RowLimits, RowSampler, note_logprobs
 from steermoe.engines.request import Completion, Request, TokenScore
-from steermoe.errors import SteeringError
+from steermoe.errors import SteeringError, TraceError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
 from steermoe.routing.tracker import Tracker, Window
@@ -245,7 +245,7 @@ class RowTracer:
         self._tracer.is_on = False
         chosen, unsteered = self._tracer.take()
         if len(chosen) != window.rows * window.columns:
-            raise SteeringError(
+            raise TraceError(
                 f"routers saw {len(chosen)} tokens where the batch has {window.rows * window.columns}: this model does "
                 "not keep rows apart; trace texts one by one"
             )

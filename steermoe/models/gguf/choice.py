@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from steermoe.errors import ModelError, SteeringError
+from steermoe.errors import ModelError, TraceError
 from steermoe.models.gguf.header import GGUFModel, _read, _Settings
 
 Floats = NDArray[np.float32]
@@ -85,7 +85,7 @@ class Rule:
             chosen: [R, K].
 
         Raises:
-            SteeringError: no scoring explains them.
+            TraceError: no scoring explains them.
         """
         self._checked += len(logits)
         limit = max(FEW, SHARE * self._checked)
@@ -97,7 +97,7 @@ class Rule:
             most = np.where(is_chosen, -np.inf, by).max(1)
             self._contradicted[scoring] += int((least < most - TIE * np.maximum(1, np.abs(most))).sum())
         if min(self._contradicted.values()) > limit:
-            raise SteeringError(
+            raise TraceError(
                 f"{self._name}'s routers in llama.cpp choose by a rule that is not known, so what they would choose "
                 "without steering isn't known either: leave the trace out, or use --engine hf"
             )

@@ -159,6 +159,9 @@ class Page:
         hidden = gr.Button(visible=False)
         while session.run is run:
             is_done = run.is_done
+            if is_done and (again := session.without_trace(run)) is not None:
+                run = again
+                continue
             yield view.side_of(run, 0), view.side_of(run, 1), hidden, None
             if is_done:
                 return
@@ -330,6 +333,8 @@ class Page:
         run = session.run
         completions = [] if run is None else [text.completion for text in run.texts]
         traced = [one for one in completions if one is not None and one.trace is not None and len(one.trace)]
+        if run is not None and not run.request.trace:
+            raise gr.Error(f"Nothing to save: {self._live.untraced}", print_exception=False)
         if run is None or not traced:
             raise gr.Error("There is no text yet: press Write, and let it finish.", print_exception=False)
         again = run.again

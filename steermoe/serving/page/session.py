@@ -15,7 +15,7 @@ import numpy as np
 from steermoe.engines.messages import conversation
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.trace import Domain, TokenTrace, Trace, domains_of, shares
-from steermoe.errors import SteeringError, SteerMoEError
+from steermoe.errors import SteeringError, SteerMoEError, TraceError
 from steermoe.serving.live import LiveEngine
 from steermoe.serving.page.settings import MOST_PROMPT, Settings
 from steermoe.serving.ticket import Ticket
@@ -55,13 +55,22 @@ class Text:
     @property
     def error(self) -> str:
         """Why it failed; "" if it did not."""
+        return "" if self._failure is None else str(self._failure)
+
+    @property
+    def is_untraceable(self) -> bool:
+        """Whether it failed because its model can't be traced."""
+        return isinstance(self._failure, TraceError)
+
+    @property
+    def _failure(self) -> SteerMoEError | None:
         if not self.ticket.is_done or self.ticket.is_cancelled:
-            return ""
+            return None
         try:
             self.ticket.result(0)
         except SteerMoEError as error:
-            return str(error)
-        return ""
+            return error
+        return None
 
 
 @dataclass(eq=False)
@@ -136,7 +145,8 @@ class Session:
             SteerMoEError: steering that does not exist or fit, a prompt that is too long, or a queue that is full.
         """
         chat = self._live.chat(conversation(settings.prompt)) if settings.is_chat else None
-        request = Request(settings.prompt, sampling=settings.sampling(), special_tokens=False, chat=chat, trace=True)
+        wanted = not self._live.untraced
+        request = Request(settings.prompt, sampling=settings.sampling(), special_tokens=False, chat=chat, trace=wanted)
         return self._begin(Run(settings, settings.prompt, self._live.encode(request), request))
 
     def branch(self, side: int, number: int, settings: Settings) -> Run:
@@ -165,12 +175,23 @@ class Session:
             raise SteeringError(f"the text has no room for {settings.tokens} more tokens: ask for fewer")
         return self._begin(Run(settings, shown, kept, request, is_continued=True))
 
+    def without_trace(self, run: Run) -> Run | None:
+        """Write both texts again without traces if they failed because their model can't be traced.
+
+        Raises:
+            SteerMoEError: as of `start`.
+        """
+        if self.run is not run or not run.request.trace or not any(text.is_untraceable for text in run.texts):
+            return None
+        return self._begin(replace(run, texts=(), request=replace(run.request, trace=False)))
+
     def _begin(self, run: Run) -> Run:
         plan = self.plan(run.settings)
         texts = []
         for one in (None, plan):
             seen: list[TokenTrace] = []
-            texts.append((seen, replace(run.request, plan=one, on_trace=seen.append)))
+            on_trace = seen.append if run.request.trace else None
+            texts.append((seen, replace(run.request, plan=one, on_trace=on_trace)))
         if plan is not None:
             texts[1][1].require_steered()
         with self._lock:

@@ -16,6 +16,7 @@ EMPTY = (
     "What the model writes when nobody steers it will appear here.",
     "What it writes when its experts for your topic are turned up will appear here.",
 )
+UNTRACED = "No colours: which experts wrote a word can't be seen in this model."
 
 
 def empty(side: int) -> str:
@@ -30,7 +31,8 @@ def side_of(run: Run, side: int) -> str:
         return _card(side, "", f'<p class="smt-text sm-error">{html.escape(text.error)}</p>')
     trace = run.trace(side)
     if trace is None or not len(trace):
-        return _card(side, _figures(run, text.seen), _running(run, side))
+        figures = _figures(run, text.seen) if run.request.trace else UNTRACED
+        return _card(side, figures, _running(run, side))
     hint = '<p class="sm-hint">Click a word to see which experts wrote it.</p>'
     return _card(side, _figures(run, text.seen), fragment(trace, _before(run)) + hint)
 
@@ -49,10 +51,11 @@ def _running(run: Run, side: int) -> str:
     text = run.texts[side]
     spans = "".join(_token(run, token) for token in text.seen)
     rest = text.ticket.text[len("".join(token.text for token in text.seen)) :]
-    cursor = "" if text.ticket.is_done else '<span class="sm-cursor"></span>'
+    is_done = text.ticket.is_done
+    cursor = "" if is_done else '<span class="sm-cursor"></span>'
     prompt = f'<span class="smt-prompt">{html.escape(_before(run))}</span>'
     return (
-        f'<div data-colour="share"><p class="smt-text" aria-busy="true">{prompt}{spans}'
+        f'<div data-colour="share"><p class="smt-text" aria-busy="{str(not is_done).lower()}">{prompt}{spans}'
         f"{html.escape(rest)}{cursor}</p></div>"
     )
 

@@ -28,7 +28,7 @@ QUIET = {
     *("/v1/chat/completions/derender", "/v1/completions/derender"),
     *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/start_profile", "/stop_profile", "/abort_requests"),
     *("/docs/oauth2-redirect", "/v1/responses/{response_id}"),
-    *("/v1/steering", "/api/tags", "/api/version"),
+    *("/v1/steering", "/api/tags", "/api/show", "/api/version"),
 }
 """Routes that generate nothing, or read what was generated; a new one is to be looked at before it is added here."""
 

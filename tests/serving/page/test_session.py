@@ -1,5 +1,6 @@
 """Two texts side by side: their steering changes as they come, they go on from a token, they end when told to."""
 
+import html
 import time
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from steermoe.engines.request import Request
-from steermoe.errors import SteeringError, SteerMoEError
+from steermoe.errors import SteeringError, SteerMoEError, TraceError
 from steermoe.serving.page import view
 from steermoe.serving.page.session import Session, Sessions
 from steermoe.serving.page.settings import Settings
+from steermoe.steering.tracing import RoutingTracer
 from steermoe.tracing.page import page
 from tests.support import served
 
@@ -65,6 +67,24 @@ def test_a_slider_changes_the_running_text_and_no_other(session):
     first, second = (int(np.argmax(strengths == value)) for value in values[1:3])
     assert 10 < first < second
     assert "smt-c1" in view.side_of(run, 1)
+
+
+def test_a_model_that_can_not_be_traced_writes_without_traces(session, monkeypatch):
+    def fail(tracer):
+        raise TraceError("routers saw 3 tokens where the batch has 2")
+
+    monkeypatch.setattr(RoutingTracer, "take", fail)
+    run = session.start(GREEDY)
+    wait_until(lambda: run.is_done)
+    again = session.without_trace(run)
+    unsteered, steered = done(again)
+    assert (unsteered.new_tokens, steered.new_tokens) == (GREEDY.tokens, GREEDY.tokens)
+    assert unsteered.trace is None
+    assert html.escape(steered.text) in view.side_of(again, 1)
+    assert view.UNTRACED in view.side_of(again, 1)
+    assert session.without_trace(again) is None
+    later = session.start(GREEDY)  # is not tried again
+    assert [one.text for one in done(later)] == [unsteered.text, steered.text]
 
 
 def test_a_text_goes_on_from_a_token_that_was_clicked(session):

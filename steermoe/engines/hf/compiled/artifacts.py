@@ -119,7 +119,7 @@ class CompiledStep:
         column_1: Tensor,
         states: list[Tensor],
         edits: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As `DecodeStep.forward`.
 
         Raises:
@@ -132,8 +132,8 @@ class CompiledStep:
                     f"input {number} of the compiled step, {list(tensor.shape)}, has strides {tensor.stride()}, but "
                     "must be contiguous: please report it, and generate with --no-compiled-steps"
                 )
-        logits_BV, chosen_RBk = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
-        return logits_BV, chosen_RBk
+        logits_BV, chosen_RBk, unsteered_RBk = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
+        return logits_BV, chosen_RBk, unsteered_RBk
 
 
 def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
@@ -362,7 +362,7 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
         started = time.perf_counter()
         own_BV = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
         between = time.perf_counter()
-        logits_BV, _ = step(token, *inputs[1:])
+        logits_BV, *_ = step(token, *inputs[1:])
         own.append(between - started)
         compiled.append(time.perf_counter() - between)
         errors.append(float((logits_BV - own_BV).norm() / own_BV.norm()))

@@ -6,6 +6,7 @@ Shapes: as in `step`; P distinct plans.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from steermoe.steering.editing_graph import Edits, count_listed
 from steermoe.steering.mapping import PlanMapping
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tracing import Choices
 
 
 class CompiledSteps:
@@ -38,6 +40,7 @@ class CompiledSteps:
         self._banks: list[Bank] = []
         self._steered_routers = 0
         self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
+        self._choices: tuple[Tensor, ...] = ()
         self.reset()
 
     def reset(self) -> None:
@@ -74,9 +77,10 @@ class CompiledSteps:
         mask_BC = (columns >= (column - cached_B)[:, None]) & (columns <= column)
         edits, wanted_RBN, steered = self._edits(plans, index_B)
         has_lists = any(bank.has_lists for bank in self._banks)
-        logits_BV, chosen_RBk = step(
+        logits_BV, chosen_RBk, unsteered_RBk = step(
             tokens_B1, cached_B[:, None], mask_BC.long(), torch.tensor([column]), states, edits
         )
+        self._choices = chosen_RBk, unsteered_RBk
         self._tokens_seen += len(tokens_B1)
         if steered:
             self._tokens_steered += steered
@@ -86,6 +90,11 @@ class CompiledSteps:
             if has_lists:
                 self._listed += count_listed(edits, chosen_RBk)
         return logits_BV
+
+    def choices(self) -> tuple[Choices, Choices]:
+        """The experts that the last call of `forward` chose, and those that it would have chosen without steering."""
+        chosen, unsteered = (one.transpose(0, 1).numpy().astype(np.int32) for one in self._choices)
+        return chosen, unsteered
 
     def saw(self, tokens: int) -> None:
         """Count tokens of prompts that the model itself computed."""

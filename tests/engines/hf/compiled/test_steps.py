@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -181,28 +182,46 @@ def test_streaming_gives_the_same_pieces(compiled):
     assert len(pieces) > 1
 
 
-def test_texts_with_a_trace_are_generated_without_compiled_steps_and_say_so(compiled, caplog):
-    model = build("granitemoeshared")
-    compiled(model)
-    rolling._tell_uncompiled.cache_clear()
-    usual = requests_for(model)[:6]
-    asked = [replace(request, trace=number in (1, 4)) for number, request in enumerate(usual)]
-    faster, own = HFEngine(tiny.loaded(model)), HFEngine(tiny.loaded(model), compiled=False)
-    decoder = faster.decoder(3)
-    found = roll(decoder, faster, asked, 3)
+def steered_anew(engine, requests, rows):
+    """Texts by a rolling decoder, `rows` of them at once; three get another plan, or none, after their third token."""
+    model, waiting, done = engine.loaded.model, list(requests), {}
+    later = {requests[0]: tiny.plan_for_experts(model, 5, strength=30.0), requests[1]: None, requests[2]: None}
+    later[requests[2]] = tiny.plan_for_experts(model, 2, 4, ban=((1, 0),), force=((0, 3),))
+    decoder = engine.decoder(rows)
+
+    def act(row, text):
+        if row.request in later and len(row.new) == 3:
+            decoder.steer(row.request, later[row.request])
+
+    while waiting or len(decoder):
+        if room := min(rows - len(decoder), len(waiting)):
+            decoder.start(waiting[:room], [engine.encode(one) for one in waiting[:room]], on_token=act)
+            waiting = waiting[room:]
+        done |= {completion.request: completion for completion in decoder.step()}
     decoder.close()
+    return [done[request] for request in requests]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+def test_traces_of_compiled_steps_are_those_of_the_model(family, compiled, monkeypatch):
+    model = build(family)
+    compiled(model)
+    own, faster = HFEngine(tiny.loaded(model), compiled=False), HFEngine(tiny.loaded(model))
+    requests = [replace(request, trace=number != 3) for number, request in enumerate(requests_for(model, count=9))]
+    expected = steered_anew(own, requests, 1)
+    monkeypatch.setattr(rolling, "RoutingTracer", None)  # the model itself is never looked at
+    moved = 0
+    for rows in (1, 5):
+        for mine, theirs in zip(steered_anew(faster, requests, rows), expected, strict=True):
+            assert mine.token_ids == theirs.token_ids
+            assert (mine.trace is None) == (theirs.trace is None) == (not mine.request.trace)
+            if mine.trace is not None:
+                for name in ("chosen", "unsteered", "share", "share_before", "strength"):
+                    np.testing.assert_array_equal(getattr(mine.trace, name), getattr(theirs.trace, name), name)
+                np.testing.assert_allclose(mine.trace.logprob, theirs.trace.logprob, atol=1e-3)
+                moved += (mine.trace.chosen != mine.trace.unsteered).any((1, 2)).sum()
+    assert moved > 20
     assert tiny.traces(model) == []
-    assert [record.message for record in caplog.records if record.name == rolling.__name__] == [
-        "texts with a trace are generated without the compiled steps, which show no router's own choice"
-    ]
-    for request, done in zip(asked, found, strict=True):
-        (alone,) = own.generate([request])
-        assert done.token_ids == alone.token_ids
-        if request.trace:
-            assert (done.trace.chosen == alone.trace.chosen).all()
-            assert (done.trace.unsteered == alone.trace.unsteered).all()
-        else:
-            assert done.trace is None
 
 
 def test_what_hangs_on_the_model_is_not_passed_by(compiled):
