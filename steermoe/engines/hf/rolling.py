@@ -8,7 +8,9 @@ Shapes: B rows in flight, M prompts that are computed together, S columns of the
 the vocabulary.
 """
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ from steermoe.steering.tracing import Choices, RoutingTracer
 
 if TYPE_CHECKING:
     from steermoe.engines.hf.compiled.steps import CompiledSteps
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 4096
 """Tokens of new prompts per forward pass, padding included; a longer prompt gets a pass of its own."""
@@ -149,10 +153,12 @@ class RollingDecoder:
         index_B1 = torch.tensor([[row.place] for row in self._rows])
         is_traced = any(row.recorder is not None for row in self._rows)
         if self._compiled is not None and self._compiled.serves(len(self._rows)):
-            logits_BV = self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
-            if is_traced:
-                self._note_choices(*self._compiled.choices())
-            return logits_BV
+            if not is_traced or self._compiled.show_choices(len(self._rows)):
+                logits_BV = self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
+                if is_traced:
+                    self._note_choices(*self._compiled.choices())
+                return logits_BV
+            _tell_uncompiled()
         width = int(cached_B.max())
         mask_BW = torch.arange(width + 1) >= (width - cached_B)[:, None]
         if self._rows_changed:
@@ -293,6 +299,12 @@ class RollingDecoder:
         elif any(plans):
             self._close_tracer()  # it must be outside of the steering
             self._handle = SteeringHandle(self._model, plans, self._tags)
+
+
+@functools.cache
+def _tell_uncompiled() -> None:
+    """Say once that a trace costs the compiled steps."""
+    logger.warning("texts with a trace are generated without compiled steps: this model's show no router's own choice")
 
 
 def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:
