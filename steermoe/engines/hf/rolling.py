@@ -152,14 +152,11 @@ class RollingDecoder:
         cached_B = torch.tensor([row.cached for row in self._rows])
         index_B1 = torch.tensor([[row.place] for row in self._rows])
         is_traced = any(row.recorder is not None for row in self._rows)
-        has_counts = any(plan is not None and plan.active_experts is not None for plan in plans)
-        if self._compiled is not None and self._compiled.serves(len(self._rows)) and not has_counts:
-            logits_BV = self._compiled.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
+        if (steps := self._steps_for(plans, is_traced)) is not None:
+            logits_BV = steps.forward(cache, tokens_B1, cached_B, plans, index_B1[:, 0])
             if is_traced:
-                self._note_choices(*self._compiled.choices())
+                self._note_choices(*steps.choices())
             return logits_BV
-        if has_counts and self._compiled is not None:
-            _tell_uncounted()
         width = int(cached_B.max())
         mask_BW = torch.arange(width + 1) >= (width - cached_B)[:, None]
         if self._rows_changed:
@@ -190,6 +187,19 @@ class RollingDecoder:
         if self._tracer is not None:
             self._tracer.close()
         self._tracer = None
+
+    def _steps_for(self, plans: Sequence[SteeringPlan | None], is_traced: bool) -> "CompiledSteps | None":
+        """The compiled steps, if there are any for all that the rows ask for."""
+        steps, rows = self._compiled, len(self._rows)
+        if steps is None or not steps.serves(rows):
+            return None
+        if any(plan is not None and plan.active_experts is not None for plan in plans):
+            _tell_uncompiled("another number of active experts", "they have the model's own number in them")
+            return None
+        if is_traced and not steps.show_choices(rows):
+            _tell_uncompiled("a trace", "this model's show no router's own choice")
+            return None
+        return steps
 
     def _note_choices(self, chosen: Choices, unsteered: Choices) -> None:
         """Pass on what was chosen for each row's last token."""
@@ -303,9 +313,9 @@ class RollingDecoder:
 
 
 @functools.cache
-def _tell_uncounted() -> None:
-    """Say once that another number of experts costs the compiled steps."""
-    logger.warning("active experts are generated without the compiled steps, which have the model's own number in them")
+def _tell_uncompiled(texts: str, why: str) -> None:
+    """Say once what costs the compiled steps."""
+    logger.warning("texts with %s are generated without compiled steps: %s", texts, why)
 
 
 def _chunks(groups: list[list[HFRow]], most: int) -> Iterator[list[list[HFRow]]]:

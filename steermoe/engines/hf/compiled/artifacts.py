@@ -32,11 +32,12 @@ from transformers import PreTrainedModel
 from steermoe import formulas
 from steermoe.engines.hf import cache as caches
 from steermoe.engines.hf.cache import empty_cache, rows_can_change
-from steermoe.engines.hf.compiled import rewrites
+from steermoe.engines.hf.compiled import choices, rewrites
 from steermoe.engines.hf.compiled import step as steps
+from steermoe.engines.hf.compiled.choices import OwnChoices
 from steermoe.engines.hf.compiled.rewrites import REWRITES
 from steermoe.engines.hf.compiled.step import DecodeStep
-from steermoe.errors import GenerationError, ModelError, SteerMoEError, reason
+from steermoe.errors import GenerationError, ModelError, SteerMoEError, TraceError, reason
 from steermoe.files import cache_folder
 from steermoe.models import quantization
 from steermoe.routing import architectures, intercept, routers, selection, wrapping
@@ -59,11 +60,15 @@ TOLERANCE = {torch.float32: 1e-4}
 SHORT_TOLERANCE = 0.05
 """The same for shorter types, where rounding alone exceeds that."""
 
+SAME_CHOICES = 0.99
+"""The share of a step's choices that must follow from its logits."""
+
 PROGRAM, FACTS = "step.pt2", "facts.json"
 
 TRACED: tuple[ModuleType, ...] = (
     architectures,
     caches,
+    choices,
     formulas,
     editing_graph,
     intercept,
@@ -90,12 +95,14 @@ class Facts:
         seconds: how long compiling took.
         error: the difference of its logits from the model's own, relative to their norm.
         speedup: over the model's own step, at 1 or 16 rows.
+        traces: whether the choices that its routers make follow from the logits that it returns.
     """
 
     kind: Kind
     seconds: float
     error: float
     speedup: float
+    traces: bool
 
     @property
     def pays(self) -> bool:
@@ -103,9 +110,10 @@ class Facts:
 
 
 class CompiledStep:
-    """A compiled step on a model's weights, which it uses without copying them."""
+    """A compiled step on a model's weights, which it uses without copying them; `traces` as in `Facts`."""
 
-    def __init__(self, program: Path, weights: dict[str, Tensor]) -> None:
+    def __init__(self, program: Path, weights: dict[str, Tensor], traces: bool = False) -> None:
+        self.traces = traces
         self._run = torch._inductor.aoti_load_package(str(program))
         names = self._run.get_constant_fqns()
         constants = {name: weights[name] for name in names}
@@ -132,8 +140,8 @@ class CompiledStep:
                     f"input {number} of the compiled step, {list(tensor.shape)}, has strides {tensor.stride()}, but "
                     "must be contiguous: please report it, and generate with --no-compiled-steps"
                 )
-        logits_BV, chosen_RBk, unsteered_RBk = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
-        return logits_BV, chosen_RBk, unsteered_RBk
+        logits_BV, chosen_RBk, logits_RBW = self._run(tokens_B1, positions_B1, mask_BC, column_1, states, edits)
+        return logits_BV, chosen_RBk, logits_RBW
 
 
 def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
@@ -145,7 +153,7 @@ def find_step(model: PreTrainedModel, kind: Kind) -> CompiledStep | None:
     if facts is None or not facts.pays:
         return None
     try:
-        return CompiledStep(folder / PROGRAM, _weights(model))
+        return CompiledStep(folder / PROGRAM, _weights(model), facts.traces)
     except (OSError, RuntimeError) as error:
         _warn_damaged(folder, error)
         return None
@@ -160,7 +168,8 @@ def _facts_in(folder: Path) -> Facts | None:
     try:
         facts = Facts(**json.loads((folder / FACTS).read_text()))
         numbers = (facts.seconds, facts.error, facts.speedup)
-        if facts.kind not in KINDS or not all(type(number) in (int, float) for number in numbers):
+        are_numbers = all(type(number) in (int, float) for number in numbers)
+        if facts.kind not in KINDS or not are_numbers or type(facts.traces) is not bool:
             raise ValueError(f"it says {facts}")
     except OSError:
         return None
@@ -224,11 +233,11 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
             text = f"{type(error).__name__}: {reason(error)}"
             raise ModelError(f"the step of {name} can't be compiled: {text}") from error
         seconds = time.perf_counter() - started
-        off, speedup = _compare(model, step, CHECK_ROWS[kind])
+        off, speedup, traces = _compare(model, step, CHECK_ROWS[kind])
         limit = TOLERANCE.get(model.dtype, SHORT_TOLERANCE)
         if not off <= limit:
             raise ModelError(f"the compiled step of {name} is off by {off:.1e} (at most {limit:.0e}): it is not kept")
-        facts = Facts(kind, round(seconds, 1), off, round(speedup, 2))
+        facts = Facts(kind, round(seconds, 1), off, round(speedup, 2), traces)
         (made / FACTS).write_text(json.dumps(asdict(facts)))
         shutil.rmtree(target, ignore_errors=True)
         made.replace(target)
@@ -342,8 +351,8 @@ def _inputs(step: DecodeStep, states: list[Tensor], rows: int, column: int) -> t
 
 
 @torch.inference_mode()
-def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[float, float]:
-    """The relative error of a compiled step's logits against the model's own, and its speedup."""
+def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[float, float, bool]:
+    """The relative error of a compiled step's logits against the model's own, its speedup, and whether it traces."""
     config: Any = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -354,6 +363,7 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
     states = [nn.functional.pad(tensor, (0, 0, 0, total - PROMPT)).contiguous() for tensor in _states_in(kept)]
     traced = DecodeStep(model)
     token = ids[:, -1:].contiguous()
+    own_choices, agreed = OwnChoices(model), True
     errors: list[float] = []
     own: list[float] = []
     compiled: list[float] = []
@@ -362,9 +372,20 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
         started = time.perf_counter()
         own_BV = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
         between = time.perf_counter()
-        logits_BV, *_ = step(token, *inputs[1:])
+        logits_BV, chosen_RBk, logits_RBW = step(token, *inputs[1:])
         own.append(between - started)
         compiled.append(time.perf_counter() - between)
         errors.append(float((logits_BV - own_BV).norm() / own_BV.norm()))
+        agreed = agreed and _agree(own_choices, logits_RBW, chosen_RBk)
         token = own_BV.argmax(-1, keepdim=True)
-    return max(errors), median(own) / median(compiled)
+    return max(errors), median(own) / median(compiled), agreed
+
+
+def _agree(own_choices: OwnChoices, logits_RBW: Tensor, chosen_RBk: Tensor) -> bool:
+    """Whether routers choose what an unsteered step chose, given its logits; rounding may decide between equals."""
+    try:
+        found = own_choices.of(logits_RBW).sort(-1).values
+    except TraceError:
+        return False
+    is_same_RB = (found == chosen_RBk.sort(-1).values).all(-1)
+    return bool(is_same_RB.float().mean() >= SAME_CHOICES)

@@ -1,9 +1,10 @@
 """A decode step of a model as a function of tensors alone, which torch can export and compile ahead of time.
 
-Shapes: B rows, C columns of the cache, V tokens of the vocabulary, R routers, N experts, k experts chosen per token.
+Shapes: B rows, C columns of the cache, V tokens of the vocabulary, R routers, N experts, W columns of routers' logits,
+k experts chosen per token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from steermoe.engines.hf.cache import DummyLayer, empty_cache
 from steermoe.errors import UnsupportedModel
 from steermoe.routing.intercept import intercept
-from steermoe.routing.routers import Router, chosen_experts, find_routers, module_that_routes
+from steermoe.routing.routers import Router, chosen_experts, find_routers
 from steermoe.routing.selection import Lists, keep_lists
-from steermoe.routing.wrapping import wrap_method
 from steermoe.steering.editing_graph import edit
 from steermoe.steering.narrowing import narrowed
 
@@ -61,13 +61,13 @@ class _Call:
 
     Attributes:
         edits: the tensors of its edits.
-        chosen: the chosen experts, by router.
-        plain: what routers return without the edits, at that very place.
+        logits: as the routers compute them, before the edits.
+        chosen: the chosen experts.
     """
 
     edits: Sequence[Tensor] = ()
+    logits: dict[int, Tensor] = field(default_factory=dict)
     chosen: dict[int, Tensor] = field(default_factory=dict)
-    plain: dict[int, Any] = field(default_factory=dict)
 
 
 class _GraphEditor:
@@ -75,26 +75,12 @@ class _GraphEditor:
 
     def __init__(self, call: _Call, number: int, router: Router) -> None:
         self._call, self._number, self._router = call, number, router
-        self._is_on = True
-
-    def around(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The router's forward, which runs without the edits first: its choice then is only looked at."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._is_on = False
-            try:
-                self._call.plain[self._number] = original(*args, **kwargs)  # read later, outside of what keeps to lists
-            finally:
-                self._is_on = True
-            return original(*args, **kwargs)
-
-        return forward
 
     def active(self) -> bool:
-        return self._is_on
+        return True
 
     def edit(self, logits: Tensor) -> Tensor:
-        flat = logits.flatten(0, -2)
+        flat = self._call.logits[self._number] = logits.flatten(0, -2)
         experts = self._router.num_experts
         eps = torch.finfo(logits.dtype).eps
         steered = narrowed(edit(flat[:, :experts].float(), self._number, self._call.edits, eps), logits.dtype)
@@ -103,7 +89,7 @@ class _GraphEditor:
         return steered.view(logits.shape)
 
     def has_lists(self) -> bool:
-        return self._is_on  # some rows of some call may have them
+        return True  # some rows of some call may have them
 
     def lists(self, device: torch.device) -> Lists:
         _, _, forced, banned, *_ = self._call.edits
@@ -152,7 +138,7 @@ class DecodeStep(nn.Module):
             edits: as `Edits.tensors`.
 
         Returns:
-            logits [B, V] float32; the chosen experts [R, B, k], and those that would have been without the edits.
+            logits [B, V] float32, the chosen experts [R, B, k], and the routers' logits before the edits [R, B, W].
         """
         self._call.edits = edits
         pairs = iter(zip(states[::2], states[1::2], strict=True))
@@ -164,10 +150,9 @@ class DecodeStep(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        chosen = torch.stack([self._call.chosen[number] for number in range(len(self.routers))])
-        plain = self._call.plain
-        unsteered = torch.stack([chosen_experts(router, plain[n]) for n, router in enumerate(self.routers)])
-        return output.logits[:, -1].float(), chosen, unsteered
+        numbers, call = range(len(self.routers)), self._call
+        chosen, logits = (torch.stack([of[number] for number in numbers]) for of in (call.chosen, call.logits))
+        return output.logits[:, -1].float(), chosen, logits
 
     @contextmanager
     def traceable(self) -> Iterator[None]:
@@ -178,7 +163,6 @@ class DecodeStep(nn.Module):
                 editor = _GraphEditor(self._call, number, router)
                 undo.callback(intercept(self.model, router, editor))
                 undo.callback(keep_lists(self.model, router, editor))
-                undo.callback(wrap_method(module_that_routes(self.model, router), "forward", editor.around))
             undo.callback(self.model.set_experts_implementation, config._experts_implementation)
             self.model.set_experts_implementation(EXPERTS)
             yield

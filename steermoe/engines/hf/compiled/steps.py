@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from steermoe.engines.hf.cache import RowCache
 from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step
+from steermoe.engines.hf.compiled.choices import OwnChoices
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
 from steermoe.steering.editing import listed_counts
@@ -40,7 +41,8 @@ class CompiledSteps:
         self._banks: list[Bank] = []
         self._steered_routers = 0
         self._laid_out: tuple[Any, list[Tensor], Tensor, int] | None = None
-        self._choices: tuple[Tensor, ...] = ()
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._own: OwnChoices | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -52,6 +54,11 @@ class CompiledSteps:
     def serves(self, rows: int) -> bool:
         """Whether there is a step for this many rows."""
         return self._step(rows) is not None
+
+    def show_choices(self, rows: int) -> bool:
+        """Whether the step for this many rows shows what its routers choose."""
+        step = self._step(rows)
+        return step is not None and step.traces
 
     def forward(
         self,
@@ -77,10 +84,10 @@ class CompiledSteps:
         mask_BC = (columns >= (column - cached_B)[:, None]) & (columns <= column)
         edits, wanted_RBN, steered = self._edits(plans, index_B)
         has_lists = any(bank.has_lists for bank in self._banks)
-        logits_BV, chosen_RBk, unsteered_RBk = step(
+        logits_BV, chosen_RBk, logits_RBW = step(
             tokens_B1, cached_B[:, None], mask_BC.long(), torch.tensor([column]), states, edits
         )
-        self._choices = chosen_RBk, unsteered_RBk
+        self._last = chosen_RBk, logits_RBW
         self._tokens_seen += len(tokens_B1)
         if steered:
             self._tokens_steered += steered
@@ -92,8 +99,20 @@ class CompiledSteps:
         return logits_BV
 
     def choices(self) -> tuple[Choices, Choices]:
-        """The experts that the last call of `forward` chose, and those that it would have chosen without steering."""
-        chosen, unsteered = (one.transpose(0, 1).numpy().astype(np.int32) for one in self._choices)
+        """The experts that the last call of `forward` chose, and those that it would have chosen without steering.
+
+        Only if the steps `show_choices`.
+        """
+        assert self._last is not None
+        assert self._laid_out is not None
+        (chosen_RBk, logits_RBW), (_, factors) = self._last, self._laid_out[0]
+        unsteered_RBk = chosen_RBk
+        if any(factors):
+            if self._own is None:
+                self._own = OwnChoices(self._model)
+            is_steered = torch.tensor(factors)[:, None] != 0
+            unsteered_RBk = torch.where(is_steered, self._own.of(logits_RBW), chosen_RBk)
+        chosen, unsteered = (one.transpose(0, 1).numpy().astype(np.int32) for one in (chosen_RBk, unsteered_RBk))
         return chosen, unsteered
 
     def saw(self, tokens: int) -> None:

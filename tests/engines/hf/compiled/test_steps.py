@@ -224,6 +224,32 @@ def test_traces_of_compiled_steps_are_those_of_the_model(family, compiled, monke
     assert tiny.traces(model) == []
 
 
+def test_steps_that_show_no_choices_are_not_used_for_traces(compiled, caplog):
+    """Such as those of a router that does not choose by its logits alone."""
+    model = build("granitemoeshared")
+    compiled(model)
+    for kind in artifacts.KINDS:
+        path = artifacts.folder_of(model, kind) / artifacts.FACTS
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"traces": False}))
+    rolling._tell_uncompiled.cache_clear()
+    usual = requests_for(model)[:6]
+    asked = [replace(request, trace=number in (1, 4)) for number, request in enumerate(usual)]
+    faster, own = HFEngine(tiny.loaded(model)), HFEngine(tiny.loaded(model), compiled=False)
+    decoder = faster.decoder(3)
+    found = roll(decoder, faster, asked, 3)
+    decoder.close()
+    assert tiny.traces(model) == []
+    assert [record.message for record in caplog.records if record.name == rolling.__name__] == [
+        "texts with a trace are generated without compiled steps: this model's show no router's own choice"
+    ]
+    for request, done in zip(asked, found, strict=True):
+        (alone,) = own.generate([request])
+        assert done.token_ids == alone.token_ids
+        assert (done.trace is None) == (not request.trace)
+        if done.trace is not None:
+            np.testing.assert_array_equal(done.trace.unsteered, alone.trace.unsteered)
+
+
 def test_what_hangs_on_the_model_is_not_passed_by(compiled):
     model = build("granitemoeshared")
     compiled(model, ["one"])
@@ -274,11 +300,13 @@ def test_a_step_that_is_slower_is_not_used(compiled, monkeypatch):
         "\udcff",
         "[" * 100_000,
         '{"kind": "one", "seconds": 1, "error": 0}',
-        '{"kind": "one", "seconds": 1, "error": 0, "speedup": "fast"}',
-        '{"kind": "one", "seconds": "1", "error": 0, "speedup": 2}',
-        '{"kind": "one", "seconds": 1, "error": null, "speedup": 2}',
-        '{"kind": "one", "seconds": 1, "error": 0, "speedup": true}',
-        '{"kind": ["one"], "seconds": 1, "error": 0, "speedup": 2}',
+        '{"kind": "one", "seconds": 1, "error": 0, "speedup": "fast", "traces": true}',
+        '{"kind": "one", "seconds": "1", "error": 0, "speedup": 2, "traces": true}',
+        '{"kind": "one", "seconds": 1, "error": null, "speedup": 2, "traces": true}',
+        '{"kind": "one", "seconds": 1, "error": 0, "speedup": true, "traces": true}',
+        '{"kind": ["one"], "seconds": 1, "error": 0, "speedup": 2, "traces": true}',
+        '{"kind": "one", "seconds": 1, "error": 0, "speedup": 2}',
+        '{"kind": "one", "seconds": 1, "error": 0, "speedup": 2, "traces": 1}',
     ],
 )
 def test_damaged_facts_are_told_and_passed_by(tmp_path, caplog, content):
