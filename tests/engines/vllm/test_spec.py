@@ -1,11 +1,12 @@
 """What users of vLLM write, and the packed plans that come of it; needs no vLLM."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from steermoe.engines.vllm.spec import packed
+from steermoe.engines.vllm.spec import NO_COUNTS, packed, resolver_for
 from steermoe.engines.vllm.wire import pack, unpack
 from steermoe.errors import CompatibilityError, SteeringError, SteerMoEError, VectorNotFound
 from steermoe.steering.asked import spec_of_name
@@ -169,3 +170,12 @@ def test_a_name_that_ends_at_its_colon():
 def test_packed_plans_must_fit_too(resolver):
     with pytest.raises(SteeringError, match="does not exist"):
         packed(resolver, pack(SteeringPlan(ban=((0, 99),))))
+
+
+def test_a_text_can_not_have_its_own_number_of_experts(tiny_model):
+    config = SimpleNamespace(hf_config=tiny_model.model.config, trust_remote_code=False, model="tiny")
+    resolver = resolver_for(config)
+    own = tiny_model.shape.top_k
+    with pytest.raises(SteeringError, match=f"can't have {own + 1} active experts: {NO_COUNTS}"):
+        packed(resolver, {"active_experts": own + 1})
+    assert unpack(packed(resolver, {"active_experts": own})).active_experts == own
