@@ -57,11 +57,9 @@ def calibrate(
     from steermoe.cli.terminal import console, tables
     from steermoe.evaluation.calibration import check_budget
     from steermoe.vectors import file
-    from steermoe.vectors.hub import refuse_places
 
     check_budget(budget)
-    if output is None and not dry_run:
-        refuse_places(domain, "pass --output FOLDER for a calibrated copy, or --dry-run")
+    _check_places(domain, changes_them=output is None and not dry_run)
     paths = {name: _files(name, vectors.vectors, vectors.can_build(name)) for name in dict.fromkeys(domain)}
     loaded = model.load()
     from steermoe.evaluation.calibration import calibrate_vector
@@ -88,6 +86,14 @@ def calibrate(
         tables.print_table(
             ("domain", "formula", "strength", "safe range", "damage", "file"), [_row(*one) for one in results]
         )
+
+
+def _check_places(names: list[str], *, changes_them: bool) -> None:
+    """Raise VectorError for a vector on the Hub that would be changed."""
+    from steermoe.vectors.hub import refuse_places
+
+    if changes_them:
+        refuse_places(names, "pass --output FOLDER for a calibrated copy, or --dry-run")
 
 
 def _files(name: str, folder: Path | None, can_build: bool) -> list[Path]:

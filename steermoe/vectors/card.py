@@ -89,21 +89,14 @@ class Card:
         Raises:
             VectorError: the front matter of the existing card can't be read.
         """
-        from huggingface_hub import ModelCard
-
         entries = sorted(entries, key=lambda entry: entry.header.domain)
-        try:
-            card = ModelCard(existing or "---\n{}\n---\n", ignore_metadata_errors=True)
-            tags = card.data.get("tags") or []
-            kept = [str(tag) for tag in tags if tag not in TAGS] if isinstance(tags, list) else []
-            for name, value in {**self.metadata(entries), "tags": [*TAGS, *kept]}.items():
-                card.data[name] = value
-            card.text = f"\n{_around(card.text, self.body(entries))}\n"
-            return str(card.content)
-        except Exception as error:  # the library's, or its YAML's
-            raise VectorError(
-                f"the README.md of '{self.repo}' has front matter that can't be read ({reason(error, 100)}): mend it"
-            ) from error
+        card = _parsed(existing, self.repo)
+        tags = card.data.get("tags") or []
+        kept = [str(tag) for tag in tags if tag not in TAGS] if isinstance(tags, list) else []
+        for name, value in {**self.metadata(entries), "tags": [*TAGS, *kept]}.items():
+            card.data[name] = value
+        card.text = f"\n{_around(card.text, self.body(entries))}\n"
+        return str(card.content)
 
     def metadata(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """The front matter."""
@@ -224,6 +217,33 @@ def _plain(text: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{' '.join(text.split()).replace('`', '')}`"
+
+
+def _parsed(text: str, repo: str) -> Any:
+    """A card as huggingface_hub reads it.
+
+    Raises:
+        VectorError: its front matter can't be read.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(text or "---\n{}\n---\n", ignore_metadata_errors=True)
+        card.data.to_dict()
+        return card
+    except Exception as error:  # the library's, or its YAML's
+        raise VectorError(
+            f"the README.md of '{repo}' has front matter that can't be read ({reason(error, 100)}): mend it"
+        ) from error
+
+
+def read_metadata(text: str, repo: str) -> dict[str, Any]:
+    """The front matter of a card; of none, for an empty text.
+
+    Raises:
+        VectorError: it can't be read.
+    """
+    return dict(_parsed(text, repo).data.to_dict()) if text else {}
 
 
 def licence_id(licence: str) -> str:

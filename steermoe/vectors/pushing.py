@@ -9,7 +9,7 @@ from typing import Any
 from steermoe.errors import VectorError, shown
 from steermoe.figures import check_matplotlib
 from steermoe.hub import check_reachable, endpoint, hub_errors, patience
-from steermoe.vectors.card import Card, Entry, Measured, licence_id, recorded
+from steermoe.vectors.card import Card, Entry, Measured, licence_id, read_metadata, recorded
 from steermoe.vectors.file import SUFFIX, VectorHeader, check_domain_name, read_header, write_vector
 from steermoe.vectors.hub import Pack, check_repo, fetch, open_pack
 from steermoe.vectors.vector import SteeringVector
@@ -26,8 +26,8 @@ class Push:
         message: of the commit; "" for one that names the domains.
         private: whether a new repository is private; None for what the account has by default.
         token: instead of the saved one.
-        base_model: the model's id on the Hub; "" for the model's name, if that is one.
-        licence: of the vectors; "" for the one that they name.
+        base_model: the model's id on the Hub; "" for the one of the pack's card, or the model's name, if that is one.
+        licence: of the vectors; "" for the one of the pack's card, or the one that they name.
         measured: success of vectors, by domain.
         run_with: what --model takes in the card's commands; None for the base model.
         about: a sentence about the model for the card.
@@ -42,21 +42,28 @@ class Push:
     run_with: str | None = None
     about: str = ""
 
-    def card(self, repo: str, headers: Sequence[VectorHeader]) -> Card:
+    def card(self, repo: str, headers: Sequence[VectorHeader], known: Mapping[str, Any]) -> Card:
         """What the card says, apart from its entries.
+
+        Args:
+            repo: USER/REPO.
+            headers: of all vectors of the pack.
+            known: the front matter of the card that is there.
 
         Raises:
             VectorError: a licence or a base model that is none; vectors of several licences, and none was named.
         """
+        said = {name: value for name in ("base_model", "license") if isinstance(value := known.get(name), str)}
         licences = {licence_id(header.info.licence) for header in headers if header.info.licence}
-        if len(licences) > 1 and not self.licence:
-            raise VectorError(
-                f"the vectors have several licences ({', '.join(sorted(licences))}): name one of the pack"
-            )
+        licence = licence_id(self.licence or said.get("license", ""))
+        if len(licences) > 1 and not licence:
+            listed = ", ".join(sorted(licences))
+            raise VectorError(f"the vectors have several licences ({listed}): name one of the pack with --licence")
         model = headers[0].info.model
-        base = self.base_model or (model if model.count("/") == 1 and not Path(model).is_absolute() else "")
+        own = model if model.count("/") == 1 and not Path(model).is_absolute() else ""
+        base = self.base_model or said.get("base_model") or own
         base = check_repo(base) if base else ""
-        licence = licence_id(self.licence) or next(iter(licences), "")
+        licence = licence or next(iter(licences), "")
         return Card(repo, base, licence, base or model if self.run_with is None else self.run_with, self.about)
 
 
@@ -87,7 +94,7 @@ def push(vectors: Sequence[SteeringVector], repo: str, wanted: Push | None = Non
     check_matplotlib()
     with tempfile.TemporaryDirectory() as scratch:
         written = write_files(vectors, Path(scratch))
-        wanted.card(repo, list(written.values()))
+        wanted.card(repo, list(written.values()), {})
         check_reachable()
         api = HfApi(endpoint(), wanted.token)
         with hub_errors(repo):
@@ -95,9 +102,10 @@ def push(vectors: Sequence[SteeringVector], repo: str, wanted: Push | None = Non
         pack = open_pack(repo, token=wanted.token)
         headers = {**_others(pack, written), **written}
         existing = _card_of(pack) if CARD in pack.names else ""
-        card = wanted.card(repo, list(headers.values()))
+        known = read_metadata(existing, repo)
+        card = wanted.card(repo, list(headers.values()), known)
         pictures = {f"{domain}.png" for domain in written} | pack.names
-        entries = _entries(headers, wanted.measured, existing, pictures)
+        entries = _entries(headers, wanted.measured, known, pictures)
         (Path(scratch) / CARD).write_text(card.write(entries, existing), encoding="utf-8")
         for vector in vectors:
             draw_vector(vector, Path(scratch) / f"{check_domain_name(vector.domain)}.png")
@@ -117,8 +125,8 @@ def preview(vectors: Sequence[SteeringVector], repo: str, wanted: Push) -> str:
     check_repo(repo)
     with tempfile.TemporaryDirectory() as scratch:
         headers = write_files(vectors, Path(scratch))
-    entries = _entries(headers, wanted.measured, "", {f"{domain}.png" for domain in headers})
-    return wanted.card(repo, list(headers.values())).write(entries)
+    entries = _entries(headers, wanted.measured, {}, {f"{domain}.png" for domain in headers})
+    return wanted.card(repo, list(headers.values()), {}).write(entries)
 
 
 def write_files(vectors: Sequence[SteeringVector], folder: Path) -> dict[str, VectorHeader]:
@@ -191,17 +199,13 @@ def _card_of(pack: Pack) -> str:
 
 
 def _entries(
-    headers: Mapping[str, VectorHeader], measured: Mapping[str, Measured], existing: str, pictures: Set[str]
+    headers: Mapping[str, VectorHeader],
+    measured: Mapping[str, Measured],
+    metadata: Mapping[str, Any],
+    pictures: Set[str],
 ) -> list[Entry]:
     """What the card says about each vector; what it said before about the same file stays."""
-    from huggingface_hub import ModelCard
-
-    known: dict[str, Measured] = {}
-    if existing:
-        try:
-            known = recorded(ModelCard(existing, ignore_metadata_errors=True).data.to_dict())
-        except Exception:  # the front matter can't be read, as writing it says
-            known = {}
+    known = recorded(metadata)
     return [
         Entry(header, measured.get(domain) or known.get(header.sha256 or ""), f"{domain}.png" in pictures)
         for domain, header in headers.items()

@@ -115,12 +115,15 @@ def push(
     from steermoe.cli.terminal import console
     from steermoe.vectors import pushing
     from steermoe.vectors.file import read_vector
-    from steermoe.vectors.hub import check_repo
+    from steermoe.vectors.hub import check_repo, is_place, load
     from steermoe.vectors.library import first_file
 
     check_repo(to)
     group = Path(model).name if model is not None else None
-    chosen = [read_vector(first_file(name, folder=vectors, group=group)) for name in dict.fromkeys(domains)]
+    chosen = [
+        load(name) if is_place(name) else read_vector(first_file(name, folder=vectors, group=group))
+        for name in dict.fromkeys(domains)
+    ]
     wanted = card.wanted(chosen, message, private)
     if dry_run:
         text = pushing.preview(chosen, to, wanted)

@@ -112,7 +112,7 @@ def test_what_is_there_stays(hub, vectors, run):
     assert card.count("## What was measured") == 1
     assert "| food | 4 |" in card
     assert "| sport | 4 |" in card
-    assert front_matter(card)["language"] == "en"
+    assert (front_matter(card)["language"], front_matter(card)["license"]) == ("en", "mit")
     assert "football" in front_matter(card)["tags"]
     assert [one["domain"] for one in front_matter(card)["steermoe"]["vectors"]] == ["food", "sport"]
     commits = len(repo.commits)
@@ -186,6 +186,12 @@ def test_a_dry_run_asks_nobody(hub, vectors, run):
     assert (known["license"], known["base_model"]) == ("cc-by-4.0", "acme/base")
     assert "--model acme/base -d hub:me/pack/food" in done.out
     assert hub.requests == []
+
+
+def test_a_vector_of_another_pack_says_where_it_is_from(shared, run):
+    done = run("vectors", "push", "hub:you/pack/sport", "--to", "me/pack", "--dry-run")
+    assert done.code == 0, done.err
+    assert f"- pulled from: hub:you/pack/sport@{shared.names['main']}\n" in done.out
 
 
 def test_the_default_model_s_card(hub, bare_search_path, make_vector, run):
@@ -458,13 +464,13 @@ def test_a_place_in_a_batch(shared, run, tiny_checkpoint, tmp_path):
     )
     assert done.code == 0, done.err
     stories = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [story["domain"] for story in stories] == ["sport", "sport"]
+    assert sorted(story["domain"] for story in stories) == ["hub:you/pack/sport", "hub:you/pack/sport=0.5"]
 
 
 def test_a_file_on_the_hub_is_never_changed(shared, run, tiny_checkpoint):
     for arguments in (
         ["vectors", "check", "hub:you/pack/sport", "--rehash"],
-        ["calibrate", "hub:you/pack/sport", "--model", tiny_checkpoint],
+        ["calibrate", "-d", "hub:you/pack/sport", "--model", tiny_checkpoint],
     ):
         done = run(*arguments)
         assert (done.code, done.err.count("\n")) == (1, 1)
