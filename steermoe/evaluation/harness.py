@@ -4,6 +4,7 @@ The harness downloads a task's data and the files of its prompts; a task of your
 """
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -48,34 +49,38 @@ class Tasks:
         Raises:
             SteerMoEError: the harness is missing, or a name is unknown.
         """
-        manager_of = _imported()
         if self.folder is not None and not self.folder.is_dir():
             raise SteerMoEError(f"'{self.folder}' is no folder of tasks: name one that holds their YAML files")
-        manager = manager_of(include_path=None if self.folder is None else str(self.folder))
-        found: list[str] = []
-        for name in self.names:
-            matching = manager.match_tasks([name])
-            if not matching:
-                raise SteerMoEError(
-                    f"the harness has no task '{quoted(name)}': `lm-eval ls tasks` lists them, and --tasks-folder "
-                    "names a folder with your own"
-                )
-            found += matching
-        return list(dict.fromkeys(found)), manager
+        return _found(self.names, self.folder)
 
 
-def _imported() -> Any:
-    """The harness's list of tasks.
-
-    Raises:
-        SteerMoEError: the harness is missing.
-    """
+@functools.lru_cache(maxsize=4)
+def _found(names: tuple[str, ...], folder: Path | None) -> tuple[list[str], Any]:
+    """As `Tasks.find`. The harness reads thousands of files to know its own tasks: only if the folder does not do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SteerMoEError(f"this needs lm-eval ({error}): pip install 'steermoe[lm-eval]'") from error
-    return TaskManager
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        found = [own.match_tasks([name]) for name in names]
+        several = {*own.all_groups, *own.all_tags}  # which may hold tasks of the harness
+        if all(found) and not several.intersection(_once(found)):
+            return _once(found), own
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    found = [manager.match_tasks([name]) for name in names]
+    for name, matching in zip(names, found, strict=True):
+        if not matching:
+            raise SteerMoEError(
+                f"the harness has no task '{quoted(name)}': `lm-eval ls tasks` lists them, and --tasks-folder names a "
+                "folder with your own"
+            )
+    return _once(found), manager
+
+
+def _once(found: Sequence[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for matching in found for name in matching))
 
 
 def run_tasks(

@@ -111,14 +111,20 @@ def test_contexts_that_are_too_long_lose_their_beginning():
 
 @needs_harness
 def test_what_is_wrong_is_said_in_a_line(tiny_model, folder, plan, tmp_path):
-    with pytest.raises(SteerMoEError, match="has no task 'nonsense_task'"):
-        Tasks(("nonsense_task",), folder=folder).find()
     with pytest.raises(SteerMoEError, match="is no folder of tasks"):
         Tasks(("own_choices",), folder=tmp_path / "missing").find()
     (folder / "choices.yaml").write_text((folder / "choices.yaml").read_text().replace("documents.jsonl", "gone.jsonl"))
     with pytest.raises(CorpusError, match="task 'own_choices' can't be run") as caught:
         run_tasks(tiny_model, None, Tasks(("own_choices",), folder=folder))
     assert "\n" not in str(caught.value)
+
+
+@needs_harness
+@pytest.mark.slow  # the harness reads all of its tasks
+def test_unknown_tasks(folder):
+    with pytest.raises(SteerMoEError, match="has no task 'nonsense_task'"):
+        Tasks(("own_choices", "nonsense_task"), folder=folder).find()
+    assert Tasks(("own_choices", "arc_easy"), folder=folder).find()[0] == ["own_choices", "arc_easy"]
 
 
 @needs_harness

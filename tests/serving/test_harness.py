@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'steermoe[lm-eval]'")
+pytest.importorskip("tenacity", reason="the clients of lm-eval are not installed: pip install 'lm-eval[api]'")
 
 QUESTIONS = ["what is that", "hello"]
 TASK = """
