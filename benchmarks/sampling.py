@@ -11,7 +11,7 @@ Differences from the default are paired over openings; a star marks those whose 
 
 Stories are kept in the folder --output, those of each setting and domain in a file of their own. So an interrupted run
 can be resumed, and more settings can be added later. A setting that would not end within `--minutes` of generating is
-not begun and is named; the same command goes on from there.
+not begun and is named; the same command resumes.
 """
 
 import argparse
@@ -76,7 +76,7 @@ GRID = (
     Setting(0.85, 1.0, 0.1),
     Setting(1.2, 1.0, 0.2),
 )
-"""The most telling ones first."""
+"""The most important ones first."""
 
 Means = dict[str, np.ndarray]
 """Each figure's mean over domains for each opening [O]."""
@@ -279,7 +279,7 @@ def main() -> None:
     except SteerMoEError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: what is finished is in {args.output}; the same command goes on from there")
+        sys.exit(f"interrupted: what is finished is in {args.output}; the same command resumes")
 
 
 if __name__ == "__main__":
