@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.discovery import clustering
-from steermoe.discovery.clustering import Algorithm, Clustering, Floats, Method, Metric, Selection
+from steermoe.discovery.clustering import Algorithm, Clustering, Method, Metric, Selection
+from steermoe.discovery.consensus import Floats
 from steermoe.discovery.cutting import cut
 from steermoe.discovery.keywords import Keyword, cluster_keywords
 from steermoe.discovery.store import EmbeddedTexts
@@ -33,7 +34,7 @@ OTHER_SEEDS, STABILITY_TEXTS = 2, 2000
 """Other seeds that are tried, with at most this many texts: each takes about as long as the map."""
 DOMINANT, STABLE = 0.5, 0.7
 """A cluster with more than the first share of all texts is reported, like an agreement of seeds below the second."""
-LEAST_WORDING, SHREDDED = 0.1, 4.0
+LEAST_WORDING, SHREDDED = 0.15, 3.5
 """Clusters that follow the words less than this above chance are reported; this many tokens per word show why."""
 MANY_WORDS = 5
 """Texts with fewer words are short, or in a script without spaces."""

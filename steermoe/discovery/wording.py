@@ -47,7 +47,7 @@ def wording_of(texts: Sequence[str], labels: NDArray[np.int64]) -> Wording | Non
     inside = np.flatnonzero(labels != NOISE)
     if len(inside) > MOST_TEXTS:
         inside = inside[np.linspace(0, len(inside) - 1, MOST_TEXTS).astype(int)]
-    own, read = labels[inside], [texts[place] for place in inside]
+    own, read = labels[inside], [texts[place] for place in inside.tolist()]
     if len(inside) < LEAST_TEXTS or len(np.unique(own)) < 2:
         return None
     vocabulary, counts_BW = count_words(read, languages_of(read))

@@ -282,7 +282,8 @@ def _count_owner(module: Any, parent: Any) -> CountOwner | None:
     if type(vars(module).get("top_k")) is int:
         return CountOwner(module, ("top_k",))
     for name in COUNTS_IN_CONFIG:
-        if f"config.{name}" in _source(type(module)) and type(getattr(module.config, name, None)) is int:
+        kind: Any = type(module)
+        if f"config.{name}" in _source(kind) and type(getattr(module.config, name, None)) is int:
             return CountOwner(module, ("config", name))
     return None
 
