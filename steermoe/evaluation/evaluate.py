@@ -217,7 +217,7 @@ def evaluate(
             evaluation.damage(condition) if is_read else None,
             evaluation.lift(condition) if is_read else None,
         )
-    found = {
+    result = {
         "model": evaluation.model,
         "settings": evaluation.settings.as_dict(),
         "strength_0": evaluation.strength_0(),
@@ -225,5 +225,5 @@ def evaluate(
     }
     if design.more_controls:
         more = more_controls(evaluation, summary.judge, unsteered, first, notify)
-        found |= {"more_controls": more, "complaints": [*found["complaints"], *complaints_of(more)]}
-    return found
+        result |= {"more_controls": more, "complaints": [*result["complaints"], *complaints_of(more)]}
+    return result
