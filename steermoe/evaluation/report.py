@@ -85,11 +85,7 @@ def evaluate_into(
     summary = evaluate(evaluation, design, judge, notify)
     if design.more_controls:
         notify("asking other judges")
-        judges = {"words": by_words({domain: domain_list(domain, (), texts.word_lists) for domain in texts.labels})}
-        judges |= {} if second is None else {"nearest text": by_nearest(texts, second)}
-        named = [row["name"] for row in summary["conditions"] if row["group"] == summary["main_group"]]
-        stories = [story for name in ("unsteered", *named) for story in results.stories(name, list)]
-        summary["agreement"] = agreement(classifier, judges, stories)
+        summary["agreement"] = _agreement(summary, results, classifier, texts, second)
     summary["words"] = {domain: len(listed) for domain, listed in lists.items()}
     summary["seconds"] = round(time.monotonic() - started, 1)
     results.write_json(SUMMARY, summary)
@@ -97,6 +93,21 @@ def evaluate_into(
     results.write_text(TABLES, markdown(summary))
     draw_all(summary, folder)
     return summary
+
+
+def _agreement(
+    summary: Mapping[str, Any],
+    results: ResultFolder,
+    classifier: DomainClassifier,
+    texts: Labelled,
+    second: SentenceModel | None,
+) -> dict[str, Any]:
+    """Of the classifier with other judges, over the stories of the main group and the unsteered ones."""
+    judges = {"words": by_words({domain: domain_list(domain, (), texts.word_lists) for domain in texts.labels})}
+    judges |= {} if second is None else {"nearest text": by_nearest(texts, second)}
+    named = [row["name"] for row in summary["conditions"] if row["group"] == summary["main_group"]]
+    stories = [story for name in ("unsteered", *named) for story in results.stories(name, list)]
+    return agreement(classifier, judges, stories)
 
 
 def _comparable(
