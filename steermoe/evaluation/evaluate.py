@@ -213,7 +213,7 @@ def evaluate(
             evaluation.damage(condition) if is_read else None,
             evaluation.lift(condition) if is_read else None,
         )
-    summarised: dict[str, Any] = {
+    result = {
         "model": evaluation.model,
         "settings": evaluation.settings.as_dict(),
         "strength_0": evaluation.strength_0(),
@@ -221,5 +221,5 @@ def evaluate(
     }
     if design.more_controls:
         more = more_controls(evaluation, summary.judge, unsteered, first, notify)
-        summarised |= {"more_controls": more, "complaints": [*summarised["complaints"], *complaints_of(more)]}
-    return summarised
+        result |= {"more_controls": more, "complaints": [*result["complaints"], *complaints_of(more)]}
+    return result

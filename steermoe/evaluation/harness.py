@@ -191,8 +191,11 @@ def _compared(samples: Mapping[str, Sequence[Mapping[str, Any]]], results: Mappi
             continue
         row: dict[str, Any] = {condition: float(found[key]) for condition, found in results.items()}
         if STEERED in results:
-            steered, plain = (_values(samples[one], metric, filter_name) for one in (STEERED, UNSTEERED))
-            row["difference"] = _difference(steered, plain, row[STEERED] - row[UNSTEERED])
+            row["difference"] = _difference(
+                _values(samples[STEERED], metric, filter_name),
+                _values(samples[UNSTEERED], metric, filter_name),
+                row[STEERED] - row[UNSTEERED],
+            )
         metrics[metric if filter_name == "none" else key] = row
     return metrics
 

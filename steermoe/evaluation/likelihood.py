@@ -120,8 +120,9 @@ def _read(
     ids, mask = padded(read, input_device(model))
     if handle is not None:
         handle.set(rows=plans)
-        rows, columns = ids.shape
-        handle.expect(Window(rows, columns, 0, columns, mask.bool(), index=_numbered(pairs, mask.cpu()), ids=ids))
+        handle.expect(
+            Window(len(ids), ids.shape[1], 0, ids.shape[1], mask.bool(), index=_numbered(pairs, mask.cpu()), ids=ids)
+        )
     kept = ids.shape[1] - min(len(prompt) for prompt, _ in pairs) + 1  # logits over a vocabulary are costly
     fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.inference_mode():

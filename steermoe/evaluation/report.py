@@ -85,7 +85,7 @@ def evaluate_into(
     summary = evaluate(evaluation, design, judge, notify)
     if design.more_controls:
         notify("asking other judges")
-        summary["agreement"] = _agreement(classifier, texts, second, results, summary)
+        summary["agreement"] = _agreement(summary, results, classifier, texts, second)
     summary["words"] = {domain: len(listed) for domain, listed in lists.items()}
     summary["seconds"] = round(time.monotonic() - started, 1)
     results.write_json(SUMMARY, summary)
@@ -96,13 +96,13 @@ def evaluate_into(
 
 
 def _agreement(
+    summary: Mapping[str, Any],
+    results: ResultFolder,
     classifier: DomainClassifier,
     texts: Labelled,
     second: SentenceModel | None,
-    results: ResultFolder,
-    summary: dict[str, Any],
-) -> Any:
-    """How far other judges agree with the classifier on the unsteered and the steered stories."""
+) -> dict[str, Any]:
+    """Of the classifier with other judges, over the stories of the main group and the unsteered ones."""
     judges = {"words": by_words({domain: domain_list(domain, (), texts.word_lists) for domain in texts.labels})}
     judges |= {} if second is None else {"nearest text": by_nearest(texts, second)}
     named = [row["name"] for row in summary["conditions"] if row["group"] == summary["main_group"]]
