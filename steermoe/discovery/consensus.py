@@ -36,7 +36,7 @@ FEWEST, FINEST = 2, 2.0
 COMPONENTS = 20
 """Principal components that are clustered: the others are mostly the chance of few tokens."""
 SAMPLE = 3000
-"""With more texts than this, only this number is clustered, and the others go where their nearest neighbours are."""
+"""At most this many texts are clustered; the others go where their nearest neighbours are."""
 VOTERS = 10
 """How many nearest neighbours decide on a text outside the sample."""
 CHUNK = 2000
@@ -44,9 +44,9 @@ CHUNK = 2000
 MOST_NOISE = 0.25
 """A cut that leaves more texts outside all clusters is too fine."""
 VARIANTS = 4
-"""Cuts into the same number of clusters differ in which texts are outside; this number of cuts is compared."""
+"""Cuts into the same number of clusters differ in which texts are outside; this many are judged."""
 JUDGED = 500
-"""Silhouettes are taken over at most this number of texts."""
+"""Silhouettes are taken over at most this many texts."""
 
 
 def consensus(
@@ -58,14 +58,14 @@ def consensus(
         points: [B, D], in which euclidean distance is meant.
         seed: for the clusterings and the sample.
         least_size: groups of fewer texts are noise.
-        clusters: cut the tree into this number, if necessary with smaller ones among them.
+        clusters: the number of clusters to cut the tree into, if necessary with smaller ones among them.
 
     Returns:
         labels [B], `NOISE` for none; and for each text the mean share of runs in which it was together with the others
         of its cluster [B], or outside the sample the share of its neighbours there; 0 for noise.
 
     Raises:
-        CorpusError: no cut gives this number of clusters. SteerMoEError: scikit-learn is missing.
+        CorpusError: no cut gives that number of clusters. SteerMoEError: scikit-learn is missing.
     """
     try:
         import sklearn.cluster
@@ -199,7 +199,7 @@ def _best(tree: NDArray[np.float64], least: int, most: int, judge: Judge) -> Lab
 
 
 def _wanted(tree: NDArray[np.float64], least: int, clusters: int) -> Labels:
-    """The cut into this number of clusters.
+    """The cut into a wanted number of clusters.
 
     Raises:
         CorpusError: there is none.

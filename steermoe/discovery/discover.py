@@ -35,7 +35,7 @@ OTHER_SEEDS, STABILITY_TEXTS = 2, 2000
 DOMINANT, STABLE = 0.5, 0.7
 """A cluster with more than the first share of all texts is reported, like an agreement of seeds below the second."""
 LEAST_WORDING, SHREDDED = 0.15, 3.5
-"""Clusters that follow the words less than this above chance are reported; this many tokens per word show why."""
+"""Clusters that follow the words less than this above chance are reported; tokens per word that are a sign of why."""
 MANY_WORDS = 5
 """Texts with fewer words are short, or in a script without spaces."""
 ADVICE_NONE = "give more, longer or more different texts"

@@ -89,7 +89,7 @@ def cluster_keywords(
 def languages_of(texts: Sequence[str]) -> list[str]:
     """The language of each text.
 
-    A text whose language is unknown, or is one that next to none of the texts have, gets the most frequent language
+    A text whose language is not found, or is one that next to none of the texts have, gets the most frequent language
     of texts in its script; "" if there is none.
     """
     read = word_analyser(frozenset())

@@ -11,7 +11,7 @@ from functools import cache
 READ_WORDS = 200
 """Words of a text that decide on its language."""
 LEAST_HITS, LEAST_SHARE = 2, 0.1
-"""A language needs this number of stop words in a text, and this share of its words."""
+"""A language needs that number of stop words in a text, and this share of its words."""
 STEMMERS = {
     **{"ar": "arabic", "ca": "catalan", "cs": "czech", "da": "danish", "de": "german", "el": "greek", "es": "spanish"},
     **{"et": "estonian", "eu": "basque", "fa": "persian", "fi": "finnish", "fr": "french", "ga": "irish"},

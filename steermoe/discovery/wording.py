@@ -13,7 +13,7 @@ from steermoe.discovery.clustering import NOISE
 from steermoe.discovery.keywords import count_words, languages_of
 
 MOST_TEXTS = 2000
-"""At most this number of texts is compared, evenly spaced in the corpus."""
+"""At most this many texts are compared, evenly spaced in the corpus."""
 LEAST_TEXTS = 30
 """Fewer comparisons say nothing."""
 

@@ -330,12 +330,13 @@ def test_noise_that_is_most_of_the_corpus(found):
 def test_clusters_that_do_not_follow_the_words(found):
     assert found.wording.share == 1.0
     assert found.wording.chance == pytest.approx((24**2 + 20**2 + 16**2) / 60**2)
-    no_better = replace(found, wording=Wording(0.4, 0.36))
+    whole = replace(found.embedded, tokens=np.full(60, 9))  # six words a text
+    no_better = replace(found, embedded=whole, wording=Wording(0.4, 0.36))
     (warning,) = no_better.warnings
     assert warning.startswith("the clusters hardly follow the words: 40% of the texts are with the one that is nearest")
     assert "by chance 36%" in warning
     assert "language" not in warning
-    shredded = replace(found.embedded, tokens=np.full(60, 40))  # six words a text
+    shredded = replace(found.embedded, tokens=np.full(60, 40))
     assert (
         replace(no_better, embedded=shredded)
         .warnings[0]

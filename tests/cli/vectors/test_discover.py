@@ -207,8 +207,11 @@ def test_a_corpus_is_embedded_first_and_once(run, tmp_path, tiny_checkpoint, mon
     store = EmbeddingStore.open(tmp_path / "report" / "embeddings")
     assert (store.meta.complete, store.meta.texts, store.meta.max_tokens) == (True, 12, 16)
     assert sorted(set(store.load().labels)) == ["a", "z"]
+    assert store.meta.hidden
     before = {path: path.stat().st_mtime_ns for path in store.folder.glob("*.npy")}
-    assert run(*arguments, "--force").code == 0
+    code, out, err = run(*arguments, "--force", "--no-hidden", "--json")
+    assert code == 0, err
+    assert json.loads(out)["settings"]["hidden"] is False
     assert {path: path.stat().st_mtime_ns for path in store.folder.glob("*.npy")} == before
 
 
