@@ -53,9 +53,9 @@ def check_reachable() -> None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds + 1)
-    if not outcome or outcome[0] is not None:
-        why = reason(outcome[0]) if outcome else f"no answer in {seconds:g} s"
-        raise HubUnreachable(_unreachable(why))
+    error = outcome[0] if outcome else TimeoutError(f"no answer in {seconds:g} s")
+    if error is not None:
+        raise HubUnreachable(_unreachable(reason(error)))
 
 
 def _unreachable(why: str) -> str:
