@@ -29,16 +29,22 @@ def patience() -> float:
     return float(constants.HF_HUB_ETAG_TIMEOUT) if is_set else PATIENCE
 
 
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set, so that the Hub's client uses its cache alone, and at once."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def check_reachable() -> None:
     """Ask the Hub for anything, once. The time to look up its address counts too, which no library limits.
 
     Raises:
         HubUnreachable: no answer within `patience()`, or HF_HUB_OFFLINE is set.
     """
-    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         raise HubUnreachable("the Hub is not asked, since HF_HUB_OFFLINE is set: unset it to connect")
     seconds = patience()
     outcome: list[Exception | None] = []
@@ -53,10 +59,9 @@ def check_reachable() -> None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds + 1)
-    if not outcome:
-        raise HubUnreachable(_unreachable(f"no answer in {seconds:g} s"))
-    if outcome[0] is not None:
-        raise HubUnreachable(_unreachable(reason(outcome[0])))
+    error = outcome[0] if outcome else TimeoutError(f"no answer in {seconds:g} s")
+    if error is not None:
+        raise HubUnreachable(_unreachable(reason(error)))
 
 
 def _unreachable(why: str) -> str:

@@ -159,4 +159,5 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         for name, value in changes.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr("steermoe.vectors.hub._found", {})
+        monkeypatch.setattr("steermoe.models.checkpoint._answered", set())
         yield served

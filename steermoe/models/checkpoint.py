@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import HubUnreachable, ModelError, quoted, reason
-from steermoe.hub import check_reachable
+from steermoe.hub import check_reachable, is_offline
 from steermoe.models.default.pull import DEFAULT_MODEL, check_intact, default_model_folder, is_pulled
 from steermoe.models.gguf.header import read_header
 from steermoe.models.stored import local_folder
@@ -143,7 +143,7 @@ def _on_hub(model: str) -> str:
     Raises:
         ModelError: no answer, and no copy.
     """
-    if model in _answered:
+    if model in _answered or is_offline():
         return model
     try:
         check_reachable()

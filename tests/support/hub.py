@@ -347,7 +347,7 @@ def serve() -> Iterator[Hub]:
     hub = Hub()
     server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub

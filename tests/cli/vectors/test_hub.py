@@ -3,11 +3,15 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
+from steermoe.models import checkpoint
+from steermoe.models.checkpoint import _locate
+from steermoe.models.description import describe
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import SteeringSpec
 from steermoe.vectors.file import read_header, read_vector, write_vector
@@ -501,6 +505,20 @@ def test_a_wrong_model_s_name_without_a_network(hub, run, monkeypatch):
         "steermoe: can't find 'WRONG/NAME', neither as a folder nor on the hub: can't reach the Hub at"
     )
     assert time.monotonic() - started < 10
+
+
+def test_a_model_in_the_cache_is_found_without_a_network(hub, tiny_checkpoint, monkeypatch):
+    hub.add("acme/tiny", {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()})
+    name, where, _ = _locate("acme/tiny")
+    assert (name, where) == ("acme/tiny", "acme/tiny")
+    for path in tiny_checkpoint.iterdir():
+        hf_hub_download("acme/tiny", path.name)
+    monkeypatch.setattr(checkpoint, "_answered", set())
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    name, where, _ = _locate("acme/tiny")
+    assert name == "acme/tiny"
+    assert {path.name for path in Path(where).iterdir()} >= {path.name for path in tiny_checkpoint.iterdir()}
+    assert describe("acme/tiny").shape.name == "acme/tiny"
 
 
 # ---- from Python ----
