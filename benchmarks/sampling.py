@@ -11,7 +11,7 @@ Differences from the default are paired over openings; a star marks those whose 
 
 Stories are kept in the folder --output, those of each setting and domain in a file of their own. So an interrupted run
 can be resumed, and more settings can be added later. A setting that would not end within `--minutes` of generating is
-not begun and is named; the same command resumes.
+not begun and is named; the same command continues later.
 """
 
 import argparse
@@ -279,7 +279,7 @@ def main() -> None:
     except SteerMoEError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: what is finished is in {args.output}; the same command resumes")
+        sys.exit(f"interrupted: what is finished is in {args.output}; the same command continues")
 
 
 if __name__ == "__main__":
