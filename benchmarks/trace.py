@@ -56,7 +56,7 @@ def rate(engine: Engine, rows: int, **trace: bool) -> float:
 
 
 class Before:
-    """An earlier version, in a process that measures one rate whenever it reads a number of rows.
+    """An earlier version, in a process that measures one rate for each number of rows that it gets.
 
     Args:
         checkout: its folder.

@@ -7,7 +7,7 @@
     +-- ModelError            a model can't be found, loaded or assembled
     |   +-- UnsupportedModel  a model has no router that can be steered
     +-- SteeringError         a plan is wrong, or steering that was asked for did not happen
-    |   +-- TraceError        what routers chose can't be assigned to the tokens of a text
+    |   +-- TraceError        what a model's routers chose for each token is not known
     +-- CorpusError           texts can't be read, or their embeddings can't be stored
     +-- BatchError            prompts can't be read, or stories can't be stored
     +-- HubError              the Hub refuses something, or has it not
@@ -82,7 +82,7 @@ class SteeringError(SteerMoEError):
 
 
 class TraceError(SteeringError):
-    """What a model's routers chose, or would have chosen, can't be assigned to the tokens of a text."""
+    """What a model's routers chose, or would have chosen, for each token of a text is not known."""
 
 
 class CorpusError(SteerMoEError):

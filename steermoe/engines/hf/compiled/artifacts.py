@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -61,7 +61,7 @@ SHORT_TOLERANCE = 0.05
 """The same for shorter types, where rounding alone exceeds that."""
 
 SAME_CHOICES = 0.99
-"""The share of a step's choices that must follow from its logits."""
+"""The share of a step's choices that must follow from its logits; rounding decides between equals."""
 
 PROGRAM, FACTS = "step.pt2", "facts.json"
 
@@ -363,7 +363,8 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
     states = [nn.functional.pad(tensor, (0, 0, 0, total - PROMPT)).contiguous() for tensor in _states_in(kept)]
     traced = DecodeStep(model)
     token = ids[:, -1:].contiguous()
-    own_choices, agreed = OwnChoices(model), True
+    own_choices = OwnChoices(model)
+    same: list[float] = []
     errors: list[float] = []
     own: list[float] = []
     compiled: list[float] = []
@@ -376,16 +377,15 @@ def _compare(model: PreTrainedModel, step: CompiledStep, rows: int) -> tuple[flo
         own.append(between - started)
         compiled.append(time.perf_counter() - between)
         errors.append(float((logits_BV - own_BV).norm() / own_BV.norm()))
-        agreed = agreed and _agree(own_choices, logits_RBW, chosen_RBk)
+        same.append(_same(own_choices, logits_RBW, chosen_RBk))
         token = own_BV.argmax(-1, keepdim=True)
-    return max(errors), median(own) / median(compiled), agreed
+    return max(errors), median(own) / median(compiled), fmean(same) >= SAME_CHOICES
 
 
-def _agree(own_choices: OwnChoices, logits_RBW: Tensor, chosen_RBk: Tensor) -> bool:
-    """Whether routers choose what an unsteered step chose, given its logits; rounding may decide between equals."""
+def _same(own_choices: OwnChoices, logits_RBW: Tensor, chosen_RBk: Tensor) -> float:
+    """The share of an unsteered step's choices that its routers make too, given its logits."""
     try:
         found = own_choices.of(logits_RBW).sort(-1).values
     except TraceError:
-        return False
-    is_same_RB = (found == chosen_RBk.sort(-1).values).all(-1)
-    return bool(is_same_RB.float().mean() >= SAME_CHOICES)
+        return 0.0
+    return float((found == chosen_RBk.sort(-1).values).all(-1).float().mean())

@@ -55,7 +55,7 @@ def test_routers_are_taken_together_only_if_their_rules_are_the_same():
     assert (chosen[1] == 3).any(-1).all()
 
 
-def test_a_router_that_needs_more_than_logits_is_told(monkeypatch):
+def test_a_router_that_needs_more_than_logits_is_an_error(monkeypatch):
     model = tiny_models.build("mixtral", vocab_size=tiny.VOCABULARY)
     kind = type(model.model.layers[0].mlp.gate)
     forward = kind.forward
