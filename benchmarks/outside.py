@@ -164,7 +164,7 @@ def compare(embedded: EmbeddedTexts, seeds: Sequence[int]) -> dict:
 
 def discovered(embedded: EmbeddedTexts, seeds: Sequence[int], algorithm: str) -> list[np.ndarray]:
     """The clusters of `vectors discover`, for each seed."""
-    method = Method(algorithm, metric="hellinger" if embedded.hidden is None else "cosine")
+    method = Method(algorithm=algorithm, metric="hellinger" if embedded.hidden is None else "cosine")
     return [labels_of(embedded.features(), replace(method, seed=seed)) for seed in seeds]
 
 

@@ -61,7 +61,6 @@ class Method:
         seed: for UMAP and the consensus.
     """
 
-    algorithm: Algorithm | None = None
     cluster_dimensions: int | None = None
     min_cluster_size: int | None = None
     clusters: int | None = None
@@ -70,6 +69,7 @@ class Method:
     metric: Metric = "hellinger"
     assign_noise: bool = False
     seed: int = 0
+    algorithm: Algorithm | None = None
 
     @property
     def by_consensus(self) -> bool:

@@ -65,7 +65,6 @@ class DiscoveryOptions:
 
     threshold: float | None = None
     relative: bool = True
-    algorithm: Algorithm | None = None
     cluster_dimensions: int | None = None
     min_cluster_size: int | None = None
     neighbours: int = 15
@@ -76,6 +75,7 @@ class DiscoveryOptions:
     selection: Selection | None = None
     other_seeds: int | None = None
     hidden: bool = True
+    algorithm: Algorithm | None = None
 
 
 @dataclass(frozen=True, eq=False)
