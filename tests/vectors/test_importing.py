@@ -211,6 +211,7 @@ REFUSED = [
     (b'{"per_layer": {"0": {"1": {"weighted_score": 1e39}}}}', {"shape": shape()}, r"is 1e\+39, expected a finite"),
     (other_tools.ds4()[:-4], {"format": "ds4"}, "has 44028 bytes, expected 44032: 43 x 256 numbers of float32"),
     (b"\0" * 44032, {}, "contains only zeros"),
+    (b"layer,expert,weight\n0,0,0\n0,1,1e-60\n", {}, "contains only zeros, as float32"),
     (b'{"format": "ds4-expert-steering-v1", "shape": [43, 256], "layer_report": [1]}', {}, "is 1, expected an object"),
     (
         b"layer,expert\n0,1\n",

@@ -85,12 +85,13 @@ class Cells:
                 raise VectorError(f"'{name}' names expert {expert} of layer {layer}, {of} 0 to {experts - 1}")
             if weight:
                 matrix[row_of[place[layer]], expert] = weight
+        if not matrix.any():
+            raise VectorError(f"'{name}' contains only zeros, as float32: it would steer nothing")
         return layers, matrix
 
     def _own_layers(self) -> list[int]:
-        """The layers of the file; those that a model may lack, as all their weights are 0, only if none has others."""
-        used = {layer for (layer, _), weight in self.weights.items() if weight}
-        return sorted({*used, *(layer for layer, _ in self.weights), *(self.layers or ())})
+        """The layers that the file speaks of."""
+        return sorted({*(layer for layer, _ in self.weights), *(self.layers or ())})
 
     def _places(self, name: str, own: list[int], shape: RoutingShape | None) -> dict[int, int]:
         """The decoder layer of each layer of the file.
@@ -127,8 +128,6 @@ class Cells:
                     f"'{name}': the weight of expert {expert} in layer {layer} is {shown(weight)}, expected a finite "
                     "number of float32"
                 )
-        if not any(self.weights.values()):
-            raise VectorError(f"'{name}' contains only zeros: it would steer nothing")
 
 
 def toggled(activate: Mapping[int, list[int]], deactivate: Mapping[int, list[int]]) -> Cells:
