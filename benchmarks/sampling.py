@@ -76,7 +76,7 @@ GRID = (
     Setting(0.85, 1.0, 0.1),
     Setting(1.2, 1.0, 0.2),
 )
-"""The most important ones first."""
+"""The most important first."""
 
 Means = dict[str, np.ndarray]
 """Each figure's mean over domains for each opening [O]."""
