@@ -5,8 +5,8 @@ the domain (the classifier of `steermoe evaluate`), whether it is sound (neither
 words), and both. Usual are the first windows of unsteered stories; a window that repeats what came before it, in any
 window, counts as a loop.
 
-The default model ends its stories after 120 to 160 tokens. So by default the end token is not drawn; with `--may-end` it
-is, and "not ended" says how many stories have reached a window.
+The default model ends its stories after 120 to 160 tokens. So by default the end token is not drawn; with `--may-end`
+it is, and "not ended" says how many stories have reached a window.
 
 Every condition is kept in the work folder as soon as it is finished: the same command resumes.
 """
