@@ -5,6 +5,9 @@ the domain (the classifier of `steermoe evaluate`), whether it is sound (neither
 words), and both. Usual are the first windows of unsteered stories; a window that repeats what came before it, in any
 window, counts as a loop.
 
+The default model ends its stories after 120 to 160 tokens. So by default the end token is not drawn; with `--may-end`
+it is, and "not ended" says how many stories have reached a window.
+
 Every condition is kept in the work folder as soon as it is finished: the same command resumes.
 """
 
@@ -60,7 +63,16 @@ def generate(
     """A text for each opening and seed; openings and seeds are the same in all conditions."""
     engine, texts = HFEngine(loaded), []
     requests = [
-        Request(prompt, plan, Sampling(max_new_tokens=args.tokens, temperature=0.7, seed=seed * 1000 + number))
+        Request(
+            prompt,
+            plan,
+            Sampling(
+                max_new_tokens=args.tokens,
+                min_new_tokens=0 if args.may_end else args.tokens,
+                temperature=0.7,
+                seed=seed * 1000 + number,
+            ),
+        )
         for seed in range(args.seeds)
         for number, prompt in enumerate(prompts)
     ]
@@ -156,6 +168,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--openings", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--may-end", action="store_true", help="stories may end; else the end token is not drawn")
     parser.add_argument("--window", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -171,6 +184,7 @@ def main() -> None:
     settings = {
         "model": loaded.name, "fingerprint": loaded.shape.fingerprint, "dtype": str(loaded.model.dtype),
         "openings": prompts, "seeds": args.seeds, "tokens": args.tokens, "batch": args.batch,
+        "may_end": args.may_end,
     }  # fmt: skip
     folder = ResultFolder(args.work, settings)
 

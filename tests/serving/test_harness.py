@@ -9,7 +9,7 @@ import pytest
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'steermoe[lm-eval]'")
 pytest.importorskip("tenacity", reason="the clients of lm-eval are not installed: pip install 'lm-eval[api]'")
 
-QUESTIONS = ["what is that", "hello"]
+QUESTIONS = ["Once upon a time", "hello"]
 TASK = """
 task: own_writes
 dataset_path: json
@@ -18,7 +18,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "nothing"
-generation_kwargs: {{until: ["zzz"], max_gen_toks: 6, temperature: 0}}
+generation_kwargs: {{until: ["zzz"], max_gen_toks: 12, temperature: 0}}
 metric_list: [{{metric: exact_match}}]
 """
 
@@ -51,7 +51,7 @@ def test_a_task_that_generates(server, tmp_path):
     plain, steered = (answers(server.url, model, folder) for model in ("tiny-mixtral", "tiny-mixtral:sport"))
     for found, model in ((plain, "tiny-mixtral"), (steered, "tiny-mixtral:sport")):
         for question in QUESTIONS:
-            body = {"model": model, "prompt": question, "max_tokens": 6, "temperature": 0}
+            body = {"model": model, "prompt": question, "max_tokens": 12, "temperature": 0}
             answer = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
             assert found[question] == answer
     assert plain != steered
