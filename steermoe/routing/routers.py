@@ -12,7 +12,7 @@ Shapes: T tokens, W columns of a router's logits, k experts chosen per token.
 import functools
 import inspect
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -281,7 +281,7 @@ def _count_owner(module: Any, parent: Any) -> CountOwner | None:
         return None
     if type(vars(module).get("top_k")) is int:
         return CountOwner(module, ("top_k",))
-    kind: Hashable = type(module)
+    kind: Any = type(module)
     for name in COUNTS_IN_CONFIG:
         if f"config.{name}" in _source(kind) and type(getattr(module.config, name, None)) is int:
             return CountOwner(module, ("config", name))
