@@ -281,8 +281,8 @@ def _count_owner(module: Any, parent: Any) -> CountOwner | None:
         return None
     if type(vars(module).get("top_k")) is int:
         return CountOwner(module, ("top_k",))
+    kind: Any = type(module)
     for name in COUNTS_IN_CONFIG:
-        kind: Any = type(module)
         if f"config.{name}" in _source(kind) and type(getattr(module.config, name, None)) is int:
             return CountOwner(module, ("config", name))
     return None
@@ -303,7 +303,8 @@ def _most(module: Any, experts: int) -> int:
 
 
 @functools.lru_cache(64)
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
+    """The code of a class; looking it up takes long in a large file."""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):
