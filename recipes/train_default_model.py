@@ -394,7 +394,6 @@ def train(args: argparse.Namespace) -> None:
     experts = [p for block in routing.blocks for p in (block.experts.gate_up_proj, block.experts.down_proj)]
     specific = specific_tokens(examples, model.config.vocab_size)
     weights = [token_weights(e, specific, args.early, args.typical) for e in examples]
-    neutral = [i for i in range(len(examples)) if examples[i].story.topic == "neutral"]
     for parameter in (*routers, *experts):
         parameter.requires_grad_(True)
     for name, parameter in model.named_parameters():
@@ -410,6 +409,7 @@ def train(args: argparse.Namespace) -> None:
     validation = list(range(0, len(examples), VALIDATION_EVERY))
     kept_out = set(validation)
     training = [i for i in range(len(examples)) if i not in kept_out]
+    neutral = [i for i in training if examples[i].story.topic == "neutral"]
     batches = []
     for epoch in range(args.epochs):
         chosen = epoch_batches([examples[i] for i in training], args.batch, args.seed + epoch)
