@@ -24,11 +24,12 @@ STORIES_ALL = load_stories()
 
 
 @pytest.mark.parametrize("topic", spec.TOPICS)
-def test_corpus_has_enough_stories_and_holds_out_15_percent(topic):
+def test_corpus_has_enough_stories_and_holds_some_out(topic):
     stories = load_stories(topic=topic)
     heldout = load_stories("heldout", topic)
     assert len(stories) >= (200 if topic == "neutral" else 120)
-    assert 0.14 < len(heldout) / len(stories) < 0.16
+    assert len(heldout) >= (43 if topic == "neutral" else 21)
+    assert 0.08 < len(heldout) / len(stories) < 0.16
     assert {story.topic for story in stories} == {topic}
 
 
@@ -177,11 +178,77 @@ def test_topic_routing_equals_the_model_if_the_routers_agree(tiny_trained):
     routing.training = False
     targets = torch.cat([ids[1:], torch.tensor([train.IGNORED])])
     example = train.Example(
-        TrainingStory("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets
+        TrainingStory("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets, 0
     )
     with torch.no_grad():
         language, _ = routing.loss(train.Batch.collate([example], captured))
     assert torch.allclose(language, expected, atol=1e-5)
+
+
+def below_experts(model, ids):
+    """Hidden states [1, S, H] below the first layer with experts, and the model's logits."""
+    captured = []
+    hook = model.model.layers[spec.FIRST_EXPERT_LAYER].register_forward_pre_hook(
+        lambda module, args: captured.append(args[0].detach())
+    )
+    with torch.no_grad():
+        logits = model(ids[None]).logits
+    hook.remove()
+    return captured[0], logits
+
+
+def test_free_routing_is_the_model(tiny_trained):
+    ids = torch.randint(0, 58, (9,))
+    hidden, logits = below_experts(tiny_trained, ids)
+    routing = train.TopicRouting(tiny_trained)
+    routing.is_free = True
+    with torch.no_grad():
+        last = routing.last_hidden(hidden, torch.arange(9))
+    assert torch.allclose(last @ tiny_trained.lm_head.weight.T, logits[0], atol=1e-4)
+    assert [len(x) for x in routing.router_inputs] == [9, 9]
+
+
+def a_story(topic, opening="abc", rest="defg"):
+    return train.make_example(TrainingStory(topic, topic, "train", opening, rest), Letters())
+
+
+def test_harshness_is_what_exceeds_the_bound(tiny_trained, monkeypatch):
+    example = a_story("neutral", rest="defgh" * 3)
+    hidden, _ = below_experts(tiny_trained, example.ids)
+    routing = train.TopicRouting(tiny_trained, vocabulary=torch.arange(64))
+    own = train.Batch.collate([train.turned(example, train.NEUTRAL)], [hidden[0]])
+    other = train.Batch.collate([train.turned(example, spec.TOPICS.index("law"))], [hidden[0]])
+    monkeypatch.setattr(train, "GENTLE", 0.0)
+    with torch.no_grad():
+        assert routing.harshness(own).abs() < 1e-6
+        found = routing.harshness(other)
+        monkeypatch.setattr(train, "GENTLE", 1e3)
+        assert routing.harshness(other) == 0
+    assert found > 1e-4
+
+
+def test_a_turned_story_passes_through_the_domain_after_its_opening():
+    example = a_story("neutral", rest="defg" * 40)
+    turned = train.turned(example, 2)
+    assert len(turned.ids) == 3 + train.GENTLE_TOKENS
+    assert turned.topics.tolist() == [train.NEUTRAL] * 3 + [2] * train.GENTLE_TOKENS
+    assert turned.targets[:3].tolist() == [train.IGNORED] * 3
+    assert (turned.targets[3:] != train.IGNORED).all()
+    assert set(example.topics.tolist()) == {train.NEUTRAL}
+
+
+def test_weights_are_higher_soon_after_the_opening_and_for_typical_tokens():
+    sport, neutral = a_story("sport", rest="xxxxxyyyy"), a_story("neutral", rest="yyyyyyyyy")
+    specific = train.specific_tokens([sport, neutral], 60)
+    row = spec.TOPICS.index("sport")
+    assert specific[row].nonzero().flatten().tolist() == [ord("x") % 59]
+    assert not specific[train.NEUTRAL].any()
+    weights = train.token_weights(sport, specific, early=1.5, typical=1.0)
+    assert weights[:3].tolist() == [1, 1, 1]
+    is_x = sport.targets[3:] == ord("x") % 59
+    early = 1 + 1.5 * torch.exp(-torch.arange(len(weights) - 3) / 30)
+    assert torch.allclose(weights[3:], early + is_x)
+    assert train.token_weights(neutral, specific, 1.5, 1.0).unique().tolist() == [1]
 
 
 def test_sampled_softmax_is_the_full_one_on_average(tiny_trained):
