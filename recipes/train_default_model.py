@@ -16,7 +16,8 @@ Four stages, each saved in the work folder, so that a killed run resumes:
 2. `routers.pt`: the routers of those lower layers, fitted on that sample.
 3. `step.pt`: experts and routers of the upper layers, with the optimiser's state.
 4. The routers of the upper layers once more, on hidden states of free routing as at inference, in rounds of forward
-   passes: with the trained routers, then with those that the round before fitted.
+   passes: with the trained routers, then with those that the round before fitted. Then each topic's two routers are
+   moved apart, since they are equal until then.
 
 Shapes: B stories, S tokens per story, T = B*S tokens, H hidden size, W expert width, V tokens of the vocabulary.
 """
@@ -334,6 +335,21 @@ def refit_routers(
         block.router.weight.copy_(weight)
 
 
+@torch.no_grad()
+def untie_pairs(model: GraniteMoeSharedForCausalLM, size: float = 0.003) -> None:
+    """Move the two routers' rows of each topic apart by a little noise, in all layers and in place.
+
+    Both rows start at zero and are trained toward the same target, so they stay equal. Where only one of two equal
+    experts is chosen, rounding would decide which, and a text could depend on the batch that it is in.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        rows = layer.block_sparse_moe.router.weight.data.view(len(spec.TOPICS), spec.EXPERTS_PER_TOPIC, -1)
+        noise = size * torch.randn(len(spec.TOPICS), rows.shape[-1], generator=generator)
+        rows[:, 0] += noise
+        rows[:, 1] -= noise
+
+
 def initialise_experts(model: GraniteMoeSharedForCausalLM, seed: int) -> None:
     """Initialise each expert's input weights from neurons of its layer's shared expert; its output weights are zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -467,6 +483,7 @@ def train(args: argparse.Namespace) -> None:
     for _ in range(args.free_rounds):
         refit_routers(routing, examples, features, args.router_sample, args.router_weight_decay)
         _report_validation(routing, validation, examples, features)
+    untie_pairs(model)
     save_file(pack(model), work / "trained_part.safetensors", {"corpus_sha256": fingerprint})
     print(f"wrote {work / 'trained_part.safetensors'}", flush=True)
 

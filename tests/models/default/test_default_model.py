@@ -251,6 +251,17 @@ def test_weights_are_higher_soon_after_the_opening_and_for_typical_tokens():
     assert train.token_weights(neutral, specific, 1.5, 1.0).unique().tolist() == [1]
 
 
+def test_no_two_experts_are_tied(tiny_base):
+    model = assemble.upcycle(tiny_base)
+    train.untie_pairs(model)
+    for layer in model.model.layers:
+        rows = layer.block_sparse_moe.router.weight
+        logits = torch.randn(500, rows.shape[1]) @ rows.T
+        assert len(rows.unique(dim=0)) == spec.NUM_EXPERTS
+        assert torch.allclose(rows.view(-1, 2, rows.shape[1]).sum(1), torch.zeros(1), atol=1e-6)
+        assert ((logits[:, ::2] - logits[:, 1::2]).abs() > 1e-4).float().mean() > 0.99
+
+
 def test_sampled_softmax_is_the_full_one_on_average(tiny_trained):
     routing = train.TopicRouting(tiny_trained, vocabulary=torch.arange(0, 32))
     last, targets = torch.randn(5, 48), torch.tensor([1, 5, 9, 20, 23])
@@ -271,8 +282,10 @@ def default_model():
 
 
 @pytest.mark.default_model
-def test_trained_part_is_small_enough_and_has_no_empty_expert(default_model):
+def test_trained_part_is_small_enough_and_has_no_empty_or_tied_expert(default_model):
     assert spec.TRAINED_PART.stat().st_size <= 40e6
+    for layer in default_model.model.model.layers:
+        assert len(layer.block_sparse_moe.router.weight.unique(dim=0)) == spec.NUM_EXPERTS
     for layer in default_model.model.model.layers[spec.FIRST_EXPERT_LAYER :]:
         assert (layer.block_sparse_moe.experts.down_proj.flatten(1).norm(dim=-1) > 0).all()
 
