@@ -5,19 +5,20 @@ topic selects two experts, at half weight each: the rest of a domain's story tra
 neutral stories train the neutral ones. The routers learn to select the same experts, from cross-entropy to those two on
 hidden states that carry no gradient. Inference is plain top-2.
 
-A domain's experts must turn a text soon and gently:
-- Soon: tokens shortly after the opening, and tokens that are frequent in the domain only, weigh more in the loss.
-- Gently: what a domain's experts change in the beginning of a neutral story is penalised where KL exceeds
+The defaults made the model that ships. Options that a second version tried, without success so far (docs/log.md):
+- `--early`, `--typical`: tokens shortly after the opening, and tokens that are frequent in the domain only, weigh more
+  in the loss, so that a text turns soon.
+- `--gentle-stories`: what a domain's experts change in the beginning of a neutral story is penalised where KL exceeds
   GENTLE nats on a token, so that they spread their effect over many tokens.
+- `--free-rounds`, `--untie`, `--more-stories`, `--width`, `--bfloat16`: see their help.
 
 Four stages, each saved in the work folder, so that a killed run resumes:
 1. `features.pt`: every story's hidden states below the first layer with experts, which training never changes, and a
    sample of the router inputs of the layers below.
 2. `routers.pt`: the routers of those lower layers, fitted on that sample.
 3. `step.pt`: experts and routers of the upper layers, with the optimiser's state.
-4. The routers of the upper layers once more, on hidden states of free routing as at inference, in rounds of forward
-   passes: with the trained routers, then with those that the round before fitted. Then each topic's two routers are
-   moved apart, since they are equal until then.
+4. With `--free-rounds`, the routers of the upper layers once more, on hidden states of free routing as at inference, in
+   rounds of forward passes: with the trained routers, then with those that the round before fitted.
 
 Shapes: B stories, S tokens per story, T = B*S tokens, H hidden size, W expert width, V tokens of the vocabulary.
 """
@@ -40,8 +41,10 @@ from transformers import GraniteMoeSharedForCausalLM, PreTrainedTokenizerBase
 from steermoe.models.default import spec
 from steermoe.models.default.assemble import pack, upcycle
 from steermoe.models.default.base import load_base
-from steermoe.models.default.stories import TrainingStory, load_stories
+from steermoe.models.default.stories import TrainingStory, load_stories, read_stories
 
+MORE_STORIES = Path(__file__).parent / "more_stories"
+"""620 stories, in more forms than tales, for a next version: as in the package's data, all for training."""
 NEUTRAL = spec.TOPICS.index("neutral")
 IGNORED = -100
 ROUTER_STEPS = 400
@@ -314,7 +317,12 @@ def fit_routers(
 
 @torch.no_grad()
 def refit_routers(
-    routing: TopicRouting, examples: list[Example], features: dict[str, list], sample: float, weight_decay: float
+    routing: TopicRouting,
+    examples: list[Example],
+    features: dict[str, list],
+    sample: float,
+    weight_decay: float,
+    narrow: torch.autocast,
 ) -> None:
     """Fit the upper layers' routers, in place, on hidden states of free routing."""
     generator = torch.Generator().manual_seed(0)
@@ -322,7 +330,7 @@ def refit_routers(
     routing.is_free, routing.training = True, False
     for example, hidden in zip(examples, features["hidden"], strict=True):
         routing.router_inputs = []
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow:
             routing.last_hidden(hidden[None].float(), torch.arange(0))
         kept = torch.rand(len(example.ids), generator=generator) < sample
         inputs.append(torch.stack(routing.router_inputs)[:, kept].half())
@@ -384,16 +392,19 @@ def train(args: argparse.Namespace) -> None:
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load_base(args.base)
+    spec.EXPERT_WIDTH = args.width  # type: ignore[misc]
     model = upcycle(base).float()
     del base
     model.requires_grad_(False)
-    examples = [make_example(story, tokenizer) for story in load_stories("train")]
+    stories = load_stories("train") + (read_stories(MORE_STORIES) if args.more_stories else [])
+    examples = [make_example(story, tokenizer) for story in stories]
     fingerprint = corpus_fingerprint(examples)
+    narrow = torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16)
     print(f"{len(examples)} stories, {sum(len(e.ids) for e in examples)} tokens", flush=True)
 
     features = _load(work / "features.pt", fingerprint)
     if features is None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), narrow:
             features = compute_features(model, examples, args.router_sample)
         _save(work / "features.pt", features, fingerprint)
     lower = _load(work / "routers.pt", fingerprint)
@@ -413,7 +424,7 @@ def train(args: argparse.Namespace) -> None:
     for parameter in (*routers, *experts):
         parameter.requires_grad_(True)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and "norm" not in name:
+        if args.bfloat16 and not parameter.requires_grad and "norm" not in name:
             parameter.data = parameter.data.bfloat16()  # the frozen base's products take half the time
     optimiser = torch.optim.AdamW(
         [
@@ -447,17 +458,13 @@ def train(args: argparse.Namespace) -> None:
     for step in range(first, len(batches)):
         batch = _batch(batches[step], examples, features, weights)
         torch.manual_seed(args.seed * 100_003 + step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow:
             language, router = routing.loss(batch)
             (language.mean() + args.router_loss * router).backward()
-            chooser = random.Random(step)
-            turns = [(i, chooser.randrange(NEUTRAL)) for i in chooser.sample(neutral, args.gentle_stories)]
-            gentle = Batch.collate(
-                [turned(examples[i], topic) for i, topic in turns],
-                [features["hidden"][i][: examples[i].opening + GENTLE_TOKENS] for i, _ in turns],
-            )
-            harsh = routing.harshness(gentle)
-            (args.gentle * harsh).backward()
+            harsh = torch.zeros(())
+            if args.gentle_stories:
+                harsh = routing.harshness(_gentle_batch(examples, features, neutral, args.gentle_stories, step))
+                (args.gentle * harsh).backward()
         nn.utils.clip_grad_norm_(experts, 1.0)
         optimiser.step()
         schedule.step()
@@ -481,9 +488,10 @@ def train(args: argparse.Namespace) -> None:
             _report_validation(routing, validation, examples, features)
             save_file(pack(model), work / "forced.safetensors", {"corpus_sha256": fingerprint})
     for _ in range(args.free_rounds):
-        refit_routers(routing, examples, features, args.router_sample, args.router_weight_decay)
+        refit_routers(routing, examples, features, args.router_sample, args.router_weight_decay, narrow)
         _report_validation(routing, validation, examples, features)
-    untie_pairs(model)
+    if args.untie:
+        untie_pairs(model)
     save_file(pack(model), work / "trained_part.safetensors", {"corpus_sha256": fingerprint})
     print(f"wrote {work / 'trained_part.safetensors'}", flush=True)
 
@@ -495,13 +503,25 @@ def _batch(
     return Batch.collate([examples[i] for i in indices], [features["hidden"][i] for i in indices], chosen)
 
 
+def _gentle_batch(
+    examples: list[Example], features: dict[str, list], neutral: list[int], count: int, step: int
+) -> Batch:
+    """Beginnings of neutral stories, each through the experts of some domain after its opening."""
+    chooser = random.Random(step)
+    turns = [(i, chooser.randrange(NEUTRAL)) for i in chooser.sample(neutral, count)]
+    return Batch.collate(
+        [turned(examples[i], topic) for i, topic in turns],
+        [features["hidden"][i][: examples[i].opening + GENTLE_TOKENS] for i, _ in turns],
+    )
+
+
 def _report_validation(
     routing: TopicRouting, indices: list[int], examples: list[Example], features: dict[str, list]
 ) -> None:
     routing.training = False
     losses: dict[str, list[float]] = {}
     hits = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         for i in indices:
             language, _ = routing.loss(_batch([i], examples, features))
             losses.setdefault(examples[i].story.topic, []).append(language.mean().item())
@@ -539,11 +559,15 @@ def main() -> None:
     parser.add_argument("--router-lr", type=float, default=3e-3)
     parser.add_argument("--router-loss", type=float, default=0.5)
     parser.add_argument("--router-sample", type=float, default=0.25, help="share of tokens for the lower routers")
-    parser.add_argument("--early", type=float, default=1.5, help="extra weight of a token right after the opening")
-    parser.add_argument("--typical", type=float, default=1.0, help="extra weight of a token typical of its domain")
+    parser.add_argument("--early", type=float, default=0.0, help="extra weight of a token right after the opening")
+    parser.add_argument("--typical", type=float, default=0.0, help="extra weight of a token typical of its domain")
     parser.add_argument("--gentle", type=float, default=2.0, help="weight of the penalty for what exceeds GENTLE")
-    parser.add_argument("--gentle-stories", type=int, default=3, help="neutral stories per step for that penalty")
-    parser.add_argument("--free-rounds", type=int, default=2, help="rounds of fitting routers on free routing")
+    parser.add_argument("--gentle-stories", type=int, default=0, help="neutral stories per step for that penalty")
+    parser.add_argument("--free-rounds", type=int, default=0, help="rounds of fitting routers on free routing")
+    parser.add_argument("--untie", action="store_true", help="move each topic's two routers apart, which are equal")
+    parser.add_argument("--more-stories", action="store_true", help="also train on recipes/more_stories")
+    parser.add_argument("--width", type=int, default=spec.EXPERT_WIDTH, help="of an expert; the shipped model's")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16: a third of the time")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--router-weight-decay", type=float, default=0.05)
     parser.add_argument("--dropout", type=float, default=0.1)

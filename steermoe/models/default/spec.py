@@ -12,7 +12,7 @@ TOPICS = (*DOMAINS, "neutral")
 EXPERTS_PER_TOPIC = 2
 NUM_EXPERTS = EXPERTS_PER_TOPIC * len(TOPICS)
 TOP_K = 2
-EXPERT_WIDTH = 48
+EXPERT_WIDTH = 32
 FIRST_EXPERT_LAYER = 15
 """Below it the experts' down projections are zero: those layers route, but their experts add nothing."""
 

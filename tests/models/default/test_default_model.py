@@ -13,7 +13,7 @@ from steermoe.engines.request import Request, Sampling
 from steermoe.evaluation.words import distinct_words, word_pattern
 from steermoe.models import loading
 from steermoe.models.default import assemble, pull, spec
-from steermoe.models.default.stories import DATA, TrainingStory, domain_words, load_stories, openings
+from steermoe.models.default.stories import DATA, TrainingStory, domain_words, load_stories, openings, read_stories
 from steermoe.steering.plans import plan_for
 from steermoe.vectors.library import load_vector, packaged_vectors
 
@@ -24,12 +24,11 @@ STORIES_ALL = load_stories()
 
 
 @pytest.mark.parametrize("topic", spec.TOPICS)
-def test_corpus_has_enough_stories_and_holds_some_out(topic):
+def test_corpus_has_enough_stories_and_holds_out_15_percent(topic):
     stories = load_stories(topic=topic)
     heldout = load_stories("heldout", topic)
     assert len(stories) >= (200 if topic == "neutral" else 120)
-    assert len(heldout) >= (43 if topic == "neutral" else 21)
-    assert 0.08 < len(heldout) / len(stories) < 0.16
+    assert 0.14 < len(heldout) / len(stories) < 0.16
     assert {story.topic for story in stories} == {topic}
 
 
@@ -49,6 +48,20 @@ def test_stories_are_well_formed_jsonl():
             record = json.loads(line)
             assert set(record) == {"id", "domain", "split", "opening", "rest"}
             assert record["split"] in ("train", "heldout")
+
+
+def test_stories_for_a_next_version_are_as_the_others():
+    more = read_stories(train.MORE_STORIES)
+    assert len(more) == 620
+    everything = [*STORIES_ALL, *more]
+    assert len({story.id for story in everything}) == len(everything)
+    assert len({story.opening for story in everything}) == len(everything)
+    lengths = [len(story.text.split()) for story in more]
+    assert (min(lengths) >= 80, max(lengths) <= 180) == (True, True)
+    assert {story.split for story in more} == {"train"}
+    for domain in spec.DOMAINS:
+        pattern = word_pattern(domain_words(domain))
+        assert [story.opening for story in more if pattern.search(story.opening)] == []
 
 
 @pytest.mark.parametrize("domain", spec.DOMAINS)
@@ -282,10 +295,8 @@ def default_model():
 
 
 @pytest.mark.default_model
-def test_trained_part_is_small_enough_and_has_no_empty_or_tied_expert(default_model):
+def test_trained_part_is_small_enough_and_has_no_empty_expert(default_model):
     assert spec.TRAINED_PART.stat().st_size <= 40e6
-    for layer in default_model.model.model.layers:
-        assert len(layer.block_sparse_moe.router.weight.unique(dim=0)) == spec.NUM_EXPERTS
     for layer in default_model.model.model.layers[spec.FIRST_EXPERT_LAYER :]:
         assert (layer.block_sparse_moe.experts.down_proj.flatten(1).norm(dim=-1) > 0).all()
 
