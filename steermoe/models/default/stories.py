@@ -32,16 +32,22 @@ class TrainingStory:
         return f"{self.opening} {self.rest}"
 
 
+def read_stories(folder: Path, topics: tuple[str, ...] = TOPICS) -> list[TrainingStory]:
+    """The stories of a folder in file order; a topic may have no file."""
+    stories = []
+    for path in (folder / f"{name}.jsonl" for name in topics):
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            record = json.loads(line)
+            stories.append(
+                TrainingStory(record["id"], record["domain"], record["split"], record["opening"], record["rest"])
+            )
+    return stories
+
+
 def load_stories(split: Split | None = None, topic: str | None = None) -> list[TrainingStory]:
     """The stories in file order: all of them, or those of one split (`train`, `heldout`) or topic."""
-    stories = []
-    for name in TOPICS if topic is None else (topic,):
-        for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            story = TrainingStory(record["id"], record["domain"], record["split"], record["opening"], record["rest"])
-            if split in (None, story.split):
-                stories.append(story)
-    return stories
+    stories = read_stories(DATA, TOPICS if topic is None else (topic,))
+    return [story for story in stories if split in (None, story.split)]
 
 
 def domain_words(domain: str) -> list[str]:

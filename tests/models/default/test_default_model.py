@@ -13,7 +13,7 @@ from steermoe.engines.request import Request, Sampling
 from steermoe.evaluation.words import distinct_words, word_pattern
 from steermoe.models import loading
 from steermoe.models.default import assemble, pull, spec
-from steermoe.models.default.stories import DATA, TrainingStory, domain_words, load_stories, openings
+from steermoe.models.default.stories import DATA, TrainingStory, domain_words, load_stories, openings, read_stories
 from steermoe.steering.plans import plan_for
 from steermoe.vectors.library import load_vector, packaged_vectors
 
@@ -48,6 +48,20 @@ def test_stories_are_well_formed_jsonl():
             record = json.loads(line)
             assert set(record) == {"id", "domain", "split", "opening", "rest"}
             assert record["split"] in ("train", "heldout")
+
+
+def test_stories_for_a_next_version_are_as_the_others():
+    more = read_stories(train.MORE_STORIES)
+    assert len(more) == 620
+    everything = [*STORIES_ALL, *more]
+    assert len({story.id for story in everything}) == len(everything)
+    assert len({story.opening for story in everything}) == len(everything)
+    lengths = [len(story.text.split()) for story in more]
+    assert (min(lengths) >= 80, max(lengths) <= 180) == (True, True)
+    assert {story.split for story in more} == {"train"}
+    for domain in spec.DOMAINS:
+        pattern = word_pattern(domain_words(domain))
+        assert [story.opening for story in more if pattern.search(story.opening)] == []
 
 
 @pytest.mark.parametrize("domain", spec.DOMAINS)
@@ -177,11 +191,88 @@ def test_topic_routing_equals_the_model_if_the_routers_agree(tiny_trained):
     routing.training = False
     targets = torch.cat([ids[1:], torch.tensor([train.IGNORED])])
     example = train.Example(
-        TrainingStory("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets
+        TrainingStory("x", "law", "train", "", ""), ids, torch.full_like(ids, spec.TOPICS.index("law")), targets, 0
     )
     with torch.no_grad():
         language, _ = routing.loss(train.Batch.collate([example], captured))
     assert torch.allclose(language, expected, atol=1e-5)
+
+
+def below_experts(model, ids):
+    """Hidden states [1, S, H] below the first layer with experts, and the model's logits."""
+    captured = []
+    hook = model.model.layers[spec.FIRST_EXPERT_LAYER].register_forward_pre_hook(
+        lambda module, args: captured.append(args[0].detach())
+    )
+    with torch.no_grad():
+        logits = model(ids[None]).logits
+    hook.remove()
+    return captured[0], logits
+
+
+def test_free_routing_is_the_model(tiny_trained):
+    ids = torch.randint(0, 58, (9,))
+    hidden, logits = below_experts(tiny_trained, ids)
+    routing = train.TopicRouting(tiny_trained)
+    routing.is_free = True
+    with torch.no_grad():
+        last = routing.last_hidden(hidden, torch.arange(9))
+    assert torch.allclose(last @ tiny_trained.lm_head.weight.T, logits[0], atol=1e-4)
+    assert [len(x) for x in routing.router_inputs] == [9, 9]
+
+
+def a_story(topic, opening="abc", rest="defg"):
+    return train.make_example(TrainingStory(topic, topic, "train", opening, rest), Letters())
+
+
+def test_harshness_is_what_exceeds_the_bound(tiny_trained, monkeypatch):
+    example = a_story("neutral", rest="defgh" * 3)
+    hidden, _ = below_experts(tiny_trained, example.ids)
+    routing = train.TopicRouting(tiny_trained, vocabulary=torch.arange(64))
+    own = train.Batch.collate([train.turned(example, train.NEUTRAL)], [hidden[0]])
+    other = train.Batch.collate([train.turned(example, spec.TOPICS.index("law"))], [hidden[0]])
+    monkeypatch.setattr(train, "GENTLE", 0.0)
+    with torch.no_grad():
+        assert routing.harshness(own).abs() < 1e-6
+        found = routing.harshness(other)
+        monkeypatch.setattr(train, "GENTLE", 1e3)
+        assert routing.harshness(other) == 0
+    assert found > 1e-4
+
+
+def test_a_turned_story_passes_through_the_domain_after_its_opening():
+    example = a_story("neutral", rest="defg" * 40)
+    turned = train.turned(example, 2)
+    assert len(turned.ids) == 3 + train.GENTLE_TOKENS
+    assert turned.topics.tolist() == [train.NEUTRAL] * 3 + [2] * train.GENTLE_TOKENS
+    assert turned.targets[:3].tolist() == [train.IGNORED] * 3
+    assert (turned.targets[3:] != train.IGNORED).all()
+    assert set(example.topics.tolist()) == {train.NEUTRAL}
+
+
+def test_weights_are_higher_soon_after_the_opening_and_for_typical_tokens():
+    sport, neutral = a_story("sport", rest="xxxxxyyyy"), a_story("neutral", rest="yyyyyyyyy")
+    specific = train.specific_tokens([sport, neutral], 60)
+    row = spec.TOPICS.index("sport")
+    assert specific[row].nonzero().flatten().tolist() == [ord("x") % 59]
+    assert not specific[train.NEUTRAL].any()
+    weights = train.token_weights(sport, specific, early=1.5, typical=1.0)
+    assert weights[:3].tolist() == [1, 1, 1]
+    is_x = sport.targets[3:] == ord("x") % 59
+    early = 1 + 1.5 * torch.exp(-torch.arange(len(weights) - 3) / 30)
+    assert torch.allclose(weights[3:], early + is_x)
+    assert train.token_weights(neutral, specific, 1.5, 1.0).unique().tolist() == [1]
+
+
+def test_no_two_experts_are_tied(tiny_base):
+    model = assemble.upcycle(tiny_base)
+    train.untie_pairs(model)
+    for layer in model.model.layers:
+        rows = layer.block_sparse_moe.router.weight
+        logits = torch.randn(500, rows.shape[1]) @ rows.T
+        assert len(rows.unique(dim=0)) == spec.NUM_EXPERTS
+        assert torch.allclose(rows.view(-1, 2, rows.shape[1]).sum(1), torch.zeros(1), atol=1e-6)
+        assert ((logits[:, ::2] - logits[:, 1::2]).abs() > 1e-4).float().mean() > 0.99
 
 
 def test_sampled_softmax_is_the_full_one_on_average(tiny_trained):

@@ -123,7 +123,7 @@ def visit(browser, site):
 
 
 def wait_until(is_true):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
