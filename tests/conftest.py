@@ -142,9 +142,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A stand-in for the Hub, which huggingface_hub uses in this process, with an empty cache and a token."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     from tests.support.hub import serve
 
+    had_bars = not are_progress_bars_disabled()
+    disable_progress_bars()  # `steermoe` sets a variable for it, which the library reads when it is imported
     with serve() as served:
         for name, value in served.environment.items():
             monkeypatch.setenv(name, value)
@@ -161,3 +164,5 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         monkeypatch.setattr("steermoe.vectors.hub._found", {})
         monkeypatch.setattr("steermoe.models.checkpoint._answered", set())
         yield served
+    if had_bars:
+        enable_progress_bars()

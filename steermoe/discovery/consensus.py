@@ -69,7 +69,9 @@ def consensus(
     """
     try:
         import sklearn.cluster
-        import sklearn.decomposition  # noqa: F401
+        import sklearn.decomposition
+        import sklearn.metrics
+        import sklearn.neighbors  # noqa: F401
     except ImportError as error:
         raise SteerMoEError(f"clustering needs scikit-learn ({error}): pip install 'steermoe[discover]'") from error
     random = np.random.default_rng(seed)

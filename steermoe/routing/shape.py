@@ -5,7 +5,7 @@ checkpoint without its weights, `gguf.header.read_gguf` for a GGUF file, `Engine
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -23,6 +23,7 @@ class RouterShape:
         no_lists: why its experts can't be forced or banned; "" if they can.
         no_counts: why it can't choose another number of experts; "" if it can.
         least, most: how few and how many it could choose; `most` is 0 for all, and less where groups leave some out.
+            These three say what plans may ask for, not what vectors must fit: shapes that differ in them are equal.
     """
 
     layer: int
@@ -31,9 +32,9 @@ class RouterShape:
     top_k: int
     blanks: int = 0
     no_lists: str = ""
-    no_counts: str = ""
-    least: int = 1
-    most: int = 0
+    no_counts: str = field(default="", compare=False)
+    least: int = field(default=1, compare=False)
+    most: int = field(default=0, compare=False)
 
     @property
     def vector_widths(self) -> tuple[int, ...]:

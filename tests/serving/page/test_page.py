@@ -19,6 +19,7 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 from playwright import sync_api as playwright
 
 from steermoe.discovery.writing import Writing
+from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.listening import ServerOptions
 from steermoe.evaluation.new_topics import NewTopics
 from steermoe.serving import app as serving
@@ -141,7 +142,14 @@ def test_two_texts_are_written_side_by_side(visit):
     assert visit.run.texts[1].ticket.request.plan.as_dict()["domain"] == "sport"
 
 
-def test_a_slider_steers_the_text_that_is_being_written(visit):
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Texts of 1,000 tokens last at least 30 seconds, however slow the browser beside them is."""
+    step = RollingDecoder.step
+    monkeypatch.setattr(RollingDecoder, "step", lambda decoder: (time.sleep(0.03), step(decoder))[1])
+
+
+def test_a_slider_steers_the_text_that_is_being_written(visit, unhurried):
     visit.open(LONG)
     visit.write()
     wait_until(lambda: visit.run is not None and len(visit.run.texts[1].seen) > 5)
@@ -264,7 +272,7 @@ def test_on_a_phone_nothing_is_cut_off(browser, site):
     assert not visit.complaints
 
 
-def test_a_tab_that_closes_ends_its_text(browser, site):
+def test_a_tab_that_closes_ends_its_text(browser, site, unhurried):
     context = browser.new_context()
     visit = Visit(context, site)
     visit.open(LONG)
