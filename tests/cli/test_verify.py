@@ -10,7 +10,7 @@ from steermoe.steering.editing import Editor
 @pytest.fixture
 def hurried(monkeypatch):
     """A tiny model's texts take less time than what steering adds to them; one pair is enough."""
-    monkeypatch.setattr("steermoe.evaluation.verification.LAYER_SECONDS", 1.0)
+    monkeypatch.setattr("steermoe.evaluation.verification.STEP_SECONDS", 10.0)
     monkeypatch.setattr("steermoe.evaluation.verification.PAIRS", 1)
 
 

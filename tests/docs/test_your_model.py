@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from steermoe.discovery import packaged, packaged_vectors
-from steermoe.evaluation import provision
+from steermoe.evaluation import provision, verification
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your_model.md").read_text(encoding="utf-8")
 
@@ -26,6 +26,7 @@ def few_texts(monkeypatch, bare_search_path, tmp_path, tiny_checkpoint):
     monkeypatch.setattr(packaged, "NEUTRAL_TEXTS", 2)
     monkeypatch.setattr(packaged_vectors, "MAX_TOKENS", 40)
     monkeypatch.setattr(provision, "CALIBRATION_TEXTS", 2)
+    monkeypatch.setattr(verification, "STEP_SECONDS", 10.0)
     monkeypatch.setenv("STEERMOE_CACHE", str(tmp_path / "cache"))
     (bare_search_path / "my-model").symlink_to(tiny_checkpoint)
     return bare_search_path
