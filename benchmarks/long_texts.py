@@ -172,7 +172,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 4 <= args.window <= args.tokens:
+        parser.error(f"--window {args.window} is out of range: expected 4 to {args.tokens}, the length of a text")
+    return args
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ LEAST_OF_MEDIAN, MOST_NOISE, GIANT = 0.9, 0.25, 0.6
 
 def read_corpus(path: Path, words: int | None = None) -> list[Text]:
     """The texts of a JSONL file, or their first words."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if missing := [n for n, record in enumerate(records, 1) if not record.get("text") or not record.get("label")]:
         raise CorpusError(f"'{path}', line {missing[0]}: expected `text` and `label`")
     texts = [" ".join(r["text"].split()[:words]) if words else r["text"] for r in records]

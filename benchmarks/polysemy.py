@@ -228,6 +228,8 @@ def conditions(
 ) -> dict[str, Callable[[int, Item], SteeringPlan | None]]:
     """How each condition steers an item, by its name."""
     vectors = vectors_for(loaded.shape, list(domains), folder=args.vectors)
+    if len(vectors) < 2 or not set(domains) <= vectors.keys():
+        sys.exit(f"the model needs vectors of two domains or more, of these among them: {', '.join(domains)}")
     plans = {name: plan_for(vector, positions=args.positions) for name, vector in vectors.items()}
     plans = {name: replace(plan, strength=args.strength * plan.strength) for name, plan in plans.items()}
     mixed_up = {name: replace(plan, vector=shuffled(plan.vector)) for name, plan in plans.items()}

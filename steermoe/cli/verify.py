@@ -45,8 +45,10 @@ def verify(
         return loading.ModelOptions(model=model, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code)
 
     loaded = options("float32").load()
+    from steermoe.evaluation.teacher_forcing import require_decoder
     from steermoe.evaluation.verification import Verification, facts, summary
 
+    require_decoder(loaded)
     known = facts(loaded)
     if not json:
         tables.print_facts(known)

@@ -187,12 +187,20 @@ def agreement_of_seeds(features: Floats, found: Clustering, method: Method, seed
     agreements = []
     for seed in seeds:
         if method.by_consensus:
-            labels, _ = consensus(points, seed, found.min_cluster_size, method.clusters)
+            labels = _by_another_seed(points, seed, found.min_cluster_size, method.clusters)
         else:
             places_BK = _places(points, replace(method, seed=seed))
             labels, _ = _densest(places_BK, found.min_cluster_size, method.selection or "eom")
         agreements.append(adjusted_rand(first, labels))
     return min(agreements)
+
+
+def _by_another_seed(points: Floats, seed: int, size: int, clusters: int | None) -> Labels:
+    """The consensus of another seed; if its tree has no cut into the wanted number, the cut that it prefers."""
+    try:
+        return consensus(points, seed, size, clusters)[0]
+    except CorpusError:
+        return consensus(points, seed, size)[0]
 
 
 def adjusted_rand(labels: Sequence[str] | Labels, others: Labels) -> float:

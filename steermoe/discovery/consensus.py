@@ -88,7 +88,10 @@ def consensus(
     firm_S = _firmness(together_SS, labels_S)
     if len(chosen) == texts:
         return labels_S, firm_S
-    return _spread(places_BP, chosen, labels_S, firm_S)
+    labels, firm = _spread(places_BP, chosen, labels_S, firm_S)
+    if clusters is None:
+        labels = _only_large(labels, least_size)
+    return labels, np.where(labels == NOISE, 0.0, firm)
 
 
 def smallest_cluster(texts: int) -> int:
@@ -212,7 +215,9 @@ def _wanted(tree: NDArray[np.float64], least: int, clusters: int) -> Labels:
             if count == clusters:
                 return labels
             there.add(count)
-    numbers = ", ".join(map(str, sorted(there))) or "1"
+    if not there:
+        raise CorpusError(f"the texts do not fall into {clusters} clusters, but shade into each other: give more texts")
+    numbers = ", ".join(map(str, sorted(there)))
     raise CorpusError(
         f"the texts do not fall into {clusters} clusters, but into {numbers}: ask for one of these numbers"
     )
@@ -223,6 +228,13 @@ def _large(groups: NDArray[Any], least: int) -> Labels:
     _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     new = np.where(sizes >= least, np.cumsum(sizes >= least) - 1, NOISE)
     return new[groups].astype(np.int64)
+
+
+def _only_large(labels: Labels, least: int) -> Labels:
+    """The same clusters, without those of fewer texts, numbered from 0."""
+    large = _large(labels, least)  # which takes the texts outside for a group
+    kept = np.unique(large[(labels != NOISE) & (large != NOISE)])
+    return np.where(labels == NOISE, NOISE, np.where(np.isin(large, kept), np.searchsorted(kept, large), NOISE))
 
 
 def _firmness(together_SS: Floats, labels: Labels) -> NDArray[np.float64]:

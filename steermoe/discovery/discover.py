@@ -162,11 +162,15 @@ class Discovery:
 
     def _why_shredded(self) -> str:
         """That the model cuts words into many tokens, or ""; of texts in scripts that put spaces between words."""
-        words = [len(text.text.split()) for text in self.embedded.texts]
-        tokens = float(np.median(self.embedded.tokens / np.maximum(words, 1)))
+        most = self.embedded.meta.max_tokens
+        read = [number for number, tokens in enumerate(self.embedded.tokens) if tokens < most]  # the others were cut
+        words = [len(self.embedded.texts[number].text.split()) for number in read]
+        if not words:
+            return ""
+        tokens = float(np.median(self.embedded.tokens[read] / np.maximum(words, 1)))
         if tokens < SHREDDED or np.median(words) < MANY_WORDS:
             return ""
-        return f": it cuts a word into {tokens:.0f} tokens or more, so it hardly knows their language"
+        return f": it cuts a word into {tokens:.1f} tokens, so it hardly knows their language"
 
     def name_of(self, label: int) -> str:
         """The name of a cluster by its number; "" for noise."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from steermoe.errors import ModelError
+from steermoe.errors import ModelError, reason
 from steermoe.evaluation.bootstrap import LEVEL, RESAMPLES
 from steermoe.evaluation.classifier import LEARNT_WORDS, DomainClassifier, pieces
 from steermoe.evaluation.judge import Floats
@@ -71,9 +71,9 @@ class SentenceModel:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"the sentence model in '{folder}' can't be read: {first:.200}") from error
+            self.embed(["A text.", "Another one."])
+        except Exception as error:  # whatever makes it no sentence model
+            raise ModelError(f"the sentence model in '{folder}' can't be used: {reason(error)}") from error
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """[texts, hidden], of length 1."""

@@ -215,7 +215,7 @@ def _difference(steered: dict[Any, float] | None, unsteered: dict[Any, float] | 
     found = bootstrap(np.array([steered[document] - unsteered[document] for document in steered]))
     if found is None or abs(found.mean - of_means) > 1e-6:
         return {"mean": of_means}
-    return found.as_dict()
+    return {"mean": found.mean, "low": found.low, "high": found.high, "documents": found.openings}
 
 
 TITLES = ("task", "documents", "metric", UNSTEERED, STEERED, "difference")

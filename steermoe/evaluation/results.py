@@ -72,7 +72,7 @@ class ResultFolder:
         if not file.exists():
             self._write(file, "".join(json.dumps(asdict(story), ensure_ascii=False) + "\n" for story in generate()))
         try:
-            records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
             return [StoryRecord(**{**record, "token_ids": tuple(record["token_ids"])}) for record in records]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SteerMoEError(f"'{file}' is damaged ({error!r}): delete it and run again") from error
