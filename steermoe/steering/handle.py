@@ -112,9 +112,10 @@ class SteeringHandle:
                 if hasattr(self._model, name):
                     undo.callback(wrap_method(self._model, name, refuse_packing(lambda: self.plans)))
             for router, editor in zip(self._routers, self._editors, strict=True):
+                # lists are kept in each run of a router's code, of which another number of experts may need several
+                undo.callback(keep_lists(self._model, router, editor))
                 undo.callback(set_counts(self._model, router, editor))
                 undo.callback(intercept(self._model, router, editor))
-                undo.callback(keep_lists(self._model, router, editor))
             _STEERED[first] = self
             undo.callback(_STEERED.pop, first, None)
             self._undo = undo.pop_all()

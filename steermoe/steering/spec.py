@@ -365,5 +365,7 @@ def read_spec(spec: Any) -> SteeringSpec:
         raise SteeringError(f"steering has no field {quoted(', '.join(unknown))}: its fields are {', '.join(NAMES)}")
     read = SteeringSpec(**{name: read_field(name, value) for name, value in spec.items() if value is not None})
     if not (read.domain or read.force or read.ban or read.active_experts):
-        raise SteeringError(f"it names no domain, and no experts to force or ban: write an object such as {EXAMPLE}")
+        raise SteeringError(
+            f"it names no domain, no experts to force or ban and no active experts: write an object such as {EXAMPLE}"
+        )
     return read

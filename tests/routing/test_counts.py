@@ -107,6 +107,25 @@ def test_groups_limit_the_number():
         check_plan(shape, all_tokens(active_experts=5))
 
 
+def test_lists_hold_in_each_run_of_a_router_that_leaves_out_groups():
+    """Its weights are those of the scores after groups were left out: a forced expert of such a group would have 0."""
+    model = build("deepseek_v2", topk_method="group_limited_greedy", n_group=2, topk_group=1)
+    layers = shape_of(model).layers
+    forced = tuple((layer, expert) for layer in layers for expert in (0, EXPERTS - 1))
+    rows = tokens(model, rows=2, length=5)
+    plans = [all_tokens(active_experts=number, force=forced) for number in (2, MORE)]
+    alone = []
+    for plan in plans:
+        handle = attach(model, plan)
+        alone.append(run(model, rows))
+        handle.remove()
+    handle = attach(model, rows=plans)
+    mixed = run(model, rows)
+    handle.remove()
+    for row in range(2):
+        assert torch.allclose(mixed[row], alone[row][row], atol=TOLERANCE), row
+
+
 @functools.cache
 def mixtral():
     return build("mixtral")

@@ -171,7 +171,7 @@ def test_specs_out_of_json():
     assert read_spec(asked) == read_spec(json.dumps(asked)) == SteeringSpec("sport", layers="3")
     with pytest.raises(SteeringError, match="steering has no field volume: its fields are domain, strength, formula"):
         read_spec({"domain": "sport", "volume": 11})
-    with pytest.raises(SteeringError, match="names no domain, and no experts to force or ban"):
+    with pytest.raises(SteeringError, match="names no domain, no experts to force or ban and no active experts"):
         read_spec({"domain": "", "strength": 3})
     assert read_spec({"domain": "", "ban": ["0:1"]}) == SteeringSpec(ban=("0:1",))
 

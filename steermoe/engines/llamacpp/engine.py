@@ -196,6 +196,11 @@ class LlamaCppEngine:
         """As `Engine.encode`."""
         self.tags.of(request.plan)
         asked = None if request.plan is None else request.plan.active_experts
+        if asked is not None and request.plan is not None and request.plan.layers is not None:
+            raise SteeringError(
+                f"llama.cpp gives all layers {asked} active experts, and the plan names layers: leave out `layers`, or "
+                "generate in transformers"
+            )
         if self._active not in (None, asked):
             raise SteeringError(
                 f"this text asks for {asked or 'no number of'} active experts, but llama.cpp was loaded with "
