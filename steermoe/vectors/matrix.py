@@ -13,7 +13,7 @@ from steermoe.files import read_npy
 from steermoe.vectors.file import check_domain_name
 from steermoe.vectors.formats.cells import MAX_NUMBERS
 from steermoe.vectors.formats.content import MAX_BYTES, json_of, read_content, whole_number
-from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo
+from steermoe.vectors.vector import ROW_SUM_TOLERANCE, SteeringVector, VectorInfo, format_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def matrix_vector(
     cluster: str | None,
 ) -> SteeringVector:
     """As `import_matrix`, for the content of the file."""
-    layers = own_layers(path, content) if layers is None else layers
+    layers = _layers(path, content, layers)
     is_weights = isinstance(content, dict) and content.get(WEIGHTS) is True
     matrix = _without_dense_layers(_read(path, _chosen(path, content, cluster, domain), layers, experts), layers)
     numbers = tuple(layers) if layers is not None else tuple(range(len(matrix)))
@@ -88,6 +88,19 @@ def matrix_vector(
         weights=None if is_frequency else matrix,
         info=replace(info, created_by=info.created_by or "steermoe vectors import"),
     )
+
+
+def _layers(path: Path, content: Any, layers: Sequence[int] | None) -> Sequence[int] | None:
+    """The decoder layer of each row, if the caller or the file says it; rows for dense layers may come on top."""
+    own = own_layers(path, content)
+    if layers is None or own is None:
+        return own if layers is None else layers
+    if own not in (list(layers), list(range(max(layers) + 1))):
+        said = quoted(format_layers(own)) if own else "none"
+        raise VectorError(
+            f"'{path}' lists the layers {said}, expected {format_layers(layers)}: it is for another model"
+        )
+    return layers
 
 
 def _without_dense_layers(matrix: "Tensor", layers: Sequence[int] | None) -> "Tensor":

@@ -108,6 +108,24 @@ def test_npz_and_dictionaries_name_their_clusters(tmp_path):
     assert torch.equal(imported(tmp_path, file.getvalue()).experts, torch.from_numpy(SCORES))
 
 
+@pytest.mark.parametrize("top", [None, 1])
+def test_a_table_of_some_experts_is_as_large_as_its_model(tmp_path, top):
+    """Experts 0 to n of each of its layers look like all of them."""
+    vector = imported(tmp_path, b"layer,expert,weight\n1,0,1\n", shape=shape(), top=top)
+    assert (vector.layers, vector.experts.tolist()) == ((0, 1), [[0, 0, 0, 0], [1, 0, 0, 0]])
+
+
+def test_the_layers_of_our_json_must_be_those_of_the_model(tmp_path):
+    data = exported(SteeringVector("sport", None, (5, 6), weights=torch.from_numpy(SCORES)), "json")[0]
+    with pytest.raises(VectorError, match="lists the layers 5-6, expected 0-1: it is for another model"):
+        imported(tmp_path, data, shape=shape())
+    with pytest.raises(VectorError, match="lists the layers none, expected 0-1"):
+        imported(tmp_path, data.replace(b"[5, 6]", b"[]"), shape=shape())
+    assert imported(tmp_path, data, shape=shape((5, 6))).layers == (5, 6)
+    dense = SteeringVector("sport", None, (0, 1, 2), weights=torch.from_numpy(np.vstack([0 * SCORES[:1], SCORES])))
+    assert imported(tmp_path, exported(dense, "json")[0], shape=shape((1, 2))).layers == (1, 2)
+
+
 def test_raw_numbers_of_another_model_need_it(tmp_path):
     experts = np.array([[0, 0, 0, 0], [0.5, 0, 0, -2]], dtype="<f4")
     vector = imported(tmp_path, experts.tobytes(), format="ds4", shape=shape((1,)))
@@ -178,6 +196,8 @@ def with_evil() -> bytes:
 
 LAYER = '{"layer_configs": {"0": '
 BIG = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") + (2**60).to_bytes(8, "little")
+TWO_LAYERS = SteeringVector("sport", None, (1, 10), weights=torch.from_numpy(SCORES))
+TWIN = SteeringVector("sport", None, (3, 4), weights=torch.from_numpy(SCORES))
 REFUSED = [
     (pickle.dumps(Evil()), {}, r"is a pickle that asks for 'builtins.eval': expected a table of pandas"),
     (with_evil(), {}, r"asks for 'builtins.eval'"),
@@ -226,7 +246,34 @@ REFUSED = [
     (b"layer,expert,weight\n", {}, "has no lines below its first one"),
     (b"layer,expert,weight\n0,5,1\n", {}, "does not say how many experts a layer has: pass --model"),
     (b"layer,expert,weight\n0,99999,1\n", {"shape": shape()}, "names expert 99999 of layer 0, expected numbers from 0"),
+    (
+        b"layer,expert,weight\n1,4,0\n1,0,1\n1,1,0\n1,2,0\n1,3,0\n",
+        {"shape": shape()},
+        "names expert 4 of layer 1, tiny has 0 to 3",
+    ),
+    (
+        b'{"per_layer": {"7": {"1": {"weighted_score": 1}}, "07": {}}}',
+        {},
+        "a layer is '07', but 7 is there already, expected each once: keep one",
+    ),
+    (
+        b'{"per_layer": {"7": {"1": {"weighted_score": 1}, "01": {"weighted_score": 2}}}}',
+        {},
+        "an expert of layer 7 is '01', but 1 is there already",
+    ),
+    (b'{"layer_configs": {"7": {}, "07": {}}}', {}, "a layer is '07', but 7 is there already"),
+    (
+        b'{"format": "ds4-expert-steering-v1", "shape": [43, 256], "layer_report": [{"layer": 7}, {"layer": "07"}]}',
+        {},
+        "layer 7 is there twice in layer_report, expected each once: keep one",
+    ),
     (b"GGUF", {}, "is a damaged GGUF file, or one of a model"),
+    (
+        exported(TWO_LAYERS, "gguf")[0].replace(b"router.10", b"router.01"),
+        {},
+        "has a tensor 'router.01', but one of layer 1 is there already",
+    ),
+    (exported(TWIN, "gguf")[0].replace(b"router.4", b"router.3"), {}, "is a damaged GGUF file"),
     (BIG, {}, "is a damaged GGUF file, or one of a model"),
     (b"PK\x03\x04", {}, "is a damaged .npz file"),
     (b"\xff\xfe\x00", {}, "is neither JSON nor .npy, .npz"),

@@ -34,6 +34,7 @@ class Cells:
         weights: of (layer, expert); the others are 0.
         layers: the layers that the file speaks of, those with zeros included; None for those in `weights`.
         experts: N, if the file says it.
+        is_guess: `experts` is one more than the largest that it names; a model's N takes its place.
         by_router: its layers are those with routers, however it numbers them; else they are decoder layers.
         formula, strength: what its tool does to the logits, if a formula does the same.
         is_dsmoe: they are scores of DSMoE, which adds to the logits of the best experts.
@@ -46,6 +47,7 @@ class Cells:
     formula: Formula | None = None
     strength: float | None = None
     is_dsmoe: bool = False
+    is_guess: bool = False
 
     def vector(self, name: str, domain: str, shape: RoutingShape | None) -> SteeringVector:
         """The vector with these weights.
@@ -67,7 +69,8 @@ class Cells:
         import torch
 
         self._check(name)
-        experts = self.experts if self.experts is not None else shape.num_experts if shape is not None else None
+        is_own = self.experts is not None and (shape is None or not self.is_guess)
+        experts = self.experts if is_own or shape is None else shape.num_experts
         if experts is None:
             raise VectorError(f"'{name}' does not say how many experts a layer has: pass --model")
         own = self._own_layers()
@@ -81,7 +84,7 @@ class Cells:
         matrix = torch.zeros(len(layers), experts)
         for (layer, expert), weight in self.weights.items():
             if expert >= experts:
-                of = "the file has" if shape is None or self.experts is not None else f"{shape.name} has"
+                of = "the file has" if shape is None or is_own else f"{shape.name} has"
                 raise VectorError(f"'{name}' names expert {expert} of layer {layer}, {of} 0 to {experts - 1}")
             if weight:
                 matrix[row_of[place[layer]], expert] = weight
@@ -175,7 +178,8 @@ def strongest(name: str, cells: Cells, top: int | None, bottom: int | None, most
     for layer, expert in lowered:
         deactivate.setdefault(layer, []).append(expert)
     chosen = toggled(activate, deactivate)
-    return replace(chosen, layers=_layers(cells), experts=cells.experts, by_router=cells.by_router)
+    layers, experts = _layers(cells), cells.experts
+    return replace(chosen, layers=layers, experts=experts, is_guess=cells.is_guess, by_router=cells.by_router)
 
 
 def _layers(cells: Cells) -> tuple[int, ...]:

@@ -72,6 +72,23 @@ def whole_number(name: str, value: Any, what: str) -> int:
     raise VectorError(f"'{name}': {what} is {shown(value)}, expected a whole number from 0 on")
 
 
+def numbered(name: str, entries: dict[str, Any], what: str) -> dict[int, Any]:
+    """Entries by layer or by expert.
+
+    Raises:
+        VectorError: a key is no number, or two are the same one, such as "7" and "07".
+    """
+    found: dict[int, Any] = {}
+    for key, entry in entries.items():
+        place = whole_number(name, key, what)
+        if place in found:
+            raise VectorError(
+                f"'{name}': {what} is {shown(key)}, but {place} is there already, expected each once: keep one"
+            )
+        found[place] = entry
+    return found
+
+
 def number(name: str, value: Any, what: str) -> float:
     """A weight.
 

@@ -80,6 +80,8 @@ def read_ds4_report(name: str, content: Any) -> Cells:
         if not isinstance(entry, dict):
             raise VectorError(f"'{name}': an entry of layer_report is {shown(entry)}, expected an object")
         layer = whole_number(name, entry.get("layer"), "a layer")
+        if layer in lists["activate"]:
+            raise VectorError(f"'{name}': layer {layer} is there twice in layer_report, expected each once: keep one")
         for kind, found in lists.items():
             listed = entry.get(kind, [])
             if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):

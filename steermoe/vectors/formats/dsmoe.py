@@ -10,7 +10,7 @@ from typing import Any
 
 from steermoe.errors import VectorError, shown
 from steermoe.vectors.formats.cells import Cells
-from steermoe.vectors.formats.content import number, whole_number
+from steermoe.vectors.formats.content import number, numbered
 
 KEY, SCORE = "per_layer", "weighted_score"
 
@@ -29,12 +29,10 @@ def read_dsmoe(name: str, content: Any) -> Cells:
     if not isinstance(layers, dict) or not layers:
         raise VectorError(f"'{name}' has no scores: expected {{\"{KEY}\": {{LAYER: {{EXPERT: ...}}}}}}, as of DSMoE")
     weights = {}
-    for key, experts in layers.items():
-        layer = whole_number(name, key, "a layer")
+    for layer, experts in numbered(name, layers, "a layer").items():
         if not isinstance(experts, dict):
             raise VectorError(f"'{name}': layer {layer} is {shown(experts)}, expected an object of experts")
-        for place, entry in experts.items():
-            expert = whole_number(name, place, f"an expert of layer {layer}")
+        for expert, entry in numbered(name, experts, f"an expert of layer {layer}").items():
             if not isinstance(entry, dict) or SCORE not in entry:
                 raise VectorError(
                     f"'{name}': expert {expert} of layer {layer} is {shown(entry)}, expected an object with {SCORE}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from steermoe.errors import VectorError, shown
 from steermoe.vectors.formats.cells import Cells, toggled
-from steermoe.vectors.formats.content import number, whole_number
+from steermoe.vectors.formats.content import number, numbered, whole_number
 from steermoe.vectors.vector import SteeringVector
 
 KEY = "layer_configs"
@@ -38,8 +38,7 @@ def read_easysteer(name: str, content: Any) -> Cells:
     activate: dict[int, list[int]] = {}
     deactivate: dict[int, list[int]] = {}
     soft: dict[tuple[int, int], float] = {}
-    for key, config in layers.items():
-        layer = whole_number(name, key, "a layer")
+    for layer, config in numbered(name, layers, "a layer").items():
         if not isinstance(config, dict):
             raise VectorError(f"'{name}': layer {layer} is {shown(config)}, expected an object with expert_ids")
         mode = config.get("mode", "activate")

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import VectorError, quoted, reason
@@ -214,6 +215,8 @@ def _columns(table: Any, wanted: tuple[str, ...]) -> dict[str, "NDArray[Any]"]:
     manager = _made(_made(table, "DataFrame").state["_mgr"], "BlockManager")
     assert manager.args is not None
     blocks, axes = manager.args
+    if len(blocks) > MAX_COLUMNS:
+        raise ValueError
     names = _names(axes[0])
     found: dict[str, NDArray[Any]] = {}
     for block in blocks:
@@ -272,7 +275,9 @@ def _arrow_texts(array: Any) -> list[str]:
     )
     is_large = (_made(kind, "type_for_alias").args or ())[0].startswith("large")
     places = struct.unpack_from(f"<{length + 1}{'q' if is_large else 'i'}", ends)
-    return [text[places[number] : places[number + 1]].decode() for number in range(length)]
+    if places[0] < 0 or places[-1] > len(text) or any(start > end for start, end in pairwise(places)):
+        raise ValueError
+    return [text[start:end].decode() for start, end in pairwise(places)]
 
 
 def _bytes(value: Any) -> bytes:
@@ -301,7 +306,10 @@ def _array(value: Any) -> "NDArray[Any]":
         _, shape, dtype, is_fortran, content = _made(value, "_reconstruct").state
         order = "F" if is_fortran else "C"
     content, kind = _bytes(content), _dtype(dtype)
-    if not all(type(size) is int and size >= 0 for size in shape) or order not in ("C", "F"):
+    most = max(len(content), MAX_COLUMNS)  # an array without rows has no bytes
+    if len(shape) not in (1, 2) or not all(type(size) is int and 0 <= size <= most for size in shape):
+        raise ValueError
+    if order not in ("C", "F"):
         raise ValueError
     if math.prod(shape) * kind.itemsize != len(content):
         raise ValueError

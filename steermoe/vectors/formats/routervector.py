@@ -128,6 +128,11 @@ def read_routervector(name: str, content: bytes) -> Cells:
         at, size = start + tensor.offset, tensor.sizes[0]
         if at + 4 * size > len(content) or layer >= MAX_LAYERS:
             raise VectorError(f"'{name}' ends inside of the tensor {shown(key)}, or numbers no layer: get it again")
+        if (layer, 0) in weights:
+            raise VectorError(
+                f"'{name}' has a tensor {shown(key)}, but one of layer {layer} is there already, expected each once: "
+                "keep one"
+            )
         row = struct.unpack_from(f"<{size}f", content, at)
         weights |= {(layer, expert): weight for expert, weight in enumerate(row)}
         sizes.add(size)
@@ -160,6 +165,8 @@ def _header(content: bytes) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
     tensors = {}
     for _ in range(tensor_count):
         key = reader.text()
+        if key in tensors:
+            raise ValueError(f"{shown(key)} is there twice")
         sizes = tuple(reader.number("Q") for _ in range(min(reader.number("I"), MAX_DIMENSIONS)))
         tensors[key] = _Tensor(reader.number("I"), sizes, reader.number("Q"))
     alignment = metadata.get("general.alignment", 32)

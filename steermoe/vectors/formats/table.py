@@ -17,7 +17,7 @@ MAX_LINES = 2**21
 def read_csv(name: str, text: str) -> Cells:
     """The weights of a table; its first line names the columns, of which it may have others too.
 
-    If it has a line for each expert of each layer, it says itself how many there are.
+    If it has a line for each expert of each layer, it says itself how many there are, unless a model does.
 
     Args:
         name: the file, for messages.
@@ -62,7 +62,7 @@ def read_csv(name: str, text: str) -> Cells:
         raise VectorError(f"'{name}' has no lines below its first one: expected one per expert")
     layers = {layer for layer, _ in weights}
     experts = 1 + max(expert for _, expert in weights)
-    return Cells(weights, experts=experts if len(weights) == len(layers) * experts else None)
+    return Cells(weights, experts=experts if len(weights) == len(layers) * experts else None, is_guess=True)
 
 
 def _weight(name: str, line: str, text: str) -> float:

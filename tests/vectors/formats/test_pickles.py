@@ -2,6 +2,7 @@
 
 import base64
 import pickle
+import struct
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from steermoe.errors import VectorError
 from steermoe.vectors.formats import pickles
-from steermoe.vectors.formats.pickles import read_table
+from steermoe.vectors.formats.pickles import Made, read_table
 from steermoe.vectors.formats.ranking import COLUMNS, read_ranking
 from tests.support import other_tools
 from tests.vectors.test_file import EDITS, edited
@@ -118,6 +119,38 @@ def test_deep_nesting_is_an_error_not_a_crash():
     deep = b"\x80\x04}" + b"(" + b")" + b"\x85" * 200_000 + b"Nu."
     with pytest.raises(VectorError, match="entries whose names are no text"):
         read_ranking("x.pkl", deep)
+
+
+@pytest.mark.parametrize("shape", [(2**2000,) * 100_000, (2**2000, 0), (), (1, 1, 1)], ids=["long", "huge", "0", "3"])
+def test_shapes_are_checked_before_they_are_multiplied(shape):
+    content = bytes(8 if 0 not in shape else 0)
+    with pytest.raises(ValueError, match=r"^$"):
+        pickles._array(Made("numpy._frombuffer", (content, Made("numpy.dtype", ("f8",)), shape, "C")))
+
+
+def arrow(ends: tuple[int, ...], text: bytes) -> Made:
+    offsets = struct.pack(f"<{len(ends)}q", *ends)
+    buffers = [None, *(Made("pyarrow.lib.py_buffer", (content,)) for content in (offsets, text))]
+    kind = Made("pyarrow.lib.type_for_alias", ("large_string",))
+    return Made("pyarrow.lib._restore_array", ((kind, len(ends) - 1, 0, 0, buffers, []),))
+
+
+def test_names_of_pyarrow_do_not_overlap():
+    assert pickles._arrow_texts(arrow((1, 3, 3, 5), b"-abcd")) == ["ab", "", "cd"]
+    for ends in ((0, 5, 0, 5), (-5, 5), (0, 6)):
+        with pytest.raises(ValueError, match=r"^$"):
+            pickles._arrow_texts(arrow(ends, b"abcde"))
+
+
+def test_a_table_has_no_more_blocks_than_columns(monkeypatch):
+    table = pickle.dumps(pd.DataFrame({"layer": [0], "expert": [0], "risk_diff": [0.5]}))
+    monkeypatch.setattr(pickles, "MAX_COLUMNS", 4)
+    assert len(read_table("x.pkl", table, COLUMNS)) == 3
+    read = pickles._Machine().run(table)
+    manager = read.state["_mgr"]
+    manager.args = (manager.args[0] * 3, manager.args[1])
+    with pytest.raises(ValueError, match=r"^$"):
+        pickles._columns(read, COLUMNS)
 
 
 @pytest.mark.fuzz
