@@ -69,12 +69,13 @@ def _unreachable(why: str) -> str:
 
 
 @contextmanager
-def hub_errors(repo: str, revision: str = "") -> Iterator[None]:
+def hub_errors(repo: str = "", revision: str = "", *, what: str = "") -> Iterator[None]:
     """Turn whatever the Hub's client raises into one line.
 
     Args:
         repo: the repository that is read or written, for the message.
         revision: the one that was asked for, if any.
+        what: in words, such as "the search", where it is no repository; messages do not quote it.
 
     Raises:
         HubError: with the reason and the fix.
@@ -84,13 +85,12 @@ def hub_errors(repo: str, revision: str = "") -> Iterator[None]:
     except SteerMoEError:
         raise
     except Exception as error:  # the client's, of its two HTTP libraries, or of the disk
-        raise _explained(error, repo, revision) from error
+        raise _explained(error, what or f"'{quoted(repo)}'", revision) from error
 
 
-def _explained(error: Exception, repo: str, revision: str) -> HubError:
+def _explained(error: Exception, name: str, revision: str) -> HubError:
     from huggingface_hub import errors as known
 
-    name = f"'{quoted(repo)}'"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of an upload in a thread
         error = error.__cause__
     if isinstance(error, known.GatedRepoError):

@@ -255,7 +255,8 @@ def licence_id(licence: str) -> str:
     found = licence.strip().lower()
     if found and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,39}", found):
         raise VectorError(
-            f"licence {licence[:60]!r} is none that the Hub knows: write one such as apache-2.0 or cc-by-4.0"
+            f"licence {licence[:60]!r} is none that the Hub knows: name one with --licence, such as apache-2.0 or "
+            "cc-by-4.0"
         )
     return found
 

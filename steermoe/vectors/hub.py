@@ -35,8 +35,8 @@ MAIN = "main"
 """The branch that is meant if no revision is named."""
 MOST_VECTORS = 256
 """Of a pack that is pulled whole."""
-MOST_FOLDER_NAME = 80
-"""Characters of a folder's name that a model gives it."""
+MOST_FOLDER_NAME = 200
+"""Bytes of a folder's name that a model gives it."""
 REPO = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII)
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,99}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -136,7 +136,7 @@ class Pack:
         asked: the revision that was asked for, which the cache keeps the commit under.
         files: of its vectors, by domain.
         others: names of what else ends in .safetensors, which is never read: no domain is called so.
-        names: of all its files; empty if it was found in the cache.
+        sizes: of all its files, by name, None where the Hub does not say; empty if it was found in the cache.
         why_cached: why its copy in the cache was taken; "" if the Hub answered.
     """
 
@@ -145,7 +145,7 @@ class Pack:
     asked: str
     files: dict[str, Listed]
     others: tuple[str, ...] = ()
-    names: frozenset[str] = frozenset()
+    sizes: dict[str, int | None] = field(default_factory=dict)
     why_cached: str = ""
     token: str | None = field(default=None, repr=False)
 
@@ -163,34 +163,34 @@ def open_pack(repo: str, revision: str = "", token: str | None = None) -> Pack:
     """
     check_repo(repo)
     check_revision(revision)
-    try:
-        check_reachable()
-    except HubUnreachable as error:
-        return _cached_pack(repo, revision or MAIN, error)
     from huggingface_hub import HfApi
 
-    with hub_errors(repo, revision):
-        api = HfApi(endpoint(), token)
-        info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=patience())
+    try:
+        check_reachable()
+        with hub_errors(repo, revision):
+            api = HfApi(endpoint(), token)
+            info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=patience())
+    except HubUnreachable as error:
+        return _cached_pack(repo, revision or MAIN, error)
     return _pack_of(info, repo, revision or MAIN, token)
 
 
 def _pack_of(info: Any, repo: str, asked: str, token: str | None) -> Pack:
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise HubError(f"the Hub names {shown(info.sha)} as the commit of '{repo}': what answers is no Hub")
-    files, others, names = {}, [], set()
+    files: dict[str, Listed] = {}
+    sizes: dict[str, int | None] = {}
+    others = []
     for one in info.siblings or ():
         name = str(one.rfilename)
-        names.add(name)
+        size = sizes[name] = one.size if type(one.size) is int else None
         domain = name.removesuffix(SUFFIX)
         if name.endswith(SUFFIX) and domain != normal_name(domain):
             others.append(name)
         elif name.endswith(SUFFIX):
             sha256 = str(one.lfs.sha256) if one.lfs else ""
-            files[domain] = Listed(
-                name, one.size if type(one.size) is int else None, sha256, "" if sha256 else str(one.blob_id or "")
-            )
-    return Pack(repo, info.sha, asked, files, tuple(others), frozenset(names), token=token)
+            files[domain] = Listed(name, size, sha256, "" if sha256 else str(one.blob_id or ""))
+    return Pack(repo, info.sha, asked, files, tuple(others), sizes, token=token)
 
 
 def _cached_pack(repo: str, asked: str, why: HubUnreachable) -> Pack:
@@ -362,7 +362,7 @@ def pull(
     vectors = [sourced(pack, domain) for domain in dict.fromkeys(domains or sorted(pack.files))]
     written = {}
     for vector in vectors:
-        name = folder_name(vector.info.model)[:MOST_FOLDER_NAME] or "pulled"
+        name = folder_name(vector.info.model).encode()[:MOST_FOLDER_NAME].decode(errors="ignore") or "pulled"
         written[(folder or Path("steering_vectors") / name) / f"{vector.domain}{SUFFIX}"] = vector
     if (there := next((path for path in written if path.exists()), None)) and not overwrite:
         raise VectorError(f"'{there}' already exists: pass --force to overwrite it, or --output for another folder")

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steermoe.errors import VectorError, shown
+from steermoe.errors import HubUnreachable, VectorError, shown
 from steermoe.figures import check_matplotlib
 from steermoe.hub import check_reachable, endpoint, hub_errors, patience
 from steermoe.vectors.card import Card, Entry, Measured, licence_id, read_metadata, recorded
 from steermoe.vectors.file import SUFFIX, VectorHeader, check_domain_name, read_header, write_vector
-from steermoe.vectors.hub import Pack, check_repo, fetch, open_pack
+from steermoe.vectors.hub import REPO, Pack, check_repo, fetch, open_pack
 from steermoe.vectors.vector import SteeringVector
 
 CARD = "README.md"
 MOST_CARD_BYTES = 2**20
+FOLDERS = frozenset(("checkpoint", "checkpoints", "data", "model", "models", "out", "output", "outputs", "tmp"))
+"""What models/mine begins with, which is a folder, though it looks like a repository."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Push:
         private: whether a new repository is private; None for what the account has by default.
         token: instead of the saved one.
         base_model: the model's id on the Hub; "" for the one of the pack's card, or the model's name, if that is one.
-        licence: of the vectors; "" for the one of the pack's card, or the one that they name.
+        licence: of the vectors; "" for the one of the pack's card, or the one that all of them name.
         measured: success of vectors, by domain.
         run_with: what --model takes in the card's commands; None for the base model.
         about: a sentence about the model for the card.
@@ -54,17 +56,30 @@ class Push:
             VectorError: a licence or a base model that is none; vectors of several licences, and none was named.
         """
         said = {name: value for name in ("base_model", "license") if isinstance(value := known.get(name), str)}
-        licences = {licence_id(header.info.licence) for header in headers if header.info.licence}
-        licence = licence_id(self.licence or said.get("license", ""))
-        if len(licences) > 1 and not licence:
-            listed = ", ".join(sorted(licences))
-            raise VectorError(f"the vectors have several licences ({listed}): name one of the pack with --licence")
+        licence = licence_id(self.licence or said.get("license", "")) or _common_licence(headers)
         model = headers[0].info.model
-        own = model if model.count("/") == 1 and not Path(model).is_absolute() else ""
-        base = self.base_model or said.get("base_model") or own
+        base = self.base_model or said.get("base_model") or _hub_id(model)
         base = check_repo(base) if base else ""
-        licence = licence or next(iter(licences), "")
         return Card(repo, base, licence, base or model if self.run_with is None else self.run_with, self.about)
+
+
+def _common_licence(headers: Sequence[VectorHeader]) -> str:
+    """The licence that all vectors name; "" if one of them names none.
+
+    Raises:
+        VectorError: they name several, or what is none.
+    """
+    licences = {licence_id(header.info.licence) for header in headers}
+    if len(licences - {""}) > 1:
+        listed = ", ".join(sorted(licences - {""}))
+        raise VectorError(f"the vectors have several licences ({listed}): name one of the pack with --licence")
+    return min(licences)
+
+
+def _hub_id(model: str) -> str:
+    """The model's id on the Hub, if its name can be one; "" for what is or looks like a folder."""
+    is_id = REPO.fullmatch(model) and not model.endswith(".git") and model.partition("/")[0].lower() not in FOLDERS
+    return model if is_id and not Path(model).exists() else ""
 
 
 @dataclass(frozen=True)
@@ -94,17 +109,20 @@ def push(vectors: Sequence[SteeringVector], repo: str, wanted: Push | None = Non
     check_matplotlib()
     with tempfile.TemporaryDirectory() as scratch:
         written = write_files(vectors, Path(scratch))
-        wanted.card(repo, list(written.values()), {})
         check_reachable()
         api = HfApi(endpoint(), wanted.token)
         with hub_errors(repo):
+            if not api.repo_exists(repo):
+                wanted.card(repo, list(written.values()), {})  # nothing is created for what can't be pushed
             api.create_repo(repo, private=wanted.private, exist_ok=True)
         pack = open_pack(repo, token=wanted.token)
+        if pack.why_cached:  # the copy has no card, and what is there must stay
+            raise HubUnreachable(pack.why_cached)
         headers = {**_others(pack, written), **written}
-        existing = _card_of(pack) if CARD in pack.names else ""
+        existing = _card_of(pack) if CARD in pack.sizes else ""
         known = read_metadata(existing, repo)
         card = wanted.card(repo, list(headers.values()), known)
-        pictures = {f"{domain}.png" for domain in written} | pack.names
+        pictures = {f"{domain}.png" for domain in written} | pack.sizes.keys()
         entries = _entries(headers, wanted.measured, known, pictures)
         (Path(scratch) / CARD).write_text(card.write(entries, existing), encoding="utf-8")
         for vector in vectors:
@@ -178,6 +196,9 @@ def _card_of(pack: Pack) -> str:
     """
     from huggingface_hub import hf_hub_download
 
+    too_large = f"it has more than {MOST_CARD_BYTES:,} bytes"
+    if (pack.sizes[CARD] or 0) > MOST_CARD_BYTES:
+        raise VectorError(f"the {CARD} of '{pack.repo}' is no card ({too_large}): mend it")
     with hub_errors(pack.repo):
         path = Path(
             hf_hub_download(
@@ -189,10 +210,11 @@ def _card_of(pack: Pack) -> str:
                 etag_timeout=patience(),
             )
         )
-    content = path.read_bytes()[: MOST_CARD_BYTES + 1]
+    with path.open("rb") as file:
+        content = file.read(MOST_CARD_BYTES + 1)
     try:
         if len(content) > MOST_CARD_BYTES:
-            raise ValueError(f"it has more than {MOST_CARD_BYTES:,} bytes")
+            raise ValueError(too_large)
         return content.decode()
     except ValueError as error:
         raise VectorError(f"the {CARD} of '{pack.repo}' is no card ({error}): mend it") from error

@@ -1,7 +1,9 @@
 """Find packs of vectors on the Hub. What the Hub answers about them, others wrote: it is checked, and only shown."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from steermoe.hub import check_reachable, endpoint, hub_errors
@@ -13,6 +15,7 @@ MOST_PACKS = 1000
 """The most downloaded ones, among which is searched."""
 MOST_LISTED = 256
 """Domains and keywords that are kept of one pack."""
+DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 @dataclass(frozen=True)
@@ -69,45 +72,51 @@ def search(text: str = "", model: RoutingShape | None = None, token: str | None 
     Raises:
         HubError: the Hub gives no answer, or an odd one.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub.utils import build_hf_headers, paginate
 
     check_reachable()
-    with hub_errors("the search"):
-        listed = HfApi(endpoint(), token).list_models(
-            filter=TAG, sort="downloads", limit=MOST_PACKS, full=True, cardData=True
-        )
-        found = [_found(info) for info in listed]
+    asked = {"filter": TAG, "sort": "downloads", "limit": MOST_PACKS, "full": True, "cardData": True}
+    with hub_errors(what="the search"):  # HfApi.list_models raises TypeError for some keys of a card
+        pages = paginate(f"{endpoint()}/api/models", asked, build_hf_headers(token=token))
+        listed = list(islice(pages, MOST_PACKS))
+    found = [pack for one in listed if (pack := _found(one)) is not None]
     chosen = [pack for pack in found if pack.is_about(text) and (model is None or pack.fits(model))]
-    return chosen, len(found) == MOST_PACKS
+    return chosen, len(listed) == MOST_PACKS
 
 
-def _found(info: Any) -> PackFound:
-    """A pack, from what the Hub says; what is not of the expected kind is left out."""
-    card = info.card_data.to_dict() if info.card_data is not None else {}
-    own = card.get(KEY)
-    own = own if isinstance(own, Mapping) else {}
-    records = own.get("vectors")
-    words = [
-        word
-        for record in (records if isinstance(records, list) else [])[:MOST_LISTED]
-        if isinstance(record, Mapping) and isinstance(record.get("keywords"), list)
-        for word in record["keywords"]
-    ]
-    names = [str(one.rfilename) for one in info.siblings or ()]
+def _found(info: Any) -> PackFound | None:
+    """A pack, from the Hub's JSON; what is not of the expected kind is left out. None if it has no name."""
+    info = _mapping(info)
+    repo, downloads = _text(info.get("id")), info.get("downloads")
+    if not repo:
+        return None
+    card = _mapping(info.get("cardData"))
+    own = _mapping(card.get(KEY))
+    records = map(_mapping, _list(own.get("vectors"))[:MOST_LISTED])
+    words = [word for record in records for word in _list(record.get("keywords"))]
+    names = [_text(_mapping(one).get("rfilename")) for one in _list(info.get("siblings"))]
     domains = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
     base = card.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return PackFound(
-        repo=str(info.id),
+        repo=repo,
         domains=tuple(sorted(one for one in domains if one == normal_name(one))[:MOST_LISTED]),
         model=_text(own.get("model")),
         base_model=_text(base),
         fingerprint=_text(own.get("fingerprint")),
         licence=_text(card.get("license")),
         keywords=tuple(word for word in words if isinstance(word, str))[:MOST_LISTED],
-        downloads=info.downloads or 0,
-        updated=f"{info.last_modified:%Y-%m-%d}" if info.last_modified else "",
+        downloads=downloads if type(downloads) is int else 0,
+        updated=day[0] if (day := DAY.match(_text(info.get("lastModified")))) else "",
     )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str:

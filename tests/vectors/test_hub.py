@@ -227,7 +227,7 @@ def test_names_that_would_leave_the_folder(hub, pack, content, bare_search_path)
     }
 
 
-@pytest.mark.parametrize("model", ["../../evil", "..", "/", "a/../..", "x" * 300, "a\nb", ""])
+@pytest.mark.parametrize("model", ["../../evil", "..", "/", "a/../..", "x" * 300, "\U0001f600" * 80, "a\nb", ""])
 def test_a_model_s_name_stays_in_the_folder(hub, content, make_vector, bare_search_path, model):
     hub.add("you/pack", {"sport.safetensors": content(info=replace(make_vector().info, model=model))})
     (path,) = pull(open_pack("you/pack"))
@@ -285,6 +285,19 @@ def test_a_hub_that_is_away(hub, pack, monkeypatch):
     ) as error:
         find("hub:you/new/sport")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_answers_and_then_is_away(pack, monkeypatch):
+    path = find("hub:you/pack/sport")
+    monkeypatch.setattr(hubs, "_found", {})
+
+    def away(*arguments, **named):
+        raise HubUnreachable("can't reach the Hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", away)
+    assert find("hub:you/pack/sport") == path
+    with pytest.raises(HubUnreachable, match="nothing of 'you/new'"):
+        find("hub:you/new/sport")
 
 
 def test_a_damaged_copy_is_noticed_offline(pack, go_offline, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants, hf_hub_download
 
+from steermoe.errors import HubUnreachable
 from steermoe.models import checkpoint
 from steermoe.models.checkpoint import _locate
 from steermoe.models.description import describe
@@ -18,6 +19,7 @@ from steermoe.vectors.file import read_header, read_vector, write_vector
 from steermoe.vectors.pushing import Push, preview
 from steermoe.vectors.vector import SteeringVector, VectorInfo
 from tests.conftest import TOP_K
+from tests.support.hub import Answer
 
 pytest.importorskip("matplotlib")
 
@@ -190,6 +192,69 @@ def test_a_dry_run_asks_nobody(hub, vectors, run):
     assert (known["license"], known["base_model"]) == ("cc-by-4.0", "acme/base")
     assert "--model acme/base -d hub:me/pack/food" in done.out
     assert hub.requests == []
+
+
+def write_second(folder, make_vector, **changed):
+    """`./art.safetensors`, whose header differs."""
+    write_vector(make_vector("art", info=VectorInfo(**{**INFO.__dict__, **changed})), folder / "art.safetensors")
+
+
+def test_a_licence_in_words_is_replaced(hub, vectors, make_vector, run):
+    write_second(vectors, make_vector, licence="MIT License")
+    push = ("vectors", "push", "./art.safetensors", "--to", "me/pack")
+    done = run(*push)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "licence 'MIT License' is none that the Hub knows: name one with --licence" in done.err
+    assert hub.repos == {}  # nothing is created for it
+    assert front_matter(run(*push, "--licence", "apache-2.0", "--dry-run").out)["license"] == "apache-2.0"
+    repo = hub.add("me/pack", {"README.md": b"---\nlicense: mit\n---\n"})
+    done = run(*push)
+    assert done.code == 0, done.err
+    assert front_matter(repo.files["README.md"])["license"] == "mit"
+
+
+def test_a_licence_that_not_all_vectors_name(hub, vectors, make_vector, run):
+    write_second(vectors, make_vector, licence="")
+    push = ("vectors", "push", "sport", "./art.safetensors", "--to", "me/pack", "--dry-run")
+    done = run(*push)
+    assert done.code == 0, done.err
+    assert "license" not in front_matter(done.out)
+    assert front_matter(run(*push, "--licence", "mit").out)["license"] == "mit"
+
+
+@pytest.mark.parametrize("model", ["./my-model", "../x", "models/mine", "here/mine", "acme/x.git", "/data/x", "a/b/c"])
+def test_a_model_in_a_folder_is_no_base_model(hub, vectors, make_vector, run, model):
+    (vectors / "here" / "mine").mkdir(parents=True)
+    write_second(vectors, make_vector, model=model)
+    done = run("vectors", "push", "./art.safetensors", "--to", "me/pack")
+    assert done.code == 0, done.err
+    assert "base_model" not in front_matter(hub.repos["me/pack"].files["README.md"])
+    assert "the card names no base model, so nobody finds the pack by it: pass --base-model" in done.err
+
+
+def test_a_card_that_is_too_large_is_not_downloaded(hub, vectors, run, monkeypatch):
+    monkeypatch.setattr("steermoe.vectors.pushing.MOST_CARD_BYTES", 10)
+    hub.add("me/pack", {"README.md": b"x" * 11})
+    done = run("vectors", "push", "sport", "--to", "me/pack")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "the README.md of 'me/pack' is no card (it has more than 10 bytes): mend it" in done.err
+    assert not [one for one in hub.requests if "/resolve/" in one]
+
+
+def test_nothing_is_pushed_onto_a_copy(hub, vectors, run, monkeypatch):
+    run("vectors", "push", "sport", "--to", "me/pack")
+    repo = hub.repos["me/pack"]
+    run("vectors", "pull", "me/pack", "-o", "there")
+    before = dict(repo.commits)
+
+    def away(*arguments, **named):
+        raise HubUnreachable("can't reach the Hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", away)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *arguments, **named: True)
+    done = run("vectors", "push", "food", "--to", "me/pack")
+    assert (done.code, done.err) == (1, "steermoe: can't reach the Hub\n")
+    assert repo.commits == before
 
 
 def test_a_vector_of_another_pack_says_where_it_is_from(shared, run):
@@ -384,6 +449,29 @@ def test_search(hub, pack, run, tiny_checkpoint):
     assert "\x1b" not in table
     assert "me/pack      acme/Tiny-Mixtral  apache-2.0  7          2026-11-29  food, sport\n" in table
     assert run("vectors", "search", "nothing of the kind").err == "no pack of vectors on the Hub is like that\n"
+
+
+def test_a_search_goes_past_packs_of_odd_form(hub, pack, run):
+    card = b"---\ntags: [steermoe-vector]\nself: 1\nignore_metadata_errors: 2\n---\n"
+    hub.add("you/self", {"README.md": card})
+    hub.add("you/nameless", {"README.md": card})
+    hub.add("you/odd", {"README.md": card})
+    odd = {"you/nameless": {"id": None}, "you/odd": {"siblings": [1, {}], "downloads": "x", "lastModified": 5}}
+    hub.on_listing = lambda listing: listing | odd.get(listing["id"], {})
+    done = run("vectors", "search", "--json")
+    assert done.code == 0, done.err
+    found = {one["repo"]: one for one in json.loads(done.out)}
+    assert set(found) == {"me/pack", "you/self", "you/odd"}
+    assert (found["you/odd"]["domains"], found["you/odd"]["downloads"], found["you/odd"]["updated"]) == ([], 0, "")
+
+
+def test_a_search_that_the_hub_refuses(pack, hub, run):
+    def fail(listing):
+        raise Answer(501, "", "too busy")
+
+    hub.on_listing = fail
+    done = run("vectors", "search")
+    assert (done.code, done.err) == (1, "steermoe: the Hub answers 501 for the search (too busy): try again later\n")
 
 
 # ---- no network ----
