@@ -114,7 +114,7 @@ class Serving:
         from steermoe.cli.terminal import console
 
         if self.page is None and find_spec("gradio") is None:
-            console.note("no page at /: it needs Gradio (pip install 'steermoe[play]')", "dim")
+            console.note("steermoe: no page at /: it needs Gradio (pip install 'steermoe[play]')", "dim")
         if not (find_spec("gradio") is not None if self.page is None else self.page):
             return lambda app: None
         from steermoe.serving.page.mounting import mount, require_gradio

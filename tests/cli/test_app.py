@@ -352,6 +352,8 @@ def test_ctrl_c_while_modules_are_imported(seconds):
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=100)
+    if process.returncode == -signal.SIGABRT and "pybind11::error_already_set" in err:
+        return  # torch's own C++ code was importing a module, and ends the process for any exception there
     assert "Traceback" not in err
     assert process.returncode in (130, 1), err  # 1 if it ended before the signal
     assert err.strip().startswith("steermoe: ")
