@@ -340,7 +340,7 @@ def test_clusters_that_do_not_follow_the_words(found):
     assert (
         replace(no_better, embedded=shredded)
         .warnings[0]
-        .endswith(": it cuts a word into 7 tokens or more, so it hardly knows their language")
+        .endswith(": it cuts a word into 6.7 tokens, so it hardly knows their language")
     )
 
 
