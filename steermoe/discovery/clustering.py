@@ -5,9 +5,11 @@ Two algorithms: the consensus of many clusterings, and UMAP with HDBSCAN (Shchuk
 Shapes: B texts, D features per text, K dimensions to cluster in.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -284,10 +286,22 @@ def _places(points: Floats, method: Method) -> Floats:
     return _embed(points, method, method.cluster_dimensions or DIMENSIONS, min_dist=0.0)
 
 
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Keep torch's number of threads: it is OpenMP's, which numba sets to that of the CPUs when it runs UMAP."""
+    torch = sys.modules.get("torch")
+    before = None if torch is None else torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch is not None:
+            torch.set_num_threads(before)
+
+
 def _embed(points: Floats, method: Method, dimensions: int, *, min_dist: float) -> Floats:
     """UMAP's layout [B, dimensions]."""
     texts = len(points)
-    with quietly():
+    with quietly(), torch_threads_kept():
         try:
             from umap import UMAP
         except ImportError as error:

@@ -452,7 +452,6 @@ def in_child(work) -> int:
         warnings.simplefilter("ignore")
         child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # numba may have raised OpenMP's number, and a fork has none of its threads
         try:
             work()
         except BaseException:

@@ -57,6 +57,15 @@ def test_groups_are_found_the_largest_first(metric, dimensions):
     assert (found.probabilities[found.labels < 0] == 0).all()
 
 
+def test_torch_keeps_its_number_of_threads():
+    """Numba sets OpenMP's, which is torch's too; a fork would wait for threads that it lacks."""
+    import torch
+
+    before = torch.get_num_threads()
+    cluster(routing([30, 30])[0])
+    assert torch.get_num_threads() == before
+
+
 def test_the_seed_makes_it_reproducible():
     features, _ = routing([20, 20, 20])
     first, again, other = cluster(features), cluster(features), cluster(features, Method(seed=1))
