@@ -12,6 +12,7 @@ from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.evaluate import Evaluation, Notify, evaluate
 from steermoe.evaluation.judge import FIGURES, Judge
 from steermoe.evaluation.markdown import markdown, rate
+from steermoe.evaluation.measured import HASH_DIGITS
 from steermoe.evaluation.pictures import draw_all
 from steermoe.evaluation.protocol import Design, EvaluationSettings
 from steermoe.evaluation.results import SUMMARY, ResultFolder, StoryRecord
@@ -119,7 +120,8 @@ def comparable(
         "dtype": str(loaded.model.dtype),
         **settings.as_dict(),
         "vectors": {
-            domain: tensors_sha256({"experts": vector.experts.contiguous()})[:16] for domain, vector in vectors.items()
+            domain: tensors_sha256({"experts": vector.experts.contiguous()})[:HASH_DIGITS]
+            for domain, vector in vectors.items()
         },
     }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from steermoe.errors import VectorError
-from steermoe.files import atomic_path, why_not_written
+from steermoe.vectors.file import write_whole
 from steermoe.vectors.formats.easysteer import write_easysteer
 from steermoe.vectors.formats.routervector import write_routervector
 from steermoe.vectors.formats.table import write_csv
@@ -51,10 +51,5 @@ def export_vector(vector: SteeringVector, path: Path, format: ExportFormat) -> i
         VectorError: as `exported`, or the file can't be written.
     """
     content, left_out = exported(vector, format)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise VectorError(f"can't write '{path}': {why_not_written(error)}; name another file or folder") from error
+    write_whole(content, path)
     return left_out

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from steermoe.errors import VectorError, VectorNotFound, reason, shown
-from steermoe.files import atomic_path
+from steermoe.files import atomic_path, why_not_written
 from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS, SteeringVector, VectorInfo
 
 if TYPE_CHECKING:
@@ -280,12 +280,21 @@ def write_vector(vector: SteeringVector, path: Path) -> None:
     }
     header[HEADER_HASH] = header_sha256(header)
     content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    write_whole(content, path)
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Write a file whole or not at all, into a folder that need not exist.
+
+    Raises:
+        VectorError: it can't be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             partial.write_bytes(content)
     except OSError as error:
-        raise VectorError(f"can't write '{path}': {error.strerror}; name another file or folder") from error
+        raise VectorError(f"can't write '{path}': {why_not_written(error)}; name another file or folder") from error
 
 
 def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
