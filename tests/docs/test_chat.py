@@ -3,18 +3,17 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from steermoe.cli.terminal.commands import COMMANDS
 from steermoe.models.default import pull
+from tests.support.pages import code_blocks, read_page, run_console
 
-PAGE = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/chat.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+blocks = partial(code_blocks, PAGE)
 
 
 def test_every_command_is_in_the_table():
@@ -28,12 +27,7 @@ def test_every_command_is_in_the_table():
 def test_block_runs(block, tmp_path):
     if not pull.is_pulled():
         pytest.skip("the default model is not pulled: `make model`")
-    script = f'steermoe() {{ "{sys.executable}" -m steermoe "$@"; }}\nset -e\n{block}'
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, input="Hello\n", capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) > 20
+    assert len(run_console(block, tmp_path, "Hello\n").strip()) > 20
 
 
 @pytest.mark.slow

@@ -1,21 +1,18 @@
 """The examples of docs/files.md, run as written on the default model."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from steermoe.models.default import pull
 from steermoe.vectors.exporting import EXPORT_FORMATS
 from steermoe.vectors.importing import IMPORT_FORMATS
+from tests.support.pages import code_blocks, read_page, run_console
 
-PAGE = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/files.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+blocks = partial(code_blocks, PAGE)
 
 
 def test_every_format_is_in_the_page():
@@ -29,10 +26,7 @@ def test_every_format_is_in_the_page():
 def test_block_runs(block, tmp_path):
     if not pull.is_pulled():
         pytest.skip("the default model is not pulled: `make model`")
-    script = f'steermoe() {{ "{sys.executable}" -m steermoe "$@"; }}\nset -e\n{block}'
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) > 10
+    assert len(run_console(block, tmp_path).strip()) > 10
 
 
 def test_python_runs(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -13,15 +13,12 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 from steermoe.models import loading
 from steermoe.models.default import pull
 from steermoe.models.default.stories import load_stories
+from tests.support.pages import code_blocks, read_page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "llamacpp.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/llamacpp.md")
 FILE = "smollm2-moe-q8_0.gguf"
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-
-
+blocks = partial(code_blocks, PAGE)
 COMMANDS = [
     line for block in blocks("console") for line in block.splitlines() if line.startswith(("steermoe ", "printf "))
 ]

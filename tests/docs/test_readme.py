@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -16,15 +16,12 @@ from steermoe.models import loading
 from steermoe.models.default import pull, spec
 from steermoe.models.default.stories import load_stories
 from steermoe.models.gguf.export import export_gguf
+from tests.support.pages import code_blocks, read_page
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = read_page("README.md")
 PLACEHOLDER = "PATH_OR_HUB_ID"
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-
-
+blocks = partial(code_blocks, README)
 COMMANDS = [
     line
     for block in blocks("console")

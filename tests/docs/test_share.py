@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -10,16 +10,13 @@ from steermoe.models.default import pull
 from steermoe.vectors.file import read_vector
 from steermoe.vectors.library import packaged_vectors
 from steermoe.vectors.pushing import Push, preview
+from tests.support.pages import code_blocks, read_page
 
 pytest.importorskip("matplotlib")
 
-PAGE = (Path(__file__).parents[2] / "docs" / "share.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/share.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.replace("USER/", "me/"), flags=re.DOTALL | re.MULTILINE)
-
-
+blocks = partial(code_blocks, PAGE.replace("USER/", "me/"))
 COMMANDS = [line for block in blocks("console") for line in block.splitlines()]
 SLOW = [command for command in COMMANDS if "evaluation" in command]
 QUICK = [command for command in COMMANDS if command not in SLOW]

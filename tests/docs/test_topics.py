@@ -1,20 +1,17 @@
 """The examples of docs/topics.md, run as written but on a tiny random model, with fewer texts."""
 
-import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from steermoe.evaluation import provision
+from tests.support.pages import code_blocks, read_page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "topics.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/topics.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-
-
+blocks = partial(code_blocks, PAGE)
 COMMANDS = [line for block in blocks("console") for line in block.splitlines() if not line.startswith("#")]
 
 

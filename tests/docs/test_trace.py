@@ -3,20 +3,17 @@
 import re
 import shlex
 from dataclasses import fields
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from steermoe.engines.trace import Trace
 from steermoe.vectors.file import write_vector
+from tests.support.pages import code_blocks, read_page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trace.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/trace.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-
-
+blocks = partial(code_blocks, PAGE)
 COMMANDS = [line for block in blocks("console") for line in block.splitlines()]
 
 

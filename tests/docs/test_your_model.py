@@ -1,21 +1,17 @@
 """The examples of docs/your_model.md, run as written on a tiny random model, with a few of the packaged texts."""
 
-import re
 import shlex
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from steermoe.discovery import packaged, packaged_vectors
 from steermoe.evaluation import provision, verification
+from tests.support.pages import code_blocks, read_page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "your_model.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/your_model.md")
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-
-
+blocks = partial(code_blocks, PAGE)
 COMMANDS = [line for block in blocks("console") for line in block.splitlines() if line.startswith("steermoe ")]
 
 
