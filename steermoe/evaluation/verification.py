@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Verification:
         self, loaded: LoadedModel, narrow: Callable[[str], LoadedModel], own: Callable[[], LoadedModel]
     ) -> None:
         self.loaded = loaded
-        self._narrow, self._own = narrow, own
+        self._narrow, self._load_own = narrow, own
         self._engine = HFEngine(loaded, compiled=False)
         self._vector = random_vector(loaded, 0)
 
@@ -112,6 +113,11 @@ class Verification:
             except (SteerMoEError, RuntimeError, NotImplementedError, ValueError) as error:
                 passed, found, expected = False, reason(error), "no error"
             yield Check(name, passed, found, expected, time.perf_counter() - started)
+
+    @cached_property
+    def _own(self) -> LoadedModel:
+        """As `generate` loads it."""
+        return self._load_own()
 
     def strength_0(self) -> Outcome:
         ids = self._ids()
@@ -190,7 +196,7 @@ class Verification:
 
     def compiled(self) -> Outcome:
         """Compiled steps against plain ones, in the model's own type."""
-        own = self._own()
+        own = self._own
         engine = HFEngine(own)
         steps = engine.compiled_steps()
         if steps is None or not steps.serves(1):
@@ -200,7 +206,7 @@ class Verification:
         return self._against_one_pass(done, plan, own, COMPILED_ERROR)
 
     def speed(self) -> Outcome:
-        own = self._own()
+        own = self._own
         engine = HFEngine(own)
         sampling = Sampling(max_new_tokens=2 * TOKENS, min_new_tokens=2 * TOKENS)
 
