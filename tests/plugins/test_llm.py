@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shlex
 import shutil
+from functools import partial
 
 import pytest
 
@@ -23,12 +25,14 @@ from steermoe.plugins.session import Opening
 from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import NAMES, SteeringSpec
 from tests.support import served
+from tests.support.pages import code_blocks, read_page
 
 load_plugins()
 if not pm.has_plugin("steermoe"):  # an environment that was made before the entry point
     pm.register(plugin, "steermoe")
 
 PROMPT = "a dog ran"
+blocks = partial(code_blocks, read_page("docs/plugins.md"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def run(home, monkeypatch):
     monkeypatch.delenv("LLM_MODEL", raising=False)
     from llm.cli import cli  # asks the plugins for commands
 
-    return lambda *arguments: CliRunner().invoke(cli, list(map(str, arguments)))
+    return lambda *arguments, input=None: CliRunner().invoke(cli, list(map(str, arguments)), input=input)
 
 
 @pytest.fixture
@@ -259,3 +263,24 @@ def test_a_damaged_file_of_models_stops_no_other_model(bare, tmp_path, content):
     refused = bare("steermoe", "list")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "steermoe.json' can't be read" in refused.stderr
+
+
+def test_the_commands_of_the_page_run(run, home, checkpoint, vectors, monkeypatch):
+    """Each line of docs/plugins.md, on the tiny model and with few tokens."""
+    commands = [line for block in blocks("console") for line in block.splitlines() if "llm " in line]
+    assert len(commands) == 14
+    monkeypatch.setenv("STEERMOE_VECTORS", str(vectors))
+    for command in commands:
+        words = shlex.split(command.replace("smollm2-moe", "chatty").replace("PATH_OR_HUB_ID", str(checkpoint)))
+        typed = None
+        if "|" in words:
+            _, typed, _ = words[: words.index("|") + 1]
+            words = words[words.index("|") + 1 :]
+        if words[1] == "chat":
+            typed = "hello\nexit\n"
+        is_prompt = words[1] in ("-m", "-c", "chat")
+        done = run(*words[1:], *(("-o", "max_new_tokens", "4") if is_prompt else ()), input=typed)
+        assert done.exit_code == 0, (command, done.output)
+        assert done.output.strip() or words[1] in ("aliases", "steermoe"), command
+    code = blocks("python")[0].replace("smollm2-moe", "chatty")
+    exec(compile(code, "plugins.md", "exec"), {})
