@@ -23,7 +23,7 @@ from steermoe.steering.asked import KEY, spec_of_name
 from steermoe.steering.spec import NAMES, read_spec
 
 ADDRESS = "http://127.0.0.1:8000/v1"
-"""Where `steermoe serve` listens unless it is told otherwise."""
+"""Where `steermoe serve` listens by default."""
 PATIENCE = 20.0
 """Seconds within which a server must list its models."""
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import socket
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
@@ -23,6 +24,7 @@ from steermoe.serving.app import ServerOptions, Settings
 from tests.support import served
 from tests.support.pages import code_blocks, read_page
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Inspect and its libraries warn in many ways
 PAGE = read_page("docs/plugins.md")
 OPENINGS = ("It rained all night.", "The old bus was late again.")
 MODEL = "tiny-mixtral"
@@ -134,7 +136,7 @@ def test_the_page(tmp_path):
     for command in commands:
         words = shlex.split(command.replace("smollm2-moe", MODEL))
         assert words[:3] == ["inspect", "eval", "openings.py"]
-        given = dict(word.split("=", 1) for before, word in zip(words, words[1:], strict=False) if before == "-M")
+        given = dict(word.split("=", 1) for before, word in pairwise(words) if before == "-M")
         arguments = {name: {"false": False}.get(value, value) for name, value in given.items()}
         (log,) = eval(
             "openings.py",
