@@ -16,6 +16,7 @@ from inspect_ai.model._providers.openai_compatible_completions import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 from openai import APIConnectionError, APIStatusError, OpenAI, OpenAIError
+from rich.markup import escape
 
 from steermoe.engines.request import Sampling
 from steermoe.errors import SteeringError, quoted, reason
@@ -75,7 +76,7 @@ class ServedModel(OpenAICompatibleAPI):
         if not self.steering:
             return config
         if KEY in body:
-            raise PrerequisiteError("both -M and extra_body ask for steering: leave one of them out")
+            raise _refused("both -M and extra_body ask for steering: leave one of them out")
         return config.model_copy(update={"extra_body": {**body, KEY: self.steering}})
 
     async def generate(
@@ -85,29 +86,30 @@ class ServedModel(OpenAICompatibleAPI):
         if self.is_chat:
             return await super().generate(input, tools, tool_choice, config)
         if tools:
-            raise PrerequisiteError("a continuation uses no tools: leave out -M chat=false")
+            raise _refused("a continuation uses no tools: leave out -M chat=false")
         prompt = resolve_completions_prompt(input, "steermoe with chat=false")
         if config.max_tokens is None:
             config = config.model_copy(update={"max_tokens": Sampling().max_new_tokens})
         return await generate_raw_completions(self, prompt, self._with_steering(config))
 
 
+def _refused(message: str) -> PrerequisiteError:
+    """The error that Inspect prints alone, without a traceback; it reads rich's markup in it."""
+    return PrerequisiteError(escape(message))
+
+
 def _checked(model_name: str, steering: dict[str, Any]) -> dict[str, Any]:
     """The fields of a plan, if they can be read; None leaves one out."""
     given = {name: value for name, value in steering.items() if value is not None}
     if unknown := [name for name in given if name not in NAMES]:
-        raise PrerequisiteError(
-            f"-M {quoted(unknown[0])} is no argument of steermoe: they are chat, {', '.join(NAMES)}"
-        )
+        raise _refused(f"-M {quoted(unknown[0])} is no argument of steermoe: they are chat, {', '.join(NAMES)}")
     try:
         if given:
             read_spec(given)
     except SteeringError as error:
-        raise PrerequisiteError(f"-M: {error}") from error
+        raise _refused(f"-M: {error}") from error
     if given and ":" in model_name:
-        raise PrerequisiteError(
-            f"both the model's name '{quoted(model_name)}' and -M ask for steering: leave one of them out"
-        )
+        raise _refused(f"both the model's name '{quoted(model_name)}' and -M ask for steering: leave one of them out")
     return given
 
 
@@ -118,15 +120,13 @@ def _require_served(model_name: str, address: str, key: str) -> None:
             served = [model.id for model in client.models.list()]
         spec_of_name(model_name, served)
     except APIConnectionError as error:
-        raise PrerequisiteError(
+        raise _refused(
             f"no server answers at {address}: start one with `steermoe serve`, or name another with --model-base-url"
         ) from error
     except APIStatusError as error:
         hint = "; name a key in STEERMOE_API_KEY" if error.status_code == 401 else ""
-        raise PrerequisiteError(f"the server at {address} refuses to list its models: {reason(error)}{hint}") from error
+        raise _refused(f"the server at {address} refuses to list its models: {reason(error)}{hint}") from error
     except (OpenAIError, SteeringError) as error:
-        raise PrerequisiteError(f"the server at {address}: {reason(error)}") from error
+        raise _refused(f"the server at {address}: {reason(error)}") from error
     if model_name.partition(":")[0] not in {name.partition(":")[0] for name in served}:
-        raise PrerequisiteError(
-            f"the server at {address} has no model '{quoted(model_name)}': it has {', '.join(served[:20])}"
-        )
+        raise _refused(f"the server at {address} has no model '{quoted(model_name)}': it has {', '.join(served[:20])}")

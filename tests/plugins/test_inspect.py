@@ -92,6 +92,7 @@ def test_continuations_and_steering_by_name(server):
         (f"{MODEL}:", {}, "names no domain after its colon"),
         (MODEL, {"domian": "sport"}, "-M domian is no argument of steermoe: they are chat, domain, strength"),
         (MODEL, {"domain": "sport", "strength": "much"}, "field 'strength' is 'much', expected a number"),
+        (MODEL, {"domain": "sport", "strength": "[/red]"}, r"field 'strength' is '\\\[/red\]', expected a number"),
         (MODEL, {"force": 725}, "field 'force' is 725, expected a list"),
         (MODEL, {"strength": 2}, "it names no domain"),
         (f"{MODEL}:law", {"domain": "sport"}, "and -M ask for steering: leave one of them out"),

@@ -4,6 +4,8 @@ import asyncio
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -26,6 +28,7 @@ from steermoe.steering.resolver import PlanResolver
 from steermoe.steering.spec import NAMES, SteeringSpec
 from tests.support import served
 from tests.support.pages import code_blocks, read_page
+from tests.test_package import HEAVY
 
 load_plugins()
 if not pm.has_plugin("steermoe"):  # an environment that was made before the entry point
@@ -230,6 +233,14 @@ def test_every_setting_is_an_option_and_explained(run):
         assert f"\n    {name}: " in shown
     assert "sport=0.7,food=0.3 mixes" in " ".join(shown.split())
     assert "repeat" not in shown
+
+
+def test_llm_starts_without_anything_heavy():
+    code = "import sys, llm; own = set(sys.modules); import steermoe.plugins.llm; print(*(set(sys.modules) - own))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "steermoe.plugins.llm" in loaded
+    assert loaded.isdisjoint(HEAVY)
 
 
 def test_models_are_added_listed_and_removed(bare, checkpoint, tmp_path):
