@@ -12,8 +12,9 @@ import llm
 
 from steermoe.errors import ModelError, quoted, reason
 from steermoe.files import atomic_path, why_not_written
-from steermoe.models.default.spec import NAME as DEFAULT_NAME
+from steermoe.models.default.spec import NAME
 
+DEFAULT_NAME = NAME
 FILE = "steermoe.json"
 KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,),
