@@ -3,7 +3,6 @@
 Knows Markdown and the directives of mkdocstrings, not how a site is built.
 """
 
-import ast
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,9 +23,12 @@ ROOMS = {
     "evaluation": "vectors of domains and topics, built where they are missing",
     "serving": "one model for many clients at once",
     "routing": "routers, and the experts that they choose",
+    "batch": "many texts, resumable",
+    "tracing": "traces as pages and files",
     "errors": "what the library raises",
 }
 """The pages about the library, by the rooms whose public names they show, in reading order."""
+IMPORT = re.compile(r"^ *from (steermoe\.[\w.]+) import (\([^)]*\)|[\w, ]+)", re.MULTILINE)
 
 
 def reference() -> dict[str, str]:
@@ -106,11 +108,18 @@ def _plain(text: str) -> str:
 
 
 def library() -> dict[str, str]:
-    """A page for each room that has public names, and one that lists all names."""
+    """A page for each room that has public names, and one that lists all names.
+
+    Raises:
+        ValueError: a name of a room that `ROOMS` lacks.
+    """
     places = {name: f"steermoe.{name}" for name in steermoe.__all__}
     places |= {path.rpartition(".")[2]: path for path in imported_in(DOCS.rglob("*.md"))}
     homes = {path: _room(name, path) for name, path in places.items()}
-    pages = {f"api/{room}.md": _room_page(room, homes) for room in ROOMS}
+    used = {*homes.values(), "errors"}
+    if unknown := sorted(used - ROOMS.keys()):
+        raise ValueError(f"rooms {unknown} have public names, but no page: describe them in ROOMS")
+    pages = {f"api/{room}.md": _room_page(room, homes) for room in ROOMS if room in used}
     return {"api/index.md": _index(places, homes), **pages}
 
 
@@ -122,9 +131,8 @@ def imported_in(pages: Iterable[Path]) -> list[str]:
     found = set()
     for page in pages:
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steermoe."):
-                    found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            for module, names in IMPORT.findall(block):
+                found |= {f"{module}.{name.split()[0]}" for name in names.strip("()").split(",") if name.strip()}
     return sorted(path for path in found if path.rpartition(".")[2] not in steermoe.__all__)
 
 
@@ -134,10 +142,11 @@ def _room(name: str, path: str) -> str:
 
 
 def _room_page(room: str, homes: dict[str, str]) -> str:
-    """All names of a room; for errors the whole module, since guides and docstrings name more than the root."""
+    """All names of a room; of errors all classes, since guides and docstrings name more than the root."""
     heading = f"# {room.title()}\n\n{ROOMS[room].capitalize()}.\n\n"
     if room == "errors":
-        return f"{heading}::: steermoe.errors\n    options: {{show_root_heading: false}}\n"
+        options = '{show_root_heading: false, filters: ["!^[_a-z]", "!^[A-Z]+$"]}'
+        return f"{heading}::: steermoe.errors\n    options: {options}\n"
     return heading + "".join(f"::: {path}\n\n" for path, home in homes.items() if home == room)
 
 
@@ -151,7 +160,30 @@ def _index(places: dict[str, str], homes: dict[str, str]) -> str:
         "",
     ]
     for room, about in ROOMS.items():
+        if room not in ("errors", *homes.values()):
+            continue
         names = (name if path == f"steermoe.{name}" else path for name, path in places.items() if homes[path] == room)
         listed = ", ".join(f"[`{name}`][{name if '.' in name else f'steermoe.{name}'}]" for name in names)
         lines.append(f"- [{room.title()}]({room}.md), {about}" + (f": {listed}" if room != "errors" else ""))
     return "\n".join(lines) + "\n"
+
+
+SECTION = re.compile(r"^(?P<heading>Args|Attributes|Raises):\n(?P<entries>(?:[ \t]+.*\n?|\n(?=[ \t]))+)", re.MULTILINE)
+NAMES = re.compile(r"^(?P<indent>[ ]+)(?P<names>\w+(?:, \w+)+): (?P<what>(?:.|\n(?P=indent)[ ])*)", re.MULTILINE)
+NEXT_ERROR = re.compile(r"(?<=\.)\s+(?=[A-Z]\w+: )")
+
+
+def with_a_line_each(docstring: str) -> str:
+    """A docstring whose sections have a line for each name, where ours have `a, b: what` and `A: why. B: why.`"""
+
+    def entries(section: re.Match[str]) -> str:
+        text = section["entries"]
+        if section["heading"] == "Raises":
+            indent = text[: len(text) - len(text.lstrip(" "))]
+            text = NEXT_ERROR.sub(f"\n{indent}", text)
+        text = NAMES.sub(
+            lambda one: "\n".join(f"{one['indent']}{name}: {one['what']}" for name in one["names"].split(", ")), text
+        )
+        return f"{section['heading']}:\n{text}"
+
+    return SECTION.sub(entries, docstring)

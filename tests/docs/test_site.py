@@ -10,7 +10,7 @@ import typer
 import yaml
 
 import steermoe
-from recipes.docs_reference import commands, imported_in, library
+from recipes.docs_reference import ROOMS, commands, imported_in, library, with_a_line_each
 from recipes.docs_site import DOCUMENTS, foreign_loads, with_links_of_the_site
 from steermoe.cli.app import app
 from tests.support.pages import ROOT
@@ -71,8 +71,59 @@ def test_every_public_name_is_on_one_page():
 
 def test_examples_that_import_from_modules_are_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("```python\nfrom steermoe import steer\nfrom steermoe.a.b import C, steer\nimport os\n```\n")
-    assert imported_in([page]) == ["steermoe.a.b.C"]
+    lines = (
+        "from steermoe import mix",
+        "from steermoe.a.b import C as D, mix  # both",
+        "from steermoe.e import (\n  F,)",
+    )
+    page.write_text("```python\n{}\n```\nfrom steermoe.g import H\n".format("\n".join(lines)))
+    assert imported_in([page]) == ["steermoe.a.b.C", "steermoe.e.F"]
+
+
+def test_a_room_without_a_description_is_refused(monkeypatch):
+    monkeypatch.delitem(ROOMS, "vectors")
+    with pytest.raises(ValueError, match=r"rooms \['vectors'\] have public names, but no page: describe them in ROOMS"):
+        library()
+
+
+def test_docstrings_get_a_line_for_each_name():
+    docstring = """What, and why: this. That: too.
+
+Args:
+    top_k, top_p: 0 and 1.0
+        turn them off.
+    seed: of A, B: both.
+
+Raises:
+    ModelError: it can't be found, or
+        has no weights. UnsupportedModel: it has
+        no routers.
+    ValueError, KeyError: it is damaged.
+
+Not a section, a, b: so it stays. Error: too.
+"""
+    assert (
+        with_a_line_each(docstring)
+        == """What, and why: this. That: too.
+
+Args:
+    top_k: 0 and 1.0
+        turn them off.
+    top_p: 0 and 1.0
+        turn them off.
+    seed: of A, B: both.
+
+Raises:
+    ModelError: it can't be found, or
+        has no weights.
+    UnsupportedModel: it has
+        no routers.
+    ValueError: it is damaged.
+    KeyError: it is damaged.
+
+Not a section, a, b: so it stays. Error: too.
+"""
+    )
 
 
 @pytest.mark.parametrize(
