@@ -20,6 +20,8 @@ PACKAGE, VECTORS = "steermoe", "steering_vectors"
 TRAINED_PART = "steermoe/models/default/trained_part.safetensors"
 IGNORED = {"__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 """Folders that no distribution contains."""
+ALWAYS_IN_SDIST = {"PKG-INFO", ".gitignore", "pyproject.toml"}
+"""What hatchling puts into every sdist."""
 LARGEST = 3
 """How many of the largest files are printed."""
 
@@ -62,8 +64,8 @@ def wheel_problems(files: Iterable[str]) -> list[str]:
 
 
 def sdist_problems(files: Iterable[str]) -> list[str]:
-    """What an sdist lacks, and what it should not contain; the builder adds its own facts and .gitignore."""
-    given = set(files) - {"PKG-INFO", ".gitignore"}
+    """What an sdist lacks, and what it should not contain."""
+    given = set(files) - ALWAYS_IN_SDIST
     twice = [f"twice: {name}" for name in given if name != TRAINED_PART and name.endswith(Path(TRAINED_PART).name)]
     return _differences(given, expected_in_sdist()) + twice
 

@@ -42,7 +42,7 @@ def test_an_sdist_has_what_its_tests_need():
         "recipes/distributions.py",
     }
     assert needed | {TRAINED_PART, "docs/play.png", "benchmarks/speed.py"} <= expected
-    assert sdist_problems([*expected, "PKG-INFO", ".gitignore"]) == []
+    assert sdist_problems([*expected, "PKG-INFO", ".gitignore", "pyproject.toml"]) == []
 
 
 @pytest.mark.parametrize("name", ["recipes/word_lists.py", "benchmarks/speed.py", "steermoe/__pycache__/x.pyc"])
