@@ -162,7 +162,7 @@ def site(tmp_path_factory):
     """The site, built as `make docs` does."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: make docs")
     folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]  # --quiet hides warnings
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -185,7 +185,7 @@ def test_a_broken_link_fails_the_build(site, tmp_path):
         copy(ROOT / name, tmp_path / name)
     chat = tmp_path / "docs" / "chat.md"
     chat.write_text(f"{chat.read_text(encoding='utf-8')}\n[nowhere](steering.md#nowhere)\n", encoding="utf-8")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "'steering.md#nowhere'" in done.stderr
