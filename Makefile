@@ -40,9 +40,17 @@ lint: $(INSTALLED) ## ruff and mypy
 check: lint model ## what CI runs: lint, types, quick tests
 	$(BIN)/pytest -m "not slow" $(PARALLEL)
 
+DOCS_INSTALLED := $(VENV)/.installed-docs
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
+# Material's notice on later versions of mkdocs is switched off.
 .PHONY: docs
-docs: $(INSTALLED) ## write the tables of the docs that follow from the code
+docs: $(DOCS_INSTALLED) ## write the tables of the docs that follow from the code, then build the site in site/
 	$(BIN)/python -m recipes.docs_tables
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .PHONY: test
 test: check ## the same from scratch: environment, default model, lint, types, tests
@@ -159,6 +167,24 @@ bench-llamacpp: $(LLAMACPP_INSTALLED) ## speed of llama.cpp with and without ste
 	$(LLAMACPP_BIN)/steermoe models pull
 	$(LLAMACPP_BIN)/python benchmarks/llamacpp.py
 
+DIST_VENV := .venv-dist
+DIST_BIN := $(DIST_VENV)/bin
+DIST_INSTALLED := $(DIST_VENV)/.installed
+
+$(DIST_INSTALLED): constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steermoe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	touch $@
+
+# The constraints reach the build's own environment as a variable.
+.PHONY: dist
+dist: $(DIST_INSTALLED) ## sdist and wheel in dist/, checked; the wheel alone generates a text (some minutes)
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(DIST_BIN)/python -m build
+	$(DIST_BIN)/twine check --strict dist/*
+	$(DIST_BIN)/python -m recipes.distributions dist
+
 .PHONY: test-page
 test-page: $(INSTALLED) ## the page in a real browser (needs a Chromium: apt install chromium, or CHROMIUM=...)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,play]' playwright
@@ -166,5 +192,5 @@ test-page: $(INSTALLED) ## the page in a real browser (needs a Chromium: apt ins
 
 .PHONY: clean
 clean: ## remove the environments and caches, not the pulled model
-	rm -rf $(VENV) $(MINIMUM_VENV) $(VLLM_VENV) $(LLAMACPP_VENV) smollm2-moe-*.gguf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(MINIMUM_VENV) $(VLLM_VENV) $(LLAMACPP_VENV) $(DIST_VENV) smollm2-moe-*.gguf build dist site .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

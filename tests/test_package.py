@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import steermoe
+from recipes.distributions import wheel_problems
 from tests.support.minimum_versions import lowest, requirements
 
 HEAVY = ("torch", "transformers", "sklearn", "umap", "matplotlib", "vllm", "numpy")
@@ -106,6 +107,7 @@ def test_the_wheel_is_complete(tmp_path):
     vectors = {f"steermoe/{path.relative_to(root)}" for path in (root / "steering_vectors").rglob("*.safetensors")}
     assert vectors
     assert {"steermoe/py.typed"} | sources | vectors <= names
+    assert wheel_problems(names) == []
 
 
 def test_every_lower_bound_is_the_same_everywhere():

@@ -57,9 +57,11 @@ def test_the_source_distribution_has_every_project_file():
     included = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert [name for name in included if not (ROOT / name).exists()] == []
     documents = {
-        path.name for pattern in ("*.md", "*.cff", "*.txt", "LICENSE", "Makefile") for path in ROOT.glob(pattern)
+        path.name
+        for pattern in ("*.md", "*.cff", "*.txt", "*.yml", "Dockerfile", "LICENSE", "Makefile")
+        for path in ROOT.glob(pattern)
     }
-    assert documents | {".pre-commit-config.yaml"} <= set(included)
+    assert documents | {".dockerignore", ".pre-commit-config.yaml"} <= set(included)
 
 
 @pytest.mark.parametrize("guide", GUIDES)
