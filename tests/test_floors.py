@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "steermoe"
 FLOORS = (
-    ("cli",),
+    ("cli", "plugins"),
     ("evaluation", "serving"),
     ("batch", "discovery"),
     ("tracing",),

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,19 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes decode to while the rest of their character is missing."""
+CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
+"""Characters that command a terminal, without the tab and the line feed."""
+REVERSING = r"\u202a-\u202e\u2066-\u2069"
+"""Characters that change the direction of the text after them."""
+NOT_TEXT = r"\ud800-\udfff\ufffe\uffff"
+"""Halves of surrogate pairs, which stand for bytes that are not UTF-8, and what no encoding allows."""
+
+_DROPPED = re.compile(f"[{CONTROLS}{REVERSING}{NOT_TEXT}]")
+
+
+def printable(text: str) -> str:
+    """Running text, such as a story, without the characters that could command a terminal or reverse what follows."""
+    return _DROPPED.sub("", text)
 
 
 class Tokenizer(Protocol):

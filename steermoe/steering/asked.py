@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steermoe.errors import SteeringError, quoted, shown
+from steermoe.steering.spec import SteeringSpec, expected, read_json, read_spec
 
 KEY = "steering"
 """The name of the field, wherever it is."""
@@ -70,3 +71,41 @@ def read_asked(spec: Any) -> Any:
     if not all(domains):
         raise SteeringError(f'{shown(spec)} names no domain: write a name such as "sport", or an object of fields')
     return {"domain": domains}
+
+
+def spec_of_options(options: Mapping[str, Any]) -> SteeringSpec:
+    """A spec from the options of another program, which are text, such as "0.5", or values of Python.
+
+    Text is read as JSON where a field takes no text. Where it takes a list, commas separate: "sport=0.7,food=0.3".
+
+    Raises:
+        SteeringError: a field does not accept its value, or they ask for nothing.
+    """
+    return read_spec({name: _of_text(name, value) for name, value in options.items()})
+
+
+def _of_text(name: str, value: Any) -> Any:
+    """The value of a field in JSON."""
+    if not isinstance(value, str):
+        return value
+    if name == "domain":
+        asked = read_asked(value)
+        return _read(name, asked) if isinstance(asked, str) else asked["domain"]
+    kinds = SteeringSpec.__dataclass_fields__[name].metadata["kinds"]
+    if str in kinds:
+        return value
+    if list in kinds and not value.lstrip().startswith("["):
+        return [part.strip() for part in value.split(",")]
+    return _read(name, value)
+
+
+def _read(name: str, text: str) -> Any:
+    """JSON in the text of a field.
+
+    Raises:
+        SteeringError: it is none.
+    """
+    try:
+        return read_json(text)
+    except (ValueError, RecursionError) as error:
+        raise SteeringError(expected(name, text)) from error

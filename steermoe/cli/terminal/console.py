@@ -16,18 +16,14 @@ from typing import Any, cast
 from rich.console import Console
 from rich.text import Text
 
-CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
-"""Characters that command a terminal, without the tab and the line feed."""
-REVERSING = r"\u202a-\u202e\u2066-\u2069"
-"""Characters that change the direction of the text after them."""
-NOT_TEXT = r"\ud800-\udfff\ufffe\uffff"
-"""Halves of surrogate pairs, which stand for bytes that are not UTF-8, and what no encoding allows."""
+from steermoe.engines.text import CONTROLS, NOT_TEXT, REVERSING
+from steermoe.engines.text import printable as printable  # for the commands
+
 UNSEEN = r"\u00ad\u061c\u180e\u200b\u200e\u200f\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
 """Characters without a width, which make two different names look alike."""
 JOINERS = r"(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
 """Joiners where no script or emoji needs them: beside an ASCII character."""
 
-_DROPPED = re.compile(f"[{CONTROLS}{REVERSING}{NOT_TEXT}]")
 _ESCAPED = re.compile(f"[{CONTROLS}{REVERSING}{NOT_TEXT}{UNSEEN}]|{JOINERS}")
 _ESCAPED_IN_JSON = re.compile(f"[\x7f-\x9f{REVERSING}{NOT_TEXT}{UNSEEN}\u2028\u2029]")
 
@@ -112,11 +108,6 @@ err = Console(file=cast("Any", _Stderr()), highlight=False, markup=False, emoji=
 
 
 # ---- text ----
-
-
-def printable(text: str) -> str:
-    """Running text, such as a story, without the characters that could command a terminal or reverse what follows."""
-    return _DROPPED.sub("", text)
 
 
 def line(text: str) -> str:

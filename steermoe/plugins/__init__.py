@@ -1,0 +1,1 @@
+"""Plugins for other programs, found by their entry points: `llm` and Inspect. Nothing else imports this room."""
