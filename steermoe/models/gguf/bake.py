@@ -43,11 +43,13 @@ from steermoe.routing.biases import Kind
 KEY = "steermoe.bake"
 """The setting that holds the record."""
 NAMES: dict[Kind, str] = {"logits": "blk.{}.ffn_gate_inp.bias", "choice": "blk.{}.exp_probs_b.bias"}
-ADDED: dict[Kind, frozenset[str]] = {
-    "logits": frozenset(),
-    "choice": frozenset({"deepseek2"}),
+READS_CHOICE_BIAS = {
+    *("afmoe", "bailingmoe2", "bailingmoe3", "deepseek2", "deepseek2-ocr", "deepseek32", "dots1", "ernie4_5-moe"),
+    *("exaone-moe", "glm-dsa", "glm4moe", "hy_v4", "kimi-k3", "kimi-linear", "laguna", "lfm2moe", "mimo2"),
+    *("minimax-m2", "minimax-m3", "mistral4", "nemotron_h_moe", "step35"),
 }
-"""Architectures that read such a bias where a file has it, and do without it elsewhere."""
+"""Architectures whose routers choose by scores plus a bias, if the file has one. llama.cpp loads no file with a tensor
+that it doesn't read, so a name that is wrong here is an error there, not an unsteered model."""
 F32 = 0
 BEGINNING = struct.Struct("<4sIQQ")
 """The magic bytes, the version, and the numbers of tensors and settings."""
@@ -77,14 +79,14 @@ class GGUFFile:
     def check(self, kind: Kind) -> None:
         """Raise ModelError if llama.cpp adds no such bias to what its routers compute."""
         architecture = self._model.architecture
-        if self._has(kind) or architecture in ADDED[kind]:
+        if self._has(kind) or (kind == "choice" and architecture in READS_CHOICE_BIAS):
             return
         what = f"'{self._path.name}' ({architecture})"
         if kind == "choice":
             if self._has("logits"):
                 raise ModelError(f"{what} can be baked exactly, by formula (3): leave --choice-only out")
             raise ModelError(f"{what} can't be baked: llama.cpp adds no bias in its routers; {RUN_IT}")
-        can_choose = self._has("choice") or architecture in ADDED["choice"]
+        can_choose = self._has("choice") or architecture in READS_CHOICE_BIAS
         instead = f"; {CHOICE_INSTEAD}" if can_choose else ""
         raise ModelError(
             f"{what} can't be baked: llama.cpp adds no bias to its routers' logits, which formula (3) needs; "
