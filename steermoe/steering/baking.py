@@ -7,7 +7,7 @@ from torch import Tensor
 from steermoe.errors import SteeringError
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.banks import banks_for
-from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.plans import DEFAULT_FORMULA, SteeringPlan
 from steermoe.steering.spec import SteeringSpec
 
 
@@ -44,10 +44,9 @@ def check_strength(spec: SteeringSpec, plan: SteeringPlan) -> None:
     vector = plan.vector
     if spec.strength is not None or vector is None:
         return
-    if vector.info.strength is None or vector.info.formula != "additive":
-        how = (
-            "is not calibrated" if vector.info.strength is None else f"is calibrated for formula {vector.info.formula}"
-        )
+    strength, formula = vector.info.strength, vector.info.formula or DEFAULT_FORMULA
+    if strength is None or formula != "additive":
+        how = "is not calibrated" if strength is None else f"is calibrated for formula {formula}"
         raise SteeringError(
             f"vector '{vector.domain}' {how}, baking uses additive: give --strength, or find it with `steermoe "
             "calibrate --formula additive`"

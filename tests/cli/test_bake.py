@@ -85,7 +85,8 @@ def test_choice_only_is_measured_beside_formula_3(deepseek, run):
     assert choice["vector_share"] == 1.0  # every expert is the vector's
 
 
-def test_the_table(deepseek, run):
+def test_the_table(deepseek, run, monkeypatch):
+    monkeypatch.setattr("steermoe.cli.bake.TEXTS", 3)
     options = ("--strength", "0.5", "--choice-only", "--measure", "-o", "out")
     done = run("models", "bake", "deepseek_v3", "-d", "sport", *options)
     lines = done.out.splitlines()
@@ -113,7 +114,7 @@ def test_wrong_usage(oss, run, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("-d", "sport"), "vector 'sport' is calibrated for formula None, baking uses additive: give --strength"),
+        (("-d", "sport"), "vector 'sport' is calibrated for formula max_scaled, baking uses additive: give --strength"),
         (("-d", "none", "--strength", "1"), "--domain none steers nothing, so there is nothing to bake"),
         (("-d", "sport", "--strength", "0"), "strength 0 steers nothing"),
         (("-d", "sport", "--strength", "nan"), "strength nan"),

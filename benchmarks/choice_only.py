@@ -1,0 +1,188 @@
+"""What is lost where only a router's choice can be moved: `python benchmarks/choice_only.py [--domains ...]`.
+
+`steermoe models bake --choice-only` adds c E to the scores that a router chooses by, and leaves the weights of the
+chosen experts alone; formula (3), z + c E, changes both. Models whose routers have such a bias are too large for this
+comparison. So the default model's own routers, which choose the largest logits and weigh them by a softmax, are made to
+choose by z + c E and to weigh by z: that is what the bias does where the scores are the logits themselves. Where scores
+are sigmoids, the same c moves the choice further; what can be reached at equal damage carries over, c does not.
+
+Each domain is steered in three ways, all at all positions: by formula (3) at the largest strength within the budget,
+choice-only at the same strength, and choice-only at the largest strength within the budget. Damage is the KL per token
+on neutral texts, success is judged as in `steermoe evaluate`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steermoe.engines.hf.engine import HFEngine
+from steermoe.engines.request import Request, Sampling
+from steermoe.errors import SteerMoEError
+from steermoe.evaluation.bootstrap import bootstrap
+from steermoe.evaluation.calibration import DEFAULT_BUDGET, calibrate
+from steermoe.evaluation.classifier import DomainClassifier
+from steermoe.evaluation.judge import Judge
+from steermoe.evaluation.results import StoryRecord
+from steermoe.evaluation.teacher_forcing import TeacherForcing, TextFigures, continuation_nats
+from steermoe.evaluation.texts import domain_list, heldout_texts, neutral_texts
+from steermoe.models.default import spec
+from steermoe.models.default.stories import openings
+from steermoe.models.loading import LoadedModel, load
+from steermoe.routing.routers import find_routers
+from steermoe.steering.banks import banks_for
+from steermoe.steering.handle import steer
+from steermoe.steering.plans import SteeringPlan
+from steermoe.vectors.library import load_vector
+from steermoe.vectors.vector import SteeringVector
+
+COARSE = 0.1
+"""Relative precision of strengths."""
+FORMULA, CHOICE = "formula (3)", "choice only"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to steer toward one domain; shares with their values for each opening."""
+
+    domain: str
+    way: str
+    strength: float
+    damage: TextFigures
+    success: list[float]
+    sound: list[float]
+
+
+def choosing(module: nn.Module, push: Tensor):
+    """The forward of a router of the default model that chooses by z + c E [N] and weighs by z."""
+
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden, module.weight).float()
+        chosen = (logits + push).topk(module.top_k, dim=-1).indices
+        return logits, logits.gather(-1, chosen).softmax(-1).type_as(hidden), chosen
+
+    return forward
+
+
+@contextmanager
+def steered(loaded: LoadedModel, plan: SteeringPlan, way: str) -> Iterator[None]:
+    """The model as a plan of formula (3) steers it, or with its choice alone moved as far."""
+    with ExitStack() as undo:
+        if way == FORMULA:
+            undo.enter_context(steer(loaded.model, rows=[plan]))
+        else:
+            for router, bank in zip(find_routers(loaded.model), banks_for(loaded.shape, [plan]), strict=True):
+                router.module.forward = choosing(router.module, bank.push[0])  # type: ignore[method-assign]
+                undo.callback(delattr, router.module, "forward")
+        yield
+
+
+class Bench:
+    """Steers the default model in both ways, and judges what it writes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.openings, self.tokens, self.budget = openings("heldout", args.openings), args.tokens, args.budget
+        self.loaded = load(None, dtype="float32")
+        self.vectors = {name: load_vector(name, self.loaded.shape, group=spec.NAME) for name in args.domains}
+        self.forcing = TeacherForcing(self.loaded, neutral_texts()[: args.texts])
+        unsteered = self.with_nats(self.stories())
+        keywords = {name: vector.info.keywords for name, vector in self.vectors.items()}
+        words = {name: domain_list(name, own) for name, own in keywords.items()}
+        classifier = DomainClassifier(heldout_texts(args.domains))
+        self.judge = Judge(classifier, words, keywords, unsteered, len(self.openings), 1)
+        self.unsteered = {name: self.judge.figures(unsteered, name)["success"].mean() for name in args.domains}
+
+    def stories(self) -> list[StoryRecord]:
+        """One continuation of each opening by the model as it is now."""
+        engine = HFEngine(self.loaded, compiled=False)
+        sampled = [Sampling(max_new_tokens=self.tokens, seed=number) for number in range(len(self.openings))]
+        requests = [Request(opening, None, how) for opening, how in zip(self.openings, sampled, strict=True)]
+        self.completions = engine.generate(requests)
+        return [
+            StoryRecord(number, 0, done.text, tuple(done.token_ids), done.finish_reason, None, {}, None)
+            for number, done in enumerate(self.completions)
+        ]
+
+    def damage(self, vector: SteeringVector, strength: float, way: str) -> TextFigures:
+        plan = plan_of(vector, strength)
+        wanted = torch.stack([bank.wanted[0] for bank in banks_for(self.loaded.shape, [plan])])
+        with steered(self.loaded, plan, way):
+            return self.forcing.compare_as_is(wanted)
+
+    def within(self, vector: SteeringVector, way: str) -> float:
+        """The largest strength within the budget."""
+        return calibrate(lambda c: self.damage(vector, c, way).kl_p95, self.budget, COARSE).strength
+
+    def row(self, domain: str, strength: float, way: str) -> Row:
+        vector = self.vectors[domain]
+        with steered(self.loaded, plan_of(vector, strength), way):
+            stories = self.stories()
+        figures = self.judge.figures(self.with_nats(stories), domain)
+        damage = self.damage(vector, strength, way)
+        return Row(domain, way, strength, damage, list(figures["success"]), list(figures["sound_success"]))
+
+    def with_nats(self, stories: Sequence[StoryRecord]) -> list[StoryRecord]:
+        nats = continuation_nats(self.loaded, self.completions)
+        return [StoryRecord(**{**vars(story), "nats": each}) for story, each in zip(stories, nats, strict=True)]
+
+
+def plan_of(vector: SteeringVector, strength: float) -> SteeringPlan:
+    return SteeringPlan(vector, strength, formula="additive", positions="all")
+
+
+def cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Means over rows; of the texts with their 95% interval."""
+    found = []
+    for values in ([row.success for row in rows], [row.sound for row in rows]):
+        interval = bootstrap(np.array(values).mean(0))
+        found.append(f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]" if interval else "-")
+    means = [np.mean([getattr(row.damage, name) for row in rows]) for name in ("kl_mean", "kl_p95", "vector_share")]
+    strengths = ", ".join(f"{row.strength:g}" for row in rows)
+    return strengths, f"{means[0]:.3f}", f"{means[1]:.2f}", f"{means[2]:.0%}", *found
+
+
+def run(args: argparse.Namespace) -> None:
+    bench, rows = Bench(args), []
+    for domain, vector in bench.vectors.items():
+        own = bench.within(vector, FORMULA)
+        for strength, way in ((own, FORMULA), (own, CHOICE), (bench.within(vector, CHOICE), f"{CHOICE}, equal damage")):
+            rows.append(bench.row(domain, strength, way))
+            print(f"{domain}, {way}: {', '.join(cells(rows[-1:]))}", file=sys.stderr, flush=True)
+    titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "sound success")
+    table = Table(
+        "way", *titles, title=f"{len(bench.vectors)} domains x {args.openings} openings, {args.tokens} tokens"
+    )
+    for way in dict.fromkeys(row.way for row in rows):
+        table.add_row(way, *cells([row for row in rows if row.way == way]))
+    table.add_row("unsteered", "", "", "", "", f"{np.mean(list(bench.unsteered.values())):.0%}", "")
+    Console(width=150).print(table)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domains", nargs="+", choices=spec.DOMAINS, default=["sport", "food", "space", "medicine"])
+    parser.add_argument("--openings", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=40, help="of a story")
+    parser.add_argument("--texts", type=int, default=12, help="neutral texts that damage is measured on")
+    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="95th percentile of the KL, in nats")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    try:
+        run(parser.parse_args())
+    except SteerMoEError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
