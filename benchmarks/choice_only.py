@@ -46,9 +46,9 @@ from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.library import load_vector
 from steermoe.vectors.vector import SteeringVector
 
-COARSE = 0.1
-"""Relative precision of strengths."""
-FORMULA, CHOICE = "formula (3)", "choice only"
+COARSE, FIRST = 0.1, 4.0
+"""Relative precision of strengths, and the one that is tried first."""
+UNSTEERED, FORMULA, CHOICE = "unsteered", "formula (3)", "choice only"
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,11 @@ class Bench:
         self.loaded = load(None, dtype="float32")
         self.vectors = {name: load_vector(name, self.loaded.shape, group=spec.NAME) for name in args.domains}
         self.forcing = TeacherForcing(self.loaded, neutral_texts()[: args.texts])
-        unsteered = self.with_nats(self.stories())
+        self.unsteered = self.with_nats(self.stories())
         keywords = {name: vector.info.keywords for name, vector in self.vectors.items()}
         words = {name: domain_list(name, own) for name, own in keywords.items()}
         classifier = DomainClassifier(heldout_texts(args.domains))
-        self.judge = Judge(classifier, words, keywords, unsteered, len(self.openings), 1)
-        self.unsteered = {name: self.judge.figures(unsteered, name)["success"].mean() for name in args.domains}
+        self.judge = Judge(classifier, words, keywords, self.unsteered, len(self.openings), 1)
 
     def stories(self) -> list[StoryRecord]:
         """One continuation of each opening by the model as it is now."""
@@ -121,15 +120,15 @@ class Bench:
 
     def within(self, vector: SteeringVector, way: str) -> float:
         """The largest strength within the budget."""
-        return calibrate(lambda c: self.damage(vector, c, way).kl_p95, self.budget, COARSE).strength
+        return calibrate(lambda c: self.damage(vector, c, way).kl_p95, self.budget, COARSE, FIRST).strength
 
-    def row(self, domain: str, strength: float, way: str) -> Row:
+    def row(self, domain: str, strength: float, way: str, name: str) -> Row:
         vector = self.vectors[domain]
         with steered(self.loaded, plan_of(vector, strength), way):
             stories = self.stories()
         figures = self.judge.figures(self.with_nats(stories), domain)
         damage = self.damage(vector, strength, way)
-        return Row(domain, way, strength, damage, list(figures["success"]), list(figures["sound_success"]))
+        return Row(domain, name, strength, damage, list(figures["success"]), list(figures["sound_success"]))
 
     def with_nats(self, stories: Sequence[StoryRecord]) -> list[StoryRecord]:
         nats = continuation_nats(self.loaded, self.completions)
@@ -151,33 +150,54 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
     return strengths, f"{means[0]:.3f}", f"{means[1]:.2f}", f"{means[2]:.0%}", *found
 
 
-def run(args: argparse.Namespace) -> None:
-    bench, rows = Bench(args), []
+def measured(args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of each domain."""
+    bench = Bench(args)
     for domain, vector in bench.vectors.items():
+        figures = bench.judge.figures(bench.unsteered, domain)
+        nothing = bench.damage(vector, 0.0, CHOICE)
+        yield Row(domain, UNSTEERED, 0.0, nothing, list(figures["success"]), list(figures["sound_success"]))
         own = bench.within(vector, FORMULA)
-        for strength, way in ((own, FORMULA), (own, CHOICE), (bench.within(vector, CHOICE), f"{CHOICE}, equal damage")):
-            rows.append(bench.row(domain, strength, way))
-            print(f"{domain}, {way}: {', '.join(cells(rows[-1:]))}", file=sys.stderr, flush=True)
-    titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "sound success")
-    table = Table(
-        "way", *titles, title=f"{len(bench.vectors)} domains x {args.openings} openings, {args.tokens} tokens"
-    )
-    for way in dict.fromkeys(row.way for row in rows):
-        table.add_row(way, *cells([row for row in rows if row.way == way]))
-    table.add_row("unsteered", "", "", "", "", f"{np.mean(list(bench.unsteered.values())):.0%}", "")
-    Console(width=150).print(table)
+        yield bench.row(domain, own, FORMULA, FORMULA)
+        yield bench.row(domain, own, CHOICE, f"{CHOICE}, same strength")
+        yield bench.row(domain, bench.within(vector, CHOICE), CHOICE, f"{CHOICE}, equal damage")
+
+
+def run(args: argparse.Namespace) -> None:
+    rows = read(args.json)
+    known = {row.domain for row in rows}
+    args.domains = [domain for domain in args.domains if domain not in known]
+    for row in measured(args) if args.domains else ():
+        rows.append(row)
+        print(f"{row.domain}, {row.way}: {', '.join(cells([row]))}", file=sys.stderr, flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    domains = ", ".join(dict.fromkeys(row.domain for row in rows))
+    titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "sound success")
+    table = Table("way", *titles, title=f"{domains}: {args.openings} openings, {args.tokens} tokens")
+    for way in dict.fromkeys(row.way for row in rows):
+        table.add_row(way, *cells([row for row in rows if row.way == way]))
+    Console(width=150).print(table)
+
+
+def read(path: Path | None) -> list[Row]:
+    """The rows of an earlier run."""
+    if path is None or not path.exists():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**{**row, "damage": TextFigures(**row["damage"])}) for row in rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domains", nargs="+", choices=spec.DOMAINS, default=["sport", "food", "space", "medicine"])
+    parser.add_argument("--domains", nargs="+", choices=spec.DOMAINS, default=["sport", "food", "space"])
     parser.add_argument("--openings", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=40, help="of a story")
-    parser.add_argument("--texts", type=int, default=12, help="neutral texts that damage is measured on")
+    parser.add_argument("--texts", type=int, default=6, help="neutral texts that damage is measured on")
     parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="95th percentile of the KL, in nats")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the figures to this file; domains that it has are not run again"
+    )
     try:
         run(parser.parse_args())
     except SteerMoEError as error:
