@@ -78,15 +78,17 @@ def bake(
         raise typer.BadParameter("nothing to bake: name a domain with --domain, such as -d sport")
     if measure and not choice_only:
         raise typer.BadParameter("--measure belongs to --choice-only: baking without it is formula (3) itself")
+    if measure and model is not None and Path(model).suffix.lower() == ".gguf":
+        raise typer.BadParameter("--measure runs transformers, not llama.cpp: measure the checkpoint of this GGUF file")
     spec = spec_to_bake(domain, strength, layers)
     _check(spec, vectors, output)
     with console.working(f"Inspecting {model or 'the default model'} ..."):
         source = _source(model, trust_remote_code)
         source.check("choice" if choice_only else "logits")
     plan = _plan(spec, vectors, source.shape)
+    measured = _measure(model, trust_remote_code, plan) if measure else None
     with console.working(f"Writing {output} ..."):
         baked = _bake(source, plan, choice_only, output)
-    measured = _measure(model, trust_remote_code, plan) if measure else None
     _print(baked, plan, choice_only, measured, json)
 
 

@@ -132,6 +132,12 @@ def test_what_is_refused(oss, run, options, message):
     assert not (oss / "out").exists()
 
 
+def test_a_gguf_file_is_not_measured(bare_search_path, run):
+    done = run("models", "bake", "x.gguf", "-d", "sport", "--choice-only", "--measure", "-o", "out.gguf")
+    assert (done.code, done.out) == (2, "")
+    assert "measure the checkpoint of this GGUF file" in done.err
+
+
 def test_a_place_that_is_taken(oss, run):
     done = run("models", "bake", "gpt_oss", "-d", "sport", "--strength", "1", "-o", "steering_vectors")
     assert (done.code, done.err) == (

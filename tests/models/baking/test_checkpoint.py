@@ -1,21 +1,20 @@
 """Baked into a checkpoint, steering gives the logits of formula (3) exactly, and is taken out to the bit."""
 
 import json
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from steermoe.errors import CompatibilityError, ModelError, SteeringError
+from steermoe.evaluation.choice_only import choosing_by
 from steermoe.models.baking import checkpoint as baking
 from steermoe.models.baking.checkpoint import RECORD, Checkpoint, undo
 from steermoe.models.baking.record import Steering
 from steermoe.models.stored import local_folder
 from steermoe.routing.biases import bias_of
+from steermoe.routing.families import list_families
 from steermoe.routing.routers import find_routers
 from steermoe.steering.baking import pushes_of
 from steermoe.steering.handle import steer
@@ -172,17 +171,7 @@ CHOOSING = ("afmoe", "deepseek_v3", "ernie4_5_moe", "hy_v3", "lfm2_moe", "longca
 """One family of each kind: where the bias is, and what its checkpoints call it."""
 
 
-def choosing_families():
-    """Every family whose routers have such a bias; those of `CHOOSING` in the quick tests."""
-    rest = [
-        path.parent.name
-        for path in sorted(Path(transformers.models.__file__).parent.glob("*/modeling_*.py"))
-        if re.search(r"self\.e_score_correction_bias =|self\.expert_bias =", path.read_text(encoding="utf-8"))
-    ]
-    return [*CHOOSING, *(pytest.param(one, marks=pytest.mark.slow) for one in rest if one not in CHOOSING)]
-
-
-@pytest.mark.parametrize("family", choosing_families())
+@pytest.mark.parametrize("family", CHOOSING)
 def test_the_bias_decides_the_choice(tmp_path, family):
     """A large one on one expert sends all tokens there, from a checkpoint that may name it otherwise."""
     model = tiny.build(family)
@@ -197,6 +186,33 @@ def test_the_bias_decides_the_choice(tmp_path, family):
     with steer(baked, SteeringVector("sport", None, source.shape.layers, weights=weights), 1e-9, positions="all") as it:
         tiny.run(baked, tiny.tokens(baked, rows=2))
     assert it.report().vector_share == pytest.approx(1 / routers[0].top_k)
+
+
+@pytest.mark.slow
+def test_every_family_with_such_a_bias(tmp_path):
+    """In memory; and for those that have a class for text alone, as they are saved."""
+    found, saved_names = [], 0
+    for family in [one.family for one in list_families() if one.steerable]:
+        model = tiny.build(family)
+        routers = find_routers(model)
+        if any(bias_of(model, router, "choice") is None for router in routers):
+            continue
+        found.append(family)
+        push = torch.zeros(routers[0].num_experts)
+        push[5] = 50.0
+        weights = torch.zeros(len(routers), len(push))
+        weights[:, 5] = 1.0
+        vector = SteeringVector("sport", None, tuple(router.layer for router in routers), weights=weights)
+        with choosing_by(model, [push] * len(routers)), steer(model, vector, 1e-9, positions="all") as handle:
+            tiny.run(model, tiny.tokens(model, rows=2))
+        assert handle.report().vector_share == pytest.approx(1 / routers[0].top_k), family
+        if type(model).__name__.endswith("ForCausalLM"):
+            model.save_pretrained(tmp_path / family)
+            source = Checkpoint(tmp_path / family)
+            bake(source, SteeringPlan(vector, **exact(50.0)), tmp_path / f"{family}-out", "choice")
+            saved_names += 1
+    assert len(found) >= 34
+    assert saved_names >= 25
 
 
 # ---- what is refused ----
