@@ -1,4 +1,4 @@
-"""The numbers that a router adds by itself: to its logits, or only to the scores that it chooses by.
+"""The biases of a router: on its logits, or only on the scores that it chooses by.
 
 What is added to the first is formula (3) wherever it was added. The second decide which experts are chosen; the weights
 of the chosen ones come from scores without them.

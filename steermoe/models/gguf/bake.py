@@ -112,6 +112,10 @@ class GGUFFile:
         for router, push in zip(self._model.routers, pushes, strict=True):
             name = NAMES[steering.kind].format(router.layer)
             tensor = self._tensors.get(name)
+            if tensor is not None and tensor.shape != (router.num_experts,):
+                raise ModelError(
+                    f"'{name}' in '{self._path}' is of shape {list(tensor.shape)}, expected one per expert"
+                )
             kind = "F32" if tensor is None else PLAIN.get(tensor.kind, f"number {tensor.kind}")
             before = bytes(4 * router.width) if tensor is None else _content(self._path, name, tensor)
             after, error = with_push(name, kind, before, push)
@@ -247,12 +251,12 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
     """Copy `size` bytes.
 
     Raises:
-        OSError: there are fewer.
+        ModelError: there are fewer.
     """
     while size:
         part = source.read(min(size, COPIED_BYTES))
         if not part:
-            raise OSError("the file became shorter while it was read")
+            raise ModelError("the file became shorter while it was read: try again")
         target.write(part)
         size -= len(part)
 
@@ -268,5 +272,6 @@ def _setting(text: str) -> bytes:
 
 
 def _info(name: str, tensor: _Tensor, first: int) -> bytes:
-    """What the header says about a bias."""
-    return _text(name) + struct.pack("<IQIQ", 1, *tensor.shape, tensor.kind, tensor.start - first)
+    """What the header says about a tensor."""
+    sizes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
+    return _text(name) + sizes + struct.pack("<IQ", tensor.kind, tensor.start - first)
