@@ -14,16 +14,18 @@ on neutral texts, success is judged as in `steermoe evaluate`.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from steermoe.engines.hf.engine import HFEngine
@@ -34,8 +36,9 @@ from steermoe.evaluation.calibration import DEFAULT_BUDGET, calibrate
 from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.judge import Judge
 from steermoe.evaluation.results import StoryRecord
-from steermoe.evaluation.teacher_forcing import TeacherForcing, TextFigures, continuation_nats
+from steermoe.evaluation.teacher_forcing import TeacherForcing, TextFigures
 from steermoe.evaluation.texts import domain_list, heldout_texts, neutral_texts
+from steermoe.files import atomic_path
 from steermoe.models.default import spec
 from steermoe.models.default.stories import openings
 from steermoe.models.loading import LoadedModel, load
@@ -46,21 +49,23 @@ from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.library import load_vector
 from steermoe.vectors.vector import SteeringVector
 
-COARSE, FIRST = 0.1, 4.0
+COARSE, FIRST = 0.2, 4.0
 """Relative precision of strengths, and the one that is tried first."""
+LEAST = 1e-6
+"""A strength that changes nothing."""
 UNSTEERED, FORMULA, CHOICE = "unsteered", "formula (3)", "choice only"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to steer toward one domain; shares with their values for each opening."""
+    """One way to steer toward one domain; of its texts, the values for each opening."""
 
     domain: str
     way: str
     strength: float
     damage: TextFigures
     success: list[float]
-    sound: list[float]
+    repeated: list[float]
 
 
 def choosing(module: nn.Module, push: Tensor):
@@ -87,52 +92,87 @@ def steered(loaded: LoadedModel, plan: SteeringPlan, way: str) -> Iterator[None]
         yield
 
 
+class Kept:
+    """Results in a JSON file by what they are of, so that an interrupted run can go on."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._results = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+
+    def of(self, what: str, make: Callable[[], Any]) -> Any:
+        if what not in self._results:
+            self._results[what] = make()
+            if self._path is not None:
+                with atomic_path(self._path) as partial:
+                    partial.write_text(json.dumps(self._results) + "\n", encoding="utf-8")
+        return self._results[what]
+
+
 class Bench:
     """Steers the default model in both ways, and judges what it writes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.openings, self.tokens, self.budget = openings("heldout", args.openings), args.tokens, args.budget
+        self.openings, self.args, self.kept = openings("heldout", args.openings), args, Kept(args.json)
         self.loaded = load(None, dtype="float32")
         self.vectors = {name: load_vector(name, self.loaded.shape, group=spec.NAME) for name in args.domains}
-        self.forcing = TeacherForcing(self.loaded, neutral_texts()[: args.texts])
-        self.unsteered = self.with_nats(self.stories())
+        self.unsteered = self.kept.of(self.about(UNSTEERED), self.stories)
         keywords = {name: vector.info.keywords for name, vector in self.vectors.items()}
         words = {name: domain_list(name, own) for name, own in keywords.items()}
         classifier = DomainClassifier(heldout_texts(args.domains))
-        self.judge = Judge(classifier, words, keywords, self.unsteered, len(self.openings), 1)
+        self.judge = Judge(classifier, words, keywords, records(self.unsteered), len(self.openings), 1)
 
-    def stories(self) -> list[StoryRecord]:
+    @cached_property
+    def forcing(self) -> TeacherForcing:
+        return TeacherForcing(self.loaded, neutral_texts()[: self.args.texts])
+
+    def about(self, *what: object) -> str:
+        """What is measured, with all that it depends on."""
+        sizes = f"{len(self.openings)} openings, {self.args.tokens} tokens, {self.args.texts} texts"
+        return ", ".join(map(str, (*what, sizes)))
+
+    def stories(self) -> list[dict[str, Any]]:
         """One continuation of each opening by the model as it is now."""
         engine = HFEngine(self.loaded, compiled=False)
-        sampled = [Sampling(max_new_tokens=self.tokens, seed=number) for number in range(len(self.openings))]
+        sampled = [Sampling(max_new_tokens=self.args.tokens, seed=number) for number in range(len(self.openings))]
         requests = [Request(opening, None, how) for opening, how in zip(self.openings, sampled, strict=True)]
-        self.completions = engine.generate(requests)
+        done = engine.generate(requests)
         return [
-            StoryRecord(number, 0, done.text, tuple(done.token_ids), done.finish_reason, None, {}, None)
-            for number, done in enumerate(self.completions)
+            {"text": one.text, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason} for one in done
         ]
 
-    def damage(self, vector: SteeringVector, strength: float, way: str) -> TextFigures:
-        plan = plan_of(vector, strength)
-        wanted = torch.stack([bank.wanted[0] for bank in banks_for(self.loaded.shape, [plan])])
-        with steered(self.loaded, plan, way):
-            return self.forcing.compare_as_is(wanted)
+    def damage(self, domain: str, strength: float, way: str) -> TextFigures:
+        plan = plan_of(self.vectors[domain], strength)
 
-    def within(self, vector: SteeringVector, way: str) -> float:
+        def read() -> dict[str, Any]:
+            wanted = torch.stack([bank.wanted[0] for bank in banks_for(self.loaded.shape, [plan])])
+            forcing = self.forcing  # reads the texts unsteered first
+            with steered(self.loaded, plan, way):
+                return forcing.compare_as_is(wanted).as_dict()
+
+        return TextFigures(**self.kept.of(self.about("damage", domain, way, strength), read))
+
+    def within(self, domain: str, way: str) -> float:
         """The largest strength within the budget."""
-        return calibrate(lambda c: self.damage(vector, c, way).kl_p95, self.budget, COARSE, FIRST).strength
+        return calibrate(lambda c: self.damage(domain, c, way).kl_p95, self.args.budget, COARSE, FIRST).strength
 
     def row(self, domain: str, strength: float, way: str, name: str) -> Row:
-        vector = self.vectors[domain]
-        with steered(self.loaded, plan_of(vector, strength), way):
-            stories = self.stories()
-        figures = self.judge.figures(self.with_nats(stories), domain)
-        damage = self.damage(vector, strength, way)
-        return Row(domain, name, strength, damage, list(figures["success"]), list(figures["sound_success"]))
+        def write() -> list[dict[str, Any]]:
+            with steered(self.loaded, plan_of(self.vectors[domain], strength), way):
+                return self.stories()
 
-    def with_nats(self, stories: Sequence[StoryRecord]) -> list[StoryRecord]:
-        nats = continuation_nats(self.loaded, self.completions)
-        return [StoryRecord(**{**vars(story), "nats": each}) for story, each in zip(stories, nats, strict=True)]
+        stories = self.kept.of(self.about("stories", domain, way, strength), write)
+        return self.judged(domain, strength, name, stories, self.damage(domain, strength, way))
+
+    def judged(self, domain: str, strength: float, name: str, stories: Any, damage: TextFigures) -> Row:
+        figures = self.judge.figures(records(stories), domain)
+        return Row(domain, name, strength, damage, list(figures["success"]), list(figures["repeated_4"]))
+
+
+def records(stories: Sequence[dict[str, Any]]) -> list[StoryRecord]:
+    return [
+        StoryRecord(number, 0, one["text"], tuple(one["token_ids"]), one["finish_reason"], 0.0, {}, None)
+        for number, one in enumerate(stories)
+    ]
 
 
 def plan_of(vector: SteeringVector, strength: float) -> SteeringPlan:
@@ -142,7 +182,7 @@ def plan_of(vector: SteeringVector, strength: float) -> SteeringPlan:
 def cells(rows: Sequence[Row]) -> tuple[str, ...]:
     """Means over rows; of the texts with their 95% interval."""
     found = []
-    for values in ([row.success for row in rows], [row.sound for row in rows]):
+    for values in ([row.success for row in rows], [row.repeated for row in rows]):
         interval = bootstrap(np.array(values).mean(0))
         found.append(f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]" if interval else "-")
     means = [np.mean([getattr(row.damage, name) for row in rows]) for name in ("kl_mean", "kl_p95", "vector_share")]
@@ -153,39 +193,24 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
 def measured(args: argparse.Namespace) -> Iterator[Row]:
     """The rows of each domain."""
     bench = Bench(args)
-    for domain, vector in bench.vectors.items():
-        figures = bench.judge.figures(bench.unsteered, domain)
-        nothing = bench.damage(vector, 0.0, CHOICE)
-        yield Row(domain, UNSTEERED, 0.0, nothing, list(figures["success"]), list(figures["sound_success"]))
-        own = bench.within(vector, FORMULA)
+    for domain in bench.vectors:
+        own = bench.within(domain, FORMULA)
+        yield bench.judged(domain, 0.0, UNSTEERED, bench.unsteered, bench.damage(domain, LEAST, CHOICE))
         yield bench.row(domain, own, FORMULA, FORMULA)
         yield bench.row(domain, own, CHOICE, f"{CHOICE}, same strength")
-        yield bench.row(domain, bench.within(vector, CHOICE), CHOICE, f"{CHOICE}, equal damage")
+        yield bench.row(domain, bench.within(domain, CHOICE), CHOICE, f"{CHOICE}, equal damage")
 
 
 def run(args: argparse.Namespace) -> None:
-    rows = read(args.json)
-    known = {row.domain for row in rows}
-    args.domains = [domain for domain in args.domains if domain not in known]
-    for row in measured(args) if args.domains else ():
+    rows = []
+    for row in measured(args):
         rows.append(row)
         print(f"{row.domain}, {row.way}: {', '.join(cells([row]))}", file=sys.stderr, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    domains = ", ".join(dict.fromkeys(row.domain for row in rows))
-    titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "sound success")
-    table = Table("way", *titles, title=f"{domains}: {args.openings} openings, {args.tokens} tokens")
+    titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "repeated 4-grams")
+    table = Table("way", *titles, title=f"{', '.join(args.domains)}: {args.openings} openings, {args.tokens} tokens")
     for way in dict.fromkeys(row.way for row in rows):
         table.add_row(way, *cells([row for row in rows if row.way == way]))
     Console(width=150).print(table)
-
-
-def read(path: Path | None) -> list[Row]:
-    """The rows of an earlier run."""
-    if path is None or not path.exists():
-        return []
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    return [Row(**{**row, "damage": TextFigures(**row["damage"])}) for row in rows]
 
 
 def main() -> None:
@@ -195,9 +220,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="of a story")
     parser.add_argument("--texts", type=int, default=6, help="neutral texts that damage is measured on")
     parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="95th percentile of the KL, in nats")
-    parser.add_argument(
-        "--json", type=Path, help="write the figures to this file; domains that it has are not run again"
-    )
+    parser.add_argument("--json", type=Path, help="keep results in this file; the same command goes on there")
     try:
         run(parser.parse_args())
     except SteerMoEError as error:
