@@ -68,7 +68,7 @@ class Row:
     repeated: list[float]
 
 
-def choosing(module: nn.Module, push: Tensor):
+def choosing(module: Any, push: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The forward of a router of the default model that chooses by z + c E [N] and weighs by z."""
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +87,7 @@ def steered(loaded: LoadedModel, plan: SteeringPlan, way: str) -> Iterator[None]
             undo.enter_context(steer(loaded.model, rows=[plan]))
         else:
             for router, bank in zip(find_routers(loaded.model), banks_for(loaded.shape, [plan]), strict=True):
-                router.module.forward = choosing(router.module, bank.push[0])  # type: ignore[method-assign]
+                router.module.forward = choosing(router.module, bank.push[0])
                 undo.callback(delattr, router.module, "forward")
         yield
 
