@@ -130,11 +130,11 @@ class Bench:
         sizes = f"{len(self.openings)} openings, {self.args.tokens} tokens, {self.args.texts} texts"
         return ", ".join(map(str, (*what, sizes)))
 
-    def stories(self) -> list[dict[str, Any]]:
-        """One continuation of each opening by the model as it is now."""
+    def stories(self, plan: SteeringPlan | None = None) -> list[dict[str, Any]]:
+        """One continuation of each opening by the model as it is now, and as a plan steers it."""
         engine = HFEngine(self.loaded, compiled=False)
         sampled = [Sampling(max_new_tokens=self.args.tokens, seed=number) for number in range(len(self.openings))]
-        requests = [Request(opening, None, how) for opening, how in zip(self.openings, sampled, strict=True)]
+        requests = [Request(opening, plan, how) for opening, how in zip(self.openings, sampled, strict=True)]
         done = engine.generate(requests)
         return [
             {"text": one.text, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason} for one in done
@@ -157,7 +157,10 @@ class Bench:
 
     def row(self, domain: str, strength: float, way: str, name: str) -> Row:
         def write() -> list[dict[str, Any]]:
-            with steered(self.loaded, plan_of(self.vectors[domain], strength), way):
+            plan = plan_of(self.vectors[domain], strength)
+            if way == FORMULA:
+                return self.stories(plan)
+            with steered(self.loaded, plan, way):
                 return self.stories()
 
         stories = self.kept.of(self.about("stories", domain, way, strength), write)
