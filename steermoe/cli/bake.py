@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from steermoe.models.baking.checkpoint import Checkpoint
     from steermoe.models.baking.record import Baked
     from steermoe.models.gguf.bake import GGUFFile
+    from steermoe.routing.biases import Kind
     from steermoe.routing.shape import RoutingShape
     from steermoe.steering.plans import SteeringPlan
     from steermoe.steering.spec import SteeringSpec
@@ -132,7 +133,7 @@ def _bake(source: "Checkpoint | GGUFFile", plan: "SteeringPlan", choice_only: bo
 
     assert plan.vector is not None
     sha256 = tensors_sha256({"experts": plan.vector.experts})
-    kind = "choice" if choice_only else "logits"
+    kind: Kind = "choice" if choice_only else "logits"
     steering = Steering(kind, plan.vector.domain, plan.strength, sha256, plan.layers)
     return source.bake(steering, pushes_of(source.shape, plan), output)
 

@@ -151,28 +151,28 @@ class Checkpoint:
         return folder, files
 
 
-def undo(folder: Path, output: Path) -> Baked:
-    """Write a baked checkpoint as it was before, to a folder that is not there yet.
+def undo(path: Path, output: Path) -> Baked:
+    """Write the baked checkpoint in a folder as it was before, to another one that is not there yet.
 
     Raises:
         ModelError: nothing was baked into it, its tensors were changed since, or it can't be written.
     """
     try:
-        if (folder / RECORD).stat().st_size > MAX_RECORD_BYTES:
-            raise ModelError(f"'{folder / RECORD}' is larger than any record: it is none")
-        text = (folder / RECORD).read_text(encoding="utf-8")
+        if (path / RECORD).stat().st_size > MAX_RECORD_BYTES:
+            raise ModelError(f"'{path / RECORD}' is larger than any record: it is none")
+        text = (path / RECORD).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"'{folder}' has no readable {RECORD}: nothing was baked into it, so nothing can be undone"
+            f"'{path}' has no readable {RECORD}: nothing was baked into it, so nothing can be undone"
         ) from error
-    _, kept = read_record(text, folder)
+    _, kept = read_record(text, path)
     try:
-        files = weight_files(folder)
-        found = list(_originals(folder, files, kept))
+        files = weight_files(path)
+        found = list(_originals(path, files, kept))
     except DAMAGED as error:
-        raise ModelError(f"can't read the tensors of '{folder}': its files are damaged") from error
-    with _written(folder, output) as partial:
-        left_out = _copy(folder, partial, files, without=RECORD)
+        raise ModelError(f"can't read the tensors of '{path}': its files are damaged") from error
+    with _written(path, output) as partial:
+        left_out = _copy(path, partial, files, without=RECORD)
         for place, before in found:
             _patch(partial / place.path.name, place.start, before)
     return Baked(output, len(found), left_out=left_out)

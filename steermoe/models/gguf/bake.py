@@ -142,22 +142,18 @@ def undo(path: Path, output: Path) -> Baked:
         raise ModelError(f"'{path}' has no setting {KEY}: nothing was baked into it, so nothing can be undone")
     record, kept = read_record(text, path)
     size = record.get("data_bytes")
+    rewritten = ModelError(f"'{path}' was rewritten after it was baked: take the original file instead")
+    if not isinstance(size, int) or not all(one.name in tensors for one in kept):
+        raise rewritten
     with path.open("rb") as file:
         head = file.read(layout.tensors_end)
     added = [one for one in kept if one.before is None]
-    setting, infos = _setting(text), b""
-    if isinstance(size, int) and all(one.name in tensors for one in kept):
-        infos = b"".join(_info(one.name, tensors[one.name], layout.first) for one in added)
+    setting = _setting(text)
+    infos = b"".join(_info(one.name, tensors[one.name], layout.first) for one in added)
     settings_end, infos_end = layout.settings_end - len(setting), layout.tensors_end - len(infos)
-    is_as_written = (
-        isinstance(size, int)
-        and 0 <= size <= path.stat().st_size - layout.first
-        and all(one.name in tensors for one in kept)
-        and head[settings_end : layout.settings_end] == setting
-        and head[infos_end:] == infos
-    )
-    if not is_as_written:
-        raise ModelError(f"'{path}' was rewritten after it was baked: take the original file instead")
+    is_whole = 0 <= size <= path.stat().st_size - layout.first
+    if not is_whole or head[settings_end : layout.settings_end] != setting or head[infos_end:] != infos:
+        raise rewritten
     patches = [
         (tensors[one.name].start, _before(path, one, tensors[one.name])) for one in kept if one.before is not None
     ]
