@@ -4,11 +4,10 @@
 chosen experts alone; formula (3), z + c E, changes both. Models whose routers have such a bias are too large for this
 comparison. So the default model's own routers, which choose the largest logits and weigh them by a softmax, are made to
 choose by z + c E and to weigh by z: that is what the bias does where the scores are the logits themselves. Where scores
-are sigmoids, the same c moves the choice further; what can be reached at equal damage carries over, c does not.
+are sigmoids, the same c moves the choice further.
 
-Each domain is steered in three ways, all at all positions: by formula (3) at the largest strength within the budget,
-choice-only at the same strength, and choice-only at the largest strength within the budget. Damage is the KL per token
-on neutral texts, success is judged as in `steermoe evaluate`.
+Each domain is steered in both ways at the same strengths, all at all positions. Damage is the KL per token on neutral
+texts; a text succeeds if the classifier of `steermoe evaluate` finds the domain most likely.
 """
 
 import argparse
@@ -32,7 +31,6 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import SteerMoEError
 from steermoe.evaluation.bootstrap import bootstrap
-from steermoe.evaluation.calibration import DEFAULT_BUDGET, calibrate
 from steermoe.evaluation.classifier import DomainClassifier
 from steermoe.evaluation.judge import Judge
 from steermoe.evaluation.results import StoryRecord
@@ -49,8 +47,6 @@ from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.library import load_vector
 from steermoe.vectors.vector import SteeringVector
 
-COARSE, FIRST = 0.2, 4.0
-"""Relative precision of strengths, and the one that is tried first."""
 LEAST = 1e-6
 """A strength that changes nothing."""
 UNSTEERED, FORMULA, CHOICE = "unsteered", "formula (3)", "choice only"
@@ -151,11 +147,7 @@ class Bench:
 
         return TextFigures(**self.kept.of(self.about("damage", domain, way, strength), read))
 
-    def within(self, domain: str, way: str) -> float:
-        """The largest strength within the budget."""
-        return calibrate(lambda c: self.damage(domain, c, way).kl_p95, self.args.budget, COARSE, FIRST).strength
-
-    def row(self, domain: str, strength: float, way: str, name: str) -> Row:
+    def row(self, domain: str, strength: float, way: str) -> Row:
         def write() -> list[dict[str, Any]]:
             plan = plan_of(self.vectors[domain], strength)
             if way == FORMULA:
@@ -164,11 +156,11 @@ class Bench:
                 return self.stories()
 
         stories = self.kept.of(self.about("stories", domain, way, strength), write)
-        return self.judged(domain, strength, name, stories, self.damage(domain, strength, way))
+        return self.judged(domain, strength, way, stories, self.damage(domain, strength, way))
 
-    def judged(self, domain: str, strength: float, name: str, stories: Any, damage: TextFigures) -> Row:
+    def judged(self, domain: str, strength: float, way: str, stories: Any, damage: TextFigures) -> Row:
         figures = self.judge.figures(records(stories), domain)
-        return Row(domain, name, strength, damage, list(figures["success"]), list(figures["repeated_4"]))
+        return Row(domain, way, strength, damage, list(figures["success"]), list(figures["repeated_4"]))
 
 
 def records(stories: Sequence[dict[str, Any]]) -> list[StoryRecord]:
@@ -189,19 +181,17 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
         interval = bootstrap(np.array(values).mean(0))
         found.append(f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]" if interval else "-")
     means = [np.mean([getattr(row.damage, name) for row in rows]) for name in ("kl_mean", "kl_p95", "vector_share")]
-    strengths = ", ".join(f"{row.strength:g}" for row in rows)
-    return strengths, f"{means[0]:.3f}", f"{means[1]:.2f}", f"{means[2]:.0%}", *found
+    return f"{rows[0].strength:g}", f"{means[0]:.3f}", f"{means[1]:.2f}", f"{means[2]:.0%}", *found
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
     """The rows of each domain."""
     bench = Bench(args)
     for domain in bench.vectors:
-        own = bench.within(domain, FORMULA)
         yield bench.judged(domain, 0.0, UNSTEERED, bench.unsteered, bench.damage(domain, LEAST, CHOICE))
-        yield bench.row(domain, own, FORMULA, FORMULA)
-        yield bench.row(domain, own, CHOICE, f"{CHOICE}, same strength")
-        yield bench.row(domain, bench.within(domain, CHOICE), CHOICE, f"{CHOICE}, equal damage")
+        for strength in args.strengths:
+            for way in (FORMULA, CHOICE):
+                yield bench.row(domain, strength, way)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -211,8 +201,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{row.domain}, {row.way}: {', '.join(cells([row]))}", file=sys.stderr, flush=True)
     titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "repeated 4-grams")
     table = Table("way", *titles, title=f"{', '.join(args.domains)}: {args.openings} openings, {args.tokens} tokens")
-    for way in dict.fromkeys(row.way for row in rows):
-        table.add_row(way, *cells([row for row in rows if row.way == way]))
+    for way, strength in dict.fromkeys((row.way, row.strength) for row in rows):
+        table.add_row(way, *cells([row for row in rows if (row.way, row.strength) == (way, strength)]))
     Console(width=150).print(table)
 
 
@@ -222,7 +212,7 @@ def main() -> None:
     parser.add_argument("--openings", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=40, help="of a story")
     parser.add_argument("--texts", type=int, default=6, help="neutral texts that damage is measured on")
-    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="95th percentile of the KL, in nats")
+    parser.add_argument("--strengths", nargs="+", type=float, default=[4.0, 8.0, 16.0])
     parser.add_argument("--json", type=Path, help="keep results in this file; the same command goes on there")
     try:
         run(parser.parse_args())
