@@ -6,6 +6,10 @@ comparison. So the default model's own routers, which choose the largest logits 
 choose by z + c E and to weigh by z: that is what the bias does where the scores are the logits themselves. Where scores
 are sigmoids, the same c moves the choice further.
 
+The two experts of each topic have equal logits and equal E, so with the model's own two experts a token the weights are
+1/2 whatever is added, and the two ways are the same to the bit. Four experts a token, the default here, are two topics,
+which are weighed against each other.
+
 Each domain is steered in both ways at the same strengths, all at all positions. Damage is the KL per token on neutral
 texts; a text succeeds if the classifier of `steermoe evaluate` finds the domain most likely.
 """
@@ -110,6 +114,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.openings, self.args, self.kept = openings("heldout", args.openings), args, Kept(args.json)
         self.loaded = load(None, dtype="float32")
+        for router in find_routers(self.loaded.model):
+            router.module.top_k = args.active
         self.vectors = {name: load_vector(name, self.loaded.shape, group=spec.NAME) for name in args.domains}
         self.unsteered = self.kept.of(self.about(UNSTEERED), self.stories)
         keywords = {name: vector.info.keywords for name, vector in self.vectors.items()}
@@ -123,7 +129,7 @@ class Bench:
 
     def about(self, *what: object) -> str:
         """What is measured, with all that it depends on."""
-        sizes = f"{len(self.openings)} openings, {self.args.tokens} tokens, {self.args.texts} texts"
+        sizes = f"{self.args.active} experts, {len(self.openings)} openings, {self.args.tokens} tokens, {self.args.texts} texts"
         return ", ".join(map(str, (*what, sizes)))
 
     def stories(self, plan: SteeringPlan | None = None) -> list[dict[str, Any]]:
@@ -200,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append(row)
         print(f"{row.domain}, {row.way}: {', '.join(cells([row]))}", file=sys.stderr, flush=True)
     titles = ("strength", "KL mean", "KL 95%", "slots of domain experts", "success", "repeated 4-grams")
-    table = Table("way", *titles, title=f"{', '.join(args.domains)}: {args.openings} openings, {args.tokens} tokens")
+    table = Table("way", *titles, title=f"{', '.join(args.domains)}: {args.active} experts, {args.openings} openings")
     for way, strength in dict.fromkeys((row.way, row.strength) for row in rows):
         table.add_row(way, *cells([row for row in rows if (row.way, row.strength) == (way, strength)]))
     Console(width=150).print(table)
@@ -212,6 +218,7 @@ def main() -> None:
     parser.add_argument("--openings", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=40, help="of a story")
     parser.add_argument("--texts", type=int, default=6, help="neutral texts that damage is measured on")
+    parser.add_argument("--active", type=int, default=4, help="experts of a token; the model has 2")
     parser.add_argument("--strengths", nargs="+", type=float, default=[4.0, 8.0, 16.0])
     parser.add_argument("--json", type=Path, help="keep results in this file; the same command goes on there")
     try:
