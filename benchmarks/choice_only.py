@@ -129,7 +129,8 @@ class Bench:
 
     def about(self, *what: object) -> str:
         """What is measured, with all that it depends on."""
-        sizes = f"{self.args.active} experts, {len(self.openings)} openings, {self.args.tokens} tokens, {self.args.texts} texts"
+        args = self.args
+        sizes = f"{args.active} experts, {args.openings} openings, {args.tokens} tokens, {args.texts} texts"
         return ", ".join(map(str, (*what, sizes)))
 
     def stories(self, plan: SteeringPlan | None = None) -> list[dict[str, Any]]:
