@@ -6,8 +6,8 @@ comparison. So the default model's own routers, which choose the largest logits 
 choose by z + c E and to weigh by z: that is what the bias does where the scores are the logits themselves. Where scores
 are sigmoids, the same c moves the choice further.
 
-The two experts of each topic have equal logits and equal E, so with the model's own two experts a token the weights are
-1/2 whatever is added, and the two ways are the same to the bit. Four experts a token, the default here, are two topics,
+The two experts of each topic have equal logits. With the model's own two experts a token they are chosen together and
+weigh 1/2 each, and the two ways came out the same to the bit. Four experts a token, the default here, are two topics,
 which are weighed against each other.
 
 Each domain is steered in both ways at the same strengths, all at all positions. Damage is the KL per token on neutral
