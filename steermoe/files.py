@@ -1,6 +1,7 @@
-"""Write files whole or not at all, lock them, find steermoe's cache folder, check .npy files and cells of CSV files."""
+"""Write files and folders whole or not at all, lock files, find steermoe's cache folder, check .npy and CSV files."""
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -48,6 +49,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.replace(target_path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that gets its name if the block succeeds, and is deleted otherwise.
+
+    Raises:
+        FileExistsError: there is something at `path` already.
+    """
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    partial = hidden_beside(path, secrets.token_hex(4))
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def why_not_written(error: OSError) -> str:

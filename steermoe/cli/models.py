@@ -1,10 +1,11 @@
-"""`steermoe models`: lists families, pulls the default model, inspects, compiles and exports checkpoints."""
+"""`steermoe models`: lists families, pulls the default model, inspects, compiles, exports and bakes checkpoints."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from steermoe.cli import bake
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
 from steermoe.cli.loading import ModelOptions
@@ -67,7 +68,10 @@ MAX_LISTED = 8
 
 Checkpoint = Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id. Default: smollm2-moe.")]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect, compile and export models.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List, pull, inspect, compile, export and bake models."
+)
+app.command(epilog=bake.EXAMPLES)(bake.bake)
 
 
 @app.command("list", epilog=LIST_EXAMPLES)

@@ -7,7 +7,7 @@ Shapes: B texts and S columns of a batch, T scored tokens of it, V vocabulary, C
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -117,26 +117,44 @@ class TeacherForcing:
         Raises:
             SteeringError: the plan does not fit the model, or steers none of the tokens.
         """
-        kl, losses, overlaps = [], [], []
         with steer(self._model, rows=[plan]) as handle:
             handle.set(prompt_length=self.prompt_tokens)
-            for batch in self._batches:
-                logits_TV, chosen = self._read(batch.ids, batch.mask, batch.scored)
-                log_TV, base_TV = logits_TV.float().log_softmax(-1), batch.logits.float().log_softmax(-1)
-                kl.append((log_TV.exp() * (log_TV - base_TV)).sum(-1))
-                losses.append(F.nll_loss(log_TV, batch.targets, reduction="sum"))
-                if chosen is not None and batch.chosen is not None:
-                    overlaps.append(_jaccard(chosen, batch.chosen).flatten())
+            read = self._compared()
             report = handle.report()
+        return replace(read, vector_share=report.vector_share, steered=report.tokens_steered / report.tokens_seen)
+
+    def compare_as_is(self, wanted: Tensor) -> TextFigures:
+        """Read the texts with the model as it is now: with other weights than before, or steered by somebody else.
+
+        Args:
+            wanted: of each router, whether a column is one of the vector's experts [C, W].
+
+        Returns:
+            figures whose `vector_share` is that of the scored tokens; NaN if choices can't be separated by token.
+        """
+        return self._compared(wanted)
+
+    def _compared(self, wanted: Tensor | None = None) -> TextFigures:
+        """What the model does now, beside what it did at first."""
+        kl, losses, overlaps, hits = [], [], [], []
+        for batch in self._batches:
+            logits_TV, chosen = self._read(batch.ids, batch.mask, batch.scored)
+            log_TV, base_TV = logits_TV.float().log_softmax(-1), batch.logits.float().log_softmax(-1)
+            kl.append((log_TV.exp() * (log_TV - base_TV)).sum(-1))
+            losses.append(F.nll_loss(log_TV, batch.targets, reduction="sum"))
+            if chosen is not None and batch.chosen is not None:
+                overlaps.append(_jaccard(chosen, batch.chosen).flatten())
+            if chosen is not None and wanted is not None:
+                hits.append(wanted.to(chosen.device).gather(1, chosen.flatten(1).long()).flatten().float())
         kl_T = torch.cat(kl)
         return TextFigures(
             kl_mean=float(kl_T.mean()),
             kl_p95=float(kl_T.quantile(0.95)),
             nats=float(torch.stack(losses).sum()) / self.tokens,
             nats_unsteered=self.nats,
-            vector_share=report.vector_share,
+            vector_share=float(torch.cat(hits).mean()) if hits else float("nan"),
             jaccard=float(torch.cat(overlaps).mean()) if overlaps else float("nan"),
-            steered=report.tokens_steered / report.tokens_seen,
+            steered=1.0,
             tokens=self.tokens,
         )
 

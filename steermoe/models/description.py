@@ -116,17 +116,35 @@ def describe(model: str | Path | None = None, *, trust_remote_code: bool = False
     return found if found.steerable or "gguf_file" not in extra or not is_moe(source) else _describe_gguf(source)
 
 
-def _describe(name: str, where: str, extra: dict[str, str], trust_remote_code: bool) -> ModelDescription:
-    """What transformers makes of a checkpoint; arguments as `_locate` returns them."""
+def built_empty(name: str, where: str, extra: dict[str, str], trust_remote_code: bool) -> tuple[Any, Any]:
+    """A checkpoint's configuration, and its model on the meta device; arguments as `_locate` returns them.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
     from transformers import AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-        generates = _auto_class(config)
         with torch.device("meta"):
-            built = (generates or AutoModel).from_config(config, trust_remote_code=trust_remote_code)
+            return config, (_auto_class(config) or AutoModel).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged checkpoint can make transformers raise anything
         raise ModelError(_why_not_loaded(name, error, where)) from error
+
+
+def stored_shape(name: str, built: Any, routers: Sequence[Router], source: Path) -> RoutingShape:
+    """The shape of a checkpoint, from the model that was built of it without weights."""
+    return RoutingShape(
+        name,
+        (built.config.model_type,),
+        tuple(router.shape for router in routers),
+        fingerprint=stored_fingerprint(source, gates_of(routers)),
+    )
+
+
+def _describe(name: str, where: str, extra: dict[str, str], trust_remote_code: bool) -> ModelDescription:
+    """What transformers makes of a checkpoint; arguments as `_locate` returns them."""
+    config, built = built_empty(name, where, extra, trust_remote_code)
     text = config.get_text_config()
     try:
         routers, reason = find_routers(built), "its routers' logits are changed before top-k"
@@ -140,12 +158,7 @@ def _describe(name: str, where: str, extra: dict[str, str], trust_remote_code: b
     if routers and (wrong := _why_not_run(config)):
         reason = f"{PYTHON_ONLY}: {wrong}"
     return ModelDescription(
-        shape=RoutingShape(
-            name,
-            (built.config.model_type,),
-            tuple(router.shape for router in routers),
-            fingerprint=stored_fingerprint(source, gates_of(routers)),
-        ),
+        shape=stored_shape(name, built, routers, source),
         model_class=type(built).__name__,
         layers=getattr(text, "num_hidden_layers", None),
         scoring=scoring(routers[0].module, text) if routers else "",

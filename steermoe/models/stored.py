@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,34 +107,50 @@ def _number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _tensors(folder: Path) -> dict[str, Place]:
-    """All tensors of a checkpoint that could be gates, by name; of a sharded one, in the files that its index names."""
+def weight_files(folder: Path, wanted: re.Pattern[str] | None = None) -> list[Path]:
+    """The files that hold a checkpoint's tensors; of a sharded one, those that its index names.
+
+    Args:
+        folder: the checkpoint.
+        wanted: of a sharded one, only files with a tensor of such a name.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: the index is damaged.
+    """
     index, whole = folder / INDEX, folder / "model.safetensors"
     if index.is_file() and index.stat().st_size <= MAX_INDEX_BYTES:
         names = json.loads(index.read_bytes())["weight_map"]
-        files: Iterable[Path] = [
-            folder / Path(file).name
-            for file in dict.fromkeys(file for name, file in names.items() if GATE.search(name))
-        ]
-    else:
-        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    return {name: place for file in files for name, place in _places(file)}
+        chosen = dict.fromkeys(file for name, file in names.items() if wanted is None or wanted.search(name))
+        return [folder / Path(file).name for file in chosen]
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def _places(path: Path) -> Iterator[tuple[str, Place]]:
-    """The matrices of a safetensors file with a gate's name, from its header.
+def _tensors(folder: Path) -> dict[str, Place]:
+    """All matrices of a checkpoint that could be gates, by name."""
+    return {
+        name: place
+        for file in weight_files(folder, GATE)
+        for name, place in tensors_of(file).items()
+        if GATE.search(name) and len(place.shape) == 2
+    }
+
+
+def tensors_of(path: Path) -> dict[str, Place]:
+    """The tensors of a safetensors file by name, from its header.
 
     Raises:
-        ValueError: it is none.
+        OSError, ValueError, KeyError, TypeError, AttributeError: it is none.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(length)
         header: dict[str, Any] = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__" and GATE.search(name) and len(entry["shape"]) == 2:
-            yield name, Place(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return {
+        name: Place(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _read(place: Place) -> list[float]:

@@ -22,6 +22,7 @@ from steermoe.engines.llamacpp import layout
 from steermoe.engines.llamacpp.context import Context
 from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.engines.llamacpp.state import Reach
+from steermoe.models.gguf.bake import NAMES
 from steermoe.models.gguf.header import read_gguf
 from steermoe.steering.plans import SteeringPlan
 from steermoe.vectors.vector import SteeringVector
@@ -144,7 +145,8 @@ def check(architecture: str, path: Path) -> dict[str, Any] | None:
     check_first_choice(path, tensors, layers[0], file.node, before, after, added[layers[0]])
     for reach in REACHES:
         check_engine(path, reach, vector, plain, expected, (before, after))
-    return {"layers": list(layers), "node": file.node, "biased": f"blk.{layers[0]}.exp_probs_b.bias" in tensors}
+    has = {kind: name.format(layers[0]) in tensors for kind, name in NAMES.items()}
+    return {"layers": list(layers), "node": file.node, "biased": has["choice"], "logits_biased": has["logits"]}
 
 
 def check_first_choice(

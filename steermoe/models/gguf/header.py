@@ -247,6 +247,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
 
 def _read(path: Path) -> "tuple[dict[str, Any], dict[str, _Tensor]]":
     """As `read_header`, with all that it says about each tensor."""
+    return read_layout(path)[:2]
+
+
+def read_layout(path: Path) -> "tuple[dict[str, Any], dict[str, _Tensor], Layout]":
+    """As `read_header`, with all that it says about each tensor, and where the header's own parts end."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ModelError(f"can't read '{path}': it is no regular file; give a .gguf file")
@@ -260,6 +265,23 @@ def _read(path: Path) -> "tuple[dict[str, Any], dict[str, _Tensor]]":
         raise ModelError(f"'{path}' is not a GGUF file or is cut off within its header: get it again") from error
     except (ValueError, MemoryError, OverflowError) as error:
         raise ModelError(f"'{path}' is not a GGUF file or is cut off ({reason(error)}): get it again") from error
+
+
+class Layout(NamedTuple):
+    """The parts of a file: its settings, then what it says about its tensors, then the tensors.
+
+    Attributes:
+        tensors, settings: how many there are.
+        settings_end, tensors_end: the first byte after what the header says about them.
+        first: the first byte of the tensors. alignment: of which all their places are multiples, counted from there.
+    """
+
+    tensors: int
+    settings: int
+    settings_end: int
+    tensors_end: int
+    first: int
+    alignment: int
 
 
 class _Tensor(NamedTuple):
@@ -282,7 +304,7 @@ class _Header:
         self._texts = self._values = self._bytes = 0
         """Skipped texts, values of lists, and bytes of texts so far."""
 
-    def read(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, _Tensor], Layout]:
         if self._data[:4] != MAGIC:
             raise ValueError(f"it begins with {self._data[:4]!r}, not with {MAGIC!r}")
         self._at = 4
@@ -298,6 +320,7 @@ class _Header:
         for _ in range(pairs):
             key = self._name(metadata)
             metadata[key] = self._value(self._take("I"))
+        settings_end = self._at
         tensors: dict[str, _Tensor] = {}
         for _ in range(count):
             name = self._name(tensors)
@@ -306,14 +329,16 @@ class _Header:
                 raise ValueError(f"tensor {shown(name)} has {dimensions} dimensions, expected at most {MAX_DIMENSIONS}")
             shape = tuple(self._take("Q") for _ in range(dimensions))
             tensors[name] = _Tensor(shape, self._take("I"), self._take("Q"))
-        first = self._first_byte(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        first = self._first_byte(alignment)
         length = max(
             (tensor.start + _stored_bytes(tensor.shape, tensor.kind) for tensor in tensors.values()), default=0
         )
         needed = first + length if length else self._at
         if needed > len(self._data):
             raise ValueError(f"it has {len(self._data)} bytes, its tensors need {needed}")
-        return metadata, {name: tensor._replace(start=first + tensor.start) for name, tensor in tensors.items()}
+        placed = {name: tensor._replace(start=first + tensor.start) for name, tensor in tensors.items()}
+        return metadata, placed, Layout(count, pairs, settings_end, self._at, first, alignment)
 
     def _first_byte(self, alignment: Any) -> int:
         """Where the tensors begin: at the next multiple of the alignment after the header."""

@@ -17,6 +17,8 @@ pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
 
+from steermoe.models.gguf.bake import READS_CHOICE_BIAS
+
 ENDS = "llama.cpp ends the process: "
 NO_TINY_SIZES = f"{ENDS}GGML_ASSERT"
 EXCEPTIONS = {
@@ -83,3 +85,9 @@ def test_no_router_is_missed(found: dict[str, dict[str, Any]]) -> None:
     assert "deepseek" in steered
     assert {fact["node"] for fact in found.values() if "node" in fact} >= {"ffn_moe_logits", "ffn_moe_probs"}
     assert any(fact.get("biased") for fact in found.values())
+
+
+def test_where_steering_can_be_baked(found: dict[str, dict[str, Any]]) -> None:
+    """By formula (3) only where files have the bias anyway; a bias on scores is added where llama.cpp reads one."""
+    assert {name for name, fact in found.items() if fact.get("biased")} == READS_CHOICE_BIAS
+    assert {name for name, fact in found.items() if fact.get("logits_biased")} == {"gpt-oss"}
