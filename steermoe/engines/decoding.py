@@ -210,9 +210,39 @@ def score_of(logits_V: "Tensor", token: int, most: int) -> TokenScore:
         token: the one that was drawn.
         most: how many of the likeliest tokens to keep.
     """
-    logprob_V = logits_V.float().log_softmax(-1)
-    top = logprob_V.topk(min(most, len(logprob_V)))
-    return TokenScore(float(logprob_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    (score,) = scores_of(logits_V[None], [token], [most])
+    assert score is not None
+    return score
+
+
+def scores_of(logits_BV: "Tensor", tokens: Sequence[int], most: Sequence[int | None]) -> list[TokenScore | None]:
+    """As `score_of`, one for each row, or None where `most` is; a device is waited for once.
+
+    Args:
+        logits_BV: [B, V], the model's, unwarped.
+        tokens: [B], the ones that were drawn.
+        most: [B], how many of the likeliest tokens to keep.
+    """
+    import torch
+
+    found = []
+    for logits_V, token, number in zip(logits_BV, tokens, most, strict=True):
+        if number is not None:
+            logprob_V = logits_V.float().log_softmax(-1)
+            top = logprob_V.topk(min(number, len(logprob_V)))
+            # float64 holds a token's number and a float32 exactly
+            found.append(torch.cat([logprob_V[token : token + 1].double(), top.values.double(), top.indices.double()]))
+    numbers = iter(torch.cat(found).tolist() if found else [])
+    sizes = iter([len(one) // 2 for one in found])
+    scores: list[TokenScore | None] = []
+    for number in most:
+        if number is None:
+            scores.append(None)
+            continue
+        size, logprob = next(sizes), next(numbers)
+        values = [next(numbers) for _ in range(size)]
+        scores.append(TokenScore(logprob, tuple((int(next(numbers)), value) for value in values)))
+    return scores
 
 
 def segments_of(plan: "SteeringPlan | None", tags: Tags | None, prompt: Sequence[int]) -> Segments | None:
