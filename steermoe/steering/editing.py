@@ -25,6 +25,8 @@ from steermoe.steering.plans import SteeringPlan
 
 PENDING_LIMIT = 1 << 16
 """Choices that the tally collects before it counts them. A decode step stays far below; a long prompt exceeds it."""
+LISTED = ("forced_hits", "forced_places", "banned_hits", "banned_places")
+"""What `Editor.listed` counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +178,7 @@ class Editor:
         """Raise SteeringError if a counted call did not choose a forced expert, or chose a banned one.
 
         Args:
-            counts: what `listed_counts` makes of `listed`.
+            counts: what `each_listed` makes of `listed`.
         """
         missed = counts["forced_places"] - counts["forced_hits"]
         if missed:
@@ -222,9 +224,6 @@ def listed_counts(listed: Iterable[int | Tensor]) -> dict[str, int]:
     """The counts of `SteeringReport` for forced and banned experts, summed over routers."""
     whole = [counts for counts in each_listed(listed) if counts]
     return {name: sum(counts[name] for counts in whole) for name in LISTED}
-
-
-LISTED = ("forced_hits", "forced_places", "banned_hits", "banned_places")
 
 
 def each_listed(listed: Iterable[int | Tensor]) -> list[dict[str, int]]:
