@@ -225,23 +225,19 @@ def scores_of(logits_BV: "Tensor", tokens: Sequence[int], most: Sequence[int | N
     """
     import torch
 
+    asked = {row: number for row, number in enumerate(most) if number is not None}
     found = []
-    for logits_V, token, number in zip(logits_BV, tokens, most, strict=True):
-        if number is not None:
-            logprob_V = logits_V.float().log_softmax(-1)
-            top = logprob_V.topk(min(number, len(logprob_V)))
-            # float64 holds a token's number and a float32 exactly
-            found.append(torch.cat([logprob_V[token : token + 1].double(), top.values.double(), top.indices.double()]))
+    for row, number in asked.items():
+        logprob_V = logits_BV[row].float().log_softmax(-1)
+        top = logprob_V.topk(min(number, len(logprob_V)))
+        own = logprob_V[tokens[row] : tokens[row] + 1]
+        # float64 holds a token's number and a float32 exactly
+        found.append(torch.cat([own.double(), top.values.double(), top.indices.double()]))
     numbers = iter(torch.cat(found).tolist() if found else [])
-    sizes = iter([len(one) // 2 for one in found])
-    scores: list[TokenScore | None] = []
-    for number in most:
-        if number is None:
-            scores.append(None)
-            continue
-        size, logprob = next(sizes), next(numbers)
-        values = [next(numbers) for _ in range(size)]
-        scores.append(TokenScore(logprob, tuple((int(next(numbers)), value) for value in values)))
+    scores: list[TokenScore | None] = [None] * len(most)
+    for row, one in zip(asked, found, strict=True):
+        logprob, *values = (next(numbers) for _ in range(1 + len(one) // 2))
+        scores[row] = TokenScore(logprob, tuple((int(next(numbers)), value) for value in values))
     return scores
 
 
