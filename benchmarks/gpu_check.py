@@ -186,7 +186,7 @@ def verify(setting: Setting) -> Iterator[Line]:
     try:
         checks = Verification(loaded("float32"), loaded, lambda: loaded("auto")).run()
     except SteerMoEError as error:
-        yield Line("verify", "steermoe verify", None, reason(error), "", 0.0)
+        yield Line("verify", "steermoe verify", None if setting.model is None else False, reason(error), "", 0.0)
         return
     for check in checks:
         yield Line("verify", check.name, check.passed, check.found, check.expected, round(check.seconds, 2))

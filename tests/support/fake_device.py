@@ -58,6 +58,7 @@ class FakeDevice:
             for name, method in METHODS.items():
                 undo.enter_context(mock.patch.object(FakeTensor, name, method))
             undo.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=CAPABILITY))
+            undo.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
             undo.enter_context(self._fake)
             undo.enter_context(_Watch(self._fake, self))
             self._undo = undo.pop_all()
