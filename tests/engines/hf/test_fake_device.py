@@ -168,7 +168,7 @@ RECORDED = "recording.py:RoutingRecord._before_forward"
 def test_generate_waits_where_transformers_does(gpu, model, is_recorded):
     engine = HFEngine(tiny.loaded(model))
     plans = plans_for(model) if is_recorded else plans_for(model)[:1]
-    gpu.truths[:] = [False] * 8 + [True] * 8  # the first of them are read before the first step
+    gpu.truths[:] = [False] * 12 + [True] * 12  # some are read before the first step, some for masks
     with gpu.waiting() as waits:
         done = engine.generate(requests_for(plans), on_text=None if is_recorded else str, record=is_recorded)
     gpu.truths.clear()
