@@ -65,9 +65,9 @@ class RowLayout:
         if self.plan_T.device == device:
             return self
         if device not in self._moved:
-            own = (self.plan_T, self.factor_T1, *(here_T1 for *_, here_T1 in self.ways))
-            plan_T, factor_T1, *heres = (one.to(device, non_blocking=True) for one in own)
-            ways = tuple((*way, here_T1) for (*way, _), here_T1 in zip(self.ways, heres, strict=True))
+            here = (self.plan_T, self.factor_T1, *(here_T1 for *_, here_T1 in self.ways))
+            plan_T, factor_T1, *heres = (one.to(device, non_blocking=True) for one in here)
+            ways = tuple((formula, scale, own) for (formula, scale, _), own in zip(self.ways, heres, strict=True))
             self._moved[device] = RowLayout(plan_T, factor_T1, ways)
         return self._moved[device]
 
@@ -229,15 +229,15 @@ def listed_counts(listed: Iterable[int | Tensor]) -> dict[str, int]:
 def each_listed(listed: Iterable[int | Tensor]) -> list[dict[str, int]]:
     """As `listed_counts`, for each router; {} for one without lists. Waits once for each device."""
     given = list(listed)
-    places: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for place, counts in enumerate(given):
         if isinstance(counts, Tensor):
-            places.setdefault(counts.device, []).append(place)
+            by_device.setdefault(counts.device, []).append((place, counts))
     found: list[dict[str, int]] = [{} for _ in given]
-    for here in places.values():
-        together = torch.stack([counts for place in here if isinstance(counts := given[place], Tensor)]).tolist()
-        for place, counts_4 in zip(here, together, strict=True):
-            found[place] = dict(zip(LISTED, counts_4, strict=True))
+    for here in by_device.values():
+        together = torch.stack([counts for _, counts in here]).tolist()
+        for (place, _), numbers in zip(here, together, strict=True):
+            found[place] = dict(zip(LISTED, numbers, strict=True))
     return found
 
 
