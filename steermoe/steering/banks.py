@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,8 @@ class Bank:
         if device not in self._moved:
             own = {name: getattr(self, name) for name in ("push", "raised", "forced", "banned", "wanted")}
             moved = {id(tensor): _moved(tensor, device) for tensor in own.values()}
-            self._moved[device] = replace(self, **{name: moved[id(tensor)] for name, tensor in own.items()}, _moved={})
+            there: dict[str, Any] = {name: moved[id(tensor)] for name, tensor in own.items()}
+            self._moved[device] = replace(self, **there, _moved={})
         return self._moved[device]
 
 

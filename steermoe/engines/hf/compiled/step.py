@@ -140,7 +140,7 @@ class DecodeStep(nn.Module):
         Returns:
             logits [B, V] float32, the chosen experts [R, B, k], and the routers' logits before the edits [R, B, W].
         """
-        self._call.edits = edits
+        self._call.edits, self._call.logits, self._call.chosen = edits, {}, {}
         logits_BV = self.next_logits(tokens_B1, positions_B1, mask_BC, column_1, states)
         numbers, call = range(len(self.routers)), self._call
         chosen, logits = (torch.stack([of[number] for number in numbers]) for of in (call.chosen, call.logits))

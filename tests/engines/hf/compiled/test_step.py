@@ -12,8 +12,9 @@ from steermoe.steering.editing_graph import Edits
 from tests.support import steering_models as tiny
 from tests.support.rolling import build
 
-QUICK = ("mixtral", "deepseek_v3")
 FAMILIES = (
+    "mixtral",
+    "deepseek_v3",
     "qwen3_moe",
     "qwen2_moe",
     "gpt_oss",
@@ -37,7 +38,8 @@ def graphs():
         return graph.forward
 
     torch._dynamo.reset()
-    yield made, backend
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        yield made, backend
     torch._dynamo.reset()
 
 
@@ -47,10 +49,15 @@ def inputs_for(step, plans):
     tokens, *rest, states, _ = artifacts._inputs(step, artifacts._states(step.model, rows, COLUMNS), rows, COLUMNS - 1)
     banks = banks_for(shape_of(step.model, step.routers, sizes_only=True), plans)
     edits = Edits.of(plans, banks, list(range(rows)), torch.ones(rows))
-    return tokens + 7, *rest, states, list(edits.tensors())
+    inputs = tokens + 7, *rest, states, list(edits.tensors())
+    positions, mask, _ = rest
+    for tensor in (inputs[0], positions, mask, *states, *edits.tensors()):
+        torch._dynamo.mark_dynamic(tensor, 1 if tensor.dim() == 3 else 0)  # the rows
+    return inputs
 
 
-@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_graph_for_all_plans_and_rows(family, graphs):
     made, backend = graphs
     model = build(family)
@@ -63,9 +70,10 @@ def test_one_graph_for_all_plans_and_rows(family, graphs):
     ]
     seen, given = [], [inputs_for(step, here) for here in (plans[:2], plans[2:], plans, plans[1:])]
     with torch.no_grad(), step.traceable():
-        compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
-        for inputs in given:
+        compiled = torch.compile(step, backend=backend, fullgraph=True)
+        for number, inputs in enumerate(given):
             expected = step(*inputs)
+            torch._dynamo.config.error_on_recompile = number > 0
             for found, wanted in zip(compiled(*inputs), expected, strict=True):
                 torch.testing.assert_close(found, wanted)
             seen.append(expected[0][:2])
