@@ -80,6 +80,10 @@ bench-discovery: model ## how well domains are found and how fast texts are embe
 bench-sampling: model ## temperature, top-p and min-p at equal success (about 15 minutes; resumes where it was stopped)
 	$(BIN)/python benchmarks/sampling.py
 
+.PHONY: gpu-check
+gpu-check: model ## on a GPU: whether steering is right there, and what it costs, as a table and gpu-check.json (6 minutes at most)
+	$(BIN)/python -m benchmarks.gpu_check --device $(or $(DEVICE),cuda) --json gpu-check.json
+
 .PHONY: evidence
 evidence: model ## the formulas at equal damage, 50 openings x 3 seeds x 8 domains (about 90 minutes; resumes where it was stopped)
 	$(BIN)/steermoe evaluate --formulas all --thresholds relative --budgets 0.3,1 --max-new-tokens 40 --texts 16 -o evidence

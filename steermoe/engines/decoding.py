@@ -210,9 +210,35 @@ def score_of(logits_V: "Tensor", token: int, most: int) -> TokenScore:
         token: the one that was drawn.
         most: how many of the likeliest tokens to keep.
     """
-    logprob_V = logits_V.float().log_softmax(-1)
-    top = logprob_V.topk(min(most, len(logprob_V)))
-    return TokenScore(float(logprob_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    (score,) = scores_of(logits_V[None], [token], [most])
+    assert score is not None
+    return score
+
+
+def scores_of(logits_BV: "Tensor", tokens: Sequence[int], most: Sequence[int | None]) -> list[TokenScore | None]:
+    """As `score_of`, one for each row, or None where `most` is; a device is waited for once.
+
+    Args:
+        logits_BV: [B, V], the model's, unwarped.
+        tokens: [B], the ones that were drawn.
+        most: [B], how many of the likeliest tokens to keep.
+    """
+    import torch
+
+    asked = {row: number for row, number in enumerate(most) if number is not None}
+    found = []
+    for row, number in asked.items():
+        logprob_V = logits_BV[row].float().log_softmax(-1)
+        top = logprob_V.topk(min(number, len(logprob_V)))
+        own = logprob_V[tokens[row] : tokens[row] + 1]
+        # float64 holds a token's number and a float32 exactly
+        found.append(torch.cat([own.double(), top.values.double(), top.indices.double()]))
+    numbers = iter(torch.cat(found).tolist() if found else [])
+    scores: list[TokenScore | None] = [None] * len(most)
+    for row, one in zip(asked, found, strict=True):
+        logprob, *values = (next(numbers) for _ in range(1 + len(one) // 2))
+        scores[row] = TokenScore(logprob, tuple((int(next(numbers)), value) for value in values))
+    return scores
 
 
 def segments_of(plan: "SteeringPlan | None", tags: Tags | None, prompt: Sequence[int]) -> Segments | None:

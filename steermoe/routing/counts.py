@@ -112,7 +112,7 @@ def _merged(router: Router, runs: Mapping[int, Any], counts: Any) -> Any:
             ]
         if len({part.shape for part in padded}) > 1 or padded[0].flatten(0, -2).shape[0] != len(counts):
             raise _unknown(router)
-        own = counts.to(padded[0].device).view(*padded[0].shape[:-1], 1)
+        own = counts.to(padded[0].device, non_blocking=True).view(*padded[0].shape[:-1], 1)
         found = padded[-1]
         for number, part in zip(runs, padded, strict=True):
             found = torch.where(own == number, part, found)

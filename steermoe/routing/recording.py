@@ -3,7 +3,7 @@
 Shapes: B texts, L MoE layers, N experts per layer, S columns of a forward call, k experts chosen per token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,9 @@ from steermoe.routing.routers import (
 from steermoe.routing.tracker import Stack, Tracker, Window, select
 from steermoe.routing.wrapping import Hook
 
+PENDING_LIMIT = 1 << 22
+"""Numbers that a record leaves on a device before it takes them; a decode step stays far below."""
+
 
 class RoutingRecord:
     """What was chosen so far. Rows are the rows of the batch; calls with the same rows, such as decoding steps, add up.
@@ -47,6 +50,7 @@ class RoutingRecord:
         self._routers = routers
         self._positions = positions
         self._wanted: dict[Stack, Tensor] = {}
+        self._pending: list[tuple[Callable[[Tensor], None], Tensor]] = []
 
     def frequency(self) -> Tensor:
         """Routing embeddings F [B, L, N], float32: each layer's counts divided by their sum (Shchukin 2024).
@@ -90,6 +94,7 @@ class RoutingRecord:
     def reset(self) -> None:
         """Forget what was counted, for the next batch."""
         self.counts = self.tokens = self.probability_sums = None
+        self._pending = []
 
     def _before_forward(self, window: Window) -> None:
         wanted_BS = select(self._positions, window.generated_index()).expand(window.rows, -1)
@@ -111,19 +116,44 @@ class RoutingRecord:
 
     def _after_forward(self, window: Window) -> None:
         self._wanted.pop(window.stack, None)
+        self._take()
+
+    def _later(self, add: Callable[[Tensor], None], values: Tensor) -> None:
+        """Have values added once they are on the CPU: now, or together with those of other layers."""
+        if values.device.type == "cpu":
+            add(values)
+            return
+        self._pending.append((add, values))
+        if len(self._pending) * values.numel() > PENDING_LIMIT:
+            self._take()
+
+    def _take(self) -> None:
+        """Add what is pending; waits once for each device and shape."""
+        pending, self._pending = self._pending, []
+        groups: dict[Any, list[tuple[Callable[[Tensor], None], Tensor]]] = {}
+        for add, values in pending:
+            groups.setdefault((values.device, values.dtype, values.shape), []).append((add, values))
+        for group in groups.values():
+            together = torch.stack([values for _, values in group]).cpu()
+            for (add, _), values in zip(group, together, strict=True):
+                add(values)
 
     def _observe(self, number: int, router: Router, output: Any) -> None:
         wanted_BS = self._wanted.get(router.stack)
         if wanted_BS is None or not wanted_BS.any():
             return
-        chosen_Tk = chosen_experts(router, output).cpu().long()
+        chosen_Tk = chosen_experts(router, output)
         rows, columns = wanted_BS.shape
         if len(chosen_Tk) != rows * columns:
             raise SteeringError(
                 f"router '{router.name}' saw {len(chosen_Tk)} tokens where the batch has {rows * columns}: "
                 "the texts of a batch can't be separated in this model; record them one by one"
             )
+        self._later(partial(self._add_choices, number, router, wanted_BS), chosen_Tk)
+
+    def _add_choices(self, number: int, router: Router, wanted_BS: Tensor, chosen_Tk: Tensor) -> None:
         assert self.counts is not None
+        rows, chosen_Tk = len(wanted_BS), chosen_Tk.long()
         inside_Tk = wanted_BS.reshape(-1, 1) & (chosen_Tk < router.num_experts)  # some routers may choose no expert
         chosen_Tk = chosen_Tk.clamp(max=router.num_experts - 1)
         self.counts[:, number].scatter_add_(1, chosen_Tk.view(rows, -1), inside_Tk.view(rows, -1).long())
@@ -137,7 +167,11 @@ class RoutingRecord:
                 "the texts of a batch can't be separated in this model; record them one by one"
             )
         scores_TN = _scores(logits_TN, kind)
-        scores_TN = (scores_TN / scores_TN.sum(-1, keepdim=True)).cpu().double()
+        scores_TN = scores_TN / scores_TN.sum(-1, keepdim=True)
+        self._later(partial(self._add_scores, number, router, wanted_BS), scores_TN)
+
+    def _add_scores(self, number: int, router: Router, wanted_BS: Tensor, scores_TN: Tensor) -> None:
+        scores_TN = scores_TN.double()
         sums_BN = torch.einsum("bsn,bs->bn", scores_TN.view(*wanted_BS.shape, -1), wanted_BS.double())
         assert self.counts is not None
         if self.probability_sums is None:

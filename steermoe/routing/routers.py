@@ -347,7 +347,7 @@ def chosen_experts(router: Router, output: Any, top_k: int | None = None) -> Ten
         return _chosen(router, output, counts)
     chosen_TK = _chosen(router, output, int(counts.max()))
     counted_TK = torch.arange(chosen_TK.shape[1]) < counts[:, None]
-    return chosen_TK.where(counted_TK.to(chosen_TK.device), router.width)
+    return chosen_TK.where(counted_TK.to(chosen_TK.device, non_blocking=True), router.width)
 
 
 def _chosen(router: Router, output: Any, top_k: int) -> Tensor:

@@ -278,7 +278,7 @@ class Tracker:
         if may_be_filling:
             assert ids is not None
             assert generation.filling is not None
-            generation.filling = generation.filling.to(ids.device)
+            generation.filling = generation.filling.to(ids.device, non_blocking=True)
             real[:, generated:] &= ~torch.isin(ids[:, generated:], generation.filling)
         real[:, :again] = False
         return real

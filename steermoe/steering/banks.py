@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steermoe.errors import SteeringError
 from steermoe.routing.shape import RouterShape, RoutingShape
@@ -43,20 +45,31 @@ class Bank:
         experts = torch.zeros(max(1, len(plans)), router.num_experts)
         forced, banned = experts.bool(), experts.bool()
         active = torch.zeros(max(1, len(plans)), dtype=torch.long)
+        rows: dict[int, Tensor] = {}
         for place, plan in enumerate(plans):
             if not _is_inside(plan, router.layer):
                 continue
             if plan.vector is not None and plan.strength:
-                experts[place, : plan.vector.num_experts] = plan.vector.experts[number]
+                row = plan.vector.experts[number]
+                rows[place] = (
+                    row if row.shape[0] == router.num_experts else pad(row, (0, router.num_experts - row.shape[0]))
+                )
             active[place] = plan.active_experts or 0
             for listed, marks in ((plan.force, forced), (plan.ban, banned)):
                 for layer, expert in listed:
                     if layer == router.layer:  # lists can be long
                         marks[place, expert] = True
+        if rows:
+            experts[list(rows)] = torch.stack(list(rows.values()))
         push = experts * torch.tensor([float(plan.strength) for plan in plans] or [0.0])[:, None]
         raised = experts > 0
-        wanted = torch.nn.functional.pad(raised | forced, (0, router.width - router.num_experts))
+        wanted = pad(raised | forced, (0, router.width - router.num_experts))
         has_lists = bool(forced.any() or banned.any())
+        if not has_lists:  # one False for all
+            forced = banned = torch.zeros(1, 1, dtype=torch.bool).expand_as(forced)
+            wanted = raised if router.width == router.num_experts else wanted
+        if not active.any():
+            active = torch.zeros(1, dtype=torch.long).expand_as(active)
         return cls(
             push,
             raised,
@@ -75,9 +88,17 @@ class Bank:
         if self.push.device == device:
             return self
         if device not in self._moved:
-            names = ("push", "raised", "forced", "banned", "wanted")
-            self._moved[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
+            own = {name: getattr(self, name) for name in ("push", "raised", "forced", "banned", "wanted")}
+            moved = {id(tensor): _moved(tensor, device) for tensor in own.values()}
+            there: dict[str, Any] = {name: moved[id(tensor)] for name, tensor in own.items()}
+            self._moved[device] = replace(self, **there, _moved={})
         return self._moved[device]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, which is not waited for; what shares memory shares it there too."""
+    own = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    return own.to(device, non_blocking=True).expand_as(tensor)
 
 
 def check_plan(shape: RoutingShape, plan: SteeringPlan) -> None:

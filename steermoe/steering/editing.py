@@ -6,7 +6,7 @@ Shapes: T tokens as routers see them (rows after rows), P distinct plans, N expe
 k experts chosen per token, C router calls.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ from steermoe.steering.plans import SteeringPlan
 
 PENDING_LIMIT = 1 << 16
 """Choices that the tally collects before it counts them. A decode step stays far below; a long prompt exceeds it."""
+LISTED = ("forced_hits", "forced_places", "banned_hits", "banned_places")
+"""What `Editor.listed` counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +65,10 @@ class RowLayout:
         if self.plan_T.device == device:
             return self
         if device not in self._moved:
-            ways = tuple((formula, scale, here_T1.to(device)) for formula, scale, here_T1 in self.ways)
-            self._moved[device] = RowLayout(self.plan_T.to(device), self.factor_T1.to(device), ways)
+            here = (self.plan_T, self.factor_T1, *(here_T1 for *_, here_T1 in self.ways))
+            plan_T, factor_T1, *heres = (one.to(device, non_blocking=True) for one in here)
+            ways = tuple((formula, scale, own) for (formula, scale, _), own in zip(self.ways, heres, strict=True))
+            self._moved[device] = RowLayout(plan_T, factor_T1, ways)
         return self._moved[device]
 
 
@@ -170,9 +174,12 @@ class Editor:
             chosen_TK = chosen_TK.where(places_TK, chosen_TK[:, :1])
         self._tally.add(self, self.step, chosen_TK, places_TK)
 
-    def check_lists(self) -> None:
-        """Raise SteeringError if a counted call did not choose a forced expert, or chose a banned one."""
-        counts = listed_counts([self.listed])
+    def check_lists(self, counts: Mapping[str, int]) -> None:
+        """Raise SteeringError if a counted call did not choose a forced expert, or chose a banned one.
+
+        Args:
+            counts: what `each_listed` makes of `listed`.
+        """
         missed = counts["forced_places"] - counts["forced_hits"]
         if missed:
             wrong = f"left out a forced expert in {missed / counts['forced_places']:.1%}"
@@ -215,9 +222,23 @@ def _edit_alike(logits: Tensor, bank: Bank, plan: SteeringPlan, factor: float, e
 
 def listed_counts(listed: Iterable[int | Tensor]) -> dict[str, int]:
     """The counts of `SteeringReport` for forced and banned experts, summed over routers."""
-    names = ("forced_hits", "forced_places", "banned_hits", "banned_places")
-    whole = [counts.tolist() for counts in listed if isinstance(counts, Tensor)]
-    return {name: sum(counts[place] for counts in whole) for place, name in enumerate(names)}
+    whole = [counts for counts in each_listed(listed) if counts]
+    return {name: sum(counts[name] for counts in whole) for name in LISTED}
+
+
+def each_listed(listed: Iterable[int | Tensor]) -> list[dict[str, int]]:
+    """As `listed_counts`, for each router; {} for one without lists. Waits once for each device."""
+    given = list(listed)
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for place, counts in enumerate(given):
+        if isinstance(counts, Tensor):
+            by_device.setdefault(counts.device, []).append((place, counts))
+    found: list[dict[str, int]] = [{} for _ in given]
+    for here in by_device.values():
+        together = torch.stack([counts for _, counts in here]).tolist()
+        for (place, _), numbers in zip(here, together, strict=True):
+            found[place] = dict(zip(LISTED, numbers, strict=True))
+    return found
 
 
 class Tally:
@@ -231,6 +252,7 @@ class Tally:
         self._pending: list[tuple[Editor, Step, Bank, Tensor, Tensor | None]] = []
         self._hits: dict[torch.device, Tensor] = {}
         self._slots: int | Tensor = 0
+        self._places: dict[torch.device, Tensor] = {}
 
     def add(self, editor: Editor, step: Step, chosen_Tk: Tensor, places_Tk: Tensor | None = None) -> None:
         self._pending.append((editor, step, editor.bank, chosen_Tk, places_Tk))
@@ -268,14 +290,14 @@ class Tally:
         hits_CTk = wanted_CTW.gather(-1, chosen_CTk)
         steered: int | Tensor = tokens
         if step.counted_T is not None and len(step.counted_T) == tokens:
-            hits_CTk = hits_CTk & step.counted_T.to(device)[:, None]
+            hits_CTk = hits_CTk & step.counted_T.to(device, non_blocking=True)[:, None]
             steered = step.tokens
         if places:  # tokens with different numbers of experts
             places_CTk = torch.stack(places)
             if step.counted_T is not None and len(step.counted_T) == tokens:
-                places_CTk = places_CTk & step.counted_T.to(device)[:, None]
+                places_CTk = places_CTk & step.counted_T.to(device, non_blocking=True)[:, None]
             self._hits[device] = self._hits.get(device, 0) + (hits_CTk & places_CTk).sum()
-            self._slots = self._slots + places_CTk.sum().cpu()
+            self._places[device] = self._places.get(device, 0) + places_CTk.sum()
             return
         self._hits[device] = self._hits.get(device, 0) + hits_CTk.sum()
         self._slots = self._slots + steered * (top_k * calls)
@@ -288,7 +310,7 @@ class Tally:
     @property
     def slots(self) -> int:
         """Top-k slots of the steered tokens, over all calls that were counted or passed over."""
-        return int(self._slots)
+        return int(self._slots) + sum(int(places) for places in self._places.values())
 
 
 def _count_listed(step: Step, bank: Bank, chosen_Tk: Tensor) -> Tensor:
@@ -300,7 +322,7 @@ def _count_listed(step: Step, bank: Bank, chosen_Tk: Tensor) -> Tensor:
         layout = step.layout.on(device)
         marks_2TN = marks_2TN[:, layout.plan_T] & layout.steered_T1
     if step.counted_T is not None and len(step.counted_T) == tokens:
-        marks_2TN = marks_2TN & step.counted_T.to(device)[:, None]
+        marks_2TN = marks_2TN & step.counted_T.to(device, non_blocking=True)[:, None]
     marks_2TN = marks_2TN.expand(-1, tokens, -1)
     was_chosen_TW = bank.wanted.new_zeros(tokens, bank.wanted.shape[1]).scatter_(1, chosen_Tk.long(), True)
     taken_2 = (marks_2TN & was_chosen_TW[:, : marks_2TN.shape[2]]).sum((1, 2))

@@ -22,7 +22,7 @@ from steermoe.routing.selection import keep_lists
 from steermoe.routing.tracker import Tracker, Window, turn_of
 from steermoe.routing.wrapping import wrap_method
 from steermoe.steering.banks import Bank, banks_for
-from steermoe.steering.editing import RowLayout, Step, Tally, listed_counts
+from steermoe.steering.editing import RowLayout, Step, Tally, each_listed, listed_counts
 from steermoe.steering.histories import Histories
 from steermoe.steering.mapping import UNSTEERED, PlanMapping
 from steermoe.steering.plans import (
@@ -207,8 +207,9 @@ class SteeringHandle:
                 forced expert, or chose a banned one.
         """
         self._tally.count()
-        for editor in self._editors:
-            editor.check_lists()
+        for editor, counts in zip(self._editors, each_listed(one.listed for one in self._editors), strict=True):
+            if counts:
+                editor.check_lists(counts)
         if self._bypassed:
             name, times = next(iter(self._bypassed.items()))
             raise SteeringError(
@@ -320,7 +321,7 @@ class SteeringHandle:
             return Step(window.tokens, counted_T, plan=mapping.plans[0], factor=float(factor_BS[0, 0]))
         steered_T = (factor_BS != 0).flatten()
         if counted_T is not None:
-            counted_T = counted_T & steered_T.to(counted_T.device)
+            counted_T = counted_T & steered_T.to(counted_T.device, non_blocking=True)
             tokens: int | Tensor = counted_T.sum()
         else:
             counted_T, tokens = steered_T, int(steered_T.sum())

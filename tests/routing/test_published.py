@@ -22,6 +22,7 @@ from steermoe.engines.request import Request, Sampling
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.routers import Router
 from tests.support import published
+from tests.support.limits import within
 from tests.support.published import PUBLISHED, Published
 from tests.support.remote_modules import keep_modules_in
 
@@ -139,7 +140,8 @@ def test_inspect_describes_the_whole_model_without_weights(name: str, tmp_path: 
     model = PUBLISHED[name]
     folder = published.write_config(model, tmp_path / name)
     trust = ["--trust-remote-code"] * bool(model.code)
-    code, out, err = run("models", "inspect", folder, *trust, "--json")
+    with within(20, 2 << 30):
+        code, out, err = run("models", "inspect", folder, *trust, "--json")
     assert (code, err) == (0, "")
     record = json.loads(out)
     parameters, memory, cache = (record.pop(name) for name in ("parameters", "memory", "cache_per_1000_tokens"))

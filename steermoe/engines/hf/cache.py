@@ -100,7 +100,7 @@ class RowLayer(CacheLayerMixin):
         if self.rows > room or columns > self._end:
             self._move(max(self.rows, room), kept, max(0, columns - kept), SPARE_COLUMNS)
         here = slice(self._end - columns, self._end)
-        index = torch.tensor(source, device=keys.device)
+        index = torch.tensor(source).to(keys.device, non_blocking=True)
         self.keys[first : self.rows, :, here] = keys[index]
         self.values[first : self.rows, :, here] = values[index]
 

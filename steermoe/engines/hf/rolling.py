@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steermoe.engines.decoding import Row, by_prompt, finish, score_of, steers_prompt
+from steermoe.engines.decoding import Row, by_prompt, finish, scores_of, steers_prompt
 from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import RowCache, empty_cache
 from steermoe.engines.hf.sampling import generators_of, next_tokens, note_logprobs
@@ -220,7 +220,7 @@ class RollingDecoder:
         logits_MV, computed = self._read_prompts([group[0] for group in groups])
         rows = [row for group in groups for row in group]
         source = [number for number, group in enumerate(groups) for _ in group]
-        self._take_tokens(rows, logits_MV[torch.tensor(source, device=logits_MV.device)])
+        self._take_tokens(rows, logits_MV[torch.tensor(source).to(logits_MV.device, non_blocking=True)])
         self._finished += [finish(row) for row in rows if row.finish_reason]
         self._admit(
             [(row, number) for row, number in zip(rows, source, strict=True) if not row.finish_reason], computed
@@ -262,9 +262,9 @@ class RollingDecoder:
         if self._handle is not None:
             self._handle.expect(window)
         output = self._model(
-            input_ids=tokens.to(device),
-            attention_mask=mask.long().to(device),
-            position_ids=positions.to(device),
+            input_ids=tokens.to(device, non_blocking=True),
+            attention_mask=mask.long().to(device, non_blocking=True),
+            position_ids=positions.to(device, non_blocking=True),
             past_key_values=cache,
             use_cache=True,
             **self._last_only,
@@ -283,9 +283,10 @@ class RollingDecoder:
 
         token_B = next_tokens(logits_BV, samplings, new, self._end_tokens, history, generators)
         note_logprobs(rows, logits_BV, token_B)
-        for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
-            most = row.request.logprobs
-            row.take(token, None if most is None else score_of(logits_BV[number], token, most))
+        tokens = token_B.tolist()
+        scores = scores_of(logits_BV, tokens, [row.request.logprobs for row in rows])
+        for row, token, score in zip(rows, tokens, scores, strict=True):
+            row.take(token, score)
 
     def _drop(self, number: int) -> None:
         assert self._cache is not None

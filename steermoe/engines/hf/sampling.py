@@ -68,11 +68,13 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
     # always a copy: the scores that `generate` passes are not ours to change
     warped = scores.to(torch.float32, copy=True)
     if early := [row for row, sampling in enumerate(samplings) if new[row] < sampling.min_new_tokens]:
-        warped[torch.tensor(early, device=warped.device)[:, None], ends.to(warped.device)] = float("-inf")
+        warped[_numbers(early, warped)[:, None], ends.to(warped.device, non_blocking=True)] = float("-inf")
     for row, sampling in enumerate(samplings):
         presence, frequency = sampling.penalties
         if (presence or frequency) and new[row]:
-            counts_V = torch.bincount(history(row)[-new[row] :].cpu(), minlength=warped.shape[1]).to(warped.device)
+            own = history(row)[-new[row] :].to(warped.device, non_blocking=True)
+            counts_V = torch.zeros(warped.shape[1], dtype=torch.long, device=warped.device)
+            counts_V.scatter_add_(0, own, torch.ones_like(own))  # bincount waits for a GPU
             warped[row] -= presence * (counts_V > 0) + frequency * counts_V
     for rows in _alike(samplings).values():
         warpers = _warpers(*_warping(samplings[rows[0]]))
@@ -80,11 +82,12 @@ def warp(scores: Tensor, samplings: Sequence[Sampling], new: Sequence[int], ends
             continue
         penalised = samplings[rows[0]].repetition_penalty != 1
         own_GS = _stacked([history(row) for row in rows]) if penalised else torch.empty(len(rows), 0, dtype=torch.long)
+        own_GS = own_GS.to(warped.device, non_blocking=True)
         if len(rows) == len(samplings):
-            warped = warpers(own_GS.to(warped.device), warped)
+            warped = warpers(own_GS, warped)
         else:
-            index = torch.tensor(rows, device=warped.device)
-            warped[index] = warpers(own_GS.to(warped.device), warped[index])
+            index = _numbers(rows, warped)
+            warped[index] = warpers(own_GS, warped[index])
     return warped
 
 
@@ -97,10 +100,10 @@ def pick(warped: Tensor, samples: Sequence[bool], generators: Sequence[torch.Gen
             return token_B
     else:
         token_B = torch.empty(len(warped), dtype=torch.long, device=warped.device)
-    index = torch.tensor(drawing, device=warped.device)
+    index = _numbers(drawing, warped)
     scores = warped if len(drawing) == len(samples) else warped[index]
     numbers = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawing]
-    number = torch.stack(numbers).to(warped.device)
+    number = torch.stack(numbers).to(warped.device, non_blocking=True)
     # float64: float32 sums the probabilities of a large vocabulary too inexactly
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
@@ -113,13 +116,18 @@ def note_logprobs(rows: Sequence[Row[Any]], logits: Tensor, token_B: Tensor) -> 
     traced = [number for number, row in enumerate(rows) if row.recorder is not None]
     if not traced:
         return
-    index = torch.tensor(traced, device=logits.device)
+    index = _numbers(traced, logits)
     logprob_TV = logits[index].float().log_softmax(-1)
     found = logprob_TV.gather(-1, token_B.to(logits.device)[index, None])[:, 0].tolist()
     for number, logprob in zip(traced, found, strict=True):
         recorder = rows[number].recorder
         assert recorder is not None
         recorder.drew(logprob)
+
+
+def _numbers(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """Numbers as a tensor on the device of another one, which is not waited for."""
+    return torch.tensor(numbers, dtype=torch.long).to(like.device, non_blocking=True)
 
 
 def generators_of(samplings: Sequence[Sampling]) -> list[torch.Generator]:
@@ -181,7 +189,7 @@ class RowLimits(StoppingCriteria):
         self.width = width
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return self.limits.to(input_ids.device) <= input_ids.shape[1] - self.width
+        return self.limits.to(input_ids.device, non_blocking=True) <= input_ids.shape[1] - self.width
 
 
 class _TopP(TopPLogitsWarper):

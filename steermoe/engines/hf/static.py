@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from steermoe.engines.decoding import Row, finish, score_of
+from steermoe.engines.decoding import Row, finish, scores_of
 from steermoe.engines.engine import OnToken
 from steermoe.engines.hf.cache import has_own_generate
 from steermoe.engines.hf.sampling import RowLimits, RowSampler, note_logprobs
@@ -191,9 +191,12 @@ class StaticDecoder:
     def _note(self, rows: Sequence[Row[None]], scores: Tensor, token_B: Tensor) -> None:
         """Keep how likely each row's next token is, until the row takes it."""
         note_logprobs(rows, scores, token_B)
-        for number, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
-            if row in self._scores and not row.finish_reason:
-                self._scores[row].append(score_of(scores[number], token, row.request.logprobs or 0))
+        if not self._scores:
+            return
+        most = [row.request.logprobs if row in self._scores and not row.finish_reason else None for row in rows]
+        for row, score in zip(rows, scores_of(scores, token_B.tolist(), most), strict=True):
+            if score is not None:
+                self._scores[row].append(score)
 
     def _take(self, row: Row[None], token: int) -> None:
         waiting = self._scores.get(row)
@@ -264,7 +267,8 @@ class RowEnds(StoppingCriteria):
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.tensor([bool(row.finish_reason) for row in self._rows], device=input_ids.device)
+        ended = torch.tensor([bool(row.finish_reason) for row in self._rows])
+        return ended.to(input_ids.device, non_blocking=True)
 
 
 class RowStreamer(BaseStreamer):

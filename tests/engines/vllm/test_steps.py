@@ -11,6 +11,7 @@ from steermoe.engines.vllm.wire import pack
 from steermoe.errors import SteeringError
 from steermoe.routing.routers import find_routers
 from steermoe.steering.plans import SteeringPlan
+from tests.support.steering_models import plan_for_experts
 from tests.support.vllm_engines import plans_of_every_kind
 
 CPU = torch.device("cpu")
@@ -152,6 +153,27 @@ def test_room_of_plans_is_used_again(model, routers):
         steps.begin([Row("a", pack(plan), 0, 2, 2)])
         assert torch.allclose(steps.edit(0, logits), logits + strength * sport.experts[0])
         steps.end()
+
+
+def test_a_thousand_plans_have_the_room_of_a_few(model, routers):
+    """Whoever was followed longest ago makes room, and is installed again when it comes back."""
+    room = 4
+    steps = steps_for(routers, plans=room, uses_kernels=False)
+    plans = [plan_for_experts(model, number % 8, strength=1 + number / 1000) for number in range(1000)]
+    banks = [editor.bank for editor in steps.editors]
+    for plan in [*plans, plans[0]]:
+        steps.begin(rows_of([plan]))
+        steps.end()
+    assert [len(editor.bank.push) for editor in steps.editors] == [room] * len(routers)
+    assert [editor.bank.push.data_ptr() for editor in steps.editors] == [bank.push.data_ptr() for bank in banks]
+    assert len(steps._installed) == room
+    logits = logits_for(routers, 3)
+    found = []
+    for other in (steps, steps_for(routers, uses_kernels=False)):
+        other.begin(rows_of([plans[0]]))
+        found.append(other.edit(0, logits))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], logits)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "decay:4", "window:1-3"])

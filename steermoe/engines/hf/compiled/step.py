@@ -140,7 +140,16 @@ class DecodeStep(nn.Module):
         Returns:
             logits [B, V] float32, the chosen experts [R, B, k], and the routers' logits before the edits [R, B, W].
         """
-        self._call.edits = edits
+        self._call.edits, self._call.logits, self._call.chosen = edits, {}, {}
+        logits_BV = self.next_logits(tokens_B1, positions_B1, mask_BC, column_1, states)
+        numbers, call = range(len(self.routers)), self._call
+        chosen, logits = (torch.stack([of[number] for number in numbers]) for of in (call.chosen, call.logits))
+        return logits_BV, chosen, logits
+
+    def next_logits(
+        self, tokens_B1: Tensor, positions_B1: Tensor, mask_BC: Tensor, column_1: Tensor, states: list[Tensor]
+    ) -> Tensor:
+        """As `forward`, but the logits alone, which unless it is `traceable` are those without steering."""
         pairs = iter(zip(states[::2], states[1::2], strict=True))
         cache = Cache(layers=[_Layer(*next(pairs), column_1) if has else DummyLayer() for has in self._has_states])
         output = self.model(
@@ -150,13 +159,15 @@ class DecodeStep(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        numbers, call = range(len(self.routers)), self._call
-        chosen, logits = (torch.stack([of[number] for number in numbers]) for of in (call.chosen, call.logits))
-        return output.logits[:, -1].float(), chosen, logits
+        return output.logits[:, -1].float()
 
     @contextmanager
-    def traceable(self) -> Iterator[None]:
-        """Put the edits into the model's routers and give its experts fixed shapes; undone at the end."""
+    def traceable(self, experts: str = EXPERTS) -> Iterator[None]:
+        """Put the edits into the model's routers and give its experts fixed shapes; undone at the end.
+
+        Args:
+            experts: the transformers implementation of the experts.
+        """
         config: Any = self.model.config
         with ExitStack() as undo:
             for number, router in enumerate(self.routers):
@@ -164,5 +175,5 @@ class DecodeStep(nn.Module):
                 undo.callback(intercept(self.model, router, editor))
                 undo.callback(keep_lists(self.model, router, editor))
             undo.callback(self.model.set_experts_implementation, config._experts_implementation)
-            self.model.set_experts_implementation(EXPERTS)
+            self.model.set_experts_implementation(experts)
             yield
