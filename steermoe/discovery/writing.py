@@ -170,7 +170,8 @@ def engine_of(source: RoutingSource) -> Engine:
 
 def style_of(source: RoutingSource) -> Style:
     """Whether a model can be asked: only with a chat template."""
-    return "chat" if getattr(getattr(source, "tokenizer", None), "chat_template", None) else "openings"
+    template = getattr(getattr(source, "tokenizer", None), "chat_template", None)  # a method of llama.cpp's tokenizer
+    return "chat" if (template() if callable(template) else template) else "openings"
 
 
 def _request(engine: Engine, ask: Ask, writing: Writing) -> Request:
