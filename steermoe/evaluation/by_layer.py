@@ -6,7 +6,7 @@ Shapes: L MoE layers, N experts per layer.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ from steermoe.evaluation.calibration import calibrate, check_budget
 
 if TYPE_CHECKING:
     from steermoe.evaluation.teacher_forcing import TextFigures
+    from steermoe.models.loading import LoadedModel
     from steermoe.steering.plans import SteeringPlan
     from steermoe.vectors.vector import SteeringVector
 
@@ -27,6 +28,11 @@ COARSE = 0.05
 """Relative precision of strengths that are only compared."""
 LEAST_KL = 1e-4
 """Nats. Less damage than this counts as this much, so that next to no damage does not make any gain the best one."""
+CREATED_BY = "steermoe calibrate --by-layer"
+LEAST_TEXTS, MOST_TEXTS, MAX_TOKENS = 4, 12, 64
+"""The fewest texts of a domain; how many are read of it, and of neutral ones, and how many tokens of each."""
+HELD_BACK = 3
+"""Every this many-th text of the domain only decides whether strengths by layer helped."""
 SMALL_GROUP = 4
 """So few layers are no longer tried together for whether they do anything."""
 
@@ -63,14 +69,26 @@ class LayerStrengths:
         return self.gain > self.gain_alike
 
 
+def calibrate_layers(
+    loaded: "LoadedModel", plan: "SteeringPlan", own: Sequence[str], neutral: Sequence[str], budget: float
+) -> "tuple[SteeringVector, LayerStrengths]":
+    """As `strengths_by_layer`, on texts; some of the domain's are held back. The vector says that it was done.
+
+    Raises:
+        SteeringError: as there. GenerationError: texts that are too short.
+    """
+    from steermoe.evaluation.teacher_forcing import TeacherForcing
+
+    own = own[:MOST_TEXTS]
+    sets = own[1::HELD_BACK] + own[2::HELD_BACK], own[::HELD_BACK], neutral[:MOST_TEXTS]
+    read = [TeacherForcing(loaded, texts, max_tokens=MAX_TOKENS) for texts in sets]
+    vector, found = strengths_by_layer(read[0], read[1], read[2], plan, budget)
+    made_by = ", ".join(part for part in (vector.info.created_by, CREATED_BY) if part)
+    return replace(vector, info=replace(vector.info, created_by=made_by)) if found.helped else vector, found
+
+
 def strengths_by_layer(
-    own: Reading,
-    held_back: Reading,
-    neutral: Reading,
-    plan: "SteeringPlan",
-    budget: float,
-    *,
-    progress: Callable[[], None] = lambda: None,
+    own: Reading, held_back: Reading, neutral: Reading, plan: "SteeringPlan", budget: float
 ) -> "tuple[SteeringVector, LayerStrengths]":
     """The vector with rows scaled by layer, if that helps, and what was found; its strength is still to be calibrated.
 
@@ -83,13 +101,12 @@ def strengths_by_layer(
         neutral: texts that are not about it.
         plan: the vector, with the formula and the scale to steer with; its strength does not matter.
         budget: 95th percentile of KL per token on the neutral texts, in nats.
-        progress: called for each strength that is tried.
 
     Raises:
         SteeringError: an impossible budget, or a vector that makes the domain's texts no likelier in any layer.
     """
     check_budget(budget)
-    search = _Search(own, neutral, plan, budget, progress)
+    search = _Search(own, neutral, plan, budget)
     idle = search.idle()
     found = search.raise_layers(idle)
     if not any(found.levels):
@@ -133,12 +150,10 @@ class _State:
 class _Search:
     """Raises the strengths of layers, one at a time. Arguments as for `strengths_by_layer`."""
 
-    def __init__(
-        self, own: Reading, neutral: Reading, plan: "SteeringPlan", budget: float, progress: Callable[[], None]
-    ) -> None:
+    def __init__(self, own: Reading, neutral: Reading, plan: "SteeringPlan", budget: float) -> None:
         assert plan.vector is not None
         self.vector = plan.vector
-        self._own, self._neutral, self._budget, self._progress = own, neutral, budget, progress
+        self._own, self._neutral, self._budget = own, neutral, budget
         shared = calibrate(lambda c: neutral.compare(replace(plan, strength=c)).kl_p95, budget, COARSE).strength
         self._plan = replace(plan, strength=shared)
         self._layers = len(self.vector.experts)
@@ -199,7 +214,6 @@ class _Search:
         return None
 
     def _measure(self, levels: Levels) -> _State:
-        self._progress()
         plan = self._at(levels)
         own, neutral = self._own.compare(plan), self._neutral.compare(plan)
         return _State(levels, own.nats_unsteered - own.nats, neutral.kl_mean, neutral.kl_p95)

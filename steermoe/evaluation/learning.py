@@ -37,6 +37,8 @@ TAIL = 0.1
 """The share of tokens, those with the most KL, whose mean stands for the 95th percentile in gradients."""
 PRICE_RATE, LEAST_PRICE = 0.3, 0.05
 """How fast the price of damage follows the budget, and the lowest one, in nats of likelihood per nat of damage."""
+MOST_EXCESS = 3.0
+"""More damage beyond the budget than this, in budgets, raises the price no faster."""
 COARSE = 0.05
 """Relative precision of strengths that are only compared."""
 HELD_BACK = 4
@@ -91,7 +93,7 @@ def learn(
     neutral: Sequence[str],
     settings: LearningSettings | None = None,
     *,
-    progress: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int, int], None] = lambda steps, tokens: None,
 ) -> Learned:
     """Learn E of one domain; the model's weights stay as they are.
 
@@ -101,7 +103,7 @@ def learn(
         texts: of the domain.
         neutral: texts that are not about it.
         settings: by default those of `LearningSettings`.
-        progress: called with the steps done since the last call.
+        progress: called with the steps and tokens done since the last call.
 
     Raises:
         VectorError: a quantised model, one that gives no gradients, or too few texts. GenerationError: texts that are
@@ -123,8 +125,7 @@ def learn(
     steps = _Steps(loaded, (own, few), first.strength * start.experts, largest, settings)
     with frozen(loaded.model):
         for number in range(settings.steps):
-            steps.take(number)
-            progress(1)
+            progress(1, steps.take(number))
     info = replace(
         start.info,
         title=f"{start.domain}, learned from {count_of(len(texts), 'text')} within {settings.budget:g} nats",
@@ -144,7 +145,7 @@ def starting_vectors(
     max_tokens: int = 512,
     progress: TextProgress | None = None,
 ) -> list[SteeringVector]:
-    """A vector of each domain to start from: its mean routing where that exceeds the mean of all, neutral texts included.
+    """A vector of each domain to start from: its mean routing where that exceeds that of all domains and neutral texts.
 
     Args:
         source: the model, with no steering attached.
@@ -171,13 +172,16 @@ def starting_vectors(
     return made
 
 
-def check_learnable(loaded: object) -> None:
-    """Raise VectorError for what gives no gradients: llama.cpp, and quantised weights."""
+def check_learnable(loaded: RoutingSource) -> LoadedModel:
+    """The model itself, if it gives gradients.
+
+    Raises:
+        VectorError: it runs in llama.cpp, or is quantised. UnsupportedModel: an encoder-decoder.
+    """
     if not isinstance(loaded, LoadedModel):
-        name = getattr(getattr(loaded, "shape", None), "name", "this model")
         raise VectorError(
-            f"{name} runs in llama.cpp, which has no gradients to learn from, as --rule learned does: use --engine hf, "
-            "or another rule"
+            f"{loaded.shape.name} runs in llama.cpp, which has no gradients to learn from, as --rule learned does: use "
+            "--engine hf, or another rule"
         )
     require_decoder(loaded)
     if is_quantized(loaded.model):
@@ -185,6 +189,7 @@ def check_learnable(loaded: object) -> None:
             f"{loaded.name} is quantised, which leaves no gradients to learn from, as --rule learned does: load it "
             "unquantised, or use another rule"
         )
+    return loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,8 +264,8 @@ class _Steps:
         self._own = self._batches(texts[0], keeps_unsteered=False)
         self._neutral = self._batches(texts[1], keeps_unsteered=True)
 
-    def take(self, number: int) -> None:
-        """The `number`-th step.
+    def take(self, number: int) -> int:
+        """Take the `number`-th step; returns how many tokens it read.
 
         Raises:
             VectorError: the model gives no gradients.
@@ -286,7 +291,8 @@ class _Steps:
             group["lr"] = self._rate * (1 - number / self._settings.steps)
         self._adam.step()
         excess = (float(tail) - budget) / budget
-        self._price = max(LEAST_PRICE, self._price * math.exp(PRICE_RATE * min(excess, 3.0)))
+        self._price = max(LEAST_PRICE, self._price * math.exp(PRICE_RATE * min(excess, MOST_EXCESS)))
+        return int(own.mask.sum() + neutral.mask.sum())
 
     def experts(self) -> Tensor:
         """Returns c E as it is now, [L, N]."""

@@ -1,6 +1,6 @@
 """`steermoe vectors build`: builds vectors from texts whose domains are known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,12 +10,14 @@ import typer
 from steermoe.cli import loading
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
+from steermoe.cli.vectors import learned
 
 if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
     from steermoe.discovery.embedder import RoutingSource, TextProgress
     from steermoe.discovery.labelled import Contrast
     from steermoe.discovery.packaged import Language
+    from steermoe.evaluation.learning import Learned
     from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
@@ -31,9 +33,17 @@ steermoe vectors build --texts chess=chess.jsonl --against other.jsonl --lists 2
 steermoe vectors build --texts sport=news.csv --against news.csv --label-field kind
 
 steermoe vectors build --rule dsmoe -o by_dsmoe
+
+steermoe vectors build --texts chess=chess.jsonl --rule learned --budget 0.3 -o learned
 """
-RULE_FIELDS = ("rule", "experts")
+RULE_FIELDS = ("rule", "experts", "budget", "steps")
 """The fields of `Selection` that also choose among the packaged texts' experts."""
+RULE_OPTIONS = {
+    "paper": ("threshold", "relative", "min_difference", "lists"),
+    "stable": ("threshold", "relative"),
+    "learned": ("budget", "steps"),
+}
+"""The fields of `Selection` that have an effect on each rule; on the other papers' it is `experts`."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,11 @@ class Selection:
     """
 
     rule: Annotated[
-        Literal["paper", "steermoe", "dsmoe", "safex"],
+        Literal["paper", "stable", "learned", "steermoe", "dsmoe", "safex"],
         typer.Option(
-            help="Whose rule: paper is that of this method; steermoe, dsmoe and safex are other papers', with their "
-            "formula and strength."
+            help="Which rule: paper is that of this method; stable keeps the experts that hold when its texts are "
+            "resampled; learned improves the numbers by gradients; steermoe, dsmoe and safex are other papers', with "
+            "their formula and strength."
         ),
     ] = "paper"
     experts: Annotated[
@@ -60,6 +71,14 @@ class Selection:
         ),
     ] = None
 
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="With --rule learned: the damage to neutral texts to learn within, 95th percentile of the KL per "
+            "token, in nats."
+        ),
+    ] = 1.0
+    steps: Annotated[int, typer.Option(min=1, help="With --rule learned: the number of gradient steps.")] = 40
     threshold: Annotated[
         float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
     ] = 3.0
@@ -80,10 +99,22 @@ class Selection:
     ] = 10
 
     def __post_init__(self) -> None:
-        if self.rule == "paper" and self.experts is not None:
+        if self.rule in RULE_OPTIONS and self.experts is not None:
             raise typer.BadParameter("--experts is for another paper's rule: name one with --rule, or leave it out")
-        if self.rule != "paper" and (unused := self.changed()):
-            raise typer.BadParameter(f"{unused[0]} has no effect on --rule {self.rule}: leave it out, or use --experts")
+        used = [f"--{name.replace('_', '-')}" for name in (*RULE_OPTIONS.get(self.rule, ()), "rule", "experts")]
+        if unused := [option for option in _changed(self) if option not in used]:
+            is_for_learning = unused[0].removeprefix("--") in RULE_OPTIONS["learned"]
+            raise typer.BadParameter(
+                f"{unused[0]} is for --rule learned: name it, or leave {unused[0]} out"
+                if is_for_learning
+                else f"{unused[0]} has no effect on --rule {self.rule}: leave it out"
+                + ("" if self.rule in RULE_OPTIONS else ", or use --experts")
+            )
+
+    @property
+    def learning(self) -> learned.Options:
+        """How a vector is learned."""
+        return learned.Options(self.budget, self.steps)
 
     def changed(self) -> list[str]:
         """The options in use that only this method's own rule has."""
@@ -94,11 +125,14 @@ class Selection:
         from steermoe.discovery.rules import check_comparable
         from steermoe.errors import VectorError
 
-        if self.rule != "paper":
-            try:
-                check_comparable(self.rule, domains, has_others)
-            except VectorError as error:
-                raise typer.BadParameter(str(error)) from error
+        if self.rule == "stable" and has_others:
+            raise typer.BadParameter("--rule stable compares domains with each other: leave out --against")
+        if self.rule in RULE_OPTIONS:
+            return
+        try:
+            check_comparable(self.rule, domains, has_others)
+        except VectorError as error:
+            raise typer.BadParameter(str(error)) from error
 
     def vectors(
         self,
@@ -109,9 +143,9 @@ class Selection:
         progress: "TextProgress",
     ) -> "tuple[list[SteeringVector], list[Contrast]]":
         """A vector per domain; with `others` and this method's rule, also the contrasts that the vectors come from."""
-        from steermoe.discovery import labelled, rules
+        from steermoe.discovery import labelled, rules, stable
 
-        if self.rule != "paper":
+        if self.rule in rules.PEERS:
             return rules.vectors_by_rule(
                 loaded,
                 self.rule,
@@ -123,7 +157,8 @@ class Selection:
             ), []
         if others is None:
             threshold, relative = self.threshold, self.relative
-            return labelled.vectors_from_labelled(
+            build = stable.stable_vectors if self.rule == "stable" else labelled.vectors_from_labelled
+            return build(
                 loaded, corpora, threshold=threshold, relative=relative, max_tokens=max_tokens, progress=progress
             ), []
         made = labelled.contrasts(
@@ -238,6 +273,9 @@ def _build_labelled(
             on_read=print_problems,
         )
     loaded = model.source()
+    if selection.rule == "learned":
+        _print_learned(learned.from_texts(loaded, corpora, others, selection.learning, reading.max_tokens), paths, json)
+        return
     total = sum(map(len, corpora.values())) + len(others)
     with console.counting("Embedding", "texts", total) as progress:
         vectors, made = selection.vectors(loaded, corpora, others if against else None, reading.max_tokens, progress)
@@ -259,6 +297,23 @@ def _print(vectors: "list[SteeringVector]", made: "Sequence[Contrast]", paths: d
         console.say(str(paths[vector.domain]))
         for contrast in made[number : number + 1]:
             _print_lists(contrast)
+
+
+def _print_learned(found: "Iterable[Learned]", paths: dict[str, Path], json: bool) -> None:
+    """Write learned vectors as they come, and print where they are."""
+    from steermoe.cli.terminal import console
+    from steermoe.vectors import file
+
+    records = []
+    for one in found:
+        path = paths[one.vector.domain]
+        file.write_vector(one.vector, path)
+        gains = {"learned": one.helped, "gain": one.gain, "gain_at_start": one.gain_at_start}
+        records.append({**_record(path), **gains})
+        if not json:
+            console.say(str(path))
+    if json:
+        console.write_json(records)
 
 
 def _check_no_texts(
@@ -297,10 +352,17 @@ def _build_packaged(
 
     paths = places_for(DOMAINS, output or Path("steering_vectors") / model.group, overwrite=force)
     loaded = model.source()
-    if selection.rule == "paper":
+    if selection.rule == "learned":
+        _print_learned(learned.from_packaged(loaded, language, selection.learning), paths, json)
+        return
+    if selection.rule in RULE_OPTIONS:
         with console.counting("Building", "texts", count_texts(language)) as progress:
             vectors = build_packaged(
-                loaded, language, progress=progress, on_remark=lambda remark: console.note(f"steermoe: {remark}")
+                loaded,
+                language,
+                stable=selection.rule == "stable",
+                progress=progress,
+                on_remark=lambda remark: console.note(f"steermoe: {remark}"),
             )
     else:
         with console.counting("Building", "texts", rules.count_texts(selection.rule, language)) as progress:
