@@ -30,27 +30,31 @@ steermoe calibrate -d law --by-layer --budget 0.3 -o by_layer
 """
 
 
+Heldout = Annotated[
+    Path | None,
+    typer.Option(
+        help="Texts to measure on: those labelled `neutral`, else all. Default: neutral stories of the package."
+    ),
+]
+ByLayer = Annotated[
+    bool,
+    typer.Option(
+        "--by-layer",
+        help="First give each layer the strength that makes texts of the domain likelier by the most for its damage. "
+        "The texts: those of --heldout labelled with the domain, or of the package.",
+    ),
+]
+
+
 @o.spread
 def calibrate(
     *,
     domain: Annotated[list[str], typer.Option("--domain", "-d", help="Domain or vector file; repeat for several.")],
     budget: Annotated[float, typer.Option(help="Largest allowed 95th percentile of the KL per token, in nats.")] = 1.0,
-    heldout: Annotated[
-        Path | None,
-        typer.Option(
-            help="Texts to measure on: those labelled `neutral`, else all. Default: neutral stories of the package."
-        ),
-    ] = None,
+    heldout: Heldout = None,
     corpus: Annotated[o.CorpusOptions, o.Group(without=("max_tokens",))],
     texts: Annotated[int, typer.Option(min=1, help="Number of texts to read.")] = 24,
-    by_layer: Annotated[
-        bool,
-        typer.Option(
-            "--by-layer",
-            help="First give each layer the strength that makes texts of the domain likelier by the most for its "
-            "damage. The texts: those of --heldout labelled with the domain, or of the package.",
-        ),
-    ] = False,
+    by_layer: ByLayer = False,
     steering: Annotated[SteeringSpec, o.Group(o.STEERING, only=("formula", "scale"))],
     output: Annotated[
         Path | None,
@@ -80,19 +84,18 @@ def calibrate(
 
     found = _chosen(loaded, paths, vectors, changes_them=output is None and not dry_run)
     source = None if heldout is None else corpus.open(heldout)
+    own = _own_texts([vector.domain for _, vector in found], source) if by_layer else {}
     with console.working("Reading the texts unsteered ..."):
         neutral = neutral_texts(source)
         print_problems(source)
-        teacher_forcing = TeacherForcing(loaded, neutral[:texts])
-    own = _own_texts([vector.domain for _, vector in found], source) if by_layer else {}
+        teacher_forcing, spare = TeacherForcing(loaded, neutral[:texts]), neutral[texts:] or neutral
     results = []
     for path, vector in found:
-        scaled, layers = vector, None
+        layers = None
         if by_layer:
-            few = neutral[texts:] or neutral
-            scaled, layers = _by_layer(loaded, vector, own[vector.domain], few, budget, steering)
+            vector, layers = _by_layer(loaded, vector, (own[vector.domain], spare), budget, steering)
         with console.working(f"Calibrating {vector.domain} ..."):
-            calibrated, result = calibrate_vector(teacher_forcing, scaled, budget, steering.formula, steering.scale)
+            calibrated, result = calibrate_vector(teacher_forcing, vector, budget, steering.formula, steering.scale)
         target = path if output is None else output / path.name
         if not dry_run:
             file.write_vector(calibrated, target)
@@ -190,24 +193,30 @@ def _own_texts(domains: list[str], source: "Corpus | None") -> dict[str, list[st
 def _by_layer(
     loaded: "LoadedModel",
     vector: "SteeringVector",
-    own: list[str],
-    neutral: list[str],
+    texts: tuple[list[str], list[str]],
     budget: float,
     steering: SteeringSpec,
 ) -> "tuple[SteeringVector, LayerStrengths]":
-    """The vector with a strength by layer, if that helps, and what was found; says so on stderr."""
+    """The vector with a strength by layer, if that helps, and what was found; says so on stderr.
+
+    Args:
+        loaded: the model.
+        vector: what to calibrate.
+        texts: of its domain, and neutral ones.
+        budget: nats.
+        steering: the formula and the scale.
+    """
     from steermoe.cli.terminal import console
     from steermoe.evaluation.by_layer import calibrate_layers
     from steermoe.steering.plans import plan_for
 
     plan = plan_for(vector, 1.0, formula=steering.formula, scale=steering.scale)
     with console.working(f"Trying the layers of {vector.domain} ..."):
-        scaled, found = calibrate_layers(loaded, plan, own, neutral, budget)
+        scaled, found = calibrate_layers(loaded, plan, texts[0], texts[1], budget)
     gains = f"texts of it gain {found.gain:+.3f} nats per token, {found.gain_alike:+.3f} with one strength for all"
-    raised = ", ".join(
-        f"{layer}: {factor:g}" for layer, factor in zip(vector.layers, found.factors, strict=True) if factor
-    )
-    outcome = f"strengths by layer, as factors: {raised}" if found.helped else "one strength for all layers is kept"
+    factors = zip(vector.layers, found.factors, strict=True)
+    raised = ", ".join(f"{layer} x {factor:g}" for layer, factor in factors if factor)
+    outcome = f"strengths by layer: {raised}" if found.helped else "one strength for all layers is kept"
     console.note(f"steermoe: {vector.domain}: {outcome}; {gains}")
     return scaled, found
 
