@@ -51,7 +51,7 @@ class Selection:
     """Which experts become part of a vector.
 
     Raises:
-        BadParameter: options that have no effect on the rule.
+        BadParameter: options that have no effect on the rule. SteeringError: an impossible budget.
     """
 
     rule: Annotated[
@@ -99,6 +99,10 @@ class Selection:
     ] = 10
 
     def __post_init__(self) -> None:
+        if self.rule == "learned":
+            from steermoe.evaluation.calibration import check_budget
+
+            check_budget(self.budget)
         if self.rule in RULE_OPTIONS and self.experts is not None:
             raise typer.BadParameter("--experts is for another paper's rule: name one with --rule, or leave it out")
         used = [f"--{name.replace('_', '-')}" for name in (*RULE_OPTIONS.get(self.rule, ()), "rule", "experts")]

@@ -30,9 +30,9 @@ def from_texts(
     """A learned vector of each domain; without neutral texts of the user's, damage is measured on the packaged ones."""
     from steermoe.cli.terminal import console
     from steermoe.discovery.packaged import NEUTRAL, packaged_texts
-    from steermoe.evaluation.learning import starting_vectors
+    from steermoe.evaluation.learning import check_learnable, starting_vectors
 
-    loaded = _learnable(source, options)
+    loaded = check_learnable(source)
     others = list(neutral) or packaged_texts()[NEUTRAL]
     with console.counting("Embedding", "texts", sum(map(len, domains.values())) + len(others)) as progress:
         starts = starting_vectors(loaded, domains, others, max_tokens=max_tokens, progress=progress)
@@ -44,27 +44,15 @@ def from_packaged(source: "RoutingSource", language: "Language", options: Option
     from steermoe.cli.terminal import console
     from steermoe.discovery.packaged import NEUTRAL, packaged_texts
     from steermoe.discovery.packaged_vectors import build_packaged, count_texts
+    from steermoe.evaluation.learning import check_learnable
 
-    loaded = _learnable(source, options)
+    loaded = check_learnable(source)
     with console.counting("Building", "texts", count_texts(language)) as progress:
         starts = build_packaged(
             loaded, language, progress=progress, on_remark=lambda remark: console.note(f"steermoe: {remark}")
         )
     domains = packaged_texts(language)
     yield from _learned(loaded, starts, domains, domains[NEUTRAL], options)
-
-
-def _learnable(source: "RoutingSource", options: Options) -> "LoadedModel":
-    """The model, if it can be learned from.
-
-    Raises:
-        VectorError: it can't. SteeringError: an impossible budget.
-    """
-    from steermoe.evaluation.calibration import check_budget
-    from steermoe.evaluation.learning import check_learnable
-
-    check_budget(options.budget)
-    return check_learnable(source)
 
 
 def _learned(
