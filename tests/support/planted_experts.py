@@ -1,7 +1,8 @@
 """A tiny model in which it is known which experts do what: which of them a vector ought to raise has one right answer.
 
 All experts but two return nothing. `GOOD` makes the letter z likelier, which texts of the domain are full of; `BAD`
-makes the letter q likelier, which no text holds. The routers choose neither unless they are pushed. Layer 0 does nothing.
+makes the letter q likelier, which no text holds. The routers choose neither unless they are pushed. Layer 0 does
+nothing.
 """
 
 import copy
