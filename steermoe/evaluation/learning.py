@@ -56,6 +56,7 @@ class LearningSettings:
         max_tokens: tokens read of each; the first `PROMPT_TOKENS` are not steered.
         rate: of a step, as a share of the largest number of c E at the start.
         neutral: the most neutral texts that are read.
+        keep_better: the vector is that at the start if learning does not help the texts that were held back.
     """
 
     budget: float = 1.0
@@ -64,6 +65,7 @@ class LearningSettings:
     max_tokens: int = 64
     rate: float = 0.05
     neutral: int = 16
+    keep_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Learned:
     """A learned vector, and whether learning helped.
 
     Attributes:
-        vector: the better one of the two, with formula (4) and the strength that spends the budget.
+        vector: with formula (4) and the strength that spends the budget.
         gain, gain_at_start: nats per token by which the domain's texts that were held back became likelier, with the
             learned numbers and with those at the start, each at the strength that spends the budget.
     """
@@ -134,7 +136,8 @@ def learn(
     weights = steps.experts() / first.strength
     found = replace(start, frequency=None, baseline=None, relative=False, weights=weights, info=info)
     last = _Candidate.of(found, on_held, on_neutral, settings.budget)
-    return Learned((last if last.gain > first.gain else first).vector, last.gain, first.gain)
+    is_kept = settings.keep_better and last.gain <= first.gain
+    return Learned((first if is_kept else last).vector, last.gain, first.gain)
 
 
 def starting_vectors(
