@@ -342,9 +342,9 @@ class _Steps:
             scored = steered[:, :-1] & is_read[:, 1:]
             batch = _Batch(ids, mask, scored, steered, ids[:, 1:][scored], None)
             if keeps_unsteered:
-                with torch.inference_mode():
-                    logits = self._read(batch, steered=False)
-                batch = replace(batch, unsteered=logits.log_softmax(-1).to(self._model.dtype).clone())
+                with torch.no_grad():
+                    log_SV = self._read(batch, steered=False).log_softmax(-1)
+                batch = replace(batch, unsteered=log_SV.to(self._model.dtype))
             found.append(batch)
         return found
 
