@@ -293,7 +293,7 @@ class _Steps:
         for group in self._adam.param_groups:
             group["lr"] = self._rate * (1 - number / self._settings.steps)
         self._adam.step()
-        excess = (float(tail) - budget) / budget
+        excess = (tail.item() - budget) / budget
         self._price = max(LEAST_PRICE, self._price * math.exp(PRICE_RATE * min(excess, MOST_EXCESS)))
         return int(own.mask.sum() + neutral.mask.sum())
 
