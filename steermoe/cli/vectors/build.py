@@ -1,7 +1,6 @@
 """`steermoe vectors build`: builds vectors from texts whose domains are known."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,10 +10,10 @@ from steermoe.cli import loading
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
 from steermoe.cli.vectors import learned
+from steermoe.cli.vectors.selection import Selection, changed_options
 
 if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
-    from steermoe.discovery.embedder import RoutingSource, TextProgress
     from steermoe.discovery.labelled import Contrast
     from steermoe.discovery.packaged import Language
     from steermoe.evaluation.learning import Learned
@@ -36,146 +35,6 @@ steermoe vectors build --rule dsmoe -o by_dsmoe
 
 steermoe vectors build --texts chess=chess.jsonl --rule learned --budget 0.3 -o learned
 """
-RULE_FIELDS = ("rule", "experts", "budget", "steps")
-"""The fields of `Selection` that also choose among the packaged texts' experts."""
-RULE_OPTIONS = {
-    "paper": ("threshold", "relative", "min_difference", "lists"),
-    "stable": ("threshold", "relative"),
-    "learned": ("budget", "steps"),
-}
-"""The fields of `Selection` that have an effect on each rule; on the other papers' it is `experts`."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which experts become part of a vector.
-
-    Raises:
-        BadParameter: options that have no effect on the rule. SteeringError: an impossible budget.
-    """
-
-    rule: Annotated[
-        Literal["paper", "stable", "learned", "steermoe", "dsmoe", "safex"],
-        typer.Option(
-            help="Which rule: paper is that of this method; stable keeps the experts that hold when its texts are "
-            "resampled; learned improves the numbers by gradients; steermoe, dsmoe and safex are other papers', with "
-            "their formula and strength."
-        ),
-    ] = "paper"
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With another paper's rule: how many experts it takes, over all layers. Default: 10 for dsmoe, else "
-            "as many as a token uses.",
-        ),
-    ] = None
-
-    budget: Annotated[
-        float,
-        typer.Option(
-            help="With --rule learned: the damage to neutral texts to learn within, 95th percentile of the KL per "
-            "token, in nats."
-        ),
-    ] = 1.0
-    steps: Annotated[int, typer.Option(min=1, help="With --rule learned: the number of gradient steps.")] = 40
-    threshold: Annotated[
-        float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
-    ] = 3.0
-    relative: Annotated[
-        bool | None,
-        typer.Option(
-            "--relative/--absolute",
-            help="Usual frequency: the mean of all domains, or 1/N as in the paper. Default: the mean, if there are "
-            "more than 3 domains.",
-        ),
-    ] = None
-    min_difference: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="With --against: keep experts whose frequency is higher by more than this."),
-    ] = 0.1
-    lists: Annotated[
-        int, typer.Option(min=0, help="With --against: length of the lists of experts to force and to ban.")
-    ] = 10
-
-    def __post_init__(self) -> None:
-        if self.rule == "learned":
-            from steermoe.evaluation.calibration import check_budget
-
-            check_budget(self.budget)
-        if self.rule in RULE_OPTIONS and self.experts is not None:
-            raise typer.BadParameter("--experts is for another paper's rule: name one with --rule, or leave it out")
-        used = [f"--{name.replace('_', '-')}" for name in (*RULE_OPTIONS.get(self.rule, ()), "rule", "experts")]
-        if unused := [option for option in _changed(self) if option not in used]:
-            is_for_learning = unused[0].removeprefix("--") in RULE_OPTIONS["learned"]
-            raise typer.BadParameter(
-                f"{unused[0]} is for --rule learned: name it, or leave {unused[0]} out"
-                if is_for_learning
-                else f"{unused[0]} has no effect on --rule {self.rule}: leave it out"
-                + ("" if self.rule in RULE_OPTIONS else ", or use --experts")
-            )
-
-    @property
-    def learning(self) -> learned.Options:
-        """How a vector is learned."""
-        return learned.Options(self.budget, self.steps)
-
-    def changed(self) -> list[str]:
-        """The options in use that only this method's own rule has."""
-        return [option for option in _changed(self) if option.removeprefix("--") not in RULE_FIELDS]
-
-    def check_comparable(self, domains: int, has_others: bool) -> None:
-        """Refuse texts that the rule can't use, before a model is loaded."""
-        from steermoe.discovery.rules import check_comparable
-        from steermoe.errors import VectorError
-
-        if self.rule == "stable" and has_others:
-            raise typer.BadParameter("--rule stable compares domains with each other: leave out --against")
-        if self.rule in RULE_OPTIONS:
-            return
-        try:
-            check_comparable(self.rule, domains, has_others)
-        except VectorError as error:
-            raise typer.BadParameter(str(error)) from error
-
-    def vectors(
-        self,
-        loaded: "RoutingSource",
-        corpora: dict[str, list[str]],
-        others: list[str] | None,
-        max_tokens: int,
-        progress: "TextProgress",
-    ) -> "tuple[list[SteeringVector], list[Contrast]]":
-        """A vector per domain; with `others` and this method's rule, also the contrasts that the vectors come from."""
-        from steermoe.discovery import labelled, rules, stable
-
-        if self.rule in rules.PEERS:
-            return rules.vectors_by_rule(
-                loaded,
-                self.rule,
-                corpora,
-                others or (),
-                experts=self.experts,
-                max_tokens=max_tokens,
-                progress=progress,
-            ), []
-        if others is None:
-            threshold, relative = self.threshold, self.relative
-            build = stable.stable_vectors if self.rule == "stable" else labelled.vectors_from_labelled
-            return build(
-                loaded, corpora, threshold=threshold, relative=relative, max_tokens=max_tokens, progress=progress
-            ), []
-        made = labelled.contrasts(
-            loaded,
-            corpora,
-            others,
-            min_difference=self.min_difference,
-            count=self.lists,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
-        return [contrast.vector for contrast in made], made
-
 
 LabelField = Annotated[
     str | None,
@@ -328,14 +187,10 @@ def _check_no_texts(
         *(["--against"] if against is not None else []),
         *(["--label-field"] if label_field is not None else []),
         *selection.changed(),
-        *_changed(reading),
+        *changed_options(reading),
     ]
     if given:
         raise typer.BadParameter(f"{given[0]} needs texts of your own: name them with --texts DOMAIN=PATH")
-
-
-def _changed(options: Any) -> list[str]:
-    return [f"--{f.name.replace('_', '-')}" for f in fields(options) if getattr(options, f.name) != f.default]
 
 
 def _build_packaged(
@@ -359,7 +214,7 @@ def _build_packaged(
     if selection.rule == "learned":
         _print_learned(learned.from_packaged(loaded, language, selection.learning), paths, json)
         return
-    if selection.rule in RULE_OPTIONS:
+    if selection.peer is None:
         with console.counting("Building", "texts", count_texts(language)) as progress:
             vectors = build_packaged(
                 loaded,
@@ -369,9 +224,9 @@ def _build_packaged(
                 on_remark=lambda remark: console.note(f"steermoe: {remark}"),
             )
     else:
-        with console.counting("Building", "texts", rules.count_texts(selection.rule, language)) as progress:
+        with console.counting("Building", "texts", rules.count_texts(selection.peer, language)) as progress:
             vectors = rules.packaged_by_rule(
-                loaded, selection.rule, language, experts=selection.experts, progress=progress
+                loaded, selection.peer, language, experts=selection.experts, progress=progress
             )
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])
