@@ -187,30 +187,36 @@ class _Search:
         queue: list[tuple[float, int, int, _State]] = []
 
         def consider(row: int) -> None:
-            raised = self._raised(state, row)
+            raised = self._raised(state, row, idle)
             if raised is not None:
                 heapq.heappush(queue, (-_worth(raised, state), row, turn, raised))
-            elif not state.levels[row]:
-                idle.add(row)
 
         for row in range(self._layers):
             if row not in idle:
                 consider(row)
         while queue:
-            worth, row, when, raised = heapq.heappop(queue)
+            _, row, when, raised = heapq.heappop(queue)
             if when < turn:
                 consider(row)
-            elif worth < 0 and raised.kl_p95 <= self._budget:  # else this layer stays as it is
+            elif raised.kl_p95 <= self._budget:  # else this layer stays as it is
                 state, turn = raised, turn + 1
                 consider(row)
         return state
 
-    def _raised(self, state: _State, row: int) -> _State | None:
-        """With a row at its next level that changes anything; None if there is none."""
+    def _raised(self, state: _State, row: int, idle: set[int]) -> _State | None:
+        """With a row at its next level that makes the domain's texts likelier; None if there is none.
+
+        A small push may do nothing or harm, where a larger one changes which experts are chosen, so all levels are
+        tried. A row that changes nothing at any of them is added to `idle`.
+        """
+        changes = bool(state.levels[row])
         for level in range(state.levels[row] + 1, len(LEVELS)):
             raised = self._measure((*state.levels[:row], level, *state.levels[row + 1 :]))
-            if (raised.gain, raised.kl_mean) != (state.gain, state.kl_mean):
+            if raised.gain > state.gain:
                 return raised
+            changes |= (raised.gain, raised.kl_mean) != (state.gain, state.kl_mean)
+        if not changes:
+            idle.add(row)
         return None
 
     def _measure(self, levels: Levels) -> _State:
