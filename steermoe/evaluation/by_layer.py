@@ -181,7 +181,8 @@ class _Search:
         """The strengths that spend the budget; rows that turn out to be idle are added to `idle`.
 
         A raise is measured again only when it is the best one that is known (as in lazy greedy search), since raises of
-        other layers mostly make it less worth while.
+        other layers mostly make it less worth while. The first one may exceed the budget, where its least level does:
+        the strength that is calibrated afterwards brings it back.
         """
         state, turn = _State((0,) * self._layers), 0
         queue: list[tuple[float, int, int, _State]] = []
@@ -198,7 +199,7 @@ class _Search:
             _, row, when, raised = heapq.heappop(queue)
             if when < turn:
                 consider(row)
-            elif raised.kl_p95 <= self._budget:  # else this layer stays as it is
+            elif raised.kl_p95 <= self._budget or not any(state.levels):  # else this layer stays as it is
                 state, turn = raised, turn + 1
                 consider(row)
         return state
