@@ -79,8 +79,8 @@ def calibrate_layers(
     """
     from steermoe.evaluation.teacher_forcing import TeacherForcing
 
-    own = own[:MOST_TEXTS]
-    sets = own[1::HELD_BACK] + own[2::HELD_BACK], own[::HELD_BACK], neutral[:MOST_TEXTS]
+    few = list(own[:MOST_TEXTS])
+    sets = few[1::HELD_BACK] + few[2::HELD_BACK], few[::HELD_BACK], neutral[:MOST_TEXTS]
     read = [TeacherForcing(loaded, texts, max_tokens=MAX_TOKENS) for texts in sets]
     vector, found = strengths_by_layer(read[0], read[1], read[2], plan, budget)
     made_by = ", ".join(part for part in (vector.info.created_by, CREATED_BY) if part)
