@@ -27,9 +27,15 @@ def read(planted):
     return [TeacherForcing(planted, texts) for texts in (DOMAIN[::2], DOMAIN[1::2], NEUTRAL)]
 
 
-def test_the_layer_that_helps_gets_the_budget(planted, read):
+@pytest.fixture(scope="module")
+def spent(planted, read):
+    """The plan with one strength for all layers, the vector with strengths by layer, and what was found."""
     plan = plan_for(vector_of(planted.shape), 1.0)
-    vector, found = strengths_by_layer(*read, plan, BUDGET)
+    return plan, *strengths_by_layer(*read, plan, BUDGET)
+
+
+def test_the_layer_that_helps_gets_the_budget(spent):
+    plan, vector, found = spent
     assert found.factors[GOOD[0]] > 0
     assert found.factors[BAD[0]] == 0
     assert found.idle == (0,)
@@ -39,10 +45,9 @@ def test_the_layer_that_helps_gets_the_budget(planted, read):
     assert all(factor in LEVELS for factor in found.factors)
 
 
-def test_the_gains_are_those_at_the_budget(planted, read):
-    own, held_back, neutral = read
-    plan = plan_for(vector_of(planted.shape), 1.0)
-    vector, found = strengths_by_layer(own, held_back, neutral, plan, BUDGET)
+def test_the_gains_are_those_at_the_budget(read, spent):
+    _, held_back, neutral = read
+    plan, vector, found = spent
     for used, gain in ((vector, found.gain), (plan.vector, found.gain_alike)):
         at_budget = plan_for(calibrate_vector(neutral, used, BUDGET, tolerance=COARSE)[0])
         figures = held_back.compare(at_budget)
