@@ -56,11 +56,23 @@ def vectors_from_labelled(
     Raises:
         VectorError: no texts, a text without tokens, or a vector whose E would be empty.
     """
-    frequencies, infos = {}, {}
-    for domain, texts in corpora.items():
-        embeddings, tokens = routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
-        frequencies[domain] = embeddings.mean(0)
-        infos[domain] = vector_info(loaded, texts, tokens, CREATED_BY)
+    read = {
+        domain: routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
+        for domain, texts in corpora.items()
+    }
+    return vectors_from_read(loaded, corpora, read, threshold=threshold, relative=relative)
+
+
+def vectors_from_read(
+    loaded: RoutingSource,
+    corpora: Mapping[str, Sequence[str]],
+    read: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    threshold: float = DEFAULT_THRESHOLD,
+    relative: bool | None = None,
+) -> list[SteeringVector]:
+    """As `vectors_from_labelled`, from what `routing_embeddings` returns for each domain."""
+    frequencies = {domain: embeddings.mean(0) for domain, (embeddings, _) in read.items()}
     is_relative = len(corpora) > threshold if relative is None else relative
     baseline = torch.stack(list(frequencies.values())).mean(0)
     vectors = [
@@ -71,7 +83,7 @@ def vectors_from_labelled(
             threshold=threshold,
             baseline=baseline if len(corpora) > 1 else None,
             relative=is_relative,
-            info=infos[domain],
+            info=vector_info(loaded, corpora[domain], read[domain][1], CREATED_BY),
         )
         for domain, frequency in frequencies.items()
     ]

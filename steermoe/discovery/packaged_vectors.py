@@ -18,6 +18,7 @@ from steermoe.discovery.embed_corpus import embed_corpus, meta_of
 from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource, TextProgress
 from steermoe.discovery.labelled import routing_embeddings, vector_info
 from steermoe.discovery.packaged import CREATED_BY, NAMES, NEUTRAL, Language, packaged_texts
+from steermoe.discovery.stable import keep_stable
 from steermoe.discovery.store import EmbeddedTexts, Text
 from steermoe.errors import VectorError
 from steermoe.files import cache_folder
@@ -37,6 +38,7 @@ def build_packaged(
     source: RoutingSource,
     language: Language = "en",
     *,
+    stable: bool = False,
     progress: TextProgress | None = None,
     on_remark: Callable[[str], None] = lambda remark: None,
 ) -> list[SteeringVector]:
@@ -48,6 +50,7 @@ def build_packaged(
     Args:
         source: the model that the vectors are for.
         language: of the texts.
+        stable: only with the experts that hold when the texts are resampled (`stable.keep_stable`).
         progress: called with texts and tokens done.
         on_remark: called with what is unusual about a vector.
 
@@ -58,7 +61,7 @@ def build_packaged(
     texts = _as_corpus(packaged_texts(language))
     folder = _embeddings_folder(source, texts)
     store, _ = embed_corpus(source, texts, folder, _options(), progress=progress)
-    made = vectors_of(source, store.load(), language, on_remark)
+    made = vectors_of(source, store.load(), language, on_remark, stable=stable)
     with suppress(OSError):
         shutil.rmtree(folder)
     return made
@@ -69,16 +72,19 @@ def vectors_of(
     embedded: EmbeddedTexts,
     language: Language = "en",
     on_remark: Callable[[str], None] = lambda remark: None,
+    *,
+    stable: bool = False,
 ) -> list[SteeringVector]:
     """A vector of each domain in embedded texts that are labelled with domains; `neutral` is only in the baseline.
 
     Raises:
-        VectorError: routers that treat all domains alike.
+        VectorError: routers that treat all domains alike, or with `stable` no expert that holds.
     """
     labels = embedded.labels
     frequency_BLN = torch.from_numpy(embedded.frequency)
     rows = {domain: [i for i, label in enumerate(labels) if label == domain] for domain in dict.fromkeys(labels)}
-    means = {domain: frequency_BLN[own].mean(0) for domain, own in rows.items()}
+    embeddings = {domain: frequency_BLN[own] for domain, own in rows.items()}
+    means = {domain: frequency.mean(0) for domain, frequency in embeddings.items()}
     baseline_LN = torch.stack(list(means.values())).mean(0)
     made = []
     for domain in (domain for domain in means if domain != NEUTRAL):
@@ -93,7 +99,7 @@ def vectors_of(
             domain, means[domain], source.shape.layers, baseline=baseline_LN, relative=True, info=info
         )
         found, remark = cut_to_steer(vector, 1 / len(means))
-        made.append(found)
+        made.append(keep_stable(found, embeddings) if stable else found)
         if remark:
             on_remark(f"{domain}: {remark}")
     return made

@@ -75,7 +75,7 @@ def weigh_choices(
     if not texts:
         raise VectorError("no texts were given")
     words, weights, choices, lengths = [], [], [], []
-    with _frozen(source.model):
+    with frozen(source.model):
         for number, text in enumerate(texts):
             ids = source.tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
             if not ids:
@@ -153,7 +153,7 @@ def _read(source: LoadedModel, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Keep no gradients for a model's weights: only those of its inputs are wanted."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:

@@ -85,6 +85,13 @@ def quantize_model(model: Any) -> None:
         raise ModelError(f"{name} does not run in int8: {type(error).__name__}: {reason(error)}") from error
 
 
+def is_quantized(model: Any) -> bool:
+    """Whether a model has weights of fewer bits than its checkpoint's, which give no gradients."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    keeps_them = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+    return keeps_them or any(isinstance(module, Int8Linear | Int8Experts) for module in model.modules())
+
+
 def _targets(model: nn.Module) -> tuple[list[tuple[nn.Module, str, nn.Linear]], list[nn.Module]]:
     """What becomes int8: linear layers, with the modules and the names that they have there, and modules of experts."""
     routing = {id(module) for router in find_routers(model) for module in router.module.modules()}

@@ -1,4 +1,4 @@
-"""In llama.cpp the rules of other papers that count choices work too; the one that needs gradients says so."""
+"""In llama.cpp the rules that count choices work too; those that need gradients say so."""
 
 import pytest
 
@@ -6,8 +6,10 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make
 pytest.importorskip("numba", reason="numba is not installed: make llamacpp")
 
 from steermoe.discovery.rules import vectors_by_rule
+from steermoe.discovery.stable import stable_vectors
 from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.errors import VectorError
+from steermoe.evaluation.learning import check_learnable
 from tests.support import tiny_ggufs
 
 DOMAINS = {"sport": ["A goal!", "The team ran."], "food": ["Salt and a pan.", "bread"]}
@@ -21,3 +23,6 @@ def test_rules_of_a_gguf_file(tmp_path):
         assert (vector.experts < 0).any()
     with pytest.raises(VectorError, match="has no gradients to weigh tokens by, as --rule dsmoe does: use --engine hf"):
         vectors_by_rule(engine, "dsmoe", DOMAINS)
+    with pytest.raises(VectorError, match="has no gradients to learn from, as --rule learned does: use --engine hf"):
+        check_learnable(engine)
+    assert all((vector.experts > 0).any() for vector in stable_vectors(engine, DOMAINS, threshold=1.1))

@@ -1,7 +1,6 @@
 """`steermoe vectors build`: builds vectors from texts whose domains are known."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,12 +9,14 @@ import typer
 from steermoe.cli import loading
 from steermoe.cli import options as o
 from steermoe.cli.embed import print_problems
+from steermoe.cli.vectors import learned
+from steermoe.cli.vectors.selection import Selection, changed_options
 
 if TYPE_CHECKING:
     from steermoe.discovery.contrast import Expert
-    from steermoe.discovery.embedder import RoutingSource, TextProgress
     from steermoe.discovery.labelled import Contrast
     from steermoe.discovery.packaged import Language
+    from steermoe.evaluation.learning import Learned
     from steermoe.vectors.vector import SteeringVector
 
 EXAMPLES = """Examples:
@@ -31,112 +32,9 @@ steermoe vectors build --texts chess=chess.jsonl --against other.jsonl --lists 2
 steermoe vectors build --texts sport=news.csv --against news.csv --label-field kind
 
 steermoe vectors build --rule dsmoe -o by_dsmoe
+
+steermoe vectors build --texts chess=chess.jsonl --rule learned --budget 0.3 -o learned
 """
-RULE_FIELDS = ("rule", "experts")
-"""The fields of `Selection` that also choose among the packaged texts' experts."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which experts become part of a vector.
-
-    Raises:
-        BadParameter: options that have no effect on the rule.
-    """
-
-    rule: Annotated[
-        Literal["paper", "steermoe", "dsmoe", "safex"],
-        typer.Option(
-            help="Whose rule: paper is that of this method; steermoe, dsmoe and safex are other papers', with their "
-            "formula and strength."
-        ),
-    ] = "paper"
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With another paper's rule: how many experts it takes, over all layers. Default: 10 for dsmoe, else "
-            "as many as a token uses.",
-        ),
-    ] = None
-
-    threshold: Annotated[
-        float, typer.Option(min=0, help="Keep experts whose frequency exceeds this many times the usual one.")
-    ] = 3.0
-    relative: Annotated[
-        bool | None,
-        typer.Option(
-            "--relative/--absolute",
-            help="Usual frequency: the mean of all domains, or 1/N as in the paper. Default: the mean, if there are "
-            "more than 3 domains.",
-        ),
-    ] = None
-    min_difference: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="With --against: keep experts whose frequency is higher by more than this."),
-    ] = 0.1
-    lists: Annotated[
-        int, typer.Option(min=0, help="With --against: length of the lists of experts to force and to ban.")
-    ] = 10
-
-    def __post_init__(self) -> None:
-        if self.rule == "paper" and self.experts is not None:
-            raise typer.BadParameter("--experts is for another paper's rule: name one with --rule, or leave it out")
-        if self.rule != "paper" and (unused := self.changed()):
-            raise typer.BadParameter(f"{unused[0]} has no effect on --rule {self.rule}: leave it out, or use --experts")
-
-    def changed(self) -> list[str]:
-        """The options in use that only this method's own rule has."""
-        return [option for option in _changed(self) if option.removeprefix("--") not in RULE_FIELDS]
-
-    def check_comparable(self, domains: int, has_others: bool) -> None:
-        """Refuse texts that the rule can't use, before a model is loaded."""
-        from steermoe.discovery.rules import check_comparable
-        from steermoe.errors import VectorError
-
-        if self.rule != "paper":
-            try:
-                check_comparable(self.rule, domains, has_others)
-            except VectorError as error:
-                raise typer.BadParameter(str(error)) from error
-
-    def vectors(
-        self,
-        loaded: "RoutingSource",
-        corpora: dict[str, list[str]],
-        others: list[str] | None,
-        max_tokens: int,
-        progress: "TextProgress",
-    ) -> "tuple[list[SteeringVector], list[Contrast]]":
-        """A vector per domain; with `others` and this method's rule, also the contrasts that the vectors come from."""
-        from steermoe.discovery import labelled, rules
-
-        if self.rule != "paper":
-            return rules.vectors_by_rule(
-                loaded,
-                self.rule,
-                corpora,
-                others or (),
-                experts=self.experts,
-                max_tokens=max_tokens,
-                progress=progress,
-            ), []
-        if others is None:
-            threshold, relative = self.threshold, self.relative
-            return labelled.vectors_from_labelled(
-                loaded, corpora, threshold=threshold, relative=relative, max_tokens=max_tokens, progress=progress
-            ), []
-        made = labelled.contrasts(
-            loaded,
-            corpora,
-            others,
-            min_difference=self.min_difference,
-            count=self.lists,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
-        return [contrast.vector for contrast in made], made
-
 
 LabelField = Annotated[
     str | None,
@@ -238,6 +136,9 @@ def _build_labelled(
             on_read=print_problems,
         )
     loaded = model.source()
+    if selection.rule == "learned":
+        _print_learned(learned.from_texts(loaded, corpora, others, selection.learning, reading.max_tokens), paths, json)
+        return
     total = sum(map(len, corpora.values())) + len(others)
     with console.counting("Embedding", "texts", total) as progress:
         vectors, made = selection.vectors(loaded, corpora, others if against else None, reading.max_tokens, progress)
@@ -261,6 +162,23 @@ def _print(vectors: "list[SteeringVector]", made: "Sequence[Contrast]", paths: d
             _print_lists(contrast)
 
 
+def _print_learned(found: "Iterable[Learned]", paths: dict[str, Path], json: bool) -> None:
+    """Write learned vectors as they come, and print where they are."""
+    from steermoe.cli.terminal import console
+    from steermoe.vectors import file
+
+    records = []
+    for one in found:
+        path = paths[one.vector.domain]
+        file.write_vector(one.vector, path)
+        gains = {"learned": one.helped, "gain": one.gain, "gain_at_start": one.gain_at_start}
+        records.append({**_record(path), **gains})
+        if not json:
+            console.say(str(path))
+    if json:
+        console.write_json(records)
+
+
 def _check_no_texts(
     against: Path | None, selection: Selection, reading: o.CorpusOptions, label_field: str | None
 ) -> None:
@@ -269,14 +187,10 @@ def _check_no_texts(
         *(["--against"] if against is not None else []),
         *(["--label-field"] if label_field is not None else []),
         *selection.changed(),
-        *_changed(reading),
+        *changed_options(reading),
     ]
     if given:
         raise typer.BadParameter(f"{given[0]} needs texts of your own: name them with --texts DOMAIN=PATH")
-
-
-def _changed(options: Any) -> list[str]:
-    return [f"--{f.name.replace('_', '-')}" for f in fields(options) if getattr(options, f.name) != f.default]
 
 
 def _build_packaged(
@@ -297,15 +211,22 @@ def _build_packaged(
 
     paths = places_for(DOMAINS, output or Path("steering_vectors") / model.group, overwrite=force)
     loaded = model.source()
-    if selection.rule == "paper":
+    if selection.rule == "learned":
+        _print_learned(learned.from_packaged(loaded, language, selection.learning), paths, json)
+        return
+    if selection.peer is None:
         with console.counting("Building", "texts", count_texts(language)) as progress:
             vectors = build_packaged(
-                loaded, language, progress=progress, on_remark=lambda remark: console.note(f"steermoe: {remark}")
+                loaded,
+                language,
+                stable=selection.rule == "stable",
+                progress=progress,
+                on_remark=lambda remark: console.note(f"steermoe: {remark}"),
             )
     else:
-        with console.counting("Building", "texts", rules.count_texts(selection.rule, language)) as progress:
+        with console.counting("Building", "texts", rules.count_texts(selection.peer, language)) as progress:
             vectors = rules.packaged_by_rule(
-                loaded, selection.rule, language, experts=selection.experts, progress=progress
+                loaded, selection.peer, language, experts=selection.experts, progress=progress
             )
     for vector in vectors:
         file.write_vector(vector, paths[vector.domain])

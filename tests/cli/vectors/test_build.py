@@ -161,6 +161,15 @@ def test_build_by_the_rule_of_another_paper(run, tiny_checkpoint, texts, rule):
         (["--rule", "dsmoe", "--texts", "sport=sport", "--against", "food"], "leave out --against"),
         (["--rule", "dsmoe", "--topic", "pirates"], "--rule dsmoe is for texts that are there"),
         (["--rule", "dsmoe", "--against", "food"], "--against needs texts of your own"),
+        (
+            ["--rule", "stable", "--texts", "sport=sport", "--against", "food"],
+            "--rule stable compares domains with each",
+        ),
+        (["--rule", "stable", "--lists", "5"], "--lists has no effect on --rule stable: leave it out"),
+        (["--rule", "learned", "--threshold", "2"], "--threshold has no effect on --rule learned"),
+        (["--rule", "learned", "--experts", "2"], "--experts is for another paper's rule"),
+        (["--budget", "0.3"], "--budget is for --rule learned"),
+        (["--rule", "dsmoe", "--steps", "3"], "--steps is for --rule learned"),
         (["--rule", "best"], "'best'"),
     ],
 )
