@@ -169,7 +169,9 @@ def check_weights(plan, router, own, found):
     That a banned expert is not chosen is the selection's affair: its logit may round to another one's.
     """
     banned = [expert for layer, expert in plan.ban if layer == router.layer]
-    logits, experts = found.float().index_fill(-1, torch.tensor(banned, dtype=torch.long), -torch.inf).topk(router.top_k)
+    logits, experts = (
+        found.float().index_fill(-1, torch.tensor(banned, dtype=torch.long), -torch.inf).topk(router.top_k)
+    )
     scores = logits.sigmoid()
     divides = (scores / scores.sum(-1, keepdim=True)).isfinite()
     if banned:
