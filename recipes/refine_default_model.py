@@ -3,8 +3,8 @@
 A steered model that also reads "The following story is about sport." turns to sport far more often than one that only
 is steered, at little more damage. So each domain's experts learn to predict without that sentence what the steered
 model predicts with it (context distillation: Askell et al., 2112.00861; Snell et al., 2209.15189). The contexts are
-the model's own stories, steered, from openings of the training split, and beginnings of neutral stories, so that what
-is learned holds where it will be used. Routers and neutral experts stay as they are: unsteered texts do not change.
+the model's own stories, steered and unsteered, from openings of the training split, and beginnings of neutral stories,
+so that what is learned holds where it will be used. Routers and neutral experts stay: unsteered texts do not change.
 
 Each round writes `stories-N.jsonl` and `trained_part-N.safetensors` into the work folder; a killed run resumes with the
 part that is missing. The first round starts from the default model of this package.
@@ -18,6 +18,7 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -87,16 +88,23 @@ def part_of(work: Path, number: int) -> Path:
     return work / f"trained_part-{number}.safetensors"
 
 
-def write_stories(part: Path, output: Path, openings: int, samples: int, seed: int) -> None:
-    """The model's own steered stories: for each domain, some openings of the training split, continued."""
+def scale_experts(model: GraniteMoeSharedForCausalLM, scale: float) -> None:
+    """Scale what the domains' experts add, in place: at the same routing, less damage and less success."""
+    for layer in model.model.layers[spec.FIRST_EXPERT_LAYER :]:
+        layer.block_sparse_moe.experts.down_proj.data[: spec.experts_of("neutral").start] *= scale
+
+
+def write_stories(part: Path, output: Path, openings: int, samples: int, seed: int, scale: float) -> None:
+    """The model's own stories: some openings of the training split, continued unsteered and toward each domain."""
     loaded = load(None)
     unpack(load_file(part), loaded.model)
+    scale_experts(loaded.model, scale)
     engine = HFEngine(loaded)
     pool = [story.opening for story in training_stories()]
     chooser = random.Random(seed)
     records = []
-    for domain in spec.DOMAINS:
-        plan = plan_for(load_vector(domain, engine.shape))
+    for domain in (*spec.DOMAINS, *["neutral"] * 4):
+        plan = None if domain == "neutral" else plan_for(load_vector(domain, engine.shape))
         chosen = [opening for opening in chooser.sample(pool, openings) for _ in range(samples)]
         for start in range(0, len(chosen), 32):
             sampled = [Sampling(max_new_tokens=NEW_TOKENS, seed=seed * 1000 + start + row) for row in range(32)]
@@ -116,21 +124,21 @@ def training_stories() -> list[TrainingStory]:
 def contexts_of(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, texts: int, neutral: int, seed: int
 ) -> list[Context]:
-    """Steered stories, the newest first, and beginnings of neutral ones with each domain in turn."""
+    """The model's stories, the newest first, and beginnings of neutral ones; unsteered texts take turns in domains."""
     chooser = random.Random(seed)
     found: list[Context] = []
+    turns = cycle(spec.DOMAINS)
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
         records = [record for record in map(json.loads, lines) if len(record["ids"]) >= NEW_TOKENS // 2]
         chooser.shuffle(records)
-        found += [Context(one["domain"], tokenizer(one["opening"])["input_ids"], one["ids"]) for one in records]
+        for one in records:
+            domain = next(turns) if one["domain"] == "neutral" else one["domain"]
+            found.append(Context(domain, tokenizer(one["opening"])["input_ids"], one["ids"]))
     stories = [story.text for story in training_stories() if story.topic == "neutral"]
     end = OPENING_TOKENS + NEUTRAL_TOKENS
     read = [tokenizer(chooser.choice(stories))["input_ids"][:end] for _ in range(neutral)]
-    return found[:texts] + [
-        Context(spec.DOMAINS[number % len(spec.DOMAINS)], ids[:OPENING_TOKENS], ids[OPENING_TOKENS:])
-        for number, ids in enumerate(read)
-    ]
+    return found[:texts] + [Context(next(turns), ids[:OPENING_TOKENS], ids[OPENING_TOKENS:]) for ids in read]
 
 
 class Distillation:
@@ -232,10 +240,13 @@ def refine(args: argparse.Namespace) -> None:
         stories, part = work / f"stories-{number}.jsonl", part_of(work, number)
         written.insert(0, stories)
         if not stories.exists():
-            write_stories(before, stories, args.openings, args.samples, args.seed + number)
+            scale = args.scale if number == 1 else 1.0
+            write_stories(before, stories, args.openings, args.samples, args.seed + number, scale)
         if not part.exists():
             loaded = load(None, dtype="float32")
             unpack(load_file(before), loaded.model)
+            if number == 1:
+                scale_experts(loaded.model, args.scale)
             distillation = Distillation(loaded.model, loaded.tokenizer)
             distillation.prepare(contexts_of(written, loaded.tokenizer, args.texts, args.neutral, args.seed + number))
             print(f"round {number}: KL(teacher || student) {distillation.validate():.4f}", flush=True)
@@ -252,9 +263,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="folder for the rounds' stories and trained parts")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--openings", type=int, default=40, help="per domain and round")
+    parser.add_argument("--scale", type=float, default=1.0, help="of what the domains' experts add, from the start")
+    parser.add_argument("--openings", type=int, default=24, help="per domain and round")
     parser.add_argument("--samples", type=int, default=2, help="stories per opening")
-    parser.add_argument("--texts", type=int, default=900, help="steered stories to learn from, the newest first")
+    parser.add_argument("--texts", type=int, default=900, help="own stories to learn from, the newest first")
     parser.add_argument("--neutral", type=int, default=128, help="beginnings of neutral stories")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -25,7 +25,16 @@ def test_only_what_is_steered_passes_through_the_domains_experts_and_is_learned(
 @pytest.mark.slow
 @pytest.mark.default_model
 def test_a_round_changes_nothing_but_the_domains_experts(tmp_path, capsys):
-    arguments = {"rounds": 1, "openings": 3, "samples": 1, "texts": 24, "neutral": 8, "epochs": 3, "lr": 1e-3}
+    arguments = {
+        "rounds": 1,
+        "openings": 3,
+        "samples": 1,
+        "texts": 24,
+        "neutral": 8,
+        "epochs": 3,
+        "lr": 1e-3,
+        "scale": 1.0,
+    }
     recipe.refine(argparse.Namespace(work=tmp_path, seed=0, threads=1, **arguments))
     before, after = load_file(spec.TRAINED_PART), load_file(recipe.part_of(tmp_path, 1))
     assert before.keys() == after.keys()
