@@ -52,7 +52,7 @@ LIKELIEST = 96
 """The teacher's likeliest tokens, which are kept one by one; all others together are one more outcome."""
 OPENING_TOKENS = 12
 NEUTRAL_TOKENS = 64
-"""A neutral story's first OPENING_TOKENS tokens are unsteered, as an opening is; the next NEUTRAL_TOKENS are learned from."""
+"""A neutral story's first OPENING_TOKENS are unsteered, as an opening is; the next NEUTRAL_TOKENS are learned from."""
 BATCH = 20
 VALIDATION_EVERY = 12
 
