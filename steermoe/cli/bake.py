@@ -77,10 +77,8 @@ def bake(
         return
     if not domain:
         raise typer.BadParameter("nothing to bake: name a domain with --domain, such as -d sport")
-    if measure and not choice_only:
-        raise typer.BadParameter("--measure belongs to --choice-only: baking without it is formula (3) itself")
-    if measure and model is not None and Path(model).suffix.lower() == ".gguf":
-        raise typer.BadParameter("--measure runs transformers, not llama.cpp: measure the checkpoint of this GGUF file")
+    if measure:
+        _check_measure(model, choice_only)
     spec = spec_to_bake(domain, strength, layers)
     _check(spec, vectors, output)
     with console.working(f"Inspecting {model or 'the default model'} ..."):
@@ -137,6 +135,14 @@ def _bake(source: "Checkpoint | GGUFFile", plan: "SteeringPlan", choice_only: bo
     kind: Kind = "choice" if choice_only else "logits"
     steering = Steering(kind, plan.vector.domain, plan.strength, sha256, plan.layers)
     return source.bake(steering, pushes_of(source.shape, plan), output)
+
+
+def _check_measure(model: str | None, choice_only: bool) -> None:
+    """Raise UsageError where --measure has nothing to compare, or can't run the model."""
+    if not choice_only:
+        raise typer.BadParameter("--measure belongs to --choice-only: baking without it is formula (3) itself")
+    if model is not None and Path(model).suffix.lower() == ".gguf":
+        raise typer.BadParameter("--measure runs transformers, not llama.cpp: measure the checkpoint of this GGUF file")
 
 
 def _refuse_all(given: dict[str, Any]) -> None:
