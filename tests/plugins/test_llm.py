@@ -191,6 +191,7 @@ def test_event_loops(run, expected, vectors):
     ("options", "message"),
     [
         ({"domain": "cooking"}, "no vector 'cooking'"),
+        ({"domain": "sport", "vectors": "nowhere"}, "there is no folder of vectors 'nowhere': name one"),
         ({"domain": "sport=much"}, "'much' is not a weight"),
         ({"strength": "much"}, "field 'strength' is 'much', expected a number"),
         ({"strength": "3"}, "it names no domain"),
