@@ -6,6 +6,8 @@ Knows no vectors and no models. The client is huggingface_hub's; alone it waits 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
 
 from steermoe.errors import HubError, HubUnreachable, SteerMoEError, quoted, reason
 
@@ -62,6 +64,35 @@ def check_reachable() -> None:
     error = outcome[0] if outcome else TimeoutError(f"no answer in {seconds:g} s")
     if error is not None:
         raise HubUnreachable(_unreachable(reason(error)))
+
+
+def listing(repo: str, revision: str = "", token: str | None = None) -> Any:
+    """What the Hub says about a repository, its files with sizes and hashes: huggingface_hub's `ModelInfo`.
+
+    As `HfApi.model_info`, which raises TypeError for some keys of a card, such as `self`; the card is left out here.
+    Raises what the client raises.
+    """
+    from huggingface_hub import ModelInfo
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    address = f"{endpoint()}/api/models/{repo}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
+    headers = build_hf_headers(token=token)
+    answer = get_session().get(address, headers=headers, timeout=patience(), params={"blobs": True})
+    hf_raise_for_status(answer)
+    return ModelInfo(**{**answer.json(), "cardData": None})
+
+
+def is_there(repo: str, token: str | None = None) -> bool:
+    """Whether the Hub has a repository; raises what the client raises."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        listing(repo, token=token)
+    except GatedRepoError:  # it is one of the errors below
+        return True
+    except RepositoryNotFoundError:
+        return False
+    return True
 
 
 def _unreachable(why: str) -> str:

@@ -70,22 +70,21 @@ def bake(
     from steermoe.steering.baking import spec_to_bake
 
     if undo:
-        given = {"--domain": domain, "--strength": strength, "--layers": layers, "--choice-only": choice_only or None}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise typer.BadParameter(f"{wrong[0]} does not go with --undo, which reads what was baked: leave it out")
+        steering = {"--domain": domain, "--strength": strength, "--layers": layers, "--vectors": vectors.vectors}
+        switches = {"--choice-only": choice_only, "--measure": measure, "--any-model": vectors.any_model}
+        _refuse_all({**steering, **switches, "--trust-remote-code": trust_remote_code})
         _undo(model, output, json)
         return
     if not domain:
         raise typer.BadParameter("nothing to bake: name a domain with --domain, such as -d sport")
-    if measure and not choice_only:
-        raise typer.BadParameter("--measure belongs to --choice-only: baking without it is formula (3) itself")
-    if measure and model is not None and Path(model).suffix.lower() == ".gguf":
-        raise typer.BadParameter("--measure runs transformers, not llama.cpp: measure the checkpoint of this GGUF file")
+    if measure:
+        _check_measure(model, choice_only)
     spec = spec_to_bake(domain, strength, layers)
     _check(spec, vectors, output)
     with console.working(f"Inspecting {model or 'the default model'} ..."):
         source = _source(model, trust_remote_code)
         source.check("choice" if choice_only else "logits")
+        source.check_output(output)
     plan = _plan(spec, vectors, source.shape)
     measured = _measure(model, trust_remote_code, plan) if measure else None
     with console.working(f"Writing {output} ..."):
@@ -136,6 +135,20 @@ def _bake(source: "Checkpoint | GGUFFile", plan: "SteeringPlan", choice_only: bo
     kind: Kind = "choice" if choice_only else "logits"
     steering = Steering(kind, plan.vector.domain, plan.strength, sha256, plan.layers)
     return source.bake(steering, pushes_of(source.shape, plan), output)
+
+
+def _check_measure(model: str | None, choice_only: bool) -> None:
+    """Raise UsageError where --measure has nothing to compare, or can't run the model."""
+    if not choice_only:
+        raise typer.BadParameter("--measure belongs to --choice-only: baking without it is formula (3) itself")
+    if model is not None and Path(model).suffix.lower() == ".gguf":
+        raise typer.BadParameter("--measure runs transformers, not llama.cpp: measure the checkpoint of this GGUF file")
+
+
+def _refuse_all(given: dict[str, Any]) -> None:
+    """Raise UsageError for options that --undo does not have."""
+    if wrong := [name for name, value in given.items() if value not in (None, False)]:
+        raise typer.BadParameter(f"{wrong[0]} does not go with --undo, which reads what was baked: leave it out")
 
 
 def _undo(model: str | None, output: Path, json: bool) -> None:

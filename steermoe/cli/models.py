@@ -1,7 +1,7 @@
 """`steermoe models`: lists families, pulls the default model, inspects, compiles, exports and bakes checkpoints."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -315,8 +315,18 @@ def _facts(description: "ModelDescription") -> dict[str, str]:
     else:
         facts["chat template"] = "yes" if d.template else "none: it continues texts"
         facts["thinking"] = " ... ".join(d.thinking) if d.thinking else "no tags known"
+    if d.baked is not None:
+        facts["baked"] = _baked(d.baked)
     steered = f"yes, {len(d.moe_layers)} routers: {d.reason}" if d.steerable else f"no: {d.reason}"
     return {**facts, "can be steered": steered}
+
+
+def _baked(said: dict[str, Any]) -> str:
+    """What was baked into a model, in one line."""
+    if "error" in said:
+        return str(said["error"])
+    layers = "" if said["layers"] is None else ", layers {}-{}".format(*said["layers"])
+    return f"{said['domain']}, strength {said['strength']:g}, {said['formula']}{layers}; --undo takes it out"
 
 
 def _size(count: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from steermoe.errors import ModelError, UnsupportedModel
+from steermoe.models.baking.found import baked_into
 from steermoe.models.checkpoint import _auto_class, _locate, _why_not_loaded, _why_not_run
 from steermoe.models.gguf.header import is_moe, read_gguf, read_header
 from steermoe.models.needs import WIDTHS, cache_bytes, weight_bytes
@@ -36,6 +37,7 @@ class ModelDescription:
         tokenizer: whether it has one; None if its files are not on this machine.
         template: its chat template; None if it has none, or none is known.
         thinking: the texts between which it thinks; None if it has none, or none are known.
+        baked: what `steermoe models bake` put into it, as `baked_into`.
     """
 
     shape: RoutingShape
@@ -51,6 +53,7 @@ class ModelDescription:
     tokenizer: bool | None = None
     template: str | None = None
     thinking: tuple[str, str] | None = None
+    baked: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -96,6 +99,7 @@ class ModelDescription:
             "tokenizer": self.tokenizer,
             "chat_template": self.template is not None,
             "think_tags": self.thinking,
+            "baked": self.baked,
         }
 
 
@@ -171,6 +175,7 @@ def _describe(name: str, where: str, extra: dict[str, str], trust_remote_code: b
         tokenizer=tokenizer,
         template=template,
         thinking=thinking,
+        baked=baked_into(source if "gguf_file" in extra else local_folder(source) or source),
     )
 
 
@@ -194,6 +199,7 @@ def _describe_gguf(source: Path) -> ModelDescription:
         tokenizer=tokenizer,
         template=template,
         thinking=thinking,
+        baked=baked_into(source),
     )
 
 

@@ -42,7 +42,7 @@ class Progress:
 
     def note(self, text: str, style: str = "", /) -> None:
         """One line."""
-        click.echo(escaped(text), err=True)
+        click.echo(escaped(for_llm(text)), err=True)
 
     @contextmanager
     def counting(self, what: str, things: str, total: int, /) -> "Iterator[Callable[[int, int], None]]":

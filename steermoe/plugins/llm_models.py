@@ -10,7 +10,7 @@ from typing import Any
 
 import llm
 
-from steermoe.errors import ModelError, quoted, reason
+from steermoe.errors import ModelError, quoted, reason, shown
 from steermoe.files import atomic_path, why_not_written
 from steermoe.models.default.spec import NAME
 
@@ -23,6 +23,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "trust_remote_code": (bool,),
 }
 """What is known of a model: the fields of `session.Opening`, with their types in JSON."""
+CHOICES: dict[str, tuple[str | None, ...]] = {"engine": ("auto", "hf", "llamacpp"), "quantize": (None, "int8")}
+"""The values of those that are names, as `llm steermoe add` writes them."""
 
 
 def path() -> Path:
@@ -54,6 +56,9 @@ def added() -> dict[str, dict[str, Any]]:
             raise _damaged(file, f"'{quoted(name)}' is no model")
         if wrong := [field for field, value in fields.items() if not isinstance(value, KINDS[field])]:
             raise _damaged(file, f"'{wrong[0]}' of '{quoted(name)}' is of the wrong type")
+        for field, values in CHOICES.items():
+            if fields.get(field, values[0]) not in values:
+                raise _damaged(file, f"'{field}' of '{quoted(name)}' is {shown(fields[field])}, expected {values}")
     return found
 
 

@@ -17,7 +17,7 @@ from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
 from steermoe.steering.tags import ModelTags
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
 from steermoe.vectors.hub import is_place
-from steermoe.vectors.library import find_vector, find_vectors, is_path, read_fitting, whose
+from steermoe.vectors.library import check_folder, find_vector, find_vectors, is_path, read_fitting, whose
 from steermoe.vectors.mixing import mix
 from steermoe.vectors.vector import SteeringVector
 
@@ -48,6 +48,7 @@ def check_spec(
     if spec.domain != (NO_DOMAIN,):
         for name, _ in map(parse_domain, _parts(spec.domain)):
             if can_be_made(name):
+                check_folder(vectors)
                 continue
             (path, *_) = find_vector(name, folder=vectors)
             if is_path(name):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steermoe.errors import HubError, HubUnreachable, VectorError, VectorNotFound, count_of, quoted, shown
-from steermoe.hub import check_reachable, endpoint, hub_errors, patience
+from steermoe.hub import check_reachable, endpoint, hub_errors, listing, patience
 from steermoe.vectors.file import (
     MAX_FILE_BYTES,
     SUFFIX,
@@ -163,13 +163,10 @@ def open_pack(repo: str, revision: str = "", token: str | None = None) -> Pack:
     """
     check_repo(repo)
     check_revision(revision)
-    from huggingface_hub import HfApi
-
     try:
         check_reachable()
         with hub_errors(repo, revision):
-            api = HfApi(endpoint(), token)
-            info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=patience())
+            info = listing(repo, revision, token)
     except HubUnreachable as error:
         return _cached_pack(repo, revision or MAIN, error)
     return _pack_of(info, repo, revision or MAIN, token)

@@ -57,6 +57,14 @@ def packaged_vectors() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "steering_vectors"
 
 
+def check_folder(folder: Path | str | None) -> None:
+    """Raise VectorNotFound if a folder of vectors is named, and is none."""
+    if folder is not None and not Path(folder).is_dir():
+        raise VectorNotFound(
+            f"there is no folder of vectors '{folder}': name one, or leave it out; a vector file is named as a domain"
+        )
+
+
 def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
     """All vector files, in the order of the search path.
 
@@ -65,10 +73,7 @@ def find_vectors(folder: Path | str | None = None) -> list[VectorFile]:
     Raises:
         VectorNotFound: `folder` is no folder, so that other vectors would be found than those it was to hold.
     """
-    if folder is not None and not Path(folder).is_dir():
-        raise VectorNotFound(
-            f"there is no folder of vectors '{folder}': name one, or leave it out; a vector file is named as a domain"
-        )
+    check_folder(folder)
     found = []
     for place in search_path(folder):
         for path in sorted(place.glob(f"*{SUFFIX}")) + sorted(place.glob(f"*/*{SUFFIX}")):

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,8 @@ def matrix_vector(
 def _layers(path: Path, content: Any, layers: Sequence[int] | None) -> Sequence[int] | None:
     """The decoder layer of each row, if the caller or the file says it; rows for dense layers may come on top."""
     own = own_layers(path, content)
+    if own == [] and layers is None:
+        raise VectorError(f"'{path}' lists the layers none, expected the decoder layer of each row: leave the list out")
     if layers is None or own is None:
         return own if layers is None else layers
     if own not in (list(layers), list(range(max(layers) + 1))):
@@ -165,7 +168,10 @@ def _content_of_npz(path: Path, content: bytes) -> dict[str, Any]:
                     f"'{path}' holds {len(entries)} arrays of {sum(entry.file_size for entry in entries)} bytes, "
                     f"expected at most {MAX_ARRAYS} and {MAX_BYTES}: save fewer in one file"
                 )
-            return {entry.filename.removesuffix(".npy"): _unpacked(archive, entry) for entry in entries}
+            names = [entry.filename.removesuffix(".npy") for entry in entries]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise VectorError(f"'{path}' holds two arrays '{quoted(twice[0])}', expected each once: keep one")
+            return {name: _unpacked(archive, entry) for name, entry in zip(names, entries, strict=True)}
     except VectorError:
         raise
     except Exception as error:  # a damaged archive can make zipfile raise anything

@@ -8,7 +8,7 @@ from typing import Any
 
 from steermoe.errors import HubUnreachable, VectorError, shown
 from steermoe.figures import check_matplotlib
-from steermoe.hub import check_reachable, endpoint, hub_errors, patience
+from steermoe.hub import check_reachable, endpoint, hub_errors, is_there, patience
 from steermoe.vectors.card import Card, Entry, Measured, licence_id, read_metadata, recorded
 from steermoe.vectors.file import SUFFIX, VectorHeader, check_domain_name, read_header, write_vector
 from steermoe.vectors.hub import REPO, Pack, check_repo, fetch, open_pack
@@ -112,7 +112,7 @@ def push(vectors: Sequence[SteeringVector], repo: str, wanted: Push | None = Non
         check_reachable()
         api = HfApi(endpoint(), wanted.token)
         with hub_errors(repo):
-            if not api.repo_exists(repo):
+            if not is_there(repo, wanted.token):
                 wanted.card(repo, list(written.values()), {})  # nothing is created for what can't be pushed
             api.create_repo(repo, private=wanted.private, exist_ok=True)
         pack = open_pack(repo, token=wanted.token)

@@ -101,6 +101,10 @@ def test_the_table(deepseek, run, monkeypatch):
         (("-d", "sport", "--measure"), "--measure belongs to --choice-only"),
         (("--undo", "-d", "sport"), "--domain does not go with --undo"),
         (("--undo", "--choice-only"), "--choice-only does not go with --undo"),
+        (("--undo", "--measure"), "--measure does not go with --undo"),
+        (("--undo", "--vectors", "there"), "--vectors does not go with --undo"),
+        (("--undo", "--any-model"), "--any-model does not go with --undo"),
+        (("--undo", "--trust-remote-code"), "--trust-remote-code does not go with --undo"),
         (("-d", "sport", "--schedule", "decay:9"), "No such option: --schedule"),
     ],
 )
@@ -121,7 +125,7 @@ def test_wrong_usage(oss, run, options, message):
         (("-d", "sport", "--strength", "1", "--layers", "7-9"), "layers 7-9 hold no router"),
         (("-d", "chess", "--strength", "1"), "no vector 'chess'"),
         (("-d", "sport", "--strength", "1", "--choice-only"), "can be baked exactly, by formula (3)"),
-        (("--undo",), f"has no readable {RECORD}"),
+        (("--undo",), f"has no readable {RECORD}: nothing was baked into it"),
     ],
 )
 def test_what_is_refused(oss, run, options, message):
@@ -130,6 +134,51 @@ def test_what_is_refused(oss, run, options, message):
     assert message in done.err
     assert len(done.err.splitlines()) == 1
     assert not (oss / "out").exists()
+
+
+def test_a_folder_is_not_called_as_a_gguf_file(oss, run):
+    done = run("models", "bake", "gpt_oss", "-d", "sport", "--strength", "1", "-o", "out.gguf")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == (
+        "steermoe: 'out.gguf' ends as a GGUF file, a checkpoint is written as a folder: name it otherwise\n"
+    )
+    assert not (oss / "out.gguf").exists()
+
+
+def test_undo_of_what_is_not_there(bare_search_path, run):
+    done = run("models", "bake", "nobody/nothing", "--undo", "-o", "back")
+    assert (done.code, done.out) == (1, "")
+    assert "no folder 'nobody/nothing', and no hub id whose files are on this machine" in done.err
+
+
+def test_a_place_is_checked_before_anything_is_measured(deepseek, run, monkeypatch):
+    def measure(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("steermoe.cli.bake._measure", measure)
+    options = ("-d", "sport", "--strength", "0.5", "--choice-only", "--measure")
+    done = run("models", "bake", "deepseek_v3", *options, "-o", "no/out")
+    assert done.code == 1
+    assert "can't write 'no/out' (No such file or directory): name another folder" in done.err
+    run("models", "bake", "deepseek_v3", *options[:-1], "-o", "out")
+    done = run("models", "bake", "out", *options, "-o", "again")
+    assert done.code == 1
+    assert "'out' is baked already" in done.err
+
+
+def test_inspect_says_what_is_baked(oss, run):
+    assert json.loads(run("models", "inspect", "gpt_oss", "--json").out)["baked"] is None
+    run("models", "bake", "gpt_oss", "-d", "sport", "--strength", "3", "--layers", "1", "-o", "out")
+    said = json.loads(run("models", "inspect", "out", "--json").out)["baked"]
+    assert said == {"formula": "additive", "domain": "sport", "strength": 3.0, "layers": [1, 1]}
+    lines = run("models", "inspect", "out").out.splitlines()
+    assert "baked            sport, strength 3, additive, layers 1-1; --undo takes it out" in lines
+    record = json.loads((oss / "out" / RECORD).read_text())
+    for wrong in ({"domain": ["\x1b[31m"]}, {"strength": "3"}, {"layers": [1]}, {"formula": 5}, {"tensors": []}):
+        (oss / "out" / RECORD).write_text(json.dumps(record | wrong))
+        said = json.loads(run("models", "inspect", "out", "--json").out)["baked"]
+        assert list(said) == ["error"]
+        assert "is damaged" in said["error"]
 
 
 def test_a_gguf_file_is_not_measured(bare_search_path, run):

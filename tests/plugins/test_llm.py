@@ -191,6 +191,7 @@ def test_event_loops(run, expected, vectors):
     ("options", "message"),
     [
         ({"domain": "cooking"}, "no vector 'cooking'"),
+        ({"domain": "sport", "vectors": "nowhere"}, "there is no folder of vectors 'nowhere': name one"),
         ({"domain": "sport=much"}, "'much' is not a weight"),
         ({"strength": "much"}, "field 'strength' is 'much', expected a number"),
         ({"strength": "3"}, "it names no domain"),
@@ -263,7 +264,18 @@ def test_models_are_added_listed_and_removed(bare, checkpoint, tmp_path):
     assert "again" not in bare("models").stdout
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}', '{"x": {"model": 3}}', '{"x": {"model": "a", "b": 1}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"x": 1}',
+        '{"x": {"model": 3}}',
+        '{"x": {"model": "a", "b": 1}}',
+        '{"x": {"model": "a", "engine": "b"}}',
+        '{"x": {"model": "a", "quantize": "int3"}}',
+    ],
+)
 def test_a_damaged_file_of_models_stops_no_other_model(bare, tmp_path, content):
     (tmp_path / "steermoe.json").write_text(content)
     done = bare("models")

@@ -189,3 +189,9 @@ def test_a_file_that_is_no_vector_is_found_without_a_model(tmp_path):
         for domain in (str(path), f"{path}=0.5"):
             with pytest.raises(VectorError, match=match):
                 check_spec(SteeringSpec(domain=(domain,)))
+
+
+def test_a_folder_that_is_not_there_is_refused_where_vectors_can_be_made(tmp_path):
+    """Or a vector that is elsewhere is taken for a missing one, and built for minutes."""
+    with pytest.raises(VectorNotFound, match=r"there is no folder of vectors '.*nowhere': name one, or leave it out"):
+        check_spec(SteeringSpec(domain=("sport",)), tmp_path / "nowhere", lambda domain: True)

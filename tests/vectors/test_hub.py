@@ -205,6 +205,14 @@ def test_an_answer_that_is_no_hub_s(hub, pack, changed):
         find("hub:you/pack/sport")
 
 
+@pytest.mark.parametrize("key", ["self", "ignore_metadata_errors"])
+def test_a_card_is_not_read_to_pull(hub, content, bare_search_path, key):
+    """huggingface_hub's own reading of a listing stumbles over such keys."""
+    hub.add("you/pack", {"sport.safetensors": content(), "README.md": f"---\n{key}: 1\n---\n".encode()})
+    (path,) = pull(open_pack("you/pack"))
+    assert path.name == "sport.safetensors"
+
+
 def test_names_that_would_leave_the_folder(hub, pack, content, bare_search_path):
     evil = (
         "../evil.safetensors",
@@ -294,7 +302,7 @@ def test_a_hub_that_answers_and_then_is_away(pack, monkeypatch):
     def away(*arguments, **named):
         raise HubUnreachable("can't reach the Hub")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", away)
+    monkeypatch.setattr("steermoe.vectors.hub.listing", away)
     assert find("hub:you/pack/sport") == path
     with pytest.raises(HubUnreachable, match="nothing of 'you/new'"):
         find("hub:you/new/sport")

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -198,6 +199,18 @@ LAYER = '{"layer_configs": {"0": '
 BIG = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") + (2**60).to_bytes(8, "little")
 TWO_LAYERS = SteeringVector("sport", None, (1, 10), weights=torch.from_numpy(SCORES))
 TWIN = SteeringVector("sport", None, (3, 4), weights=torch.from_numpy(SCORES))
+
+
+def npz_with_one_name_twice() -> bytes:
+    array, file = io.BytesIO(), io.BytesIO()
+    np.save(array, SCORES)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("sport.npy", "sport"):
+            archive.writestr(name, array.getvalue())
+    return file.getvalue()
+
+
+TWICE = npz_with_one_name_twice()
 REFUSED = [
     (pickle.dumps(Evil()), {}, r"is a pickle that asks for 'builtins.eval': expected a table of pandas"),
     (with_evil(), {}, r"asks for 'builtins.eval'"),
@@ -267,6 +280,19 @@ REFUSED = [
         {},
         "layer 7 is there twice in layer_report, expected each once: keep one",
     ),
+    (
+        b'{"per_layer": {"7": {"1": {"weighted_score": 1}}, "7": {"2": {"weighted_score": 1}}}}',
+        {"shape": shape((7,))},
+        "the key '7' is there twice in one object, expected each once: keep one",
+    ),
+    (b'{"embedding": [[1, 2]], "embedding": [[3, 4]]}', {}, "the key 'embedding' is there twice in one object"),
+    (
+        b'{"weights": true, "layers": [], "embedding": [[1, 2]]}',
+        {},
+        "lists the layers none, expected the decoder",
+    ),
+    (b"layer,expert,weight,weight\n0,0,1,5\n0,1,0,2\n", {}, "has several columns weight, expected layer,expert,weight"),
+    (TWICE, {}, "holds two arrays 'sport', expected each once: keep one"),
     (b"GGUF", {}, "is a damaged GGUF file, or one of a model"),
     (
         exported(TWO_LAYERS, "gguf")[0].replace(b"router.10", b"router.01"),

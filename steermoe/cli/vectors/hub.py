@@ -174,6 +174,8 @@ def pull(
     from steermoe.vectors.library import read_fitting
 
     place = hub.parse_place(repo) if hub.is_place(repo) else None
+    if place is not None and place.revision and revision not in ("", place.revision):
+        raise typer.BadParameter(f"'{repo}' and --revision {revision} name two revisions: leave one of them out")
     if place is not None:
         repo, domains, revision = place.repo, [place.domain, *(domains or ())], place.revision or revision
     names = [check_domain_name(name) for name in domains or ()]

@@ -4,7 +4,9 @@ The tensors keep their types and places, so files differ only in the bytes of th
 has the original bytes; without it the folder is an ordinary checkpoint for any engine.
 """
 
+import errno
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from steermoe.errors import ModelError, count_of
+from steermoe.errors import ModelError, count_of, reason
 from steermoe.files import atomic_folder, why_not_written
+from steermoe.models.baking.found import RECORD, record_of
 from steermoe.models.baking.record import (
     CHOICE_INSTEAD,
     NO_LOGIT_BIAS,
@@ -36,8 +39,6 @@ from steermoe.routing.architectures import LAYER_NUMBER
 from steermoe.routing.biases import Bias, Kind, bias_of
 from steermoe.routing.routers import find_routers
 
-RECORD = "steermoe_bake.json"
-MAX_RECORD_BYTES = 2**26
 STORED_CHOICE = re.compile(r"(^|[._])(correction_bias|expert_bias|router_bias|balancing_biases|gate\.bias)$")
 """What checkpoints call a bias on scores; transformers renames some of them."""
 NOT_A_STACK = re.compile(r"(^|\.)(mtp|vision|visual|audio|talker)")
@@ -70,8 +71,15 @@ class Checkpoint:
         self.shape = stored_shape(self.name, self._built, self._routers, self._where)
 
     def check(self, kind: Kind) -> None:
-        """As `biases`, for what it raises."""
+        """Raise ModelError if routers have no bias of that kind, or the checkpoint is baked already."""
         self.biases(kind)
+        folder = local_folder(self._where)
+        if folder is not None and (folder / RECORD).exists():
+            raise ModelError(f"'{self.name}' is baked already: take that out first, with `steermoe models bake --undo`")
+
+    def check_output(self, output: Path) -> None:
+        """Raise ModelError for a place where no folder can be written."""
+        _check_output(local_folder(self._where) or self._where, output)
 
     def biases(self, kind: Kind) -> list[Bias]:
         """The bias of each router.
@@ -107,10 +115,9 @@ class Checkpoint:
         Raises:
             ModelError: the checkpoint is not here or damaged, has other tensors than its model, or can't be written.
         """
+        self.check(steering.kind)
         biases = self.biases(steering.kind)
         folder, files = self._files()
-        if (folder / RECORD).exists():
-            raise ModelError(f"'{self.name}' is baked already: take that out first, with `steermoe models bake --undo`")
         changes, places, rounding = [], {}, 0.0
         try:
             tensors = {name: place for file in files for name, place in tensors_of(file).items()}
@@ -152,25 +159,26 @@ class Checkpoint:
 
 
 def undo(path: Path, output: Path) -> Baked:
-    """Write the baked checkpoint in a folder as it was before, to another one that is not there yet.
+    """Write a baked checkpoint, a folder or a hub id, as it was before, to a folder that is not there yet.
 
     Raises:
         ModelError: nothing was baked into it, its tensors were changed since, or it can't be written.
     """
-    try:
-        if (path / RECORD).stat().st_size > MAX_RECORD_BYTES:
-            raise ModelError(f"'{path / RECORD}' is larger than any record: it is none")
-        text = (path / RECORD).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    folder = local_folder(path)
+    if folder is None:
         raise ModelError(
-            f"'{path}' has no readable {RECORD}: nothing was baked into it, so nothing can be undone"
-        ) from error
+            f"no folder '{path}', and no hub id whose files are on this machine: name what was baked, or run "
+            "`hf download` first"
+        )
+    path, text = folder, record_of(folder)
+    if text is None:
+        raise ModelError(f"'{path}' has no readable {RECORD}: nothing was baked into it, so nothing can be undone")
     _, kept = read_record(text, path)
     try:
         files = weight_files(path)
         found = list(_originals(path, files, kept))
     except DAMAGED as error:
-        raise ModelError(f"can't read the tensors of '{path}': its files are damaged") from error
+        raise ModelError(f"can't read the tensors of '{path}': its files are damaged, get it again") from error
     with _written(path, output) as partial:
         left_out = _copy(path, partial, files, without=RECORD)
         for place, before in found:
@@ -227,6 +235,8 @@ def _bytes(place: Place) -> bytes:
         ValueError: the file ends before it does.
     """
     size = size_of(place.kind, place.shape)
+    if not 0 <= size <= place.path.stat().st_size:
+        raise ValueError(size)
     with place.path.open("rb") as file:
         file.seek(place.start)
         content = file.read(size)
@@ -252,6 +262,8 @@ def _copy(folder: Path, target: Path, weights: Sequence[Path], without: str = ""
                 left_out.append(f"{entry.name}/")
             else:
                 shutil.copytree(entry, target / entry.name)
+        elif not entry.is_file():
+            raise ModelError(f"'{entry}' is a link to nowhere or no regular file, which can't be copied: remove it")
         elif entry.name in kept or entry.suffix not in WEIGHTS:
             shutil.copyfile(entry, target / entry.name)
         else:
@@ -259,19 +271,33 @@ def _copy(folder: Path, target: Path, weights: Sequence[Path], without: str = ""
     return tuple(left_out)
 
 
+def _check_output(folder: Path, output: Path) -> None:
+    """Raise ModelError unless a new folder can have that name: it is not there, nor in the checkpoint itself."""
+    if output.suffix.lower() == ".gguf":
+        raise ModelError(f"'{output}' ends as a GGUF file, a checkpoint is written as a folder: name it otherwise")
+    if output.exists() or output.is_symlink():
+        raise ModelError(f"'{output}' already exists: name a folder that is not there yet")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"'{output}' is in the checkpoint's own folder: name another place")
+    if not output.parent.is_dir():
+        raise ModelError(f"can't write '{output}' ({os.strerror(errno.ENOENT)}): name another folder")
+
+
 @contextmanager
 def _written(folder: Path, output: Path) -> Iterator[Path]:
     """A folder that becomes `output`, whole or not at all.
 
     Raises:
-        ModelError: it is there already, is in the checkpoint itself, or can't be written.
+        ModelError: as `_check_output`, or a file can't be read or written.
     """
-    if output.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"'{output}' is in the checkpoint's own folder: name another place")
+    _check_output(folder, output)
     try:
         with atomic_folder(output) as partial:
             yield partial
     except FileExistsError as error:
         raise ModelError(f"'{output}' already exists: name a folder that is not there yet") from error
+    except shutil.Error as error:  # of a folder inside, with the place and the reason of each file
+        place, _, why = error.args[0][0]
+        raise ModelError(f"can't copy '{place}' ({reason(Exception(why))}): mend or remove it") from error
     except OSError as error:
         raise ModelError(f"can't write '{output}' ({why_not_written(error)}): name another folder") from error

@@ -153,6 +153,8 @@ def read_record(text: str, where: Path) -> tuple[dict[str, Any], list[Kept]]:
                 f"'{where}' was baked by another version of steermoe ({shown(record['format'])}): use that"
             )
         kept = [_kept(one) for one in record["tensors"]]
+        if not kept:
+            raise ValueError("no tensors")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the record of what was baked into '{where}' is damaged: take the original checkpoint instead"

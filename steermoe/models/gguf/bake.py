@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steermoe.errors import ModelError
 from steermoe.files import atomic_path, why_not_written
+from steermoe.models.baking.found import KEY
 from steermoe.models.baking.record import (
     CHOICE_INSTEAD,
     RUN_IT,
@@ -40,8 +41,6 @@ from steermoe.models.gguf.header import (
 )
 from steermoe.routing.biases import Kind
 
-KEY = "steermoe.bake"
-"""The setting that holds the record."""
 NAMES: dict[Kind, str] = {"logits": "blk.{}.ffn_gate_inp.bias", "choice": "blk.{}.exp_probs_b.bias"}
 READS_CHOICE_BIAS = {
     *("afmoe", "bailingmoe2", "bailingmoe3", "deepseek2", "deepseek2-ocr", "deepseek32", "dots1", "ernie4_5-moe"),
@@ -93,6 +92,10 @@ class GGUFFile:
             f"{RUN_IT}{instead}"
         )
 
+    def check_output(self, output: Path) -> None:
+        """Raise ModelError for a place where no GGUF file can be written."""
+        _check_output(self._path, output)
+
     def _has(self, kind: Kind) -> bool:
         return all(NAMES[kind].format(router.layer) in self._tensors for router in self._model.routers)
 
@@ -112,6 +115,8 @@ class GGUFFile:
         for router, push in zip(self._model.routers, pushes, strict=True):
             name = NAMES[steering.kind].format(router.layer)
             tensor = self._tensors.get(name)
+            if tensor is not None and not bool(push.any()):
+                continue
             if tensor is not None and tensor.shape != (router.num_experts,):
                 raise ModelError(
                     f"'{name}' in '{self._path}' is of shape {list(tensor.shape)}, expected one per expert"
@@ -169,18 +174,23 @@ def undo(path: Path, output: Path) -> Baked:
     return Baked(output, len(kept))
 
 
+def _check_output(path: Path, output: Path) -> None:
+    """Raise ModelError if a new file can't have that name: it is there already, or has another ending."""
+    if output.suffix.lower() != ".gguf":
+        raise ModelError(f"'{output}' does not end in .gguf, as '{path.name}' does: name such a file")
+    if output.exists() or output.is_symlink():
+        raise ModelError(f"'{output}' already exists: name a file that is not there yet")
+
+
 @contextmanager
 def _written(path: Path, output: Path) -> Iterator[Path]:
     """A file that becomes `output`, whole or not at all.
 
     Raises:
-        ModelError: it is there already, has another ending, or can't be written.
+        ModelError: as `_check_output`, or it can't be written.
     """
-    if output.suffix.lower() != ".gguf":
-        raise ModelError(f"'{output}' does not end in .gguf, as '{path.name}' does: name such a file")
     try:
-        if output.exists() or output.is_symlink():
-            raise ModelError(f"'{output}' already exists: name a file that is not there yet")
+        _check_output(path, output)
         with atomic_path(output) as partial:
             yield partial
     except OSError as error:

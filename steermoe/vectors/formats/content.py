@@ -51,10 +51,21 @@ def json_of(name: str, content: bytes) -> Any:
     """A file's content as JSON.
 
     Raises:
-        VectorError: it is not JSON.
+        VectorError: it is not JSON, or an object has a key twice, of which JSON keeps the last one alone.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise VectorError(
+                    f"'{name}': the key {shown(key)} is there twice in one object, expected each once: keep one"
+                )
+            found[key] = value
+        return found
+
     try:
-        return json.loads(text_of(name, content))
+        return json.loads(text_of(name, content), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise VectorError(f"'{name}' is not JSON: {reason(error)}") from error
 

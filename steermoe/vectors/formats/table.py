@@ -36,6 +36,8 @@ def read_csv(name: str, text: str) -> Cells:
             raise VectorError(
                 f"'{name}' has no column {missing[0]}: its first line is {shown(first)}, expected {','.join(COLUMNS)}"
             )
+        if twice := [column for column in COLUMNS if names.count(column) > 1]:
+            raise VectorError(f"'{name}' has several columns {twice[0]}, expected {','.join(COLUMNS)}: keep one")
         places = [names.index(column) for column in COLUMNS]
         for row in rows:
             if not any(cell.strip() for cell in row):

@@ -250,8 +250,8 @@ def test_nothing_is_pushed_onto_a_copy(hub, vectors, run, monkeypatch):
     def away(*arguments, **named):
         raise HubUnreachable("can't reach the Hub")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", away)
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *arguments, **named: True)
+    monkeypatch.setattr("steermoe.vectors.hub.listing", away)
+    monkeypatch.setattr("steermoe.vectors.pushing.is_there", lambda *arguments: True)
     done = run("vectors", "push", "food", "--to", "me/pack")
     assert (done.code, done.err) == (1, "steermoe: can't reach the Hub\n")
     assert repo.commits == before
@@ -317,13 +317,16 @@ def test_a_pack_of_another_model(hub, vectors, make_vector, run, tmp_path):
     assert "vector 'sport' is for 'acme/Tiny-Mixtral', those of 'me/pack' are for 'acme/other'" in done.err
 
 
-@pytest.mark.parametrize("card", [b"---\n- a list\n---\n", b"---\na: [\n---\n", b"\xff\xfe", b"x" * (2**20 + 1)])
+@pytest.mark.parametrize(
+    "card", [b"---\n- a list\n---\n", b"---\na: [\n---\n", b"---\nself: 1\n---\n", b"\xff\xfe", b"x" * (2**20 + 1)]
+)
 def test_a_card_that_can_not_be_read_is_not_replaced(hub, vectors, run, card):
     repo = hub.add("me/pack")
     repo.commit({"README.md": card})
     done = run("vectors", "push", "sport", "--to", "me/pack")
     assert (done.code, done.err.count("\n")) == (1, 1), done.err
     assert "README.md" in done.err
+    assert done.err.endswith(": mend it\n")
     assert repo.files == {"README.md": card}
 
 
@@ -399,6 +402,12 @@ def test_pulls_that_are_refused(pack, run, arguments, message):
     done = run("vectors", "pull", *arguments)
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
     assert message in done.err
+
+
+def test_two_revisions_are_refused(run, bare_search_path):
+    done = run("vectors", "pull", "hub:me/pack/sport@v1", "--revision", "v2")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "'hub:me/pack/sport@v1' and --revision v2 name two revisions: leave one of them out" in done.err
 
 
 # ---- search ----

@@ -1,6 +1,8 @@
 """Baked into a checkpoint, steering gives the logits of formula (3) exactly, and is taken out to the bit."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -307,6 +309,42 @@ def test_damaged_checkpoints(oss, tmp_path):
     with pytest.raises(ModelError, match=r"'own' lacks 1 file, such as gone.safetensors"):
         bake(own, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_header_that_claims_too_much(oss, tmp_path):
+    """Of a tensor whose bytes would not fit into memory."""
+    bake(oss.source, plan_for(oss.source.shape, **exact()), tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    whole = weights.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for size in (2**44, 2**80):
+        header = json.loads(whole[8 : 8 + length])
+        header["model.layers.0.mlp.router.bias"]["shape"] = [size]
+        text = json.dumps(header).encode()
+        weights.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+        with pytest.raises(ModelError, match="its files are damaged, get it again"):
+            undo(tmp_path / "out", tmp_path / "back")
+
+
+def test_what_cannot_be_copied_is_named(oss, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(oss.folder, own)
+    (own / "notes.txt").symlink_to("nowhere")
+    source = Checkpoint(own)
+    with pytest.raises(ModelError, match=r"notes.txt' is a link to nowhere or no regular file, .*: remove it"):
+        bake(source, plan_for(source.shape, **exact()), tmp_path / "out")
+    (own / "notes.txt").unlink()
+    (own / "more").mkdir()
+    (own / "more" / "notes.txt").symlink_to("nowhere")
+    with pytest.raises(ModelError, match=r"can't copy '.*more/notes.txt' \(.*No such file.*\): mend or remove it"):
+        bake(source, plan_for(source.shape, **exact()), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"own"}
+
+
+def test_a_copy_of_the_hub_is_undone(oss, tmp_path, monkeypatch):
+    bake(oss.source, plan_for(oss.source.shape, **exact()), tmp_path / "out")
+    monkeypatch.setattr(baking, "local_folder", lambda where: {"USER/oss": tmp_path / "out"}[str(where)])
+    assert undo(Path("USER/oss"), tmp_path / "back").tensors == tiny.LAYERS
 
 
 def test_not_on_this_machine(oss, tmp_path, monkeypatch):

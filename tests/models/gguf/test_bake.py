@@ -9,6 +9,7 @@ import torch
 from gguf import GGUFReader
 
 from steermoe.errors import ModelError
+from steermoe.models.baking.found import baked_into
 from steermoe.models.baking.record import Steering
 from steermoe.models.gguf import bake as baking
 from steermoe.models.gguf.bake import KEY, GGUFFile, undo
@@ -62,6 +63,23 @@ def test_bake_and_undo(files, tmp_path, family, kind, is_added):
     assert (tmp_path / "back.gguf").read_bytes() == files[family].read_bytes()
     with pytest.raises(ModelError, match="is baked already"):
         GGUFFile(tmp_path / "out.gguf").bake(STEERING[kind], added, tmp_path / "twice.gguf")
+
+
+def test_only_changed_routers_count(files, tmp_path):
+    source = GGUFFile(files["gpt_oss"])
+    first, *others = pushes(source)
+    done = source.bake(STEERING["logits"], [first, *map(torch.zeros_like, others)], tmp_path / "out.gguf")
+    assert others
+    assert done.tensors == 1
+    assert baked_into(tmp_path / "out.gguf") == {
+        "formula": "additive",
+        "domain": "sport",
+        "strength": 2.0,
+        "layers": None,
+    }
+    undo(tmp_path / "out.gguf", tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == files["gpt_oss"].read_bytes()
+    assert baked_into(tmp_path / "back.gguf") is None
 
 
 def test_where_nothing_can_be_baked(files):
