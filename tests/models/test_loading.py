@@ -187,6 +187,7 @@ def test_describe(tiny_checkpoint, tiny_model):
         "steerable": True,
         "reason": "its routers' logits are changed before top-k",
         "fingerprint": tiny_model.shape.fingerprint,
+        "baked": None,
         "memory": {
             "float32": 4 * sum(parameter.numel() for parameter in tiny_model.model.parameters()),
             "bfloat16": 2 * sum(parameter.numel() for parameter in tiny_model.model.parameters()),

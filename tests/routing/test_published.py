@@ -151,6 +151,7 @@ def test_inspect_describes_the_whole_model_without_weights(name: str, tmp_path: 
     assert cache == (2 * 2 * 28 * 8 * 128 * 1000 if name == "GigaChat-20B-A3B-instruct" else None)  # others' is latent
     assert record == {
         "name": name,
+        "baked": None,
         "architecture": model.config["model_type"],
         "model_class": model.config["architectures"][0],
         "layers": model.config.get("num_hidden_layers", 2 * model.config.get("num_layers", 0)),
