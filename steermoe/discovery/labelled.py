@@ -56,10 +56,7 @@ def vectors_from_labelled(
     Raises:
         VectorError: no texts, a text without tokens, or a vector whose E would be empty.
     """
-    read = {
-        domain: routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
-        for domain, texts in corpora.items()
-    }
+    read = routing_by_domain(loaded, corpora, max_tokens=max_tokens, progress=progress)
     return vectors_from_read(loaded, corpora, read, threshold=threshold, relative=relative)
 
 
@@ -71,7 +68,7 @@ def vectors_from_read(
     threshold: float = DEFAULT_THRESHOLD,
     relative: bool | None = None,
 ) -> list[SteeringVector]:
-    """As `vectors_from_labelled`, from what `routing_embeddings` returns for each domain."""
+    """As `vectors_from_labelled`, from what `routing_by_domain` returns."""
     frequencies = {domain: embeddings.mean(0) for domain, (embeddings, _) in read.items()}
     is_relative = len(corpora) > threshold if relative is None else relative
     baseline = torch.stack(list(frequencies.values())).mean(0)
@@ -147,6 +144,20 @@ def _check_not_empty(vector: SteeringVector) -> None:
         f"'{vector.domain}': no expert exceeds {vector.threshold:g} times {of}, the largest is {largest:.2f} times: "
         f"pass a smaller --threshold{', or --absolute' if vector.relative else ''}"
     )
+
+
+def routing_by_domain(
+    loaded: RoutingSource,
+    corpora: Mapping[str, Sequence[str]],
+    *,
+    max_tokens: int = 512,
+    progress: TextProgress | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """As `routing_embeddings`, for the texts of each domain."""
+    return {
+        domain: routing_embeddings(loaded, texts, max_tokens=max_tokens, progress=progress)
+        for domain, texts in corpora.items()
+    }
 
 
 def routing_embeddings(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steermoe.discovery.contrast import activation_rate, risk_difference, strongest
 from steermoe.discovery.embedder import RoutingSource, TextProgress
-from steermoe.discovery.labelled import CREATED_BY, routing_embeddings, vector_info
+from steermoe.discovery.labelled import CREATED_BY, routing_by_domain, vector_info
 from steermoe.discovery.packaged import NEUTRAL, Language, packaged_texts
 from steermoe.discovery.packaged_vectors import MAX_TOKENS
 from steermoe.discovery.token_weights import WeighedChoices, weigh_choices
@@ -165,7 +165,7 @@ def vectors_by_rule(
             made.append(_vector(source, rule, domain, chosen, texts, choices.tokens))
         return made
     sets = {**domains, "": others} if others else dict(domains)
-    read = {name: routing_embeddings(source, t, max_tokens=max_tokens, progress=progress) for name, t in sets.items()}
+    read = routing_by_domain(source, sets, max_tokens=max_tokens, progress=progress)
     top_k = source.shape.top_k
     for domain, texts in domains.items():
         own = Routing(*read[domain], top_k)

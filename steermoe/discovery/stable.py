@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steermoe.discovery.embedder import RoutingSource, TextProgress
-from steermoe.discovery.labelled import routing_embeddings, vectors_from_read
+from steermoe.discovery.labelled import routing_by_domain, vectors_from_read
 from steermoe.errors import VectorError, count_of
 from steermoe.vectors.vector import DEFAULT_THRESHOLD, SteeringVector
 
@@ -35,10 +35,7 @@ def stable_vectors(
     Raises:
         VectorError: as there, and if no expert holds.
     """
-    read = {
-        domain: routing_embeddings(source, texts, max_tokens=max_tokens, progress=progress)
-        for domain, texts in corpora.items()
-    }
+    read = routing_by_domain(source, corpora, max_tokens=max_tokens, progress=progress)
     embeddings = {domain: frequency for domain, (frequency, _) in read.items()}
     vectors = vectors_from_read(source, corpora, read, threshold=threshold, relative=relative)
     return [keep_stable(vector, embeddings) for vector in vectors]

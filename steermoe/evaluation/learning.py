@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from steermoe import formulas
 from steermoe.discovery.embedder import RoutingSource, TextProgress
-from steermoe.discovery.labelled import CREATED_BY, routing_embeddings, vector_info
+from steermoe.discovery.labelled import CREATED_BY, routing_by_domain, vector_info
 from steermoe.discovery.packaged_vectors import cut_to_steer
 from steermoe.discovery.token_weights import frozen
 from steermoe.errors import GenerationError, VectorError, count_of, reason
@@ -160,10 +160,8 @@ def starting_vectors(
     Raises:
         VectorError: no texts, a text without tokens, or routers that treat a domain's texts like all others.
     """
-    read = {
-        domain: routing_embeddings(source, texts, max_tokens=max_tokens, progress=progress)
-        for domain, texts in {**domains, "": neutral}.items()  # no domain has that name
-    }
+    corpora = {**domains, "": neutral}  # no domain has that name
+    read = routing_by_domain(source, corpora, max_tokens=max_tokens, progress=progress)
     baseline = torch.stack([frequency.mean(0) for frequency, _ in read.values()]).mean(0)
     made = []
     for domain, texts in domains.items():
