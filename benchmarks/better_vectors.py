@@ -28,12 +28,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from results import carry_out, write
 from rich.console import Console
 from rich.table import Table
 
 from steermoe.discovery.packaged import NEUTRAL, packaged_texts
 from steermoe.discovery.packaged_vectors import build_packaged
-from steermoe.errors import SteerMoEError, count_of
+from steermoe.errors import count_of
 from steermoe.evaluation.bootstrap import bootstrap
 from steermoe.evaluation.by_layer import calibrate_layers, scaled
 from steermoe.evaluation.classifier import DomainClassifier
@@ -44,7 +45,6 @@ from steermoe.evaluation.protocol import Condition, EvaluationSettings
 from steermoe.evaluation.report import comparable
 from steermoe.evaluation.results import ResultFolder
 from steermoe.evaluation.texts import domain_list, heldout_texts
-from steermoe.files import atomic_path, why_not_written
 from steermoe.models.default import spec
 from steermoe.models.default.stories import openings
 from steermoe.models.loading import load
@@ -202,14 +202,6 @@ def print_table(rows: list[dict], title: str, domains: list[str]) -> None:
     Console(width=170).print(table)
 
 
-def write(path: Path, content: str) -> None:
-    try:
-        with atomic_path(path) as partial:
-            partial.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise SteerMoEError(f"can't write '{path}': {why_not_written(error)}; name another file") from error
-
-
 def measure_all(bench: Bench, each: Callable[[str, float, dict], None]) -> None:
     """Measure method after method at each budget, and hand each result on.
 
@@ -241,15 +233,5 @@ def run(args: argparse.Namespace) -> None:
         write(args.json, json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
-def main() -> None:
-    args = parsed()
-    try:
-        run(args)
-    except SteerMoEError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted: what is finished is in {args.output}; the same command continues")
-
-
 if __name__ == "__main__":
-    main()
+    carry_out(run, parsed())

@@ -42,7 +42,7 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.memory import free_memory
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import SteerMoEError, reason
-from steermoe.evaluation.verification import Verification, random_vector
+from steermoe.evaluation.verification import Outcome, Verification, random_vector
 from steermoe.models.loading import LoadedModel, load
 from steermoe.routing.families import list_families
 from steermoe.routing.routers import shape_of
@@ -127,10 +127,6 @@ class Line:
     found: str
     expected: str
     seconds: float
-
-
-Outcome = tuple[bool | None, str, str]
-"""`Line.passed`, `found`, `expected`."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from results import carry_out, write
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,6 @@ from steermoe.evaluation.protocol import Condition, EvaluationSettings, own_cond
 from steermoe.evaluation.report import comparable
 from steermoe.evaluation.results import ResultFolder, StoryRecord
 from steermoe.evaluation.texts import domain_list, heldout_texts
-from steermoe.files import atomic_path, why_not_written
 from steermoe.models.default import spec
 from steermoe.models.default.stories import openings
 from steermoe.models.loading import load
@@ -231,14 +231,6 @@ def to_read(bench: Bench, stories: dict[Setting, dict[str, list[StoryRecord]]], 
     return "\n\n".join(parts) + "\n"
 
 
-def write(path: Path, content: str) -> None:
-    try:
-        with atomic_path(path) as partial:
-            partial.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise SteerMoEError(f"can't write '{path}': {why_not_written(error)}; name another file") from error
-
-
 def run(args: argparse.Namespace) -> None:
     bench, spent, longest = Bench(args), 0.0, 0.0
     stories: dict[Setting, dict[str, list[StoryRecord]]] = {}
@@ -272,15 +264,5 @@ def run(args: argparse.Namespace) -> None:
         write(args.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def main() -> None:
-    args = parsed()
-    try:
-        run(args)
-    except SteerMoEError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted: what is finished is in {args.output}; the same command continues")
-
-
 if __name__ == "__main__":
-    main()
+    carry_out(run, parsed())

@@ -40,6 +40,7 @@ from recipes.train_default_model import (
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.evaluation.protocol import ASKING
+from steermoe.files import atomic_path
 from steermoe.models.default import spec
 from steermoe.models.default.assemble import pack, unpack
 from steermoe.models.default.stories import TrainingStory, load_stories, read_stories
@@ -112,9 +113,8 @@ def write_stories(part: Path, output: Path, openings: int, samples: int, seed: i
             done = engine.generate(requests)
             records += [{"domain": domain, "opening": one.request.prompt, "ids": list(one.token_ids)} for one in done]
         print(f"stories: {len(records)}", flush=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    partial.replace(output)
+    with atomic_path(output) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def training_stories() -> list[TrainingStory]:
@@ -252,9 +252,8 @@ def refine(args: argparse.Namespace) -> None:
             print(f"round {number}: KL(teacher || student) {distillation.validate():.4f}", flush=True)
             distillation.train(args.epochs, args.lr)
             print(f"round {number}: KL(teacher || student) {distillation.validate():.4f}", flush=True)
-            partial = part.with_suffix(".partial")
-            save_file(pack(loaded.model), partial)
-            partial.replace(part)
+            with atomic_path(part) as partial:
+                save_file(pack(loaded.model), partial)
         before = part
     print(f"wrote {before}", flush=True)
 
