@@ -9,7 +9,7 @@ load changes CPU time least, but vLLM takes nearly twice as long.
 
 Steered texts use more experts than unsteered ones, which costs vLLM's kernel more, however they are chosen. That cost
 is measured separately: the kernel is run again on the choices of each case. What the ratio by CPU time should be by
-that is printed beside what it is: a step without the plugin, over one with the time of steering and of the kernel added.
+that is printed beside what it is: a step without the plugin, over one with steering's time and the kernel's added.
 """
 
 import argparse
@@ -202,6 +202,9 @@ def alternate(rounds: int, cases: list[str], options: list[str], quiet: bool) ->
                 asked = CASES[case]
                 for which in ("with", "without") if number % 2 else ("without", "with"):
                     rates[case][which].append(plugin.ask(*asked) if which == "with" else without.ask())
+                ours, theirs = (rates[case][which][-1] for which in ("with", "without"))
+                ratios = ours["clock"] / theirs["clock"], ours["cpu"] / theirs["cpu"]
+                print(f"round {number + 1}, {case}: {ratios[0]:.3f} ({ratios[1]:.3f})", file=sys.stderr)
         costs = {case: plugin.ask(*CASES[case], True) for case in dict.fromkeys(["none steered", *cases])}
     finally:
         without.close()
