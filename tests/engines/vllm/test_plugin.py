@@ -147,6 +147,17 @@ def test_a_routing_function_that_can_not_keep_to_lists_is_named(function, reason
 
 
 @pytest.mark.parametrize("steering", [{"ban": ["0:1"]}, {"force": ["0:1"]}])
+def test_lists_that_would_not_hold_are_refused_and_nothing_else(engine, monkeypatch, steering):
+    monkeypatch.setattr(engine._vllm.input_processor, "steermoe_no_lists", "layer 0 is odd", raising=False)
+    params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": steering})
+    with pytest.raises(VLLMValidationError, match=r"can't be forced or banned here: layer 0 is odd; leave force and"):
+        engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
+    monkeypatch.setattr(engine, "_no_lists", "layer 0 is odd")
+    with pytest.raises(SteeringError, match=r"vLLM can't force or ban experts here: layer 0 is odd; use --engine hf"):
+        engine.generate(requests([SteeringPlan(force=((0, 1),))]))
+    assert len(engine.generate(requests([SteeringPlan(vector(engine.shape, 1), 2.0)]))) == 1
+
+
 def test_rows_of_a_call_are_given_again_only_while_all_is_the_same():
     state = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None), num_prompt_tokens=2)
     runner = SimpleNamespace(requests={"a": state, "b": SimpleNamespace(**vars(state))}, input_batch=SimpleNamespace())
@@ -164,17 +175,6 @@ def test_rows_of_a_call_are_given_again_only_while_all_is_the_same():
         assert [(row.request, row.first, row.tokens) for row in rows(*others)] == list(zip(*others, strict=True))
     runner.requests["b"] = SimpleNamespace(**vars(state))  # another request of the same name
     assert rows("ab", [5, 7], [1, 1]) is not first
-
-
-def test_lists_that_would_not_hold_are_refused_and_nothing_else(engine, monkeypatch, steering):
-    monkeypatch.setattr(engine._vllm.input_processor, "steermoe_no_lists", "layer 0 is odd", raising=False)
-    params = vllm.SamplingParams(max_tokens=2, extra_args={"steering": steering})
-    with pytest.raises(VLLMValidationError, match=r"can't be forced or banned here: layer 0 is odd; leave force and"):
-        engine._vllm.add_request("x", vllm.TokensPrompt(prompt_token_ids=[5, 6]), params)
-    monkeypatch.setattr(engine, "_no_lists", "layer 0 is odd")
-    with pytest.raises(SteeringError, match=r"vLLM can't force or ban experts here: layer 0 is odd; use --engine hf"):
-        engine.generate(requests([SteeringPlan(force=((0, 1),))]))
-    assert len(engine.generate(requests([SteeringPlan(vector(engine.shape, 1), 2.0)]))) == 1
 
 
 def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
