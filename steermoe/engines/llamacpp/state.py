@@ -114,7 +114,7 @@ class CallbackState:
         for name, own in zip(("calls", "ordered", "source"), words, strict=False):
             self._keep(name, own)
         self._keep("counted", words[3].view(np.uint8)[:routers])
-        self._of_call, self._zeros = memoryview(words.view(np.uint8).reshape(-1)), bytes(words.nbytes)
+        self._of_call, self._zeros = words.view(np.uint8).reshape(-1).data, bytes(words.nbytes)
         self._seen = self._of_call[: 2 * words[0].nbytes]
 
     def install(self, plans: Sequence[SteeringPlan]) -> None:

@@ -293,8 +293,8 @@ class Steps:
         editor = self.editors[number]
         step = self._now
         if step is not None and not editor.bank.is_idle:
-            tokens = self._call.tokens
-            self._tally.add(editor, step, chosen_Tk if chosen_Tk.shape[0] == tokens else chosen_Tk[:tokens])
+            count = self._call.tokens
+            self._tally.add(editor, step, chosen_Tk if chosen_Tk.shape[0] == count else chosen_Tk[:count])
         for request, tokens in self._noted:
             if request not in self._counts:
                 experts = max(router.num_experts for router in self.routers)
