@@ -109,7 +109,7 @@ class CallbackState:
         self._set(f"a_{name}", values.ctypes.data)
 
     def _keep_of_call(self, routers: int) -> None:
-        """What each forward call begins with as zeros: side by side, since so many small operations would cost much."""
+        """What each forward call begins with as zeros, side by side: clearing each array alone would take longer."""
         words = np.zeros((4, routers), dtype=np.int64)
         for name, own in zip(("calls", "ordered", "source"), words, strict=False):
             self._keep(name, own)
