@@ -1,8 +1,10 @@
 """Speed of the llama.cpp engine with and without steering, and its agreement with transformers: `make bench-llamacpp`,
-or `python benchmarks/llamacpp.py [--only speed agreement] [--server PATH] [--json FILE]`.
+or `python benchmarks/llamacpp.py [--only speed agreement] [--server PATH] [--threads N] [--json FILE]`.
 
 On the default model, batch 1. Speeds are of decoding alone, medians over rounds in which the variants take turns (A B A
-B). The server is llama.cpp's own, unsteered, with the same quantisation; without --server PATH it is left out.
+B); ratios are medians of each round's. The server is llama.cpp's own, unsteered, with the same quantisation; without
+--server PATH it is left out. Speeds are also given by CPU time, of the server's process too: with `--threads 1`, where
+no thread waits for another, other work on the machine hardly changes their ratio.
 """
 
 import argparse
@@ -39,14 +41,23 @@ SHORT, LONG = 16, 144
 AGREEMENT_TOKENS = 2000
 
 
-def speed_of(engine, plan: SteeringPlan | None) -> float:
-    """Tokens per second of decoding."""
+Speed = tuple[float, float]
+"""Tokens per second of decoding, by the clock and by CPU time."""
+
+
+def speed_of(engine, plan: SteeringPlan | None) -> Speed:
     seconds = []
     for tokens in (SHORT, LONG):
         sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens, seed=1)
+        begun = time.process_time()
         (done,) = engine.generate([Request(PROMPT, plan, sampling)])
-        seconds.append(done.seconds)
-    return (LONG - SHORT) / (seconds[1] - seconds[0])
+        seconds.append((done.seconds, time.process_time() - begun))
+    return between(*seconds)
+
+
+def between(short: Speed, long: Speed) -> Speed:
+    """The speed from the seconds, by both clocks, of the short and of the long run."""
+    return (LONG - SHORT) / (long[0] - short[0]), (LONG - SHORT) / (long[1] - short[1])
 
 
 class Server:
@@ -67,44 +78,49 @@ class Server:
                 time.sleep(0.2)
         raise SystemExit("the server does not answer")
 
-    def speed(self) -> float:
+    def speed(self) -> Speed:
         """Like `speed_of`, by the server's own clock."""
-        seconds = [self._seconds(tokens) for tokens in (SHORT, LONG)]
-        return (LONG - SHORT) / (seconds[1] - seconds[0])
+        return between(self._seconds(SHORT), self._seconds(LONG))
 
-    def _seconds(self, tokens: int) -> float:
+    def _cpu(self) -> float:
+        """Seconds that all its threads have run."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+    def _seconds(self, tokens: int) -> Speed:
         wanted = {"prompt": PROMPT, "n_predict": tokens, "temperature": 0.7, "seed": 1, "ignore_eos": True}
         body = json.dumps({**wanted, "cache_prompt": False}).encode()
         request = urllib.request.Request(f"{self.address}/completion", body, {"Content-Type": "application/json"})
+        begun = self._cpu()
         with urllib.request.urlopen(request) as answer:
             timings = json.load(answer)["timings"]
         assert timings["predicted_n"] == tokens, timings
-        return timings["predicted_ms"] / 1000
+        return timings["predicted_ms"] / 1000, self._cpu() - begun
 
 
-def measure_speed(files: dict[str, Path], plan, rounds: int, server: Path | None, skip_hf: bool) -> dict:
-    """Tokens per second of every variant, round by round."""
-    ways: dict[str, Callable[[], float]] = {}
+def measure_speed(files: dict[str, Path], plan, args: argparse.Namespace) -> dict[str, list[Speed]]:
+    """The speed of every variant, round by round."""
+    ways: dict[str, Callable[[], Speed]] = {}
     servers = []
     for name, path in files.items():
-        bare = LlamaCppEngine(str(path), callback=False)
-        ours = LlamaCppEngine(str(path))
-        pieces = LlamaCppEngine(str(path), reach="pieces")
+        bare = LlamaCppEngine(str(path), callback=False, threads=args.threads)
+        ours = LlamaCppEngine(str(path), threads=args.threads)
+        pieces = LlamaCppEngine(str(path), reach="pieces", threads=args.threads)
         ways[f"{name}, no callback"] = lambda engine=bare: speed_of(engine, None)
         ways[f"{name}, steered"] = lambda engine=ours: speed_of(engine, plan)
         ways[f"{name}, callback, unsteered"] = lambda engine=ours: speed_of(engine, None)
         ways[f"{name}, steered between pieces"] = lambda engine=pieces: speed_of(engine, plan)
-        if server is not None:
-            servers.append(Server(server, path, ours.threads))
+        if args.server is not None:
+            servers.append(Server(args.server, path, ours.threads))
             ways[f"{name}, llama.cpp's server"] = servers[-1].speed
-    if not skip_hf:
+    if not args.skip_hf:
         eager = HFEngine(load(dtype="bfloat16"))
         ways["transformers bfloat16"] = lambda: speed_of(eager, None)
         single = HFEngine(load(dtype="float32"))
         ways["transformers float32"] = lambda: speed_of(single, None)
-    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    speeds: dict[str, list[Speed]] = {way: [] for way in ways}
     try:
-        for turn in range(rounds + 1):
+        for turn in range(args.rounds + 1):
             for way, run in ways.items():
                 found = run()
                 if turn:  # the first round warms up
@@ -162,21 +178,31 @@ def measure_agreement(loaded, files: dict[str, Path], plan) -> dict:
 
 
 def report_speed(figures: dict, names: list[str], table: Table) -> None:
-    median = {way: statistics.median(values) for way, values in figures["speeds"].items()}
-    for way, values in figures["speeds"].items():
-        table.add_row(f"{way}, tokens/s", f"{median[way]:.1f} ({min(values):.1f}-{max(values):.1f})", "")
-    ratios = {}
+    speeds: dict[str, list[Speed]] = figures["speeds"]
+    for way, values in speeds.items():
+        clock, cpu = zip(*values, strict=True)
+        shown = f"{statistics.median(clock):.1f}, {min(clock):.1f}-{max(clock):.1f} ({statistics.median(cpu):.1f})"
+        table.add_row(f"{way}, tokens/s (by CPU time)", shown, "")
+    hf = [way for way in speeds if way.startswith("transformers")]
+    fastest = max(hf, key=lambda way: statistics.median(clock for clock, _ in speeds[way]), default="")
     for name in names:
-        steered = median[f"{name}, steered"]
-        ratios[f"{name}, steered / no callback"] = (steered / median[f"{name}, no callback"], 0.97)
-        if f"{name}, llama.cpp's server" in median:
-            ratios[f"{name}, steered / llama.cpp's server"] = (steered / median[f"{name}, llama.cpp's server"], 0.95)
-        hf = max((median[way] for way in median if way.startswith("transformers")), default=None)
-        if hf:
-            ratios[f"{name}, steered / faster transformers"] = (steered / hf, 4.0)
-    figures["ratios"] = {what: ratio for what, (ratio, _) in ratios.items()}
-    for what, (ratio, wanted) in ratios.items():
-        table.add_row(what, f"{ratio:.3f}", f">= {wanted:g}: {'met' if ratio >= wanted else 'missed'}")
+        for other, wanted in ((f"{name}, no callback", 0.97), (f"{name}, llama.cpp's server", 0.97), (fastest, 4.0)):
+            if other in speeds:
+                compare(figures, f"{name}, steered", other, wanted, table)
+
+
+def compare(figures: dict, one: str, other: str, wanted: float, table: Table) -> None:
+    """Add the ratio of two variants: the median of each round's, by the clock and by CPU time."""
+    pairs = list(zip(figures["speeds"][one], figures["speeds"][other], strict=True))
+    clock, cpu = ([a[which] / b[which] for a, b in pairs] for which in (0, 1))
+    ratio = statistics.median(clock)
+    what = f"{one} / {other.removeprefix(one.split(',')[0] + ', ')}"
+    figures.setdefault("ratios", {})[what] = {"clock": clock, "cpu": cpu}
+    table.add_row(
+        what,
+        f"{ratio:.3f}, {min(clock):.2f}-{max(clock):.2f} ({statistics.median(cpu):.3f}, {min(cpu):.2f}-{max(cpu):.2f})",
+        f">= {wanted:g}: {'met' if ratio >= wanted else 'missed'} by the clock",
+    )
 
 
 def main() -> None:
@@ -185,6 +211,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("speed", "agreement"), default=("speed", "agreement"))
     parser.add_argument("--quantizations", nargs="+", default=("bf16", "q8_0", "q4_1"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of llama.cpp")
     parser.add_argument("--server", type=Path, help="llama.cpp's llama-server of the same version")
     parser.add_argument("--skip-hf", action="store_true", help="leave transformers out of the speeds")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -198,7 +225,7 @@ def main() -> None:
         if not files[name].is_file():
             export_gguf(loaded, files[name], name)
     vector = load_vector("sport", loaded.model)
-    figures: dict = {"threads": torch.get_num_threads(), "load before": os.getloadavg()}
+    figures: dict = {"threads": args.threads, "load before": os.getloadavg()}
     table = Table("measure", "reached", "wanted")
     if "agreement" in args.only:
         figures["agreement"] = measure_agreement(loaded, files, plan_for(vector, positions="all"))
@@ -209,7 +236,7 @@ def main() -> None:
     del loaded
     if "speed" in args.only:
         timed = {name: files[name] for name in args.quantizations}
-        figures["speeds"] = measure_speed(timed, plan_for(vector), args.rounds, args.server, args.skip_hf)
+        figures["speeds"] = measure_speed(timed, plan_for(vector), args)
         report_speed(figures, list(timed), table)
     figures["load after"] = os.getloadavg()
     Console(width=130).print(table)

@@ -1,6 +1,6 @@
 """What steering costs in vLLM, and what vLLM gains over transformers, in one alternating run.
 
-    python benchmarks/vllm.py [--rounds 16] [--quiet] [--compile] [--json FILE]
+    python benchmarks/vllm.py [--rounds 16] [--cases NAME ...] [--quiet] [--compile] [--json FILE]
 
 The engine without the plugin (VLLM_PLUGINS="") and the engine with it run in separate processes; they take turns, so
 that other load on the machine affects both. Each turn generates 64 stories with the default model, greedy, of equal
@@ -8,7 +8,8 @@ length. Ratios are of tokens per second, by wall time and by CPU time. With --qu
 load changes CPU time least, but vLLM takes nearly twice as long.
 
 Steered texts use more experts than unsteered ones, which costs vLLM's kernel more, however they are chosen. That cost
-is measured separately: the kernel is run again on the choices of each case.
+is measured separately: the kernel is run again on the choices of each case. What the ratio by CPU time should be by
+that is printed beside what it is: a step without the plugin, over one with steering's time and the kernel's added.
 """
 
 import argparse
@@ -102,18 +103,18 @@ def work(with_plugin: bool, compiled: bool, tokens: int) -> None:
 
 
 def own_milliseconds(generate: Callable[[], Any]) -> float:
-    """Time of steering's own code in a step of a real run; in a loop of its own, all of it would stay in the caches."""
+    """CPU time of steering's own code in a step of a real run; alone in a loop, all of it would stay in the caches."""
     from steermoe.engines.vllm.steps import Steps
 
     spent = {name: [] for name in ("begin", "edit", "end")}
 
     def timed(method: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
         def timed_method(*args: Any) -> Any:
-            begun = time.perf_counter()
+            begun = time.thread_time()
             try:
                 return method(*args)
             finally:
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.thread_time() - begun)
 
         return timed_method
 
@@ -127,7 +128,7 @@ def own_milliseconds(generate: Callable[[], Any]) -> float:
 
 
 def kernel_of(generate: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
-    """The cost of the experts' kernel on the choices of a run's decode steps, and the number of experts they use."""
+    """CPU time of the experts' kernel on the choices of a run's decode steps, and the number of experts they use."""
     import torch
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
@@ -143,10 +144,10 @@ def kernel_of(generate: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
     cpu_moe.cpu_fused_moe = kernel
     seconds = []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun = time.process_time()
         for call in calls:
             kernel(*call)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     layers = len({call[2].data_ptr() for call in calls})
     visited = statistics.mean(len(call[7].unique()) for call in calls)
     return {"ms": 1000 * statistics.median(seconds) * layers / len(calls), "visited": visited}
@@ -189,18 +190,22 @@ class Worker:
 # ---- the comparison ----
 
 
-def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
-    """Tokens per second with and without the plugin, in turns."""
+def alternate(rounds: int, cases: list[str], options: list[str], quiet: bool) -> dict[str, Any]:
+    """Tokens per second with and without the plugin, in turns, and what a step's CPU time is spent on."""
     environment = os.environ | (QUIET if quiet else {})
     without = Worker("--without-plugin", *options, environment=environment)
     plugin = Worker(*options, environment=environment)
-    rates: dict[str, dict[str, list[dict[str, float]]]] = {case: {"with": [], "without": []} for case in CASES}
+    rates: dict[str, dict[str, list[dict[str, float]]]] = {case: {"with": [], "without": []} for case in cases}
     try:
         for number in range(rounds):
-            for case, asked in CASES.items():
+            for case in cases:
+                asked = CASES[case]
                 for which in ("with", "without") if number % 2 else ("without", "with"):
                     rates[case][which].append(plugin.ask(*asked) if which == "with" else without.ask())
-        costs = {case: plugin.ask(*asked, True) for case, asked in CASES.items()}
+                ours, theirs = (rates[case][which][-1] for which in ("with", "without"))
+                ratios = ours["clock"] / theirs["clock"], ours["cpu"] / theirs["cpu"]
+                print(f"round {number + 1}, {case}: {ratios[0]:.3f} ({ratios[1]:.3f})", file=sys.stderr)
+        costs = {case: plugin.ask(*CASES[case], True) for case in dict.fromkeys(["none steered", *cases])}
     finally:
         without.close()
         plugin.close()
@@ -215,6 +220,10 @@ def alternate(rounds: int, options: list[str], quiet: bool) -> dict[str, Any]:
             "cpu_ratio": statistics.median(a["cpu"] / b["cpu"] for a, b in pairs),
             "costs": costs[case],
         }
+        if "ms" in costs[case]:
+            step = 1000 * TEXTS / statistics.median(one["cpu"] for one in rate["without"])
+            added = costs[case]["own"] + costs[case]["ms"] - costs["none steered"]["ms"]
+            found["cases"][case]["expected"] = step / (step + added)
     return found
 
 
@@ -242,10 +251,13 @@ def transformers_rate(tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--quiet", action="store_true", help="let waiting threads sleep")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
-    parser.add_argument("--no-hf", action="store_true", help="leave transformers out")
+    parser.add_argument(
+        "--no-hf", action="store_true", help="leave transformers out, which is compared with `all steered`"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--without-plugin", action="store_true", help=argparse.SUPPRESS)
@@ -253,7 +265,8 @@ def main() -> None:
     if args.work:
         work(not args.without_plugin, args.compile, args.tokens)
         return
-    found = alternate(args.rounds, ["--tokens", str(args.tokens), *(["--compile"] if args.compile else [])], args.quiet)
+    options = ["--tokens", str(args.tokens), *(["--compile"] if args.compile else [])]
+    found = alternate(args.rounds, args.cases, options, args.quiet)
     start = found["start"]
     print(f"start to the first texts: {start['with']:.1f} s, without the plugin {start['without']:.1f} s")
     print(f"{TEXTS} texts; medians of {args.rounds}; tokens/s, their ratio by wall time (by CPU time)")
@@ -266,8 +279,9 @@ def main() -> None:
         if not args.compile:
             experts = row["costs"]["visited"]
             print(f"; the kernel with {experts:.1f} experts per layer {row['costs']['ms']:.2f} ms", end="")
+            print(f": by that the ratio by CPU time is {row['expected']:.3f}", end="")
         print()
-    if not args.no_hf:
+    if not args.no_hf and "all steered" in found["cases"]:
         found["hf"] = transformers_rate(args.tokens)
         gain = found["cases"]["all steered"]["with"] / found["hf"]
         print(f"hf engine, all steered: {found['hf']:.0f} tokens/s; vLLM is {gain:.2f} times as fast")

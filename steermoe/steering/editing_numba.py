@@ -27,6 +27,8 @@ from steermoe.steering.narrowing import narrowed
 RAISED, FORCED, BANNED = 1, 2, 4
 """Bits of a plan's marks: where E > 0, and the experts to force and to ban."""
 BFLOAT16_EPS = 2.0**-7
+EDITED = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float32)}
+"""The types that are edited as they are, and their precision."""
 ADDITIVE, MAX_SCALED, ZERO_MAX_SCALED = (FORMULAS.index(name) for name in ("additive", "max_scaled", "zero_max_scaled"))
 
 
@@ -83,13 +85,14 @@ class LayerEditor:
             raise ValueError(
                 f"logits of shape {rows} x {columns} for {tokens.places[2]} tokens, {self._experts} experts"
             )
-        if logits.dtype in (torch.bfloat16, torch.float32):
+        dtype = logits.dtype
+        if dtype in EDITED:
             steered = logits.clone(memory_format=torch.contiguous_format)
-        else:
-            steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
-        eps = torch.finfo(logits.dtype).eps
-        _edit(steered.data_ptr(), columns, eps, self._place, *tokens.places)
-        return steered if steered.dtype == logits.dtype else narrowed(steered, logits.dtype)
+            _edit(steered.data_ptr(), columns, EDITED[dtype], self._place, *tokens.places)
+            return steered
+        steered = logits.to(torch.float32, memory_format=torch.contiguous_format)
+        _edit(steered.data_ptr(), columns, torch.finfo(dtype).eps, self._place, *tokens.places)
+        return narrowed(steered, dtype)
 
 
 def _address(array: NDArray[Any], dtype: Any) -> int:

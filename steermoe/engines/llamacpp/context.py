@@ -1,5 +1,6 @@
 """What llama.cpp computes in: the cache of several texts, and the batch of tokens that is passed to it."""
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class Context:
         self._wanted = as_array(self._batch.logits, (CALL_TOKENS,))
         as_array(self._batch.n_seq_id, (CALL_TOKENS,))[:] = 1
         self._text = self._batch.seq_id
+        self._laid_out: tuple[list[int], list[int] | None] | None = None
+        self._logits: dict[int, NDArray[np.float32]] = {}
+        self._logits_at = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)(
+            ("llama_get_logits_ith", llama_cpp.llama_cpp._lib)
+        )
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))
 
     def close(self) -> None:
@@ -100,16 +106,29 @@ class Context:
         count = len(tokens)
         self._token[:count] = tokens
         self._position[:count] = positions
-        self._wanted[:count] = wanted is None
-        for i, text in enumerate(texts):
-            self._text[i][0] = text
-        if wanted is not None:
-            self._wanted[list(wanted)] = 1
-        self._batch.n_tokens = count
+        layout = (list(texts), None if wanted is None else list(wanted))
+        if layout != self._laid_out:  # as a rule it is that of the call before
+            self._lay_out(*layout)
+            self._laid_out = layout
         if code := llama_cpp.llama_decode(self._context, self._batch):
             raise GenerationError(f"llama.cpp can't compute {count} tokens (code {code}): {last_message()}")
 
+    def _lay_out(self, texts: list[int], wanted: list[int] | None) -> None:
+        """Say to which text each token of the batch belongs, and which tokens' logits are wanted."""
+        self._batch.n_tokens = len(texts)
+        for i, text in enumerate(texts):
+            self._text[i][0] = text
+        self._wanted[: len(texts)] = wanted is None
+        if wanted is not None:
+            self._wanted[wanted] = 1
+
     def logits(self, token: int) -> NDArray[np.float32]:
         """[V], the logits of a token of the last call: a view that the next call overwrites."""
-        pointer = llama_cpp.llama_get_logits_ith(self._context, token)
-        return np.ctypeslib.as_array(pointer, (self._vocabulary,))
+        place = self._logits_at(self._context, token)
+        found = self._logits.get(place)
+        if found is None:  # making a view takes longer than drawing a token needs; llama.cpp has few places
+            if len(self._logits) >= CALL_TOKENS:
+                self._logits.clear()
+            pointer = ctypes.cast(place, ctypes.POINTER(ctypes.c_float))
+            found = self._logits[place] = np.ctypeslib.as_array(pointer, (self._vocabulary,))
+        return found

@@ -80,7 +80,7 @@ class Run:
         """Forget the rows in flight."""
         self.rows: list[LlamaRow] = []
         self._followed: list[int] = []
-        self._factors: dict[LlamaRow, NDArray[np.float32]] = {}
+        self._factors: dict[LlamaRow, list[float]] = {}
 
     def begin(self, rows: Sequence[LlamaRow]) -> list[LlamaRow]:
         """Read the prompts one after another, equal ones once, and draw each row's first token.
@@ -91,7 +91,7 @@ class Run:
         self._install([row.plan for row in [*self.rows, *rows]])
         self.rows += rows
         for row in rows:
-            self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens)
+            self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens).tolist()
         for group in by_prompt(rows):
             first, *others = (self.rows.index(row) for row in group)
             logits = self._read_prompt(first)
@@ -104,7 +104,7 @@ class Run:
     def follow(self, row: LlamaRow) -> None:
         """Steer a row in flight by the plan that it has now."""
         self._install([one.plan for one in self.rows])
-        self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens)
+        self._factors[row] = factors_of(row.plan, len(row.prompt), row.request.sampling.max_new_tokens).tolist()
 
     def step(self) -> list[LlamaRow]:
         """Add a token to every row in flight; returns the rows that end with it."""
@@ -194,7 +194,7 @@ class Run:
         number = position - len(row.prompt)
         if number >= 0:
             number = row.place
-        return 0.0 if number == NOWHERE else float(self._factors[row][len(row.prompt) + number])
+        return 0.0 if number == NOWHERE else self._factors[row][len(row.prompt) + number]
 
     def _take(self, row: LlamaRow, logits: NDArray[np.float32]) -> None:
         token = row.sampler.draw(logits, row.prompt + row.new, len(row.new))

@@ -1,6 +1,7 @@
 """Draws one row's next token with numpy, by the rules of `sampling.RowSampler`: equal logits and seed, equal token.
 
-torch's threads would wake for every token and then compete with those of llama.cpp, so they are left asleep.
+torch's threads would wake for every token and then compete with those of llama.cpp, so they are left asleep. Memory is
+used again, since allocating this much for every token would cost more than the arithmetic.
 
 Shapes: V tokens of the vocabulary.
 """
@@ -16,6 +17,9 @@ from steermoe.engines.request import Sampling
 Floats = NDArray[np.float32]
 BLOCK = 256
 """How many tokens' weights are summed together."""
+DRAWS = 64
+"""How many random numbers are taken from torch at once: after a forward call, a call of torch costs as much as all the
+rest of a draw."""
 
 
 class TokenSampler:
@@ -30,7 +34,8 @@ class TokenSampler:
         self.sampling = sampling
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._weights = np.zeros(0, dtype=np.float32)
+        self._drawn: list[float] = []
+        self._scores = self._weights = np.zeros(0, dtype=np.float32)
 
     def draw(self, logits: Floats, context: Sequence[int], new_tokens: int) -> int:
         """The next token.
@@ -43,8 +48,7 @@ class TokenSampler:
         warped = self.warp(logits, context, new_tokens)
         if not self.sampling.do_sample:
             return int(warped.argmax())
-        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64).item()
-        # reused memory: allocating this much for every token would cost more than the arithmetic
+        drawn = self._random()
         if len(self._weights) - len(warped) not in range(BLOCK):
             self._weights = np.zeros(-(-len(warped) // BLOCK) * BLOCK, dtype=np.float32)
         weights = self._weights[: len(warped)]
@@ -60,12 +64,24 @@ class TokenSampler:
             place = int(np.flatnonzero(blocks[block])[-1])
         return block * BLOCK + place
 
+    def _random(self) -> float:
+        """The next number in [0, 1); many at once are the same numbers as one by one."""
+        if not self._drawn:
+            self._drawn = torch.rand(DRAWS, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+        return self._drawn.pop()
+
     def warp(self, logits: Floats, context: Sequence[int], new_tokens: int) -> Floats:
-        """The logits [V] that tokens are drawn from, in the order of transformers' own warpers."""
+        """The logits [V] that tokens are drawn from, in the order of transformers' own warpers.
+
+        The next call may overwrite them.
+        """
         sampling = self.sampling
         scores = logits
+        if len(self._scores) != len(logits):
+            self._scores = np.empty(len(logits), dtype=np.float32)
         if new_tokens < sampling.min_new_tokens and len(self._ends):
-            scores = scores.copy()
+            scores = self._scores
+            np.copyto(scores, logits)
             scores[self._ends] = -np.inf
         presence, frequency = sampling.penalties
         if (presence or frequency) and new_tokens:
@@ -80,7 +96,7 @@ class TokenSampler:
         if not sampling.do_sample:
             return scores
         if sampling.temperature != 1:
-            scores = scores / np.float32(sampling.temperature)
+            scores = np.divide(scores, np.float32(sampling.temperature), out=self._scores)
         if sampling.top_k:
             smallest = np.partition(scores, -min(sampling.top_k, len(scores)))[-min(sampling.top_k, len(scores))]
             scores = np.where(scores < smallest, np.float32(-np.inf), scores)

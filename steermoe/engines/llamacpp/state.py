@@ -29,6 +29,9 @@ KINDS = {
     "ffn_moe_probs": callback.PROBABILITIES,
 }
 
+_Asked = tuple[list[int], list[float], list[int], list[int] | None]
+"""What `steer` was asked for."""
+
 
 class CallbackState:
     """The arrays and their addresses, for one model and one llama.cpp context.
@@ -81,15 +84,15 @@ class CallbackState:
         self._keep("factor", np.zeros(capacity, dtype=np.float32))
         self._keep("output", np.zeros(capacity, dtype=np.int32))
         self._keep("text", np.full(capacity, -1, dtype=np.int32))
-        self._keep("calls", np.zeros(routers, dtype=np.int64))
-        self._keep("source", np.zeros(routers, dtype=np.int64))
-        self._keep("counted", np.zeros(routers, dtype=np.uint8))
         self._keep("listed", np.zeros(routers, dtype=np.uint8))
-        self._keep("ordered", np.zeros(routers, dtype=np.int64))
+        self._keep_of_call(routers)
         self._keep("saved", np.zeros((routers, callback.SAVED), dtype=np.int64))
         self._keep("scratch", np.zeros(capacity * int(self.header[FIELD["experts"]]), dtype=np.float32))
         self._keep("slot", np.full(capacity, -1, dtype=np.int32))
         self._rule: Rule | None = None
+        self._asked: _Asked | None = None
+        self._used: set[int] | None = None
+        self._verified: tuple[bytes, int] | None = None
         self._set("a_state", self.header.ctypes.data)
         self.install([])
         self.record(0)
@@ -104,6 +107,15 @@ class CallbackState:
     def _keep(self, name: str, values: NDArray[Any]) -> None:
         self._kept[name] = values
         self._set(f"a_{name}", values.ctypes.data)
+
+    def _keep_of_call(self, routers: int) -> None:
+        """What each forward call begins with as zeros, side by side: clearing each array alone would take longer."""
+        words = np.zeros((4, routers), dtype=np.int64)
+        for name, own in zip(("calls", "ordered", "source"), words, strict=False):
+            self._keep(name, own)
+        self._keep("counted", words[3].view(np.uint8)[:routers])
+        self._of_call, self._zeros = words.view(np.uint8).reshape(-1).data, bytes(words.nbytes)
+        self._seen = self._of_call[: 2 * words[0].nbytes]
 
     def install(self, plans: Sequence[SteeringPlan]) -> None:
         """Take the plans that tokens will follow, by their numbers in this list.
@@ -120,6 +132,7 @@ class CallbackState:
         self._keep("marks", np.ascontiguousarray(marks_PLN))
         self._keep("formula", np.array([FORMULAS.index(plan.formula) for plan in plans] or [0], dtype=np.int32))
         self._keep("paper", np.array([plan.scale == "paper" for plan in plans] or [False], dtype=np.int32))
+        self._asked, self._used = None, None
         self.steer([], [])
 
     def record(self, texts: int, stop: bool = False) -> None:
@@ -200,26 +213,38 @@ class CallbackState:
         Returns:
             how many tokens are steered.
         """
+        asked = (list(numbers), list(factors), list(outputs), None if texts is None else list(texts))
+        if asked != self._asked:
+            self._asked, self._steered = asked, self._write(*asked)
+        self._of_call[:] = self._zeros
+        if self._idle_slots:
+            self.header[FIELD["slots"]] += self._steered * self._idle_slots
+        return self._steered
+
+    def _write(self, numbers: list[int], factors: list[float], outputs: list[int], texts: list[int] | None) -> int:
+        """Write down what `steer` was asked for, if it is not what the call before asked for."""
         tokens = len(numbers)
         number_T, factor_T = self._kept["number"], self._kept["factor"]
         number_T[:tokens], factor_T[:tokens] = numbers, factors
         self._kept["output"][: len(outputs)] = outputs
         self._kept["text"][:tokens] = -1 if texts is None else texts
-        steered_T = (number_T[:tokens] >= 0) & (factor_T[:tokens] != 0)
-        used = np.unique(number_T[:tokens][steered_T])
-        self._kept["active"][:] = self._busy_PL[used].any(0) if len(used) else 0
-        self._kept["listed"][:] = self._listed_PL[used].any(0) if len(used) else 0
-        self._set("any_listed", int(self._kept["listed"].any()))
         self._set("tokens", tokens)
         self._set("outputs", len(outputs))
-        self._kept["calls"][:] = 0
-        self._kept["source"][:] = 0
-        self._kept["counted"][:] = 0
-        self._kept["ordered"][:] = 0
-        steered = int(steered_T.sum())
-        idle = int((self._kept["active"] == 0).sum())
-        self.header[FIELD["slots"]] += steered * idle * self.header[FIELD["top_k"]]
-        return steered
+        steered = [int(number) for number, factor in zip(numbers, factors, strict=True) if number >= 0 and factor != 0]
+        used = set(steered)
+        if used != self._used:
+            self._used = used
+            self._activate(sorted(used))
+        return len(steered)
+
+    def _activate(self, used: list[int]) -> None:
+        """Say in which layers the plans with these numbers do anything."""
+        active_L = self._busy_PL[used].any(0)
+        self._kept["active"][:] = active_L
+        self._kept["listed"][:] = self._listed_PL[used].any(0)
+        self._set("any_listed", int(self._kept["listed"].any()))
+        self._idle_slots = int((~active_L).sum()) * int(self.header[FIELD["top_k"]])
+        self._verified = None
 
     def verify(self) -> int:
         """Make sure that the forward call was steered as requested.
@@ -230,7 +255,10 @@ class CallbackState:
         Raises:
             SteeringError: a router was bypassed, or its logits have another shape or type.
         """
-        problem, self.header[FIELD["problem"]] = int(self.header[FIELD["problem"]]), 0
+        problem, seen = int(self.header[FIELD["problem"]]), bytes(self._seen)
+        if not problem and self._verified is not None and seen == self._verified[0]:
+            return self._verified[1]  # as in the call before
+        self._set("problem", 0)
         if problem == callback.PROBLEM_SHAPE:
             raise SteeringError(
                 f"{self._model.architecture}'s router logits in llama.cpp do not match the tokens of the call: "
@@ -257,7 +285,8 @@ class CallbackState:
                 f"llama.cpp computed no node 'ffn_moe_argsort-{layer}', so no expert can be forced or banned in "
                 f"{self._model.architecture} here; use --engine hf, or a llama-cpp-python that steermoe was tested with"
             )
-        return int(calls_L.sum())
+        self._verified = seen, int(calls_L.sum())
+        return self._verified[1]
 
     def take_share(self) -> tuple[int, int]:
         """Top-k slots of steered tokens that went to raised or forced experts, and all slots, since the last call.

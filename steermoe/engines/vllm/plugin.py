@@ -15,13 +15,14 @@ it.
 
 import functools
 import hashlib
+import operator
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _around_routing(steps: Steps, number: int) -> Callable[[Callable[..., Any]],
                     return torch.ops.steermoe.route(hidden, router_logits, top_k, number)
                 return steps.route(number, len(router_logits), lambda: compute(hidden, router_logits, *args, **kwargs))
             weights, experts = compute(hidden, router_logits, *args, **kwargs)
-            if torch.compiler.is_compiling():
+            if steps.compiled and torch.compiler.is_compiling():
                 return torch.ops.steermoe.choose(router_logits, weights, experts, number)
             return steps.choose(number, router_logits, weights, experts)
 
@@ -167,7 +168,7 @@ def _steered(runner: type) -> type:
 
         def _maybe_dispatch(self, hidden_states: Tensor, router_logits: Tensor) -> Any:
             if self.steering is not None:
-                if torch.compiler.is_compiling():
+                if self.steering.compiled and torch.compiler.is_compiling():
                     router_logits = torch.ops.steermoe.steer(router_logits, self.router_number)
                 else:
                     router_logits = self.steering.edit(self.router_number, router_logits)
@@ -300,10 +301,17 @@ def _no_lists(module: Any, router: RouterShape, hidden: Tensor) -> str:
 
 def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
+        steps: Steps | None = getattr(self, "steermoe", None)
         rows = _rows_of(self, counts)
         prepared = prepare(self, scheduled, counts, *args, **kwargs)
-        if getattr(self, "steermoe", None) is not None:
-            self.steermoe.begin(_numbered(self, rows))
+        if steps is not None:
+            known: _Known | None = getattr(self, "steermoe_known", None)
+            if known is None or rows is not known.rows:
+                rows = _numbered(self, rows)
+                steps.begin(rows)
+                self.steermoe_known = _known_of(self, rows) if steps.goes_on(rows) else None
+            else:
+                steps.begin(rows)
         elif any(row.plan for row in rows):
             raise UnsupportedModel(
                 f"steering was asked for, but {getattr(self, 'steermoe_reason', 'it is not attached')}"
@@ -313,8 +321,26 @@ def _around_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
     return _prepare_inputs
 
 
+class _Known(NamedTuple):
+    """The rows of a call, to be given again while it is the same requests' turn, each with its next token.
+
+    Attributes:
+        rows: the rows.
+        states: what vLLM keeps of their requests.
+        firsts: the positions of their tokens then.
+    """
+
+    rows: list[Row]
+    states: list[Any]
+    firsts: list[int]
+
+
+def _known_of(model_runner: Any, rows: list[Row]) -> _Known:
+    return _Known(rows, [model_runner.requests[row.request] for row in rows], [row.first for row in rows])
+
+
 def _rows_of(model_runner: Any, counts: Any) -> list[Row]:
-    """The rows of the call that is being prepared.
+    """The rows of the call that is being prepared; those of the last call if they can be given again.
 
     Args:
         model_runner: prepares it.
@@ -322,10 +348,16 @@ def _rows_of(model_runner: Any, counts: Any) -> list[Row]:
     """
     batch = model_runner.input_batch
     requests = batch.req_ids
-    computed = batch.num_computed_tokens_cpu[: len(requests)].tolist()
+    computed, each = batch.num_computed_tokens_cpu[: len(requests)].tolist(), counts.tolist()
+    states = [model_runner.requests[request] for request in requests]
+    known: _Known | None = getattr(model_runner, "steermoe_known", None)
+    if known is not None and len(states) == len(known.states) and set(each) == {1}:
+        # a request that makes room for others and is computed again is not further than it was
+        is_same = all(map(operator.is_, states, known.states)) and all(map(operator.ge, computed, known.firsts))
+        if is_same:
+            return known.rows
     rows = []
-    for request, first, tokens in zip(requests, computed, counts.tolist(), strict=True):
-        state = model_runner.requests[request]
+    for request, state, first, tokens in zip(requests, states, computed, each, strict=True):
         extra = getattr(state.sampling_params, "extra_args", None) or {}
         is_recorded = isinstance(extra.get(RECORD), bytes)
         rows.append(Row(request, extra.get(KEY), first, tokens, state.num_prompt_tokens, is_recorded))

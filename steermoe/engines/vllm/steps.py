@@ -3,7 +3,7 @@
 It knows no vLLM: `plugin` passes it the routers, the rows of each call and the logits. If graphs are captured,
 everything that the edit reads is in tensors that stay in place, so that graphs can be replayed over new contents. On a
 CPU, compiled kernels edit the logits (`steering.editing_numba`). What a call needs is kept for the next calls while
-they need the same, as between tokens.
+they need the same, as between tokens; otherwise a step would spend more on its rows than on its edits.
 
 Shapes: R rows, T tokens of a forward call, C tokens and P plans of room, N experts of a layer.
 """
@@ -55,6 +55,24 @@ class Row(NamedTuple):
     prompt: int
     is_recorded: bool = False
     numbers: tuple[int, ...] | None = None
+
+
+class _Call(NamedTuple):
+    """What one forward call does.
+
+    Attributes:
+        tokens: how many it holds.
+        steered: how many of them are steered.
+        passed_over: their top-k slots in routers that no plan does anything in.
+        noted: the tokens whose choices are counted, by request.
+        step: how they are steered; None if none is.
+    """
+
+    tokens: int
+    steered: int
+    passed_over: int
+    noted: list[tuple[str, slice]]
+    step: Step | None
 
 
 @dataclass(eq=False)
@@ -126,6 +144,8 @@ class Steps:
         self._tokens_seen = self._tokens_steered = 0
         self._counts: dict[str, Tensor] = {}
         self._noted: list[tuple[str, slice]] = []
+        self._rows: Sequence[Row] | None = None
+        self._now: Step | None = None
         if self.uses_kernels:
             try:
                 from steermoe.steering import (
@@ -140,26 +160,54 @@ class Steps:
     # ---- around a forward call ----
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Take the rows of the next forward call, in the order of their tokens."""
+        """Take the rows of the next forward call, in the order of their tokens.
+
+        The same list as in the last call does the same again, wherever its rows are by now (see `goes_on`).
+        """
         self._calls += 1
-        tokens = sum(row.tokens for row in rows)
-        self._tokens_seen += tokens
-        self._noted = _generated_tokens(rows)
-        if not any(row.plan for row in rows):
-            self._fill_nothing()
-        elif self._graphs:
-            self._tokens_steered += self._fill(*self._lay_out(rows))
-        else:
-            step = self._step(rows)
-            self._tokens_steered += int(step.tokens)
-            idle = sum(editor.router.top_k for editor in self.editors if editor.bank.is_idle)
-            self._tally.pass_over(int(step.tokens) * idle)
-            self._set(step if step.tokens else None)
+        if self._graphs:
+            self._tokens_seen += sum(row.tokens for row in rows)
+            if any(row.plan for row in rows):
+                self._tokens_steered += self._fill(*self._lay_out(rows))
+            else:
+                self._fill_nothing()
+            return
+        if rows is not self._rows:
+            self._call = self._call_of(rows)
+            self._rows = rows
+        call = self._call
+        self._tokens_seen += call.tokens
+        self._tokens_steered += call.steered
+        if call.passed_over:
+            self._tally.pass_over(call.passed_over)
+        self._noted, self._now = call.noted, call.step
 
     def end(self) -> None:
         """End the forward call: whatever else the model computes, such as dummy runs, is left alone."""
-        self._set(None)
+        self._now = None
         self._noted = []
+
+    def goes_on(self, rows: Sequence[Row]) -> bool:
+        """Whether the rows of the last call can be given again for the next token of each."""
+        return not self._graphs and all(
+            row.tokens == 1 and row.first > row.prompt and self._is_level(row) for row in rows
+        )
+
+    def _is_level(self, row: Row) -> bool:
+        """Whether all generated tokens of a row are steered alike."""
+        if row.plan is None:
+            return True
+        known = self._installed.get(row.plan)
+        return row.numbers is None and known is not None and known.plan.schedule.kind == "constant"
+
+    def _call_of(self, rows: Sequence[Row]) -> _Call:
+        tokens, noted = sum(row.tokens for row in rows), _generated_tokens(rows)
+        if not any(row.plan for row in rows):
+            return _Call(tokens, 0, 0, noted, None)
+        step = self._step(rows)
+        steered = int(step.tokens)
+        idle = sum(editor.router.top_k for editor in self.editors if editor.bank.is_idle)
+        return _Call(tokens, steered, steered * idle, noted, step if steered else None)
 
     def edit(self, number: int, logits: Tensor) -> Tensor:
         """The edited logits [T, W] of the `number`-th router; the same tensor if there is nothing to do."""
@@ -167,18 +215,18 @@ class Steps:
         if self._graphs:
             editor.step = Step(0, None, layout=self._filled_layout(len(logits)))
             return editor.edit(logits)
-        step = editor.step
+        step = self._now
         if step is None or editor.bank.is_idle:
             return logits
-        assert step.layout is not None
-        tokens = len(step.layout.plan_T)
-        if len(logits) < tokens:
+        tokens = self._call.tokens
+        if logits.shape[0] < tokens:
             raise SteeringError(
                 f"the router of {editor.name} saw {len(logits)} tokens where the batch has {tokens}: tokens are "
                 "split across workers here, which steermoe can't follow; run without expert or sequence parallelism"
             )
         if self.uses_kernels:
             return self._layers[number].edit(logits, self._token_plans)
+        editor.step = step
         if len(logits) == tokens:
             return editor.edit(logits)
         return torch.cat([editor.edit(logits[:tokens]), logits[tokens:]])
@@ -227,8 +275,10 @@ class Steps:
         editor = self.editors[number]
         if self._graphs:
             editor.step = Step(0, None, layout=self._filled_layout(tokens))
-        elif editor.step is None or editor.step.layout is None or not editor.has_lists():
-            return None
+        else:
+            if self._now is None or not editor.bank.has_lists:
+                return None
+            editor.step = self._now
         found = editor.lists(editor.bank.push.device)
         padding = tokens - len(found.forced)
         return found if not padding else Lists(*(pad(marks, (0, 0, 0, padding)) for marks in found))
@@ -241,10 +291,10 @@ class Steps:
     def chose(self, number: int, chosen_Tk: Tensor) -> None:
         """Count the experts that the `number`-th router chose; only if calls are not compiled."""
         editor = self.editors[number]
-        step = editor.step
+        step = self._now
         if step is not None and not editor.bank.is_idle:
-            assert step.layout is not None
-            self._tally.add(editor, step, chosen_Tk[: len(step.layout.plan_T)])
+            count = self._call.tokens
+            self._tally.add(editor, step, chosen_Tk if chosen_Tk.shape[0] == count else chosen_Tk[:count])
         for request, tokens in self._noted:
             if request not in self._counts:
                 experts = max(router.num_experts for router in self.routers)
@@ -345,10 +395,6 @@ class Steps:
     def _check_room(self, tokens: int) -> None:
         if tokens > len(self._plan_C):
             raise SteeringError(f"a call of {tokens} tokens is larger than the {len(self._plan_C)} that vLLM announced")
-
-    def _set(self, step: Step | None) -> None:
-        for editor in self.editors:
-            editor.step = step
 
     # ---- plans in the banks ----
 

@@ -332,6 +332,49 @@ def test_a_router_that_was_passed_by():
         state.verify()
 
 
+def test_a_router_that_is_passed_by_in_a_later_call_is_noticed():
+    """What is the same as in the call before is not worked out again, but is looked at."""
+    state = make_state()
+    state.install([SteeringPlan(vector(1), layers=(2, 4))])
+    for seen in ((2, 4), (2, 4), (4,), (2, 4), (2, 2, 4)):
+        assert state.steer([0], [1.0]) == 1
+        for layer in seen:
+            call(state, FakeTensor(f"ffn_moe_logits-{layer}", random_logits(1)), False)
+        if len(set(seen)) == 2:
+            assert state.verify() == len(seen)
+        else:
+            with pytest.raises(SteeringError, match=r"1 of 2 routers .* 'ffn_moe_logits-2'"):
+                state.verify()
+    assert state.take_share()[1] == 5 * TOP_K + 10 * TOP_K  # of the layer that it leaves alone; of edited logits
+
+
+def test_what_a_call_asks_for_is_not_kept_for_another_or_for_other_plans():
+    logits = random_logits(2)
+
+    def edited(state, plans, *asked):
+        if plans:
+            state.install(plans)
+        state.steer(*asked)
+        tensor = FakeTensor("ffn_moe_logits-1", logits.copy())
+        call(state, tensor, False)
+        return tensor.values
+
+    one, other = SteeringPlan(vector(1), 3.0, "additive"), SteeringPlan(vector(4), 2.0, "additive")
+    kept, installed = make_state(), []
+    for plans, asked in (
+        ([one, other], ([0, 1], [1.0, 1.0])),
+        (None, ([0, 1], [1.0, 1.0])),
+        (None, ([0, 1], [1.0, 0.5])),
+        (None, ([1, 1], [1.0, 0.5])),
+        (None, ([-1, 1], [1.0, 0.5])),
+        ([other, one], ([-1, 1], [1.0, 0.5])),
+        (None, (np.array([-1, 1]), np.array([1.0, 0.5]))),
+    ):
+        installed = plans or installed
+        found = edited(kept, plans, *asked)
+        assert np.array_equal(found, edited(make_state(), installed, *asked))
+
+
 @pytest.mark.parametrize(
     ("plan", "error", "message"),
     [

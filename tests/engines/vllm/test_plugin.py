@@ -158,6 +158,25 @@ def test_lists_that_would_not_hold_are_refused_and_nothing_else(engine, monkeypa
     assert len(engine.generate(requests([SteeringPlan(vector(engine.shape, 1), 2.0)]))) == 1
 
 
+def test_rows_of_a_call_are_given_again_only_while_all_is_the_same():
+    state = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None), num_prompt_tokens=2)
+    runner = SimpleNamespace(requests={"a": state, "b": SimpleNamespace(**vars(state))}, input_batch=SimpleNamespace())
+
+    def rows(requests, computed, counts):
+        runner.input_batch = SimpleNamespace(req_ids=list(requests), num_computed_tokens_cpu=torch.tensor(computed))
+        return plugin._rows_of(runner, torch.tensor(counts))
+
+    first = rows("ab", [4, 6], [1, 1])
+    assert [row[2:5] for row in first] == [(4, 1, 2), (6, 1, 2)]
+    runner.steermoe_known = plugin._known_of(runner, first)
+    assert rows("ab", [4, 6], [1, 1]) is first
+    assert rows("ab", [5, 9], [1, 1]) is first
+    for others in (("ba", [6, 6], [1, 1]), ("a", [5], [1]), ("ab", [5, 7], [1, 2]), ("ab", [3, 7], [1, 1])):
+        assert [(row.request, row.first, row.tokens) for row in rows(*others)] == list(zip(*others, strict=True))
+    runner.requests["b"] = SimpleNamespace(**vars(state))  # another request of the same name
+    assert rows("ab", [5, 7], [1, 1]) is not first
+
+
 def test_a_packed_plan_of_another_model_is_refused(engine, tmp_path):
     other = write_checkpoint("mixtral", tmp_path / "deep", num_hidden_layers=3)
     plan = SteeringPlan(vector(other.loaded.model, 1), 2.0)

@@ -199,6 +199,59 @@ def test_what_is_kept_from_token_to_token_is_what_is_wanted(model, routers, sche
     assert steps.report().tokens_steered == sum(step.tokens for step in kept)
 
 
+def test_rows_that_are_given_again_do_the_same_again(model, routers):
+    """Against steps that get new rows for each token; then another call comes in between."""
+    plans = plans_of_every_kind(model)
+    sport = plans["all"].vector
+    plan = pack(SteeringPlan(sport, 2.0, "additive", layers=(0, 0)))
+    kept, fresh = steps_for(routers), steps_for(routers)
+    logits, chosen = logits_for(routers, 2), torch.tensor([[0, 1], [2, 3]])
+    first = [Row("a", plan, 3, 1, 2), Row("b", None, 9, 1, 2, True)]
+    for step in range(4):
+        if step == 2:  # another text in between
+            for steps in (kept, fresh):
+                steps.begin([Row("c", pack(plans["all"]), 0, 3, 2)])
+                steps.end()
+        kept.begin(first)
+        fresh.begin([row._replace(first=row.first + step) for row in first])
+        assert kept.goes_on(first)
+        for number in range(len(routers)):
+            assert torch.equal(kept.edit(number, logits), fresh.edit(number, logits))
+            for steps in (kept, fresh):
+                steps.chose(number, chosen)
+                steps.choose(number, logits, torch.ones(2, 2), chosen)
+        kept.end()
+        fresh.end()
+        assert kept.edit(0, logits) is logits
+    assert kept.recorded() == fresh.recorded() != {}
+    report = kept.report()
+    assert report == fresh.report()
+    assert report.tokens_steered == 4 + 3
+
+
+@pytest.mark.parametrize(
+    ("row", "schedule", "expected"),
+    [
+        ({}, "constant", True),
+        ({"first": 2}, "constant", False),  # the first generated token: the one before was the prompt's
+        ({"tokens": 2}, "constant", False),
+        ({"numbers": (4,)}, "constant", False),
+        ({}, "decay:9", False),
+        ({"plan": None}, "constant", True),
+        ({"plan": None, "tokens": 3}, "constant", False),
+    ],
+)
+def test_rows_that_can_be_given_again(model, routers, row, schedule, expected):
+    plan = pack(SteeringPlan(plans_of_every_kind(model)["all"].vector, 2.0, schedule=schedule))
+    rows = [Row("a", None, 5, 1, 2), Row("b", plan, 3, 1, 2)._replace(**row)]
+    steps = steps_for(routers)
+    steps.begin(rows)
+    assert steps.goes_on(rows) == expected
+    replayed = steps_for(routers, graphs=True)
+    replayed.begin(rows)
+    assert not replayed.goes_on(rows)
+
+
 def test_a_stage_of_a_pipeline_follows_its_own_rows(model, routers):
     plan = plans_of_every_kind(model)["all"]
     whole, stage = steps_for(routers), Steps(routers[1:], [1], 64, 4, CPU, graphs=False)
