@@ -1,6 +1,5 @@
-"""Check that plans fit a model, and lay them out as tensors for each of its layers."""
+"""Lay out plans as tensors for each layer of a model."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from steermoe.errors import SteeringError
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.steering.plans import SteeringPlan
-from steermoe.vectors.vector import format_layers
+from steermoe.steering.tables import LayerTable, tables_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,27 +40,14 @@ class Bank:
     @classmethod
     def of(cls, router: RouterShape, number: int, plans: Sequence[SteeringPlan]) -> "Bank":
         """For the `number`-th router of a model that the plans fit."""
-        experts = torch.zeros(max(1, len(plans)), router.num_experts)
-        forced, banned = experts.bool(), experts.bool()
-        active = torch.zeros(max(1, len(plans)), dtype=torch.long)
-        rows: dict[int, Tensor] = {}
-        for place, plan in enumerate(plans):
-            if not _is_inside(plan, router.layer):
-                continue
-            if plan.vector is not None and plan.strength:
-                row = plan.vector.experts[number]
-                rows[place] = (
-                    row if row.shape[0] == router.num_experts else pad(row, (0, router.num_experts - row.shape[0]))
-                )
-            active[place] = plan.active_experts or 0
-            for listed, marks in ((plan.force, forced), (plan.ban, banned)):
-                for layer, expert in listed:
-                    if layer == router.layer:  # lists can be long
-                        marks[place, expert] = True
-        if rows:
-            experts[list(rows)] = torch.stack(list(rows.values()))
-        push = experts * torch.tensor([float(plan.strength) for plan in plans] or [0.0])[:, None]
-        raised = experts > 0
+        return cls.from_table(router, LayerTable.of(router, number, plans))
+
+    @classmethod
+    def from_table(cls, router: RouterShape, table: LayerTable) -> "Bank":
+        """The same numbers in the same memory."""
+        push, raised, forced, banned, active = map(
+            torch.from_numpy, (table.push, table.raised, table.forced, table.banned, table.active)
+        )
         wanted = pad(raised | forced, (0, router.width - router.num_experts))
         has_lists = bool(forced.any() or banned.any())
         if not has_lists:  # one False for all
@@ -101,112 +86,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return own.to(device, non_blocking=True).expand_as(tensor)
 
 
-def check_plan(shape: RoutingShape, plan: SteeringPlan) -> None:
-    """Raise what attaching the plan to a model of this shape would raise, without attaching it."""
-    banks_for(shape, [plan])
-
-
 def banks_for(shape: RoutingShape, plans: Sequence[SteeringPlan]) -> list[Bank]:
-    """The plans' tensors for each router, [L] banks.
-
-    Raises:
-        CompatibilityError: a vector of another model.
-        SteeringError: layers or experts that the model does not have, or a plan that would do nothing.
-    """
-    for plan in plans:
-        _check_fits(shape, plan)
-    banks = [Bank.of(router, number, plans) for number, router in enumerate(shape.routers)]
-    for place, plan in enumerate(plans):
-        does = any(
-            bool(b.push[place].any() or b.forced[place].any() or b.banned[place].any() or b.active[place])
-            for b in banks
-        )
-        if plan.does_something and not does:
-            raise SteeringError(_nothing_to_do(plan))
-    return banks
-
-
-def steered_layers(shape: RoutingShape, plan: SteeringPlan) -> int:
-    """In how many of the model's MoE layers a plan does anything. Raises as `banks_for`."""
-    return sum(not bank.is_idle for bank in banks_for(shape, [plan]))
-
-
-def _check_fits(shape: RoutingShape, plan: SteeringPlan) -> None:
-    layers, routers = shape.layers, shape.routers
-    if plan.vector is not None:
-        plan.vector.check_fits(shape)
-    experts_of: dict[int, int] = {}
-    for router in routers:
-        experts_of[router.layer] = max(router.num_experts, experts_of.get(router.layer, 0))
-    for layer, expert in (*plan.force, *plan.ban):
-        experts = experts_of.get(layer, 0)
-        if not 0 <= expert < experts:
-            raise SteeringError(
-                f"expert ({layer}, {expert}) does not exist: {shape.name} has routers in layers "
-                f"{format_layers(layers)}, experts 0 to {(experts or routers[0].num_experts) - 1}"
-            )
-    if plan.layers is not None and not any(plan.layers[0] <= layer <= plan.layers[1] for layer in layers):
-        first, last = plan.layers
-        raise SteeringError(f"layers {first}-{last} hold no router: the model has them in {format_layers(layers)}")
-    listed = {layer for layer, _ in (*plan.force, *plan.ban)}
-    for router in routers:
-        if router.no_lists and router.layer in listed:
-            raise SteeringError(
-                f"experts of layer {router.layer} can't be forced or banned: {router.no_lists}; leave force and ban "
-                "out, or use another model"
-            )
-    _check_counts(shape, plan)
-    forced, banned = (Counter(layer for layer, _ in set(listed)) for listed in (plan.force, plan.ban))
-    for router in routers:
-        top_k = plan.active_experts if plan.active_experts and _is_inside(plan, router.layer) else router.top_k
-        if forced[router.layer] > top_k:
-            raise SteeringError(
-                f"{forced[router.layer]} experts are forced in layer {router.layer}, but it chooses {top_k} per "
-                f"token: force at most {top_k}"
-            )
-        if banned[router.layer] > router.num_experts - top_k:
-            raise SteeringError(
-                f"{banned[router.layer]} of {router.num_experts} experts are banned in layer {router.layer}, but it "
-                f"chooses {top_k} per token: ban at most {router.num_experts - top_k}"
-            )
-
-
-def _is_inside(plan: SteeringPlan, layer: int) -> bool:
-    return plan.layers is None or plan.layers[0] <= layer <= plan.layers[1]
-
-
-def _check_counts(shape: RoutingShape, plan: SteeringPlan) -> None:
-    """Raise SteeringError if a router can't choose as many experts as a plan says."""
-    number = plan.active_experts
-    if number is None:
-        return
-    for router in shape.routers:
-        if not _is_inside(plan, router.layer) or number == router.top_k:
-            continue
-        if router.no_counts:
-            raise SteeringError(
-                f"layer {router.layer} of {shape.name} can't have {number} active experts: {router.no_counts}; leave "
-                "active experts out, or use another model"
-            )
-        if number < router.least:
-            raise SteeringError(
-                f"{number} active experts are too few for layer {router.layer} of {shape.name}: ask for {router.least} "
-                "or more"
-            )
-        most = router.most or router.num_experts
-        if number > most:
-            groups = ", as it leaves out whole groups of them" if router.most else ""
-            raise SteeringError(
-                f"{number} active experts are too many for layer {router.layer} of {shape.name}, which chooses from "
-                f"{most}{groups}: ask for at most {most}"
-            )
-
-
-def _nothing_to_do(plan: SteeringPlan) -> str:
-    where = "" if plan.layers is None else f" in layers {plan.layers[0]}-{plan.layers[1]}"
-    if plan.vector is None:
-        return f"the experts to force and ban are outside layers {plan.layers}: nothing would be steered"
-    return (
-        f"vector '{plan.vector.domain}' has no expert above its threshold {plan.vector.threshold:g}{where}: nothing "
-        "would be steered; lower the threshold (vector.with_threshold) or widen the layers"
-    )
+    """The plans' tensors for each router, [L] banks. Raises as `tables_for`."""
+    tables = tables_for(shape, plans)
+    return [Bank.from_table(router, table) for router, table in zip(shape.routers, tables, strict=True)]

@@ -1,6 +1,7 @@
 """Draws one row's next token with numpy, by the rules of `sampling.RowSampler`: equal logits and seed, equal token.
 
-torch's threads would wake for every token and then compete with those of llama.cpp, so they are left asleep.
+torch would take longer to import than all else that the first token needs, and its threads would wake for every token
+and then compete with those of llama.cpp.
 
 Shapes: V tokens of the vocabulary.
 """
@@ -8,7 +9,6 @@ Shapes: V tokens of the vocabulary.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from steermoe.engines.request import Sampling
@@ -16,6 +16,22 @@ from steermoe.engines.request import Sampling
 Floats = NDArray[np.float32]
 BLOCK = 256
 """How many tokens' weights are summed together."""
+
+
+class TorchRandom:
+    """The numbers of `torch.rand(1, dtype=torch.float64)` with a seeded generator on a CPU, one after another.
+
+    Both libraries have Matsumoto's and Nishimura's MT19937, seeded by its `init_genrand` with the seed's lower 32 bits.
+    Of two of its words, the first is the higher half, and torch keeps the lower 53 bits.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._words = np.random.RandomState(seed % 2**32)
+
+    def draw(self) -> float:
+        """From 0 on, below 1."""
+        high, low = self._words.randint(0, 2**32, 2, dtype=np.uint32).tolist()
+        return float((high << 32 | low) % 2**53) * 2.0**-53
 
 
 class TokenSampler:
@@ -29,7 +45,7 @@ class TokenSampler:
     def __init__(self, sampling: Sampling, ends: Sequence[int]) -> None:
         self.sampling = sampling
         self._ends = np.array(sorted(ends), dtype=np.int64)
-        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._random = TorchRandom(sampling.seed)
         self._weights = np.zeros(0, dtype=np.float32)
 
     def draw(self, logits: Floats, context: Sequence[int], new_tokens: int) -> int:
@@ -43,7 +59,7 @@ class TokenSampler:
         warped = self.warp(logits, context, new_tokens)
         if not self.sampling.do_sample:
             return int(warped.argmax())
-        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64).item()
+        drawn = self._random.draw()
         # reused memory: allocating this much for every token would cost more than the arithmetic
         if len(self._weights) - len(warped) not in range(BLOCK):
             self._weights = np.zeros(-(-len(warped) // BLOCK) * BLOCK, dtype=np.float32)

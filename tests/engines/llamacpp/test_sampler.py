@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from steermoe.engines.hf.sampling import RowSampler
-from steermoe.engines.llamacpp.sampler import TokenSampler
+from steermoe.engines.llamacpp.sampler import TokenSampler, TorchRandom
 from steermoe.engines.request import Sampling
 
 VOCABULARY = 500
@@ -54,3 +54,11 @@ def test_the_rarest_token_can_be_drawn():
     sampler = TokenSampler(Sampling(temperature=1.0), [])
     logits = np.zeros(3, dtype=np.float32)
     assert {sampler.draw(logits, [], 0) for _ in range(100)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32 + 7, 2**63 - 1])
+def test_random_numbers_are_those_of_torch(seed):
+    ours, generator = TorchRandom(seed), torch.Generator().manual_seed(seed)
+    drawn = [ours.draw() for _ in range(700)]
+    assert drawn == [torch.rand(1, generator=generator, dtype=torch.float64).item() for _ in range(700)]
+    assert len(set(drawn)) == 700
