@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,8 @@ def free_memory(device: "torch.device | None" = None) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was not enough: on a GPU, for torch on a CPU, or for Python."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # where it is not loaded, it can't have run out of memory
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and bool(

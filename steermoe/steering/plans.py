@@ -185,10 +185,10 @@ class SteeringPlan:
                 f"strength {shown(number)}{of} is out of range: expected a finite number from "
                 f"{-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, such as {DEFAULT_STRENGTH:g}"
             )
-        if self.vector is None or self.vector.weights is None:  # frequencies are at most 1
+        if self.vector is None:
             return
         largest = self.vector.largest
-        if abs(number) * largest > MOST_STRENGTH * 1.01:  # frequencies may be 1 too, up to rounding
+        if abs(number) * largest > MOST_STRENGTH * 1.01:  # 1, up to rounding, is the most that frequencies are
             raise SteeringError(
                 f"strength {number:g} times the largest weight of '{quoted(self.vector.domain)}', {largest:g}, is out "
                 f"of range: expected at most {MOST_STRENGTH:g}; lower one of them"
