@@ -166,4 +166,5 @@ def strength_at(plan: "SteeringPlan | None", place: int) -> float:
     """The strength in force at a token with this number; 0 where it is not steered."""
     if plan is None:
         return 0.0
-    return float(plan.strength * plan.factor(np.array(place, dtype=np.float32)))
+    (factor,) = plan.factor(np.array([place], dtype=np.float32))
+    return float(np.float32(plan.strength) * factor)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-Numbers = TypeVar("Numbers", "Tensor", "NDArray[np.float32]")
+Numbers = TypeVar("Numbers", "Tensor", "NDArray[np.floating[Any]]")
 """Tensors, or arrays of floats: what is computed of equal numbers is equal to the bit."""
 
 SCHEDULES = {

@@ -189,7 +189,7 @@ class SteeringVector:
 
     domain: str
     frequency: Matrix = Matrix(required=True)
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # type: ignore[misc]  # the field before has no default, only a descriptor
     threshold: float = DEFAULT_THRESHOLD
     baseline: Matrix = Matrix()
     relative: bool = False
@@ -389,13 +389,13 @@ def _check_matrix(domain: str, name: str, matrix: "Tensor | NDArray[np.float32]"
         raise VectorError(
             f"vector '{domain}': {name} has shape {list(matrix.shape)}, expected {rows} layers x 2 or more experts"
         )
-    if not bool((abs(matrix) < math.inf).all()):
+    given: Any = matrix
+    if not bool((abs(given) < math.inf).all()):
         raise VectorError(f"vector '{domain}': {name} contains NaN or infinity; build the vector again")
     if name == "weights":
         return
     if bool((matrix < 0).any()):
         raise VectorError(f"vector '{domain}': {name} contains {matrix.min():.3g}, but frequencies are never negative")
-    given: Any = matrix
     sums = given.float().sum(-1) if hasattr(given, "float") else given.sum(-1, dtype="float64")
     off = abs(sums - 1)
     if bool((off > ROW_SUM_TOLERANCE).any()):
