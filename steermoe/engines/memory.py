@@ -35,11 +35,11 @@ class Room:
         return max(1, self.free // (self.row_bytes + tokens * self.token_bytes))
 
 
-def free_memory(device: "torch.device | None" = None) -> int:
+def free_memory(device: "torch.device | None") -> int:
     """Bytes that are still free: on a GPU, or within the limits of this machine, its container and this process.
 
     Args:
-        device: by default the CPU.
+        device: None for the CPU.
     """
     if device is not None and device.type != "cpu":
         import torch

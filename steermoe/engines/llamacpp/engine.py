@@ -218,7 +218,7 @@ class LlamaCppEngine:
     def room(self) -> Room:
         vocabulary, number_bytes = self.tokenizer.size, {"f16": 2, "f32": 4}[self._cache]
         return Room(
-            int(free_memory() * SHARE),
+            int(free_memory(None) * SHARE),
             LOGITS_BYTES * vocabulary,
             number_bytes * self.file.cache_numbers,
         )

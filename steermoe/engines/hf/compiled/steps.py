@@ -61,10 +61,12 @@ class CompiledSteps:
         Loading takes part of a second, which the first token of a text need not wait for.
         """
         kind = _kind(rows)
-        if kind in self._steps:
-            return self._steps[kind] is not None
-        facts = facts_of(self._model, kind)
-        return facts is not None and facts.pays
+        if kind not in self._steps:
+            facts = facts_of(self._model, kind)
+            if facts is not None and facts.pays:
+                return True
+            self._steps[kind] = None
+        return self._steps[kind] is not None
 
     def show_choices(self, rows: int) -> bool:
         """Whether the step for this many rows shows what its routers choose."""
