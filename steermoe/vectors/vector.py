@@ -172,6 +172,8 @@ def _as_float(matrix: Any) -> Any:
 class SteeringVector:
     """The routing of one domain's texts and the expert vector that follows from it.
 
+    Its matrices are given as tensors or as arrays of numpy, float32 then, and read as tensors.
+
     Attributes:
         domain: its name.
         frequency: mean routing embedding F [L, N] of the domain's texts, rows summing to 1; None if only E is known.
