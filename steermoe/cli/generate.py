@@ -133,7 +133,7 @@ def _print_report(completion: "Completion", shape: "RoutingShape") -> None:
     Without a vector there is no such share; what became of forced and banned experts follows.
     """
     from steermoe.cli.terminal import console
-    from steermoe.steering.banks import steered_layers
+    from steermoe.steering.tables import steered_layers
 
     report, plan = completion.report, completion.request.plan
     if report is not None:

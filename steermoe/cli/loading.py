@@ -1,8 +1,11 @@
 """Opens the model or engine that the options name, with a spinner; pulls the default model first if it is missing."""
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +52,7 @@ class ModelOptions:
 
     def open(self) -> "Engine":
         """As `auto.open_engine`."""
-        with _loading(self.model, by_transformers=self.chosen != "llamacpp"):
+        with _loading(self.model, self.chosen):
             return self.opener()()
 
     def opener(self) -> "Callable[[], Engine]":
@@ -98,6 +101,12 @@ class ModelOptions:
         return getattr(opened, "loaded", opened)
 
 
+LARGE: dict[EngineName, tuple[str, ...]] = {
+    "hf": ("transformers.modeling_utils", "transformers.models.auto"),
+    "llamacpp": ("steermoe.engines.llamacpp.engine",),
+}
+"""The modules whose import takes most of the time until a model of an engine is there."""
+
 Loaded = Annotated[ModelOptions, o.Group(without=("engine", "quantize", "compiled_steps"))]
 """For commands that need the model in transformers."""
 Source = Annotated[ModelOptions, o.Group(without=("quantize", "compiled_steps"))]
@@ -105,16 +114,37 @@ Source = Annotated[ModelOptions, o.Group(without=("quantize", "compiled_steps"))
 
 
 @contextmanager
-def _loading(model: str | None, *, by_transformers: bool = True) -> Iterator[None]:
+def _loading(model: str | None, engine: EngineName = "hf") -> Iterator[None]:
     """Pull the default model if it is needed and missing, then show a spinner."""
     from steermoe.cli.terminal.console import quiet_transformers, working
     from steermoe.models.default.pull import DEFAULT_MODEL
 
-    if by_transformers:
+    if engine != "llamacpp":
+        _import("transformers.utils")
         quiet_transformers()
         pull_if_needed(model)
     with working(f"Loading {model or DEFAULT_MODEL} ..."):
+        for name in LARGE.get(engine, ()):
+            _import(name)
         yield
+
+
+def _import(name: str) -> None:
+    """Import a module for the first time without the garbage collector, which leaves it alone later on too.
+
+    Modules and classes stay until the end. Looking through them again and again while they come takes a fifth of the
+    time that importing transformers takes.
+    """
+    if name in sys.modules:
+        return
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        import_module(name)
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 def pull_if_needed(model: str | None) -> None:

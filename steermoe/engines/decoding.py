@@ -100,10 +100,10 @@ class Row(Generic[S]):
         plan, segments = self.plan, self._segments
         if plan is None or segments is None:
             return None
-        import torch
+        import numpy as np
 
         read = segments.numbers[: len(segments.numbers) - (self.finish_reason == "length")]
-        return bool(plan.factor(torch.tensor(read)).any())
+        return bool(plan.factor(np.array(read, dtype=np.float32)).any())
 
     def finished_trace(self) -> "Trace | None":
         """The trace, if one was asked for; to be called once, when the row has ended."""

@@ -2,12 +2,14 @@
 
 import os
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SHARE = 0.5
 """The share of the free memory that a batch may take."""
@@ -33,9 +35,15 @@ class Room:
         return max(1, self.free // (self.row_bytes + tokens * self.token_bytes))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are still free: on a GPU, or within the limits of this machine, its container and this process."""
-    if device.type != "cpu":
+def free_memory(device: "torch.device | None") -> int:
+    """Bytes that are still free: on a GPU, or within the limits of this machine, its container and this process.
+
+    Args:
+        device: None for the CPU.
+    """
+    if device is not None and device.type != "cpu":
+        import torch
+
         module: Any = getattr(torch, device.type, None)
         free = module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else UNKNOWN_FREE
         return int(free)
@@ -58,7 +66,8 @@ def free_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was not enough: on a GPU, for torch on a CPU, or for Python."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # where it is not loaded, it can't have run out of memory
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and bool(

@@ -166,6 +166,5 @@ def strength_at(plan: "SteeringPlan | None", place: int) -> float:
     """The strength in force at a token with this number; 0 where it is not steered."""
     if plan is None:
         return 0.0
-    import torch
-
-    return float(plan.strength * plan.factor(torch.tensor(place)))
+    (factor,) = plan.factor(np.array([place], dtype=np.float32))
+    return float(np.float32(plan.strength) * factor)

@@ -1,6 +1,6 @@
-"""Which tokens are meant: what is generated or a part of it, the prompt, or all. Names only; imports no torch."""
+"""Which tokens are meant: what is generated or a part of it, the prompt, or all. Imports no torch."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Positions = Literal["generated", "prompt", "all", "last-prompt", "thinking", "answer", "tool-calls"]
 """Which tokens are steered. The authors of the method steered generated tokens and left the prompt alone."""
@@ -42,3 +42,19 @@ EXTENT: dict[Positions, tuple[str, str, str]] = {
     ),
 }
 """The first and the last token that each of them steers, and the token that schedules count as number 0."""
+
+
+def select(positions: Positions, index: Any) -> Any:
+    """Which tokens `positions` selects, bool; `index` is 0 for the first generated token and negative in the prompt.
+
+    Tokens that are left alone, such as those outside of a segment, have the index NOWHERE.
+
+    Args:
+        positions: which.
+        index: a tensor or an array of any shape; so is the result.
+    """
+    if positions == "all":
+        return index > NOWHERE
+    if positions == "prompt":
+        return (index < 0) & (index > NOWHERE)
+    return index >= (-1 if positions == "last-prompt" else 0)

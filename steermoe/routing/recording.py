@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
 from steermoe.routing.intercept import intercept
-from steermoe.routing.positions import RECORDED, Recorded
+from steermoe.routing.positions import RECORDED, Recorded, select
 from steermoe.routing.routers import (
     Router,
     _text_config,
@@ -23,7 +23,7 @@ from steermoe.routing.routers import (
     module_that_routes,
     scoring,
 )
-from steermoe.routing.tracker import Stack, Tracker, Window, select
+from steermoe.routing.tracker import Stack, Tracker, Window
 from steermoe.routing.wrapping import Hook
 
 PENDING_LIMIT = 1 << 22

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from steermoe.errors import SteeringError
-from steermoe.routing.positions import NOWHERE, Positions
 from steermoe.routing.wrapping import EagerHook, wrap_method
 
 Stack = Literal["encoder", "decoder"]
@@ -34,18 +33,6 @@ def turn_of(model: nn.Module) -> "threading.RLock":
     """
     with _MAKING_TURNS:
         return _TURNS.setdefault(model, threading.RLock())
-
-
-def select(positions: Positions, index: Tensor) -> Tensor:
-    """Which tokens `positions` selects, bool; `index` is 0 for the first generated token and negative in the prompt.
-
-    Tokens that are left alone, such as those outside of a segment, have the index NOWHERE.
-    """
-    if positions == "all":
-        return index > NOWHERE
-    if positions == "prompt":
-        return (index < 0) & (index > NOWHERE)
-    return index >= (-1 if positions == "last-prompt" else 0)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
 """Edit router logits on a CPU by kernels that numba compiles and keeps on disk.
 
 Between two routers, a CPU reads weights that push everything else out of its caches. After that, each of torch's small
-operations costs 15 microseconds, and an edit takes seven or more; this is one call. It does what `formulas` does, and
-the tests hold it to that.
-
-numba keeps kernels of other files that have these functions compiled in, and does not notice when this file changes:
-after a change here, delete the __pycache__ folders.
+operations costs 15 microseconds, and an edit takes seven or more; this is one call.
 
 Shapes: T tokens of a forward call, W columns of logits, N experts of a layer, P plans.
 """
@@ -15,28 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steermoe.formulas import BAN_DEPTH, FLOAT32_EPS, FLOOR, FORCE_MARGIN, FORMULAS, LOWEST
 from steermoe.steering.banks import Bank
+from steermoe.steering.kernels import edit_row, narrow, pointer, widen
 from steermoe.steering.narrowing import narrowed
+from steermoe.steering.tables import marks_of
 
-RAISED, FORCED, BANNED = 1, 2, 4
-"""Bits of a plan's marks: where E > 0, and the experts to force and to ban."""
 BFLOAT16_EPS = 2.0**-7
 EDITED = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float32)}
 """The types that are edited as they are, and their precision."""
-ADDITIVE, MAX_SCALED, ZERO_MAX_SCALED = (FORMULAS.index(name) for name in ("additive", "max_scaled", "zero_max_scaled"))
 
 
-def marks_of(bank: Bank) -> NDArray[np.uint8]:
-    """[P, N]: which experts are raised, forced and banned, as bits."""
-    listed = ((bank.raised, RAISED), (bank.forced, FORCED), (bank.banned, BANNED))
-    bits = [marks.numpy().astype(np.uint8) * np.uint8(bit) for marks, bit in listed]
-    return bits[0] | bits[1] | bits[2]
+def _marks_of(bank: Bank) -> NDArray[np.uint8]:
+    return marks_of(bank.raised.numpy(), bank.forced.numpy(), bank.banned.numpy())
 
 
 class TokenPlans:
@@ -62,7 +51,7 @@ class LayerEditor:
     """
 
     def __init__(self, bank: Bank, formula_P: NDArray[np.int64], paper_P: NDArray[np.bool_]) -> None:
-        self._marks_PN, self._experts = marks_of(bank), bank.push.shape[1]
+        self._marks_PN, self._experts = _marks_of(bank), bank.push.shape[1]
         self._kept = bank.push.numpy(), self._marks_PN, formula_P, paper_P
         places = map(_address, self._kept, (np.float32, np.uint8, np.int64, np.bool_))
         self._state = np.array([self._experts, *places], dtype=np.int64)
@@ -70,7 +59,7 @@ class LayerEditor:
 
     def install(self, number: int, bank: Bank) -> None:
         """Take the marks of the plan with this number from another bank, which holds only that plan."""
-        self._marks_PN[number] = marks_of(bank)[0]
+        self._marks_PN[number] = _marks_of(bank)[0]
 
     def edit(self, logits: Tensor, tokens: TokenPlans) -> Tensor:
         """Logits [T or more, W], computed in float32, as a new tensor of the same type.
@@ -99,88 +88,6 @@ def _address(array: NDArray[Any], dtype: Any) -> int:
     if array.dtype != dtype or not array.flags.c_contiguous:
         raise TypeError(f"an array of {array.dtype}, expected a contiguous one of {np.dtype(dtype)}")
     return int(array.__array_interface__["data"][0])
-
-
-@intrinsic
-def pointer(typing: Any, address: Any) -> Any:
-    """The address as a pointer, for carray."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-@njit(cache=True, error_model="numpy")
-def edit_row(z_N, push_N, marks_N, formula, paper, factor, eps=FLOAT32_EPS):
-    """Steer one token's logits in place, as `steermoe.formulas` does.
-
-    Args:
-        z_N: logits, float32.
-        push_N: c E, float32.
-        marks_N: RAISED, FORCED and BANNED, uint8.
-        formula: its number in FORMULAS.
-        paper: whether the scale is `paper` and not `magnitude`.
-        factor: multiplies the push.
-        eps: the precision of the type that the logits are rounded to afterwards.
-    """
-    largest = np.float32(-np.inf)
-    listed = np.uint8(0)
-    for n in range(len(z_N)):
-        largest = max(largest, z_N[n])
-        listed |= marks_N[n]
-    scale = largest if paper else abs(largest)
-    top, some_sank = np.float32(-np.inf), False
-    for n in range(len(z_N)):
-        push, before = push_N[n] * factor, z_N[n]
-        if formula == ADDITIVE:
-            z_N[n] += push
-        elif formula == MAX_SCALED:
-            z_N[n] += scale * push
-        else:
-            steered = (np.float32(0) if marks_N[n] & RAISED else z_N[n]) + scale * push
-            if not paper and push < 0:
-                steered = min(steered, z_N[n])
-            z_N[n] = steered
-        top = max(top, z_N[n])
-        some_sank |= z_N[n] < np.float32(FLOOR) and z_N[n] < before
-    if top < np.float32(LOWEST) and top < largest:
-        for n in range(len(z_N)):
-            z_N[n] = (z_N[n] - top) + np.float32(LOWEST)
-    if some_sank:
-        for n in range(len(z_N)):
-            if z_N[n] < np.float32(FLOOR):
-                z_N[n] = np.float32(FLOOR)
-    if listed & FORCED:
-        top = z_N.max()
-        top += max(np.float32(FORCE_MARGIN), abs(top) * np.float32(eps))
-        for n in range(len(z_N)):
-            if marks_N[n] & FORCED:
-                z_N[n] = top
-    if listed & BANNED:
-        bottom = z_N.min()
-        bottom -= max(np.float32(FORCE_MARGIN), abs(bottom) * np.float32(eps))
-        bottom = min(bottom, z_N.max() - np.float32(BAN_DEPTH))
-        for n in range(len(z_N)):
-            if marks_N[n] & BANNED:
-                z_N[n] = bottom
-
-
-@njit(cache=True, error_model="numpy")
-def widen(bits_N, z_N):
-    """Bits of bfloat16 to float32."""
-    wide_N = z_N.view(np.uint32)
-    for n in range(len(z_N)):
-        wide_N[n] = np.uint32(bits_N[n]) << np.uint32(16)
-
-
-@njit(cache=True, error_model="numpy")
-def narrow(z_N, bits_N):
-    """float32 to bits of bfloat16, rounded to the nearest, ties to even."""
-    wide_N = z_N.view(np.uint32)
-    for n in range(len(z_N)):
-        half = np.uint32(0x7FFF) + ((wide_N[n] >> np.uint32(16)) & np.uint32(1))
-        bits_N[n] = np.uint32(0x7FC0) if np.isnan(z_N[n]) else (wide_N[n] + half) >> np.uint32(16)
 
 
 @njit(types.void(*[types.int64] * 2, types.float64, *[types.int64] * 4), cache=True, error_model="numpy")

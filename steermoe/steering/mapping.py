@@ -6,12 +6,12 @@ Shapes: B rows, S columns of a forward call, P plans.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from steermoe.steering.plans import SteeringPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNSTEERED = -1
 """The number of rows and tokens that follow no plan."""
@@ -47,7 +47,7 @@ class PlanMapping:
         """
         return [self._numbers[plan] for plan in rows]
 
-    def factors(self, numbers: list[int], index: Tensor) -> Tensor:
+    def factors(self, numbers: list[int], index: "Tensor") -> "Tensor":
         """[B, S], the factor for each token's strength; 0 where the token is not steered.
 
         The rows of the result may share memory. What depends only on the numbers is kept for the next call, since
@@ -62,12 +62,16 @@ class PlanMapping:
         _, plans, entries, entry_B = self._kept
         if len(plans) == 1 and UNSTEERED not in entries:
             return plans[0].factor(index).expand(len(entries), -1)
+        import torch
+
         table = factor_table(plans, index)
         if index.dim() == 1:
             return torch.stack([table[entry] for entry in entries])
         return torch.stack(table)[entry_B, torch.arange(len(entries))]
 
     def _entries_of(self, numbers: list[int]) -> "_Entries":
+        import torch
+
         used = sorted(set(numbers) - {UNSTEERED})
         entry_of = {UNSTEERED: UNSTEERED, **{number: entry for entry, number in enumerate(used)}}
         entries = [entry_of[number] for number in numbers]
@@ -86,14 +90,16 @@ class _Entries(NamedTuple):
     numbers: list[int]
     plans: list[SteeringPlan]
     entries: list[int]
-    entry_B: Tensor
+    entry_B: "Tensor"
 
 
-def factor_table(plans: Sequence[SteeringPlan], index: Tensor) -> list[Tensor]:
+def factor_table(plans: Sequence[SteeringPlan], index: "Tensor") -> "list[Tensor]":
     """Each plan's factors for the strength, in the shape of `index`; the last entry is zeros, for UNSTEERED.
 
     Args:
         plans: [P]; the result has P + 1 tensors.
         index: each token's index among the generated ones, negative in the prompt, in any shape.
     """
+    import torch
+
     return [*(plan.factor(index) for plan in plans), torch.zeros(index.shape)]

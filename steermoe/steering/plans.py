@@ -6,15 +6,13 @@ Knows nothing about models.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from steermoe.errors import SteeringError, quoted, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
-from steermoe.routing.positions import POSITIONS, Positions
-from steermoe.routing.tracker import select
+from steermoe.routing.positions import POSITIONS, Positions, select
 from steermoe.steering.limits import LARGEST, MOST_STRENGTH, check_count, check_listed, check_tags, whole
 from steermoe.vectors.vector import SteeringVector
 
@@ -23,6 +21,13 @@ DEFAULT_FORMULA: Formula = "max_scaled"
 DEFAULT_SCALE: Scale = "magnitude"
 DEFAULT_STRENGTH = 8.0
 """For vectors that were not calibrated; `steermoe calibrate` finds their own."""
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Numbers = TypeVar("Numbers", "Tensor", "NDArray[np.floating[Any]]")
+"""Tensors, or arrays of floats: what is computed of equal numbers is equal to the bit."""
 
 SCHEDULES = {
     "constant": "the same for all tokens",
@@ -80,16 +85,17 @@ class Schedule:
             raise _unknown(text)
         return cls("window", start, stop)
 
-    def factor(self, index: Tensor) -> Tensor:
-        """The factor for the strength at generated token number `index` (negative in the prompt)."""
+    def factor(self, index: Numbers) -> Numbers:
+        """The factor for the strength at generated token number `index` (negative in the prompt), float32."""
+        at: Any = index
         match self.kind:
             case "constant":
-                return torch.ones(index.shape)
+                return _single(at == at)
             case "decay":
-                return (1 - index.clamp(min=0) / self.stop).clamp(min=0)
+                return _single((1 - at.clip(min=0) / self.stop).clip(min=0))
             case "after":
-                return ((index < 0) | (index >= self.start)).float()
-        return ((index < 0) | ((index >= self.start) & (index < self.stop))).float()
+                return _single((at < 0) | (at >= self.start))
+        return _single((at < 0) | ((at >= self.start) & (at < self.stop)))
 
     def __str__(self) -> str:
         return {
@@ -99,6 +105,11 @@ class Schedule:
             "first": f"first:{self.stop}",
             "after": f"after:{self.start}",
         }[self.kind]
+
+
+def _single(numbers: Any) -> Any:
+    """In float32, tensor or array."""
+    return numbers.astype(np.float32, copy=False) if isinstance(numbers, np.ndarray | np.generic) else numbers.float()
 
 
 def _unknown(schedule: str) -> SteeringError:
@@ -174,10 +185,10 @@ class SteeringPlan:
                 f"strength {shown(number)}{of} is out of range: expected a finite number from "
                 f"{-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, such as {DEFAULT_STRENGTH:g}"
             )
-        if self.vector is None or self.vector.weights is None:  # frequencies are at most 1
+        if self.vector is None:
             return
-        largest = float(self.vector.experts.abs().max())
-        if abs(number) * largest > MOST_STRENGTH * 1.01:  # frequencies may be 1 too, up to rounding
+        largest = self.vector.largest
+        if abs(number) * largest > MOST_STRENGTH * 1.01:  # 1, up to rounding, is the most that frequencies are
             raise SteeringError(
                 f"strength {number:g} times the largest weight of '{quoted(self.vector.domain)}', {largest:g}, is out "
                 f"of range: expected at most {MOST_STRENGTH:g}; lower one of them"
@@ -195,14 +206,14 @@ class SteeringPlan:
     def does_something(self) -> bool:
         return bool(self.force or self.ban or self.active_experts) or (self.vector is not None and self.strength != 0)
 
-    def factor(self, index: Tensor) -> Tensor:
+    def factor(self, index: Numbers) -> Numbers:
         """How strongly each token is steered, as a multiple of the strength.
 
         Args:
             index: the number of each token: among those that the schedule counts, negative in the prompt, and far below
                 that if the token is left alone (`positions.NOWHERE`).
         """
-        number = index + 1 if self.positions == "last-prompt" else index
+        number: Any = index + 1 if self.positions == "last-prompt" else index
         return self.schedule.factor(number) * select(self.positions, index) * self.does_something
 
     def steers(self, prompt: int, generated: int) -> bool:
@@ -215,7 +226,7 @@ class SteeringPlan:
         firsts = [-1] * (prompt > 0)  # of the prompt, of what is generated, of a window: they stand for the others
         start = self.schedule.start
         firsts += [first for first in {0, start, max(0, start - 1)} if first < generated]
-        return bool(firsts) and bool(self.factor(torch.tensor(firsts)).any())
+        return bool(firsts) and bool(self.factor(np.array(firsts, dtype=np.float64)).any())
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

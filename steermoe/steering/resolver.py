@@ -11,9 +11,9 @@ from pathlib import Path
 
 from steermoe.errors import CompatibilityError, SteeringError, VectorError, VectorNotFound, escaped, quoted
 from steermoe.routing.shape import RoutingShape
-from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import DEFAULT_FORMULA, DEFAULT_SCALE, Schedule, SteeringPlan, plan_for
 from steermoe.steering.spec import NO_DOMAIN, SteeringSpec, parse_domain
+from steermoe.steering.tables import check_plan
 from steermoe.steering.tags import ModelTags
 from steermoe.vectors.file import SUFFIX, check_domain_name, read_header, read_vector
 from steermoe.vectors.hub import is_place
@@ -173,7 +173,7 @@ class PlanResolver:
         """A vector or mixture; `stamps` only distinguish states of its files."""
         weights = [parse_domain(part) for part in _parts(domain, names_only=self._names_only)]
         parts = [(self._read(name), weight) for name, weight in weights]
-        if not sum(abs(weight) * float(vector.experts.abs().max()) for vector, weight in parts) < MOST_SUM:
+        if not sum(abs(weight) * vector.largest for vector, weight in parts) < MOST_SUM:
             raise SteeringError(
                 f"domain '{quoted('+'.join(domain))}': the weights times those in the vectors are too large: lower them"
             )

@@ -10,16 +10,18 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from steermoe.errors import VectorError, VectorNotFound, reason, shown
 from steermoe.files import atomic_path, why_not_written
 from steermoe.vectors.vector import MAX_EXPERTS, MAX_LAYERS, SteeringVector, VectorInfo
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -123,7 +125,7 @@ def read_header(path: Path | str) -> VectorHeader:
         VectorNotFound: no such file. VectorError: not a vector file, an unknown version, or a header that is damaged or
             doesn't match its hash.
     """
-    with _open(Path(path), "np") as file:
+    with _open(Path(path)) as file:
         return _parse_header(file)
 
 
@@ -134,7 +136,7 @@ def read_vector(path: Path | str) -> SteeringVector:
         VectorNotFound: no such file. VectorError: not a vector file, an unknown version, content that doesn't match its
             hashes, too many numbers, or invalid ones (see `SteeringVector`).
     """
-    with _open(Path(path), "pt") as file:
+    with _open(Path(path)) as file:
         header = _parse_header(file)
         kinds = {name: file.get_slice(name).get_dtype() for name in header.matrices}
         if wrong := {name: kind for name, kind in kinds.items() if name not in MATRICES or kind != "F32"}:
@@ -159,15 +161,15 @@ def read_vector(path: Path | str) -> SteeringVector:
 
 
 @contextlib.contextmanager
-def _open(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
-    """An open safetensors file; any failure becomes a VectorError that names it."""
+def _open(path: Path) -> Iterator[Any]:
+    """An open safetensors file that gives arrays; any failure becomes a VectorError that names it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         if not path.is_file():
             raise VectorNotFound(f"no vector file '{path}'; `steermoe vectors list` shows what there is")
         _check_size(path)
-        with safe_open(path, framework) as file:
+        with safe_open(path, "np") as file:
             yield file
     except VectorNotFound:
         raise
@@ -297,13 +299,14 @@ def write_whole(content: bytes, path: Path) -> None:
         raise VectorError(f"can't write '{path}': {why_not_written(error)}; name another file or folder") from error
 
 
-def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
-    """The hash of a file's matrices that its header keeps: names, dtypes, shapes and numbers."""
+def tensors_sha256(tensors: "Mapping[str, Tensor | NDArray[np.float32]]") -> str:
+    """The hash of a file's matrices that its header keeps: names, dtypes as torch writes them, shapes and numbers."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        given: Any = tensors[name]
+        array = given.numpy() if hasattr(given, "numpy") else given
+        digest.update(f"{name} torch.{array.dtype} {list(array.shape)}".encode())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from steermoe.errors import CompatibilityError, VectorError
 from steermoe.routing.shape import RouterShape, RoutingShape
 from steermoe.vectors.file import read_header, read_vector
@@ -32,12 +34,13 @@ def mix(parts: Parts, domain: str | None = None) -> SteeringVector:
     first = parts[0][0]
     name = domain or "+".join(vector.domain for vector, _ in parts)
     if len(parts) == 1 and parts[0][1] == 1:
-        return replace(first, domain=name)
+        return first if name == first.domain else replace(first, domain=name)
     _check_weights(parts)
     _check_one_model(parts)
-    experts = first.experts * parts[0][1]
-    for vector, weight in parts[1:]:
-        experts = experts + weight * vector.experts
+    with np.errstate(over="ignore", invalid="ignore"):  # the new vector refuses what is infinite
+        experts = first.expert_array * parts[0][1]
+        for vector, weight in parts[1:]:
+            experts = experts + weight * vector.expert_array
     sources = tuple(one for vector, _ in parts for one in vector.sources or (vector,))
     return SteeringVector(name, None, first.layers, weights=experts, info=_info_of(parts), sources=sources)
 

@@ -1,7 +1,7 @@
 """Steering vectors: what a domain's routing looks like, and the expert vector E that steers toward it. Knows no files.
 
-Shapes: L MoE layers of the model (dense layers don't count), N experts per layer. Imports no torch, only uses the
-tensors that it is given, so `steermoe vectors list` starts fast.
+Shapes: L MoE layers of the model (dense layers don't count), N experts per layer. Imports torch only when tensors are
+asked for: a vector that was read from a file steers llama.cpp as numpy's arrays.
 """
 
 import math
@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from steermoe.errors import CompatibilityError, VectorError, shown
 from steermoe.formulas import FORMULAS, SCALES, Formula, Scale
 from steermoe.routing.shape import RoutingShape
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 DEFAULT_THRESHOLD = 3.0
@@ -123,9 +125,54 @@ class VectorInfo:
                 raise VectorError(f"a vector's {name} is {shown(getattr(self, name))}, expected {expected}")
 
 
+class Matrix:
+    """A field of a vector that is given as a tensor or as an array of numpy, float32 then, and read as a tensor.
+
+    Args:
+        required: whether it has no default; otherwise that is None.
+    """
+
+    def __init__(self, *, required: bool = False) -> None:
+        self._required = required
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, vector: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, vector: "SteeringVector", owner: type) -> "Tensor | None": ...
+    def __get__(self, vector: "SteeringVector | None", owner: type) -> "Tensor | None":
+        if vector is None:  # a dataclass asks for the default so
+            if self._required:
+                raise AttributeError(self._name)
+            return None
+        vector.__dict__[self._name] = found = _as_tensor(vector.__dict__[self._name])
+        return found
+
+    def __set__(self, vector: "SteeringVector", value: "Tensor | NDArray[np.float32] | None") -> None:
+        vector.__dict__[self._name] = value
+
+
+def _as_tensor(matrix: Any) -> Any:
+    """The same numbers in the same memory."""
+    if matrix is None or hasattr(matrix, "numpy"):
+        return matrix
+    import torch
+
+    return torch.from_numpy(matrix)
+
+
+def _as_float(matrix: Any) -> Any:
+    """In float32, as arrays are already."""
+    return matrix.float() if hasattr(matrix, "float") else matrix
+
+
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
     """The routing of one domain's texts and the expert vector that follows from it.
+
+    Its matrices are given as tensors or as arrays of numpy, float32 then, and read as tensors.
 
     Attributes:
         domain: its name.
@@ -143,27 +190,27 @@ class SteeringVector:
     """
 
     domain: str
-    frequency: "Tensor | None"
-    layers: tuple[int, ...]
+    frequency: Matrix = Matrix(required=True)
+    layers: tuple[int, ...]  # type: ignore[misc]  # the field before has no default, only a descriptor
     threshold: float = DEFAULT_THRESHOLD
-    baseline: "Tensor | None" = None
+    baseline: Matrix = Matrix()
     relative: bool = False
-    weights: "Tensor | None" = None
+    weights: Matrix = Matrix()
     info: VectorInfo = field(default_factory=VectorInfo)
     sources: tuple["SteeringVector", ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if self.frequency is None and self.weights is None:
+        if self._given("frequency") is None and self._given("weights") is None:
             raise VectorError(f"vector '{self.domain}' has neither frequencies nor weights: give one of them")
-        if self.relative and self.baseline is None:
+        if self.relative and self._given("baseline") is None:
             raise VectorError(f"vector '{self.domain}' is relative but has no baseline: store the corpus baseline too")
         if not 0 <= self.threshold < float("inf"):
             raise VectorError(f"vector '{self.domain}': threshold {self.threshold} must be a finite number, 0 or more")
-        for name in ("frequency", "baseline", "weights"):
-            matrix = getattr(self, name)
+        given = {name: self._given(name) for name in ("frequency", "baseline", "weights")}
+        for name, matrix in given.items():
             if matrix is not None:
                 _check_matrix(self.domain, name, matrix, len(self.layers))
-        shapes = {tuple(m.shape) for m in (self.frequency, self.baseline, self.weights) if m is not None}
+        shapes = {tuple(matrix.shape) for matrix in given.values() if matrix is not None}
         if len(shapes) > 1:
             raise VectorError(f"vector '{self.domain}': its matrices have different shapes {sorted(shapes)}")
         increase = list(self.layers) == sorted(set(self.layers))
@@ -176,26 +223,48 @@ class SteeringVector:
     @cached_property
     def experts(self) -> "Tensor":
         """The expert vector E [L, N], float32: the frequencies above the threshold, else 0 (or `weights` as given)."""
-        if self.weights is not None:
-            return self.weights.float()
-        assert self.frequency is not None
-        frequency = self.frequency.float()
-        usual = self.baseline.float() if self.relative and self.baseline is not None else 1 / self.num_experts
-        return frequency.where(frequency > self.threshold * usual, 0.0)
+        return _as_tensor(self._experts)
+
+    @cached_property
+    def expert_array(self) -> "NDArray[np.float32]":
+        """The same as an array, for which torch is not imported if the vector was read from a file."""
+        found: Any = self._experts
+        return found.detach().cpu().numpy() if hasattr(found, "numpy") else found
+
+    @cached_property
+    def _experts(self) -> Any:
+        """A tensor or an array, as the matrices are."""
+        frequency, baseline, weights = map(_as_float, map(self._given, ("frequency", "baseline", "weights")))
+        if weights is not None:
+            return weights
+        import numpy as np
+
+        usual = baseline if self.relative else 1 / self.num_experts
+        with np.errstate(all="ignore"):  # a large threshold may be infinite in float32
+            return frequency * (frequency > self.threshold * usual)
+
+    def _given(self, name: str) -> Any:
+        """A matrix as it was given or last read: a tensor, an array, or None."""
+        return self.__dict__[name]
 
     @property
-    def _matrix(self) -> "Tensor":
-        matrix = self.weights if self.weights is not None else self.frequency
-        assert matrix is not None
-        return matrix
+    def _shape(self) -> tuple[int, int]:
+        weights = self._given("weights")
+        rows, columns = (self._given("frequency") if weights is None else weights).shape
+        return rows, columns
 
     @property
     def num_layers(self) -> int:
-        return self._matrix.shape[0]
+        return self._shape[0]
 
     @property
     def num_experts(self) -> int:
-        return self._matrix.shape[1]
+        return self._shape[1]
+
+    @property
+    def largest(self) -> float:
+        """The largest number of E, without its sign."""
+        return float(abs(self.expert_array).max())
 
     def chosen(self) -> dict[int, dict[int, float]]:
         """The experts in E: decoder layer -> expert -> weight, without zeros."""
@@ -317,20 +386,22 @@ def check_fits(vector: Sized, shape: RoutingShape, *, all_columns: bool = False)
         )
 
 
-def _check_matrix(domain: str, name: str, matrix: "Tensor", rows: int) -> None:
-    if matrix.dim() != 2 or matrix.shape[0] != rows or matrix.shape[1] < 2:
+def _check_matrix(domain: str, name: str, matrix: "Tensor | NDArray[np.float32]", rows: int) -> None:
+    if len(matrix.shape) != 2 or matrix.shape[0] != rows or matrix.shape[1] < 2:
         raise VectorError(
             f"vector '{domain}': {name} has shape {list(matrix.shape)}, expected {rows} layers x 2 or more experts"
         )
-    if not matrix.isfinite().all():
+    given: Any = matrix
+    if not bool((abs(given) < math.inf).all()):
         raise VectorError(f"vector '{domain}': {name} contains NaN or infinity; build the vector again")
     if name == "weights":
         return
-    if (matrix < 0).any():
+    if bool((matrix < 0).any()):
         raise VectorError(f"vector '{domain}': {name} contains {matrix.min():.3g}, but frequencies are never negative")
-    sums = matrix.float().sum(-1)
-    if ((sums - 1).abs() > ROW_SUM_TOLERANCE).any():
-        worst = int((sums - 1).abs().argmax())
+    sums = given.float().sum(-1) if hasattr(given, "float") else given.sum(-1, dtype="float64")
+    off = abs(sums - 1)
+    if bool((off > ROW_SUM_TOLERANCE).any()):
+        worst = int(off.argmax())
         raise VectorError(
             f"vector '{domain}': row {worst} of {name} sums to {sums[worst]:.4g}, "
             "expected 1; divide each row by its sum"

@@ -10,7 +10,7 @@ from steermoe.errors import SteeringError
 from steermoe.routing.recording import watch_choices
 from steermoe.routing.routers import NOTE, shape_of
 from steermoe.routing.shape import RouterShape, RoutingShape
-from steermoe.steering.banks import check_plan
+from steermoe.steering.tables import check_plan
 from steermoe.steering.tracing import NONE, RoutingTracer
 from tests.support.tiny_models import EXPERTS, TOP_K, build, run, tiny_config, tokens
 

@@ -11,9 +11,9 @@ from steermoe.errors import CompatibilityError, SteeringError, UnsupportedModel
 from steermoe.routing.recording import record_routing
 from steermoe.routing.routers import find_routers
 from steermoe.routing.shape import RouterShape, RoutingShape
-from steermoe.steering.banks import check_plan
 from steermoe.steering.handle import attach, steer
 from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.tables import check_plan
 from steermoe.vectors.vector import SteeringVector
 from tests.support import steering_models as tiny
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from steermoe import formulas
 from steermoe.routing.shape import RouterShape
-from steermoe.steering import editing_numba
+from steermoe.steering import editing_numba, kernels, tables
 from steermoe.steering.banks import Bank
 from steermoe.steering.editing import Editor, RowLayout, Step, Tally
 from steermoe.steering.plans import SteeringPlan
@@ -35,10 +35,8 @@ def test_a_row_is_edited_as_by_the_formulas(formula, scale, strength, shift, lis
             formula, torch.from_numpy(logits.copy())[None], push * factor, experts > 0, scale, bool((push < 0).any())
         )
         wanted = formulas.ban(formulas.force(wanted, forced), banned)[0]
-        marks = (
-            (experts > 0) * editing_numba.RAISED + forced * editing_numba.FORCED + banned * editing_numba.BANNED
-        ).numpy()
-        editing_numba.edit_row(
+        marks = ((experts > 0) * tables.RAISED + forced * tables.FORCED + banned * tables.BANNED).numpy()
+        kernels.edit_row(
             logits,
             push.numpy(),
             marks.astype(np.uint8),
@@ -94,7 +92,7 @@ def test_bfloat16_is_rounded_as_by_torch():
     router = RouterShape(0, EXPERTS, EXPERTS, 2)
     push = torch.linspace(-1, 1, EXPERTS)[None]
     bank = replace(Bank.of(router, 0, []), push=push)
-    layer = editing_numba.LayerEditor(bank, np.array([editing_numba.ADDITIVE]), np.array([False]))
+    layer = editing_numba.LayerEditor(bank, np.array([kernels.ADDITIVE]), np.array([False]))
     found = layer.edit(values, editing_numba.TokenPlans(np.zeros(4096, np.int64), np.ones(4096, np.float32)))
     wanted = (values.float() + push).bfloat16()
     assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
@@ -131,11 +129,11 @@ def test_the_largest_strength_stays_finite_in_every_type(formula, strength):
 @pytest.mark.parametrize("formula", formulas.FORMULAS)
 def test_logits_that_sink_together_are_lifted_as_by_the_formulas(formula):
     experts = torch.linspace(0.1, 1.0, EXPERTS)
-    push, marks = -1e4 * experts, np.full(EXPERTS, editing_numba.RAISED, np.uint8)
+    push, marks = -1e4 * experts, np.full(EXPERTS, tables.RAISED, np.uint8)
     for shift in (0.0, -200.0):
         logits = (np.random.default_rng(0).normal(size=EXPERTS) + shift).astype(np.float32)
         wanted = formulas.apply(formula, torch.from_numpy(logits.copy())[None], push, experts > 0, "magnitude")
-        editing_numba.edit_row(logits, push.numpy(), marks, formulas.FORMULAS.index(formula), False, np.float32(1))
+        kernels.edit_row(logits, push.numpy(), marks, formulas.FORMULAS.index(formula), False, np.float32(1))
         torch.testing.assert_close(torch.from_numpy(logits)[None], wanted)
         assert logits.max() == formulas.LOWEST
 

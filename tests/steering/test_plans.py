@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,15 @@ def test_factor_by_hand(text, expected):
     schedule = Schedule.parse(text)
     assert schedule.factor(index).tolist() == expected
     assert str(schedule) == text
+
+
+@pytest.mark.parametrize("schedule", ["constant", "decay:7", "decay:1000", "window:1-3", "first:2", "after:2"])
+@pytest.mark.parametrize("positions", ["generated", "prompt", "all", "last-prompt"])
+def test_arrays_get_the_bits_that_tensors_get(positions, schedule):
+    plan, numbers = SteeringPlan(VECTOR, positions=positions, schedule=schedule), [NOWHERE, *range(-20, 1020)]
+    of_array = plan.factor(np.array(numbers, dtype=np.float32))
+    assert of_array.dtype == np.float32
+    assert of_array.tobytes() == plan.factor(torch.tensor(numbers)).numpy().tobytes()
 
 
 @pytest.mark.parametrize(

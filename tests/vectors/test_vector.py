@@ -1,5 +1,6 @@
 """Steering vectors: what follows from their frequencies, what is rejected, and mixtures."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,19 @@ def test_paper_threshold_is_the_default():
 def test_weights_are_taken_as_they_are():
     weights = torch.tensor([[0.0, -2.0], [0.5, 0.0]])
     assert torch.equal(SteeringVector("mix", None, (0, 1), weights=weights).experts, weights)
+
+
+@pytest.mark.parametrize("fields", [{}, {"relative": True}, {"threshold": 1e300}, {"weights": -FREQUENCY}])
+def test_arrays_are_taken_as_tensors_are(fields):
+    fields = {"frequency": FREQUENCY, "baseline": BASELINE, "threshold": 1.2, **fields}
+    given = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
+    of_tensors, of_arrays = vector(**fields), vector(**given)
+    assert of_arrays.expert_array.dtype == np.float32
+    assert of_arrays.expert_array.tobytes() == of_tensors.experts.numpy().tobytes()
+    assert torch.equal(of_arrays.experts, of_tensors.experts)
+    assert of_arrays.largest == of_tensors.largest
+    assert torch.equal(of_arrays.frequency, FREQUENCY)
+    assert of_arrays.frequency is of_arrays.frequency
 
 
 def test_shape_and_chosen_experts():

@@ -126,7 +126,7 @@ class HFEngine:
         prompts = [self.encode(request) for request in requests]
         steps = self.compiled_steps() if requests and not record else None
         decoder: Decoder
-        if steps is not None and steps.serves(len(requests)):
+        if steps is not None and steps.promise(len(requests)):
             decoder = RollingDecoder(self.loaded, self.end_tokens(), steps, self.tags)
         else:
             decoder = StaticDecoder(self.loaded, self.end_tokens(), record, self.tags)

@@ -22,7 +22,8 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from steermoe.engines.llamacpp.pointers import ask_host, copy_tensor, half_word, word
-from steermoe.steering.editing_numba import BANNED, FORCED, RAISED, edit_row, pointer
+from steermoe.steering.kernels import edit_row, pointer
+from steermoe.steering.tables import BANNED, FORCED, RAISED
 
 NAME_BYTES = 64
 FFN_MOE = int.from_bytes(b"ffn_moe_", "little")

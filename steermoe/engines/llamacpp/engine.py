@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from steermoe.engines.chat import read_chat
@@ -19,6 +18,7 @@ from steermoe.engines.llamacpp.context import Context, last_message, messages, o
 from steermoe.engines.llamacpp.decoder import RollingDecoder
 from steermoe.engines.llamacpp.rows import CALL_TOKENS, factors_of
 from steermoe.engines.llamacpp.state import CallbackState, Reach
+from steermoe.engines.llamacpp.threads import default_threads
 from steermoe.engines.llamacpp.tokenizer import GGUFTokenizer
 from steermoe.engines.memory import SHARE, Room, free_memory
 from steermoe.engines.request import Completion, Request
@@ -77,7 +77,7 @@ class LlamaCppEngine:
 
     Args:
         model: the GGUF file, or what `read_gguf` returned for it.
-        threads: by default as many as torch has.
+        threads: by default as many as torch would take (see `threads`).
         gpu_layers: layers on a GPU; by default all if this llama.cpp supports one. There the logits go through ggml's
             get and set, which is not tested.
         reach: how logits are reached (see `callback`); by default inside the graph on the CPU.
@@ -109,7 +109,7 @@ class LlamaCppEngine:
             self.file = with_active_experts(self.file, active_experts)
         self.file = replace(self.file, routers=self.file.shape.without_counts(NO_COUNTS).routers)
         self.shape = self.file.shape
-        self.threads = threads or torch.get_num_threads()
+        self.threads = threads or default_threads()
         self._cache = cache
         self._callback = callback
         llama_cpp.llama_log_set(on_message, None)
@@ -218,7 +218,7 @@ class LlamaCppEngine:
     def room(self) -> Room:
         vocabulary, number_bytes = self.tokenizer.size, {"f16": 2, "f32": 4}[self._cache]
         return Room(
-            int(free_memory(torch.device("cpu")) * SHARE),
+            int(free_memory(None) * SHARE),
             LOGITS_BYTES * vocabulary,
             number_bytes * self.file.cache_numbers,
         )

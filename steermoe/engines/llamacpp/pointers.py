@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from steermoe.steering.editing_numba import pointer
+from steermoe.steering.kernels import pointer
 
 
 @intrinsic

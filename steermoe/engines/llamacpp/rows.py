@@ -5,20 +5,22 @@ Imports no llama.cpp: it is passed the context that computes.
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from steermoe.engines.decoding import Row, by_prompt, score_of
 from steermoe.engines.llamacpp.sampler import TokenSampler
 from steermoe.engines.llamacpp.state import CallbackState
+from steermoe.engines.request import TokenScore
 from steermoe.routing.positions import NOWHERE
 from steermoe.steering.mapping import PlanMapping
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CALL_TOKENS = 256
 """The most tokens of a forward call; longer prompts are read in several."""
@@ -201,7 +203,14 @@ class Run:
         if row.recorder is not None:
             row.recorder.drew(logprob_of(token, logits))
         most = row.request.logprobs
-        row.take(token, None if most is None else score_of(torch.tensor(logits), token, most))
+        row.take(token, None if most is None else _score_of(logits, token, most))
+
+
+def _score_of(logits: NDArray[np.float32], token: int, most: int) -> TokenScore:
+    """As `decoding.score_of`, of logits [V]; only where scores are asked for is torch imported."""
+    import torch
+
+    return score_of(torch.tensor(logits), token, most)
 
 
 def logprob_of(token: int, logits: NDArray[np.float32]) -> float:
@@ -214,10 +223,12 @@ def factors_of(plan: SteeringPlan | None, prompt: int, new: int) -> NDArray[np.f
     """[prompt + new], by how much the plan's strength is multiplied at the tokens with these numbers."""
     if plan is None:
         return np.zeros(prompt + new, dtype=np.float32)
-    return plan.factor(torch.arange(-prompt, new)).float().numpy()
+    return plan.factor(np.arange(-prompt, new, dtype=np.float32))
 
 
-def frequency_of(counts: NDArray[np.int64]) -> Tensor | None:
+def frequency_of(counts: NDArray[np.int64]) -> "Tensor | None":
     """Routing embedding F [L, N], or None if nothing was counted."""
+    import torch
+
     sums = counts.sum(-1, keepdims=True)
     return torch.from_numpy((counts / sums).astype(np.float32)) if sums.all() else None

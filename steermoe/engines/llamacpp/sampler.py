@@ -1,7 +1,8 @@
 """Draws one row's next token with numpy, by the rules of `sampling.RowSampler`: equal logits and seed, equal token.
 
-torch's threads would wake for every token and then compete with those of llama.cpp, so they are left asleep. Memory is
-used again, since allocating this much for every token would cost more than the arithmetic.
+torch would take longer to import than all else that the first token needs, and its threads would wake for every token
+and then compete with those of llama.cpp. Memory is used again: allocating this much for every token would cost more
+than the arithmetic.
 
 Shapes: V tokens of the vocabulary.
 """
@@ -9,7 +10,6 @@ Shapes: V tokens of the vocabulary.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from steermoe.engines.request import Sampling
@@ -17,9 +17,22 @@ from steermoe.engines.request import Sampling
 Floats = NDArray[np.float32]
 BLOCK = 256
 """How many tokens' weights are summed together."""
-DRAWS = 64
-"""How many random numbers are taken from torch at once: after a forward call, a call of torch costs as much as all the
-rest of a draw."""
+
+
+class TorchRandom:
+    """The numbers of `torch.rand(1, dtype=torch.float64)` with a seeded generator on a CPU, one after another.
+
+    Both libraries have Matsumoto's and Nishimura's MT19937, seeded by its `init_genrand` with the seed's lower 32 bits.
+    Of two of its words, the first is the higher half, and torch keeps the lower 53 bits.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._words = np.random.RandomState(seed % 2**32)
+
+    def draw(self) -> float:
+        """From 0 on, below 1."""
+        high, low = self._words.randint(0, 2**32, 2, dtype=np.uint32).tolist()
+        return float((high << 32 | low) % 2**53) * 2.0**-53
 
 
 class TokenSampler:
@@ -33,8 +46,7 @@ class TokenSampler:
     def __init__(self, sampling: Sampling, ends: Sequence[int]) -> None:
         self.sampling = sampling
         self._ends = np.array(sorted(ends), dtype=np.int64)
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._drawn: list[float] = []
+        self._random = TorchRandom(sampling.seed)
         self._scores = self._weights = np.zeros(0, dtype=np.float32)
 
     def draw(self, logits: Floats, context: Sequence[int], new_tokens: int) -> int:
@@ -48,7 +60,7 @@ class TokenSampler:
         warped = self.warp(logits, context, new_tokens)
         if not self.sampling.do_sample:
             return int(warped.argmax())
-        drawn = self._random()
+        drawn = self._random.draw()
         if len(self._weights) - len(warped) not in range(BLOCK):
             self._weights = np.zeros(-(-len(warped) // BLOCK) * BLOCK, dtype=np.float32)
         weights = self._weights[: len(warped)]
@@ -63,12 +75,6 @@ class TokenSampler:
         if place == BLOCK:  # by rounding
             place = int(np.flatnonzero(blocks[block])[-1])
         return block * BLOCK + place
-
-    def _random(self) -> float:
-        """The next number in [0, 1); many at once are the same numbers as one by one."""
-        if not self._drawn:
-            self._drawn = torch.rand(DRAWS, generator=self._generator, dtype=torch.float64).tolist()[::-1]
-        return self._drawn.pop()
 
     def warp(self, logits: Floats, context: Sequence[int], new_tokens: int) -> Floats:
         """The logits [V] that tokens are drawn from, in the order of transformers' own warpers.

@@ -16,9 +16,8 @@ from steermoe.formulas import FORMULAS
 from steermoe.models.gguf.choice import Rule
 from steermoe.models.gguf.header import GGUFModel
 from steermoe.routing.shape import RoutingShape
-from steermoe.steering.banks import banks_for
-from steermoe.steering.editing_numba import BANNED, FORCED, marks_of
 from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.tables import BANNED, FORCED, tables_for
 
 Reach = Literal["graph", "pieces"]
 """How logits are reached: inside the graph, or between pieces of it (see `callback`)."""
@@ -123,9 +122,9 @@ class CallbackState:
         Raises:
             CompatibilityError: a vector of another model. SteeringError: layers or experts that it does not have.
         """
-        banks = banks_for(self._model.shape, plans)
-        push_PLN = np.stack([bank.push.numpy() for bank in banks], 1).astype(np.float32)
-        marks_PLN = np.stack([marks_of(bank) for bank in banks], 1)
+        tables = tables_for(self._model.shape, plans)
+        push_PLN = np.stack([table.push for table in tables], 1)
+        marks_PLN = np.stack([table.marks() for table in tables], 1)
         self._listed_PL = (marks_PLN & (FORCED | BANNED) != 0).any(-1)
         self._busy_PL = (push_PLN != 0).any(-1) | self._listed_PL
         self._keep("push", np.ascontiguousarray(push_PLN))

@@ -20,9 +20,9 @@ from steermoe.engines.vllm.wire import pack
 from steermoe.errors import GenerationError, SteeringError
 from steermoe.routing.shape import RoutingShape
 from steermoe.steering.asked import KEY
-from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import SteeringPlan
 from steermoe.steering.report import SteeringReport
+from steermoe.steering.tables import check_plan
 from steermoe.steering.tags import ModelTags
 
 _numbers = count()

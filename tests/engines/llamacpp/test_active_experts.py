@@ -9,8 +9,8 @@ from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.llamacpp.engine import LlamaCppEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import SteeringError
-from steermoe.steering.banks import check_plan
 from steermoe.steering.plans import SteeringPlan
+from steermoe.steering.tables import check_plan
 from tests.support import tiny_ggufs
 
 NUMBER = 5

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from steermoe.engines.hf.sampling import RowSampler
-from steermoe.engines.llamacpp.sampler import DRAWS, TokenSampler
+from steermoe.engines.llamacpp.sampler import TokenSampler, TorchRandom
 from steermoe.engines.request import Sampling
 
 VOCABULARY = 500
@@ -56,13 +56,6 @@ def test_the_rarest_token_can_be_drawn():
     assert {sampler.draw(logits, [], 0) for _ in range(100)} == {0, 1, 2}
 
 
-def test_random_numbers_are_those_of_one_draw_after_another():
-    """A seed gives the same text, however many numbers are taken at once."""
-    sampler, generator = TokenSampler(Sampling(seed=7), []), torch.Generator().manual_seed(7)
-    drawn = [sampler._random() for _ in range(3 * DRAWS + 5)]
-    assert drawn == [torch.rand(1, generator=generator, dtype=torch.float64).item() for _ in drawn]
-
-
 def test_logits_of_another_length_are_not_drawn_from_what_was_kept():
     sampler, rng = TokenSampler(Sampling(temperature=0.5, min_new_tokens=9, seed=1), [0]), np.random.default_rng(0)
     for length in (300, 700, 20, 700):
@@ -71,3 +64,11 @@ def test_logits_of_another_length_are_not_drawn_from_what_was_kept():
         wanted[0] = -np.inf
         assert np.array_equal(sampler.warp(logits, [], 0), wanted)
         assert 0 < sampler.draw(logits, [], 0) < length
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32 + 7, 2**63 - 1])
+def test_random_numbers_are_those_of_torch(seed):
+    ours, generator = TorchRandom(seed), torch.Generator().manual_seed(seed)
+    drawn = [ours.draw() for _ in range(700)]
+    assert drawn == [torch.rand(1, generator=generator, dtype=torch.float64).item() for _ in range(700)]
+    assert len(set(drawn)) == 700

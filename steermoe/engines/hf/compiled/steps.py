@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steermoe.engines.hf.cache import RowCache
-from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step
+from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, facts_of, find_step
 from steermoe.engines.hf.compiled.choices import OwnChoices
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
@@ -54,6 +54,19 @@ class CompiledSteps:
     def serves(self, rows: int) -> bool:
         """Whether there is a step for this many rows."""
         return self._step(rows) is not None
+
+    def promise(self, rows: int) -> bool:
+        """As `serves`, but a step that is not loaded yet stays so, and may turn out to be damaged.
+
+        Loading takes part of a second, which the first token of a text need not wait for.
+        """
+        kind = _kind(rows)
+        if kind not in self._steps:
+            facts = facts_of(self._model, kind)
+            if facts is not None and facts.pays:
+                return True
+            self._steps[kind] = None
+        return self._steps[kind] is not None
 
     def show_choices(self, rows: int) -> bool:
         """Whether the step for this many rows shows what its routers choose."""
@@ -131,7 +144,7 @@ class CompiledSteps:
         )
 
     def _step(self, rows: int) -> CompiledStep | None:
-        kind: Kind = "one" if rows == 1 else "many"
+        kind = _kind(rows)
         if kind not in self._steps:
             self._steps[kind] = find_step(self._model, kind)
         return self._steps[kind]
@@ -165,3 +178,7 @@ class CompiledSteps:
         plan_B = torch.tensor(numbers).clamp(min=0)
         wanted = torch.stack([bank.wanted[plan_B] for bank in self._banks]) & (factor_B != 0)[:, None]
         return list(edits.tensors()), wanted, int((factor_B != 0).sum())
+
+
+def _kind(rows: int) -> Kind:
+    return "one" if rows == 1 else "many"

@@ -14,6 +14,7 @@ import torch
 from steermoe.engines.hf import rolling
 from steermoe.engines.hf.compiled import artifacts
 from steermoe.engines.hf.compiled.step import DecodeStep
+from steermoe.engines.hf.compiled.steps import CompiledSteps
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
 from steermoe.errors import GenerationError, ModelError
@@ -320,6 +321,20 @@ def test_damaged_facts_are_told_and_passed_by(tmp_path, caplog, content):
 def test_no_facts_are_no_damage(tmp_path, caplog):
     assert artifacts._facts_in(tmp_path) is None
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("speedup", "promised"), [(2.0, True), (0.9, False), (None, False)])
+def test_a_step_is_loaded_when_it_is_first_needed(monkeypatch, speedup, promised):
+    loads, looks = [], []
+    facts = None if speedup is None else artifacts.Facts("one", 1.0, 0.0, speedup, True)
+    monkeypatch.setattr("steermoe.engines.hf.compiled.steps.find_step", lambda model, kind: loads.append(kind))
+    monkeypatch.setattr("steermoe.engines.hf.compiled.steps.facts_of", lambda model, kind: looks.append(kind) or facts)
+    steps = CompiledSteps(build("granitemoeshared"))
+    assert steps.promise(1) == steps.promise(1) == promised
+    assert (loads, looks) == ([], ["one", "one"] if promised else ["one"])  # damaged facts are told once
+    assert not steps.serves(1)
+    assert loads == (["one"] if promised else [])
+    assert not steps.promise(1)  # it turned out to be damaged
 
 
 def test_a_cache_that_can_not_be_written(monkeypatch, tmp_path):
