@@ -48,24 +48,21 @@ class Bank:
         push, raised, forced, banned, active = map(
             torch.from_numpy, (table.push, table.raised, table.forced, table.banned, table.active)
         )
-        wanted = pad(raised | forced, (0, router.width - router.num_experts))
-        has_lists = bool(forced.any() or banned.any())
-        if not has_lists:  # one False for all
-            forced = banned = torch.zeros(1, 1, dtype=torch.bool).expand_as(forced)
-            wanted = raised if router.width == router.num_experts else wanted
-        if not active.any():
-            active = torch.zeros(1, dtype=torch.long).expand_as(active)
+        none = torch.zeros(1, 1, dtype=torch.bool).expand_as(raised)  # one False for all
+        has_active, is_forcing, is_banning = (bool(own.any()) for own in (active, forced, banned))
+        has_lists = is_forcing or is_banning
+        wanted = raised | forced if is_forcing else raised
         return cls(
             push,
             raised,
-            forced,
-            banned,
-            wanted,
-            active,
+            forced if is_forcing else none,
+            banned if is_banning else none,
+            wanted if router.width == router.num_experts else pad(wanted, (0, router.width - router.num_experts)),
+            active if has_active else torch.zeros(1, dtype=torch.long).expand_as(active),
             may_lower=bool((push < 0).any()),
             has_lists=has_lists,
-            has_active=bool(active.any()),
-            is_idle=not has_lists and not bool(push.any()) and not bool(active.any()),
+            has_active=has_active,
+            is_idle=not (has_lists or has_active or bool(push.any())),
         )
 
     def on(self, device: torch.device) -> "Bank":
