@@ -42,6 +42,7 @@ from steermoe.engines.hf.compiled.records import (
     compiler,
     read_record,
     turn_to_compile,
+    whereabouts,
     write_record,
 )
 from steermoe.engines.hf.compiled.rewrites import REWRITES
@@ -234,7 +235,7 @@ def compile_step(model: PreTrainedModel, kind: Kind, *, wait: bool = True) -> Fa
             raise ModelError(f"the step of {name} is not compiled: another process compiles a step now")
         before = read_record(target)
         attempts = 1 if before is None or before.state != "compiling" else before.attempts + 1
-        about = (str(model.config.name_or_path), str(model.dtype).removeprefix("torch."), kind)
+        about = (whereabouts(str(model.config.name_or_path)), str(model.dtype).removeprefix("torch."), kind)
         record = Record(*about, attempts=attempts, compiler=compiler())
         write_record(target, record)
         try:

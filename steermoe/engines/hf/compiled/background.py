@@ -16,7 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steermoe.engines.hf.compiled.records import SCRATCH, Record, compiler, is_busy, read_record, write_record
+from steermoe.engines.hf.compiled.records import (
+    SCRATCH,
+    Record,
+    compiler,
+    is_busy,
+    read_record,
+    whereabouts,
+    write_record,
+)
 from steermoe.errors import SteerMoEError
 
 if TYPE_CHECKING:
@@ -156,7 +164,7 @@ def run(job: Job) -> None:
             continue
         if folder_of(model, kind) != target:
             why = "this process loads the model in another way than the run that lacked the step"
-            about = (str(model.config.name_or_path), str(model.dtype).removeprefix("torch."), kind)
+            about = (whereabouts(str(model.config.name_or_path)), str(model.dtype).removeprefix("torch."), kind)
             write_record(target, Record(*about, "failed", why, compiler=compiler()))
             continue
         try:

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from steermoe.files import atomic_path, lock
+from steermoe.errors import SteerMoEError
+from steermoe.files import atomic_path, cache_folder, lock
+from steermoe.models.checkpoint import _locate
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,24 @@ def _place(target: Path) -> Path:
 def read_record(target: Path) -> Record | None:
     """The record of the step whose folder this is; None if there is none that can be read."""
     return _read(_place(target))
+
+
+def whereabouts(source: str) -> str:
+    """A model's folder or file as a record names it, wherever the command was run; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def records_of(model: str | Path | None) -> list[Record]:
+    """The newest record of each kind of step and dtype of a model, named as in `loading.load`; none of an unknown one."""
+    try:
+        _, where, _ = _locate(model)
+    except SteerMoEError:
+        return []
+    found: dict[tuple[str, str], Record] = {}
+    for record, _ in records_in(cache_folder() / "compiled"):
+        if record.model == whereabouts(where):
+            found[record.kind, record.dtype] = record
+    return list(found.values())
 
 
 def records_in(folder: Path) -> list[tuple[Record, bool]]:
