@@ -89,7 +89,7 @@ def whereabouts(source: str) -> str:
 
 
 def records_of(model: str | Path | None) -> list[Record]:
-    """The newest record of each kind of step and dtype of a model, named as in `loading.load`; none of an unknown one."""
+    """The newest record of each kind of step and dtype of a model, named as for `load`; none if it is unknown."""
     try:
         _, where, _ = _locate(model)
     except SteerMoEError:
