@@ -54,6 +54,7 @@ def test_one_plan_is_the_formula(model, formula, scale):
 )
 def test_in_place_is_the_same_to_the_bit(model, formula, dtype, fields):
     plan = tiny.plan_for_experts(model, 2, 4, **{"strength": 3.7, "formula": formula, **fields})
+    changed = 0
     for rows in (1, 3, 17):
         for factor in (1.0, 0.3):
             editor = editor_for([plan], Step(rows, None, plan=plan, factor=factor))
@@ -62,7 +63,8 @@ def test_in_place_is_the_same_to_the_bit(model, formula, dtype, fields):
                 logits = (4 * torch.randn(rows, tiny.EXPERTS, generator=generator) - 2 * seed).to(dtype)
                 expected = editor.edit(logits)
                 assert torch.equal(editor.edit_in_place(logits.clone()), expected)
-                assert not torch.equal(logits, expected)
+                changed += not torch.equal(logits, expected)
+    assert changed  # steering away leaves alone what is low already
 
 
 def test_columns_beyond_the_experts_stay(model):
