@@ -1,5 +1,5 @@
 """Speed of the transformers engine, each figure with its target: `make bench`, or
-`python benchmarks/speed.py [--only decode steering bandwidth notebook start batch] [--rounds 5] [--json FILE]`.
+`python benchmarks/speed.py [--only decode steering bandwidth notebook start batch unasked] [--rounds 5] [--json FILE]`.
 
 On the default model, greedy, whole calls from text to text, including the prompt. The variants alternate in one process
 (A B A B ...) after a warm-up round. It prints the median, smallest and largest of the rounds; ratios are taken within
@@ -10,9 +10,11 @@ import argparse
 import inspect
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,8 +30,10 @@ from rich.table import Table
 from torch import Tensor
 
 from steermoe.engines.hf.compiled.artifacts import Kind, compile_step, facts_of
+from steermoe.engines.hf.compiled.records import records_in
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
+from steermoe.files import cache_folder
 from steermoe.formulas import FORMULAS, Formula
 from steermoe.models.default.stories import openings
 from steermoe.models.loading import LoadedModel, load
@@ -44,6 +48,9 @@ FASTER_THAN_GENERATE = {1: 1.6, 16: 1.5}
 INT8_FASTER_THAN_GENERATE = 3.0
 STEERED_TO_UNSTEERED = 0.98
 SHARE_OF_BANDWIDTH = 0.5
+UNASKED_TO_ASKED = 0.7
+FIRST_SIGN = 120.0
+"""Seconds within which a process in the background begins to compile: it loads the model first."""
 FASTER_THAN_NOTEBOOK = 2.0
 COMMANDS: dict[tuple[str, ...], float] = {
     ("--help",): 0.2,
@@ -397,6 +404,43 @@ def batch(bench: Bench) -> list[Figure]:
     ]
 
 
+def unasked(bench: Bench) -> list[Figure]:
+    """A command that knows nothing of compiling, after a first run, beside one whose steps were compiled on purpose."""
+    words = ("generate", "--domain", DOMAIN, "--no-stream", "--max-new-tokens", str(bench.tokens))
+    ready_steps(bench.loaded, [1])
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "models").symlink_to(cache_folder() / "models")
+        own = {"STEERMOE_CACHE": folder, "STEERMOE_COMPILE": "on"}
+        first = tokens_per_second(words, own)
+        started = time.perf_counter()
+        while any(record.state == "compiling" for record, _ in records_in(Path(folder, "compiled"))) or (
+            time.perf_counter() - started < FIRST_SIGN and not records_in(Path(folder, "compiled"))
+        ):
+            time.sleep(1)
+        minutes = (time.perf_counter() - started) / 60
+        ways = {"unasked": own, "on purpose": {"STEERMOE_COMPILE": "off"}}
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(bench.rounds):
+            report(f"  round {turn + 1} of {bench.rounds}")
+            for name, variables in ways.items():
+                rates[name].append(tokens_per_second(words, variables))
+    return [
+        Figure("first run", (first,), "tokens/s"),
+        Figure("then the background takes", (minutes,), "minutes"),
+        *(Figure(f"steps compiled {name}", tuple(found), "tokens/s") for name, found in rates.items()),
+        ratio("unasked / on purpose", rates["unasked"], rates["on purpose"], UNASKED_TO_ASKED),
+    ]
+
+
+def tokens_per_second(words: Sequence[str], variables: Mapping[str, str]) -> float:
+    """What a whole process says on stderr, of the time from its prompt to its last token."""
+    script = Path(sys.executable).with_name("steermoe")
+    done = subprocess.run([script, *words], check=True, capture_output=True, text=True, env={**os.environ, **variables})
+    match = re.search(r"([0-9.,]+) tokens/s", done.stderr)
+    assert match is not None, done.stderr
+    return float(match[1].replace(",", ""))
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Figure]]] = {
     "decode": decode,
     "steering": steering,
@@ -404,6 +448,7 @@ SECTIONS: dict[str, Callable[[Bench], list[Figure]]] = {
     "notebook": notebook,
     "start": start,
     "batch": batch,
+    "unasked": unasked,
 }
 
 
