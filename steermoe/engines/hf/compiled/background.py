@@ -46,7 +46,7 @@ LOWEST_PRIORITY = 19
 
 @dataclass(frozen=True)
 class Job:
-    """What the process is told.
+    """What is passed to the process.
 
     Attributes:
         load: the arguments of `loading.load`.
