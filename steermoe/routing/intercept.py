@@ -98,19 +98,21 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
             if not editor.active():
                 return original(*args, **kwargs)
             if returns_logits:  # a gate that is itself a linear layer, perhaps quantised or wrapped
-                output = editor.edit(original(*args, **kwargs))
+                output: Any = editor.edit(original(*args, **kwargs))
             else:
-                output, times = marked.run(original, args, kwargs) if marked.can_run() else (None, 0)
-                if times != editor.runs():
+                output, times, wanted = None, 0, editor.runs()
+                if marked.can_run():
+                    output, times = marked.run(original, args, kwargs)
+                if times != wanted:
                     hits: list[Any] = []
                     with _CatchLogits(shape, editor.edit, hits):
                         output = original(*args, **kwargs)
                     marked.learn(hits)
                     times = len(hits)
-                if times != editor.runs():
+                if times != wanted:
                     raise SteeringError(
                         f"router '{router.name}' made its logits {times} times in one call, expected "
-                        f"{_times(editor.runs())}: this architecture is not steered correctly; please report it"
+                        f"{_times(wanted)}: this architecture is not steered correctly; please report it"
                     )
             editor.observe(output)
             return output

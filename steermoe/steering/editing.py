@@ -266,7 +266,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._pending: list[tuple[Editor, Step, Bank, Tensor, Tensor | None]] = []
-        self._settled = 0
+        self._waiting = self._pending.copy()
         self._hits: dict[torch.device, Tensor] = {}
         self._slots: int | Tensor = 0
         self._places: dict[torch.device, Tensor] = {}
@@ -281,27 +281,27 @@ class Tally:
         self._slots = self._slots + slots
 
     def settle(self) -> None:
-        """After a forward call: count its router calls, and what is pending if that can't wait for later ones.
+        """After a forward call: count its router calls, and what they chose unless that can wait for later ones.
 
         It waits for the sake of speed, on a CPU: a device may use the memory of choices again in the next call.
         """
-        new = self._pending[self._settled :]
+        new, self._pending = self._pending, []
         for editor, *_ in new:
             editor.calls += 1
-        self._settled = len(self._pending)
-        if self._settled > KEPT_CALLS or any(
+        self._waiting += new
+        if len(self._waiting) > KEPT_CALLS or any(
             bank.has_lists or chosen.numel() > KEPT_PLACES or chosen.device.type != "cpu"
             for _, _, bank, chosen, _ in new
         ):
             self.count()
 
     def count(self) -> None:
-        """Count what is pending."""
-        pending, self._pending, settled, self._settled = self._pending, [], self._settled, 0
+        """Count what is pending, and what waits."""
+        for editor, *_ in self._pending:
+            editor.calls += 1
+        pending, self._pending, self._waiting = [*self._waiting, *self._pending], [], []
         groups: dict[Any, list[tuple[Step, Bank, Tensor, Tensor | None]]] = {}
-        for place, (editor, step, bank, chosen, places) in enumerate(pending):
-            if place >= settled:
-                editor.calls += 1
+        for editor, step, bank, chosen, places in pending:
             if bank.has_lists:
                 editor.listed = editor.listed + _count_listed(step, bank, chosen)
             own = None if step.layout is None and step.counted_T is None else step

@@ -134,7 +134,7 @@ def test_choices_of_single_tokens_wait_for_each_other(model):
             tally.add(editor, step, torch.tensor([[1, 2]]))
         tally.settle()
         assert [editor.calls for editor in editors] == [number + 1] * 2
-    assert (tally.hits, len(tally._pending)) == (0, 10)
+    assert (tally.hits, len(tally._pending), len(tally._waiting)) == (0, 0, 10)
     tally.add(editors[0], step, torch.tensor([[0, 2]]))
     tally.count()
     assert (tally.hits, tally.slots) == (10, 22)
@@ -147,7 +147,7 @@ def test_lists_and_long_prompts_are_counted_after_their_call(model, fields):
     editor = editor_for([plan], Step(200, None, plan=plan))
     editor._tally.add(editor, editor.step, torch.tensor([[1, 3]] * (1 if fields else 200)))
     editor._tally.settle()
-    assert not editor._tally._pending
+    assert not editor._tally._waiting
     assert (editor._tally.hits > 0, editor.calls) == (True, 1)
 
 
