@@ -31,13 +31,12 @@ class Mark:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         mark = args[1] if func is F.linear and len(args) > 1 else None
+        if isinstance(mark, Mark):
+            mark.hits += 1
+            return mark._edit(func(args[0], mark._weight, *args[2:], **(kwargs or {})))
         args = tuple(arg._weight if isinstance(arg, Mark) else arg for arg in args)
         kwargs = {name: arg._weight if isinstance(arg, Mark) else arg for name, arg in (kwargs or {}).items()}
-        out = func(*args, **kwargs)
-        if not isinstance(mark, Mark):
-            return out
-        mark.hits += 1
-        return mark._edit(out)
+        return func(*args, **kwargs)
 
     @property
     def parameter(self) -> Any:
