@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steermoe.engines.hf.cache import RowCache
-from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, facts_of, find_step
+from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, find_step, folder_of
 from steermoe.engines.hf.compiled.choices import OwnChoices
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
@@ -138,7 +138,7 @@ class CompiledSteps:
         kind: Kind = "one" if rows == 1 else "many"
         if kind not in self._steps:
             self._steps[kind] = find_step(self._model, kind)
-            if self._steps[kind] is None and facts_of(self._model, kind) is None:
+            if self._steps[kind] is None and not folder_of(self._model, kind).is_dir():
                 self.missing.add(kind)
         return self._steps[kind]
 
