@@ -1,5 +1,6 @@
 """Speed of the transformers engine, each figure with its target: `make bench`, or
-`python benchmarks/speed.py [--only decode steering bandwidth notebook start batch unasked] [--rounds 5] [--json FILE]`.
+`python benchmarks/speed.py [--only decode steering paired bandwidth notebook start batch
+unasked] [--rounds 5] [--json FILE]`.
 
 On the default model, greedy, whole calls from text to text, including the prompt. The variants alternate in one process
 (A B A B ...) after a warm-up round. It prints the median, smallest and largest of the rounds; ratios are taken within
@@ -7,6 +8,7 @@ each round. Decode steps that are not compiled yet are compiled first, which tak
 """
 
 import argparse
+import copy
 import inspect
 import json
 import os
@@ -38,6 +40,7 @@ from steermoe.formulas import FORMULAS, Formula
 from steermoe.models.default.stories import openings
 from steermoe.models.loading import LoadedModel, load
 from steermoe.routing.routers import Router, find_routers
+from steermoe.steering.handle import attach
 from steermoe.steering.plans import SteeringPlan, plan_for
 from steermoe.vectors.library import load_vector
 from steermoe.vectors.vector import SteeringVector
@@ -60,6 +63,8 @@ COMMANDS: dict[tuple[str, ...], float] = {
 """The most seconds that a whole process may take."""
 SHAPES = ((49152, 576), (3072, 576))
 """The weights for measuring memory bandwidth: an output layer's and a feed-forward layer's."""
+MOST_CACHED = 80
+"""Tokens after which steps in turns begin anew."""
 WORKING_SET, PASSES = 220 * 2**20, 5
 """Bytes of different weights in one pass, more than fit in caches; passes per round."""
 STORIES, SINGLE = 64, 16
@@ -291,6 +296,53 @@ def steering(bench: Bench) -> list[Figure]:
     return figures
 
 
+def paired(bench: Bench) -> list[Figure]:
+    """Steered and unsteered steps in turns, not compiled, in CPU time: steady on a busy machine, with --threads 1."""
+    plain: Any = bench.loaded.model
+    shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
+    steered, figures = copy.deepcopy(plain, shared), []
+    for rows in bench.rows:
+        handle = attach(steered, bench.plan(FORMULAS[0]))
+        turns = [TurnOfSteps(plain, rows), TurnOfSteps(steered, rows, handle.verify)]
+        ratios: dict[str, list[float]] = {formula: [] for formula in FORMULAS}
+        for turn in range(bench.rounds + 1):
+            for formula in FORMULAS:
+                handle.set(bench.plan(formula))
+                turns[1].seconds()  # the first one with a plan lays it out
+                (unsteered, mine), (again, mine_again) = ([one.seconds() for one in turns] for _ in range(2))
+                if turn:
+                    ratios[formula].append((unsteered + again) / (mine + mine_again))
+        handle.remove()
+        figures += [
+            Figure(f"{formula} / unsteered, steps in turns, batch {rows}", tuple(found), "", STEERED_TO_UNSTEERED)
+            for formula, found in ratios.items()
+        ]
+    return figures
+
+
+class TurnOfSteps:
+    """Greedy steps of a model one by one, each with the CPU seconds that it took."""
+
+    def __init__(self, model: Any, rows: int, check: Callable[[], None] = lambda: None) -> None:
+        self._model, self._check = model, check
+        self._prompt = torch.arange(500, 500 + 24 * rows).view(rows, 24)
+        self._tokens, self._cache = self._prompt, None
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        if self._cache is None or self._cache.get_seq_length() > MOST_CACHED:
+            self._tokens, self._cache = self._prompt, None
+            self._step()
+        started = time.thread_time()
+        self._step()
+        return time.thread_time() - started
+
+    def _step(self) -> None:
+        output = self._model(input_ids=self._tokens, past_key_values=self._cache, use_cache=True)
+        self._check()
+        self._tokens, self._cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
 def bandwidth(bench: Bench) -> list[Figure]:
     """Compared with memory bandwidth: every active weight is read once per token."""
     weights = active_bytes(bench.loaded)
@@ -444,6 +496,7 @@ def tokens_per_second(words: Sequence[str], variables: Mapping[str, str]) -> flo
 SECTIONS: dict[str, Callable[[Bench], list[Figure]]] = {
     "decode": decode,
     "steering": steering,
+    "paired": paired,
     "bandwidth": bandwidth,
     "notebook": notebook,
     "start": start,
