@@ -1,5 +1,6 @@
 """Speed of the transformers engine, each figure with its target: `make bench`, or
-`python benchmarks/speed.py [--only decode steering bandwidth notebook start batch] [--rounds 5] [--json FILE]`.
+`python benchmarks/speed.py [--only decode steering paired bandwidth notebook start batch
+unasked] [--rounds 5] [--json FILE]`.
 
 On the default model, greedy, whole calls from text to text, including the prompt. The variants alternate in one process
 (A B A B ...) after a warm-up round. It prints the median, smallest and largest of the rounds; ratios are taken within
@@ -7,12 +8,15 @@ each round. Decode steps that are not compiled yet are compiled first, which tak
 """
 
 import argparse
+import copy
 import inspect
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,12 +32,15 @@ from rich.table import Table
 from torch import Tensor
 
 from steermoe.engines.hf.compiled.artifacts import Kind, compile_step, facts_of
+from steermoe.engines.hf.compiled.records import records_in
 from steermoe.engines.hf.engine import HFEngine
 from steermoe.engines.request import Request, Sampling
+from steermoe.files import cache_folder
 from steermoe.formulas import FORMULAS, Formula
 from steermoe.models.default.stories import openings
 from steermoe.models.loading import LoadedModel, load
 from steermoe.routing.routers import Router, find_routers
+from steermoe.steering.handle import attach
 from steermoe.steering.plans import SteeringPlan, plan_for
 from steermoe.vectors.library import load_vector
 from steermoe.vectors.vector import SteeringVector
@@ -44,6 +51,9 @@ FASTER_THAN_GENERATE = {1: 1.6, 16: 1.5}
 INT8_FASTER_THAN_GENERATE = 3.0
 STEERED_TO_UNSTEERED = 0.98
 SHARE_OF_BANDWIDTH = 0.5
+UNASKED_TO_ASKED = 0.7
+FIRST_SIGN = 120.0
+"""Seconds within which a process in the background begins to compile: it loads the model first."""
 FASTER_THAN_NOTEBOOK = 2.0
 COMMANDS: dict[tuple[str, ...], float] = {
     ("--help",): 0.2,
@@ -53,6 +63,8 @@ COMMANDS: dict[tuple[str, ...], float] = {
 """The most seconds that a whole process may take."""
 SHAPES = ((49152, 576), (3072, 576))
 """The weights for measuring memory bandwidth: an output layer's and a feed-forward layer's."""
+MOST_CACHED = 80
+"""Tokens after which steps in turns begin anew."""
 WORKING_SET, PASSES = 220 * 2**20, 5
 """Bytes of different weights in one pass, more than fit in caches; passes per round."""
 STORIES, SINGLE = 64, 16
@@ -284,6 +296,53 @@ def steering(bench: Bench) -> list[Figure]:
     return figures
 
 
+def paired(bench: Bench) -> list[Figure]:
+    """Steered and unsteered steps in turns, not compiled, in CPU time: steady on a busy machine, with --threads 1."""
+    plain: Any = bench.loaded.model
+    shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
+    steered, figures = copy.deepcopy(plain, shared), []
+    for rows in bench.rows:
+        handle = attach(steered, bench.plan(FORMULAS[0]))
+        turns = [TurnOfSteps(plain, rows), TurnOfSteps(steered, rows, handle.verify)]
+        ratios: dict[str, list[float]] = {formula: [] for formula in FORMULAS}
+        for turn in range(bench.rounds + 1):
+            for formula in FORMULAS:
+                handle.set(bench.plan(formula))
+                turns[1].seconds()  # the first one with a plan lays it out
+                (unsteered, mine), (again, mine_again) = ([one.seconds() for one in turns] for _ in range(2))
+                if turn:
+                    ratios[formula].append((unsteered + again) / (mine + mine_again))
+        handle.remove()
+        figures += [
+            Figure(f"{formula} / unsteered, steps in turns, batch {rows}", tuple(found), "", STEERED_TO_UNSTEERED)
+            for formula, found in ratios.items()
+        ]
+    return figures
+
+
+class TurnOfSteps:
+    """Greedy steps of a model one by one, each with the CPU seconds that it took."""
+
+    def __init__(self, model: Any, rows: int, check: Callable[[], None] = lambda: None) -> None:
+        self._model, self._check = model, check
+        self._prompt = torch.arange(500, 500 + 24 * rows).view(rows, 24)
+        self._tokens, self._cache = self._prompt, None
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        if self._cache is None or self._cache.get_seq_length() > MOST_CACHED:
+            self._tokens, self._cache = self._prompt, None
+            self._step()
+        started = time.thread_time()
+        self._step()
+        return time.thread_time() - started
+
+    def _step(self) -> None:
+        output = self._model(input_ids=self._tokens, past_key_values=self._cache, use_cache=True)
+        self._check()
+        self._tokens, self._cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
 def bandwidth(bench: Bench) -> list[Figure]:
     """Compared with memory bandwidth: every active weight is read once per token."""
     weights = active_bytes(bench.loaded)
@@ -371,7 +430,8 @@ def start(bench: Bench) -> list[Figure]:
 
 def run_command(words: Sequence[str]) -> float:
     script = Path(sys.executable).with_name("steermoe")
-    subprocess.run([script, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    alone = {**os.environ, "STEERMOE_COMPILE": "off"}  # nothing may go on beside the next process
+    subprocess.run([script, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone)
     return 1.0
 
 
@@ -396,13 +456,52 @@ def batch(bench: Bench) -> list[Figure]:
     ]
 
 
+def unasked(bench: Bench) -> list[Figure]:
+    """A command that knows nothing of compiling, after a first run, beside one whose steps were compiled on purpose."""
+    words = ("generate", "--domain", DOMAIN, "--no-stream", "--max-new-tokens", str(bench.tokens))
+    ready_steps(bench.loaded, [1])
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "models").symlink_to(cache_folder() / "models")
+        own = {"STEERMOE_CACHE": folder, "STEERMOE_COMPILE": "on"}
+        first = tokens_per_second(words, own)
+        started = time.perf_counter()
+        while any(record.state == "compiling" for record, _ in records_in(Path(folder, "compiled"))) or (
+            time.perf_counter() - started < FIRST_SIGN and not records_in(Path(folder, "compiled"))
+        ):
+            time.sleep(1)
+        minutes = (time.perf_counter() - started) / 60
+        ways = {"unasked": own, "on purpose": {"STEERMOE_COMPILE": "off"}}
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(bench.rounds):
+            report(f"  round {turn + 1} of {bench.rounds}")
+            for name, variables in ways.items():
+                rates[name].append(tokens_per_second(words, variables))
+    return [
+        Figure("first run", (first,), "tokens/s"),
+        Figure("then the background takes", (minutes,), "minutes"),
+        *(Figure(f"steps compiled {name}", tuple(found), "tokens/s") for name, found in rates.items()),
+        ratio("unasked / on purpose", rates["unasked"], rates["on purpose"], UNASKED_TO_ASKED),
+    ]
+
+
+def tokens_per_second(words: Sequence[str], variables: Mapping[str, str]) -> float:
+    """What a whole process says on stderr, of the time from its prompt to its last token."""
+    script = Path(sys.executable).with_name("steermoe")
+    done = subprocess.run([script, *words], check=True, capture_output=True, text=True, env={**os.environ, **variables})
+    match = re.search(r"([0-9.,]+) tokens/s", done.stderr)
+    assert match is not None, done.stderr
+    return float(match[1].replace(",", ""))
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Figure]]] = {
     "decode": decode,
     "steering": steering,
+    "paired": paired,
     "bandwidth": bandwidth,
     "notebook": notebook,
     "start": start,
     "batch": batch,
+    "unasked": unasked,
 }
 
 

@@ -88,6 +88,18 @@ def _steered(
     return steered
 
 
+def apply_in_place(formula: Formula, logits_TN: Tensor, push: Tensor, raised: Tensor) -> Tensor:
+    """As `apply` with `magnitude` and a push without negative entries, but in the memory of the logits.
+
+    Shorter types than float32 are computed in float32 and rounded once.
+    """
+    if formula == "additive":
+        return logits_TN.add_(push)
+    largest_T1 = logits_TN.amax(-1, keepdim=True).abs_()
+    kept = logits_TN if formula == "max_scaled" else logits_TN.masked_fill_(raised, 0.0)
+    return kept.addcmul_(largest_T1, push)
+
+
 def bound(steered_TN: Tensor, logits_TN: Tensor) -> Tensor:
     """Keep steered logits from sinking so far that a sigmoid makes them 0; routers divide by a sum of sigmoids.
 

@@ -227,6 +227,7 @@ def batch(
         summary = _run(Batch(runner, source, settings, stories, options), output, files.ordered, remark)
         problems.sum_up()
     _print(summary, output, json)
+    model.compile_later(runner)
     if not summary.stories:
         raise BatchError(f"no story could be generated, and '{output}' holds none: stderr and --errors say why")
 

@@ -81,5 +81,6 @@ def chat(
     for line in lines.typed(talk.prompt) if is_typed else lines.piped():
         if not talk.handle(line):
             break
+    model.compile_later(engine)
     if talk.failed and not is_typed:
         raise typer.Exit(1)

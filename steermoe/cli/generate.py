@@ -90,6 +90,7 @@ def generate(
     o.save_trace(trace, [completion], runner.name, model.chosen)
     o.warn_unanswered([completion])
     _print_report(completion, runner.shape)
+    model.compile_later(runner)
     o.check_steered([completion])
 
 

@@ -89,6 +89,27 @@ class ModelOptions:
                 quantize=self.quantize,
             )
 
+    def compile_later(self, runner: "Engine") -> None:
+        """Have the compiled steps that a run lacked made in the background, if they can be, and say so."""
+        from steermoe.cli.terminal.console import note
+        from steermoe.errors import SteerMoEError
+
+        begin: Any = getattr(runner, "compile_later", None)
+        if begin is None:
+            return
+        names = ("model", "dtype", "device_map", "trust_remote_code", "quantize")
+        try:
+            has_begun = begin({name: getattr(self, name) for name in names})
+        except SteerMoEError as error:  # the answer is there already
+            note(f"steermoe: {error}")
+            return
+        if has_begun:
+            note(
+                "steermoe: this model's decode step is now compiled in the background, once, which takes minutes; then "
+                "texts come faster (STEERMOE_COMPILE=off or --no-compiled-steps switches this off)",
+                "dim",
+            )
+
     def source(self) -> "RoutingSource":
         """Open a model whose routing can be recorded."""
         if self.engine == "vllm":

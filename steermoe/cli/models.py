@@ -15,6 +15,7 @@ from steermoe.routing.architectures import PYTHON_ONLY
 
 if TYPE_CHECKING:
     from steermoe.discovery.health import RoutingHealth
+    from steermoe.engines.hf.compiled.records import Record
     from steermoe.models.description import ModelDescription
     from steermoe.vectors.library import Found
 
@@ -63,6 +64,8 @@ WHOSE = {
 }
 FORMS = {"int8": "int8 with the rest in bfloat16", "file": "as stored, in llama.cpp"}
 """What the card says about types of weights whose names say little."""
+COMPILED = ("kind", "dtype", "state", "reason", "speedup")
+"""What the JSON of `inspect` says about each compiled step."""
 MAX_LISTED = 8
 """Experts that are named; the rest is counted."""
 
@@ -196,6 +199,7 @@ def inspect(
     from dataclasses import replace
 
     from steermoe.cli.terminal import tables
+    from steermoe.engines.hf.compiled.records import records_of
     from steermoe.errors import SteerMoEError
     from steermoe.models.description import describe
     from steermoe.vectors.library import find_vectors, fitting_by_domain
@@ -209,6 +213,7 @@ def inspect(
     with console.working(f"Inspecting {model or DEFAULT_MODEL} ..."):
         description = describe(model, trust_remote_code=options.trust_remote_code)
     found = fitting_by_domain(find_vectors(vectors), description.shape) if description.steerable else {}
+    steps = records_of(model)
     command = _next(model, description, found)
     if json:
         listed = [
@@ -222,11 +227,14 @@ def inspect(
             for domain, files in found.items()
             for each in files
         ]
-        console.write_json({**description.as_dict(), "vectors": listed, "next": command})
+        compiled = [{name: getattr(step, name) for name in COMPILED} for step in steps]
+        console.write_json({**description.as_dict(), "vectors": listed, "compiled_steps": compiled, "next": command})
     else:
         console.heading(description.name)
         vectors_fact = {"vectors": _vectors(found)} if description.steerable else {}
-        tables.print_facts({**_facts(description), **vectors_fact, **({"next": command} if command else {})})
+        steps_fact = {"compiled steps": "; ".join(map(_step, steps))} if steps else {}
+        next_fact = {"next": command} if command else {}
+        tables.print_facts({**_facts(description), **vectors_fact, **steps_fact, **next_fact})
 
 
 def _inspect_load(model: ModelOptions, path: Path, reading: o.CorpusOptions, png: Path | None, json: bool) -> None:
@@ -341,6 +349,14 @@ def _vectors(found: "dict[str, list[Found]]") -> str:
     for domain, files in found.items():
         by_kind.setdefault(WHOSE[files[0].whose], []).append(domain)
     return "; ".join(f"{', '.join(domains)} ({kind})" for kind, domains in by_kind.items()) or "none"
+
+
+def _step(record: "Record") -> str:
+    """What became of a compiled step, in a few words."""
+    what = f"{'one text' if record.kind == 'one' else 'many texts'} in {record.dtype}"
+    if record.state == "compiled" and record.speedup is not None:
+        return f"{what} {record.speedup:.1f} times as fast{'' if record.speedup > 1 else ', so not used'}"
+    return f"{what} {'begun, or interrupted' if record.state == 'compiling' else f'failed: {record.reason}'}"
 
 
 def _next(model: str | None, description: "ModelDescription", found: "dict[str, list[Found]]") -> str:

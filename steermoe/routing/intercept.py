@@ -12,12 +12,17 @@ from torch.overrides import TorchFunctionMode
 
 from steermoe.errors import SteeringError
 from steermoe.routing.architectures import ROUTER_CLASS
+from steermoe.routing.marks import MarkedGate
 from steermoe.routing.routers import Router, _logits_weight, module_that_routes
 from steermoe.routing.wrapping import Hook, wrap_method
 
 
 class LogitsEditor(Protocol):
-    """What `intercept` calls each time a router runs."""
+    """What `intercept` calls each time a router runs.
+
+    One that also has `edit_in_place`, which does what `edit` does and may return the same tensor, gets that called
+    where nothing else needs the logits as they were.
+    """
 
     def active(self) -> bool:
         """Whether to edit this call; if not, the router runs exactly as it would without us."""
@@ -44,9 +49,15 @@ WEIGHT_POSITION: dict[Any, int] = {
 
 
 class _CatchLogits(TorchFunctionMode):
-    """Applies `edit` to the output of the one linear map whose weight has the shape of the router's."""
+    """Applies `edit` to the output of the one linear map whose weight has the shape of the router's.
 
-    def __init__(self, shape: tuple[int, int], edit: Callable[[Tensor], Tensor], hits: list[int]) -> None:
+    Args:
+        shape: of the weight.
+        edit: what is done with the logits.
+        hits: gets an entry for each time: the weight if `F.linear(x, weight)` made them, else None.
+    """
+
+    def __init__(self, shape: tuple[int, int], edit: Callable[[Tensor], Tensor], hits: list[Any]) -> None:
         super().__init__()
         self.shape = shape
         self.edit = edit
@@ -60,7 +71,7 @@ class _CatchLogits(TorchFunctionMode):
         weight = args[position] if len(args) > position else (kwargs or {})["weight"]
         transposed = func is not F.linear and tuple(weight.shape) == self.shape[::-1]
         if tuple(weight.shape) == self.shape or transposed:
-            self.hits.append(1)
+            self.hits.append(weight if func is F.linear and len(args) > 1 else None)
             return self.edit(out)
         return out
 
@@ -79,6 +90,7 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
         return _intercept_child(router, owner, editor)
     host = module_that_routes(model, router)
     returns_logits = hasattr(host, "out_features") and ROUTER_CLASS.search(type(host).__name__) is None
+    marked = MarkedGate(owner, editor.edit, getattr(editor, "edit_in_place", editor.edit))
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -86,15 +98,21 @@ def intercept(model: nn.Module, router: Router, editor: LogitsEditor) -> Callabl
             if not editor.active():
                 return original(*args, **kwargs)
             if returns_logits:  # a gate that is itself a linear layer, perhaps quantised or wrapped
-                output = editor.edit(original(*args, **kwargs))
+                output: Any = editor.edit(original(*args, **kwargs))
             else:
-                hits: list[int] = []
-                with _CatchLogits(shape, editor.edit, hits):
-                    output = original(*args, **kwargs)
-                if len(hits) != editor.runs():
+                output, times, wanted = None, 0, editor.runs()
+                if marked.can_run():
+                    output, times = marked.run(original, args, kwargs)
+                if times != wanted:
+                    hits: list[Any] = []
+                    with _CatchLogits(shape, editor.edit, hits):
+                        output = original(*args, **kwargs)
+                    marked.learn(hits)
+                    times = len(hits)
+                if times != wanted:
                     raise SteeringError(
-                        f"router '{router.name}' made its logits {len(hits)} times in one call, expected "
-                        f"{_times(editor.runs())}: this architecture is not steered correctly; please report it"
+                        f"router '{router.name}' made its logits {times} times in one call, expected "
+                        f"{_times(wanted)}: this architecture is not steered correctly; please report it"
                     )
             editor.observe(output)
             return output

@@ -357,7 +357,8 @@ def _chosen(router: Router, output: Any, top_k: int) -> Tensor:
         for position, tensor in enumerate(tensors):
             is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
             if is_integer and tensor.dim() >= 2 and tensor.shape[-1] == top_k:
-                return _unmask_skipped(router, tensor.flatten(0, -2), tensors[position - 1] if position else None)
+                flat = tensor if tensor.dim() == 2 else tensor.flatten(0, -2)
+                return _unmask_skipped(router, flat, tensors[position - 1] if position else None)
     for tensor in tensors:  # logits, or weights that are zero for all but the chosen
         if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.shape[-1] in (router.num_experts, router.width):
             return tensor.flatten(0, -2)[:, : router.num_experts].topk(top_k, -1).indices

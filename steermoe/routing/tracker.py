@@ -64,6 +64,15 @@ class Window:
         """Whether no token of the call is generated."""
         return self.first + self.columns <= self.prompt_length
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether the call holds one generated token of each row of the decoder, and all of them count."""
+        if self.columns != 1 or self.stack != "decoder" or self.counted is not None:
+            return False
+        if self.index is None:
+            return self.first >= self.prompt_length
+        return self.index.device.type == "cpu" and bool((self.index >= 0).all())
+
     def generated_index(self) -> Tensor:
         """[S], or [B, S] where rows differ: 0 for the first generated token, negative in the prompt."""
         if self.index is not None:
@@ -256,7 +265,7 @@ class Tracker:
         generation.seen = max(generation.seen, first + columns)
         generated = max(0, prompt_length - first)  # the first generated column
         may_be_filling = rows > 1 and generated < columns and ids is not None and generation.filling is not None
-        if not again and not may_be_filling:
+        if not again and (not may_be_filling or (real is None and _is_free_of(generation.filling, ids))):
             return real
         device = None if ids is None else ids.device
         real = (
@@ -287,6 +296,13 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
     return given
+
+
+def _is_free_of(filling: Tensor | None, ids: Tensor | None) -> bool:
+    """Whether none of these tokens is filling, as far as Python can see without waiting for a device."""
+    if type(ids) is not Tensor or type(filling) is not Tensor or ids.device.type != "cpu":
+        return False
+    return filling.device.type == "cpu" and set(filling.tolist()).isdisjoint(ids.flatten().tolist())
 
 
 def _token_list(tokens: Any) -> list[int]:

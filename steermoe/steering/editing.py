@@ -25,8 +25,12 @@ from steermoe.steering.plans import SteeringPlan
 
 PENDING_LIMIT = 1 << 16
 """Choices that the tally collects before it counts them. A decode step stays far below; a long prompt exceeds it."""
+KEPT_CALLS, KEPT_PLACES = 1 << 10, 1 << 8
+"""Router calls whose choices may wait between forward calls to be counted together, and places in one such call."""
 LISTED = ("forced_hits", "forced_places", "banned_hits", "banned_places")
 """What `Editor.listed` counts."""
+IN_PLACE = (torch.bfloat16, torch.float32)
+"""Types of logits that an operation with float32 may write into: it computes in float32 and rounds once, as `edit`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +142,17 @@ class Editor:
             steered = torch.cat([steered, flat[:, steered.shape[1] :]], -1)
         return steered if logits.dim() == 2 else steered.view_as(logits)
 
+    def edit_in_place(self, logits: Tensor) -> Tensor:
+        """As `edit`, bit for bit, by the fewest operations; may change the given tensor and return it."""
+        step = self.step
+        assert step is not None
+        bank, plan = self.bank.on(logits.device), step.plan
+        is_plain = logits.dim() == 2 and logits.shape[1] == self.router.num_experts and logits.dtype in IN_PLACE
+        if plan is None or not is_plain or bank.may_lower or bank.has_lists or plan.scale == "paper":
+            return self.edit(logits)
+        push = bank.push if step.factor == 1 else bank.push * step.factor
+        return formulas.apply_in_place(plan.formula, logits, push, bank.raised)
+
     def has_lists(self) -> bool:
         """Whether a plan of this call may force or ban experts here; their choice must then be caught."""
         return self.step is not None and self.bank.has_lists
@@ -244,12 +259,14 @@ def each_listed(listed: Iterable[int | Tensor]) -> list[dict[str, int]]:
 class Tally:
     """Counts router calls, the steered tokens' top-k slots, and those of them that went to experts of their plans.
 
-    Choices are kept until `count`, which handles all layers of a forward call at once and never waits for a device.
-    Nothing else is written while the model runs, so that torch.compile, which guards what it reads, compiles it once.
+    Choices are kept until `count`, which handles all layers of a forward call at once, or of many, and never waits for
+    a device. Nothing else is written while the model runs, so that torch.compile, which guards what it reads, compiles
+    it once.
     """
 
     def __init__(self) -> None:
         self._pending: list[tuple[Editor, Step, Bank, Tensor, Tensor | None]] = []
+        self._waiting = self._pending.copy()
         self._hits: dict[torch.device, Tensor] = {}
         self._slots: int | Tensor = 0
         self._places: dict[torch.device, Tensor] = {}
@@ -263,18 +280,35 @@ class Tally:
         """Count slots of steered tokens in routers that their plans leave alone; none of them is a hit."""
         self._slots = self._slots + slots
 
-    def count(self) -> None:
-        """Count what is pending."""
-        pending, self._pending = self._pending, []
-        groups: dict[Any, list[tuple[Bank, Tensor, Tensor | None]]] = {}
-        for editor, step, bank, chosen, places in pending:
+    def settle(self) -> None:
+        """After a forward call: count its router calls, and what they chose unless that can wait for later ones.
+
+        It waits for the sake of speed, on a CPU: a device may use the memory of choices again in the next call.
+        """
+        new, self._pending = self._pending, []
+        for editor, *_ in new:
             editor.calls += 1
+        self._waiting += new
+        if len(self._waiting) > KEPT_CALLS or any(
+            bank.has_lists or chosen.numel() > KEPT_PLACES or chosen.device.type != "cpu"
+            for _, _, bank, chosen, _ in new
+        ):
+            self.count()
+
+    def count(self) -> None:
+        """Count what is pending, and what waits."""
+        for editor, *_ in self._pending:
+            editor.calls += 1
+        pending, self._pending, self._waiting = [*self._waiting, *self._pending], [], []
+        groups: dict[Any, list[tuple[Step, Bank, Tensor, Tensor | None]]] = {}
+        for editor, step, bank, chosen, places in pending:
             if bank.has_lists:
                 editor.listed = editor.listed + _count_listed(step, bank, chosen)
-            key = (step, bank.wanted.shape, chosen.shape, chosen.device, places is None)
-            groups.setdefault(key, []).append((bank, chosen, places))
-        for (step, *_), calls in groups.items():
-            self._count_alike(step, calls)
+            own = None if step.layout is None and step.counted_T is None else step
+            key = (own, bank.wanted.shape, chosen.shape, chosen.device, places is None)
+            groups.setdefault(key, []).append((step, bank, chosen, places))
+        for calls in groups.values():
+            self._count_alike(calls[0][0], [call[1:] for call in calls])
 
     def _count_alike(self, step: Step, group: list[tuple[Bank, Tensor, Tensor | None]]) -> None:
         banks, chosen = [bank for bank, *_ in group], [one for _, one, _ in group]

@@ -102,6 +102,7 @@ class SteeringHandle:
         self._calls_before: list[int] = []
         self._bypassed: dict[str, int] = {}
         self._layout: tuple[Any, RowLayout] | None = None
+        self._steady: dict[int, Step | None] = {}
         self._setting = threading.Lock()
         self._used = self._wanted = self._steering(plans, None)
         self._use(self._wanted)
@@ -206,7 +207,7 @@ class SteeringHandle:
             SteeringError: in some forward call, a router that should have been steered was bypassed, did not choose a
                 forced expert, or chose a banned one.
         """
-        self._tally.count()
+        self._tally.settle()
         for editor, counts in zip(self._editors, each_listed(one.listed for one in self._editors), strict=True):
             if counts:
                 editor.check_lists(counts)
@@ -269,7 +270,7 @@ class SteeringHandle:
 
     def _use(self, steering: _Steering) -> None:
         self._used = steering
-        self._layout = None
+        self._layout, self._steady = None, {}
         for editor, bank in zip(self._editors, steering.banks, strict=True):
             editor.bank = bank
 
@@ -297,7 +298,7 @@ class SteeringHandle:
         self._calls_before = [editor.calls for editor in self._editors]
 
     def _after_forward(self, window: Window) -> None:
-        self._tally.count()
+        self._tally.settle()
         for router, editor, before in zip(self._routers, self._editors, self._calls_before, strict=True):
             if router.stack == window.stack:
                 if editor.step is not None and editor.calls == before:
@@ -307,7 +308,22 @@ class SteeringHandle:
                     clear_note(router.module)
 
     def _step(self, window: Window) -> Step | None:
-        """The step for these tokens, or None if none of them is steered."""
+        """The step for these tokens, or None if none of them is steered; the last one where nothing can have changed.
+
+        So it is from one generated token to the next, unless strengths change over tokens, or tags decide.
+        """
+        if not (window.is_generated and self._is_constant()):
+            return self._new_step(window)
+        if window.rows not in self._steady:
+            self._steady[window.rows] = self._new_step(window)
+        return self._steady[window.rows]
+
+    def _is_constant(self) -> bool:
+        """Whether plans steer all generated tokens alike."""
+        plans = self._used.mapping.plans
+        return all(plan.schedule.kind == "constant" and self._tags.of(plan) is None for plan in plans)
+
+    def _new_step(self, window: Window) -> Step | None:
         numbers = self._numbers_over(window.rows)
         if max(numbers, default=UNSTEERED) == UNSTEERED:
             return None

@@ -45,6 +45,28 @@ def test_one_plan_is_the_formula(model, formula, scale):
     torch.testing.assert_close(editor.edit(LOGITS.double()).float(), by_hand)
 
 
+@pytest.mark.parametrize("formula", formulas.FORMULAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"strength": -3.0}, {"scale": "paper"}, {"force": ((0, 3),)}],
+    ids=["plain", "away", "paper", "lists"],
+)
+def test_in_place_is_the_same_to_the_bit(model, formula, dtype, fields):
+    plan = tiny.plan_for_experts(model, 2, 4, **{"strength": 3.7, "formula": formula, **fields})
+    changed = 0
+    for rows in (1, 3, 17):
+        for factor in (1.0, 0.3):
+            editor = editor_for([plan], Step(rows, None, plan=plan, factor=factor))
+            for seed in range(5):
+                generator = torch.Generator().manual_seed(seed)
+                logits = (4 * torch.randn(rows, tiny.EXPERTS, generator=generator) - 2 * seed).to(dtype)
+                expected = editor.edit(logits)
+                assert torch.equal(editor.edit_in_place(logits.clone()), expected)
+                changed += not torch.equal(logits, expected)
+    assert changed  # steering away leaves alone what is low already
+
+
 def test_columns_beyond_the_experts_stay(model):
     """Some routers have more columns than a vector, for experts that always run."""
     plan = tiny.plan_for_experts(model, 2)
@@ -100,6 +122,33 @@ def test_tally_by_hand(model):
     tally.count()
     assert (tally.hits, tally.slots) == (2 + 1 + 1 + 0, 8)
     assert editor.calls == 2
+
+
+def test_choices_of_single_tokens_wait_for_each_other(model):
+    """Calls are counted after each forward call, choices later, and none of them twice."""
+    plan = tiny.plan_for_experts(model, 1)
+    tally, editors = Tally(), [editor_for([plan], Step(1, None, plan=plan)) for _ in range(2)]
+    for number in range(5):
+        step = Step(1, None, plan=plan, factor=1 / (1 + number))
+        for editor in editors:
+            tally.add(editor, step, torch.tensor([[1, 2]]))
+        tally.settle()
+        assert [editor.calls for editor in editors] == [number + 1] * 2
+    assert (tally.hits, len(tally._pending), len(tally._waiting)) == (0, 0, 10)
+    tally.add(editors[0], step, torch.tensor([[0, 2]]))
+    tally.count()
+    assert (tally.hits, tally.slots) == (10, 22)
+    assert [editor.calls for editor in editors] == [6, 5]
+
+
+@pytest.mark.parametrize("fields", [{"force": ((0, 3),)}, {}], ids=["lists", "many places"])
+def test_lists_and_long_prompts_are_counted_after_their_call(model, fields):
+    plan = tiny.plan_for_experts(model, 1, **fields)
+    editor = editor_for([plan], Step(200, None, plan=plan))
+    editor._tally.add(editor, editor.step, torch.tensor([[1, 3]] * (1 if fields else 200)))
+    editor._tally.settle()
+    assert not editor._tally._waiting
+    assert (editor._tally.hits > 0, editor.calls) == (True, 1)
 
 
 def test_tally_counts_long_prompts_at_once(model, monkeypatch):

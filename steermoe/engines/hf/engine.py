@@ -4,7 +4,7 @@ It picks the decoder: `RollingDecoder` if rows may come and go or compiled steps
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -148,3 +148,18 @@ class HFEngine:
         if self._steps is None:
             self._steps = CompiledSteps(self.loaded.model)
         return self._steps
+
+    def compile_later(self, load: Mapping[str, Any]) -> bool:
+        """Begin to compile, in the background, the steps that the model's texts lacked so far.
+
+        Args:
+            load: the arguments with which `loading.load` loaded the model.
+
+        Returns:
+            whether it has begun, see `background.compile_later`.
+        """
+        if self._steps is None or not self._steps.missing:
+            return False
+        from steermoe.engines.hf.compiled.background import compile_later
+
+        return compile_later(self.loaded.model, sorted(self._steps.missing, reverse=True), load)

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
@@ -35,6 +35,16 @@ from steermoe.engines.hf.cache import empty_cache, rows_can_change
 from steermoe.engines.hf.compiled import choices, rewrites
 from steermoe.engines.hf.compiled import step as steps
 from steermoe.engines.hf.compiled.choices import OwnChoices
+from steermoe.engines.hf.compiled.records import (
+    COMPILERS,
+    SCRATCH,
+    Record,
+    compiler,
+    read_record,
+    turn_to_compile,
+    whereabouts,
+    write_record,
+)
 from steermoe.engines.hf.compiled.rewrites import REWRITES
 from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.errors import GenerationError, ModelError, SteerMoEError, TraceError, reason
@@ -198,30 +208,49 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
         return f"it is on '{model.device.type}': steps are compiled for CPUs"
     if not rows_can_change(model):
         return "its cache is more than keys and values per token"
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
+    if not any(map(shutil.which, COMPILERS)):
         return "there is no C++ compiler: install g++ or clang++"
     if torch_is_too_old():
         return f"torch {torch.__version__} can't export it: install torch {'.'.join(map(str, OLDEST_TORCH))} or newer"
     return None
 
 
-def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
+def compile_step(model: PreTrainedModel, kind: Kind, *, wait: bool = True) -> Facts:
     """Compile a model's step, check it, time it and keep it. Takes about a minute and a gigabyte of memory.
 
     Args:
         model: in memory, on the CPU.
         kind: for one row, or for many.
+        wait: wait for another process that compiles a step, instead of giving up.
 
     Raises:
-        ModelError: it can't be compiled or kept, or computes something else; then nothing is kept.
+        ModelError: it can't be compiled or kept, or computes something else; then nothing is kept but a record of that.
     """
     name = type(model).__name__
     if why := why_not_compiled(model):
         raise ModelError(f"the step of {name} is not compiled: {why}")
     target = folder_of(model, kind)
-    started = time.perf_counter()
-    with _scratch_folder(target.parent) as scratch:
-        made = scratch / "made"
+    with _writing(target.parent), turn_to_compile(target.parent, wait=wait) as held:
+        if held is False:
+            raise ModelError(f"the step of {name} is not compiled: another process compiles a step now")
+        before = read_record(target)
+        attempts = 1 if before is None or before.state != "compiling" else before.attempts + 1
+        about = (whereabouts(str(model.config.name_or_path)), str(model.dtype).removeprefix("torch."), kind)
+        record = Record(*about, attempts=attempts, compiler=compiler())
+        write_record(target, record)
+        try:
+            facts = _make_step(model, kind, target)
+        except ModelError as error:
+            write_record(target, replace(record, state="failed", reason=reason(error)))
+            raise
+        write_record(target, replace(record, state="compiled", speedup=facts.speedup))
+    return facts
+
+
+def _make_step(model: PreTrainedModel, kind: Kind, target: Path) -> Facts:
+    name, started = type(model).__name__, time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=target.parent) as scratch:
+        made = Path(scratch) / "made"
         made.mkdir()
         try:
             with warnings.catch_warnings(action="ignore"):  # torch warns about its own internals
@@ -245,11 +274,10 @@ def compile_step(model: PreTrainedModel, kind: Kind) -> Facts:
 
 
 @contextmanager
-def _scratch_folder(parent: Path) -> Iterator[Path]:
+def _writing(parent: Path) -> Iterator[None]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".compile-", dir=parent) as scratch:
-            yield Path(scratch)
+        yield
     except OSError as error:
         raise ModelError(
             f"can't write the compiled step to '{parent}': {error.strerror}; set STEERMOE_CACHE to another folder"

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steermoe.engines.hf.cache import RowCache
-from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, facts_of, find_step
+from steermoe.engines.hf.compiled.artifacts import CompiledStep, Kind, facts_of, find_step, folder_of
 from steermoe.engines.hf.compiled.choices import OwnChoices
 from steermoe.routing.routers import find_routers, shape_of
 from steermoe.steering.banks import Bank, banks_for
@@ -28,6 +28,9 @@ class CompiledSteps:
     """A model's compiled steps, looked up when they are first needed.
 
     They keep using the weights that the model has then. For one decoder at a time, which begins with `reset`.
+
+    Attributes:
+        missing: those that were looked for and have never been compiled.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,6 +38,7 @@ class CompiledSteps:
         self._routers = find_routers(model)
         self._shape = shape_of(model, self._routers, sizes_only=True)
         self._steps: dict[Kind, CompiledStep | None] = {}
+        self.missing: set[Kind] = set()
         self._mapping = PlanMapping()
         self._rows: list[SteeringPlan | None] = []
         self._numbers: list[int] = []
@@ -147,6 +151,8 @@ class CompiledSteps:
         kind = _kind(rows)
         if kind not in self._steps:
             self._steps[kind] = find_step(self._model, kind)
+            if self._steps[kind] is None and not folder_of(self._model, kind).is_dir():
+                self.missing.add(kind)
         return self._steps[kind]
 
     def _edits(self, plans: Sequence[SteeringPlan | None], index_B: Tensor) -> tuple[list[Tensor], Tensor, int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steermoe.engines.hf import rolling
-from steermoe.engines.hf.compiled import artifacts
+from steermoe.engines.hf.compiled import artifacts, records
 from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.engines.hf.compiled.steps import CompiledSteps
 from steermoe.engines.hf.engine import HFEngine
@@ -276,7 +276,8 @@ def test_a_step_that_is_wrong_is_not_kept(compiled, monkeypatch, tmp_path):
     )
     with pytest.raises(ModelError, match="is off by"):
         artifacts.compile_step(model, "one")
-    assert not list((tmp_path / "compiled").iterdir())
+    assert {path.name for path in (tmp_path / "compiled").iterdir()} == {".lock", f"{folder.name}.json"}
+    assert "is off by" in records.read_record(folder).reason
 
 
 def test_a_step_that_is_slower_is_not_used(compiled, monkeypatch):
