@@ -69,7 +69,7 @@ class CompiledSteps:
             facts = facts_of(self._model, kind)
             if facts is not None and facts.pays:
                 return True
-            self._steps[kind] = None
+            self._lacks(kind)
         return self._steps[kind] is not None
 
     def show_choices(self, rows: int) -> bool:
@@ -150,10 +150,17 @@ class CompiledSteps:
     def _step(self, rows: int) -> CompiledStep | None:
         kind = _kind(rows)
         if kind not in self._steps:
-            self._steps[kind] = find_step(self._model, kind)
-            if self._steps[kind] is None and not folder_of(self._model, kind).is_dir():
-                self.missing.add(kind)
+            step = find_step(self._model, kind)
+            if step is None:
+                self._lacks(kind)
+            else:
+                self._steps[kind] = step
         return self._steps[kind]
+
+    def _lacks(self, kind: Kind) -> None:
+        self._steps[kind] = None
+        if not folder_of(self._model, kind).is_dir():
+            self.missing.add(kind)
 
     def _edits(self, plans: Sequence[SteeringPlan | None], index_B: Tensor) -> tuple[list[Tensor], Tensor, int]:
         """The edits, the experts they raise or force, and how many rows are steered; kept while nothing changes."""
