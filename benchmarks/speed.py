@@ -326,7 +326,8 @@ class TurnOfSteps:
     def __init__(self, model: Any, rows: int, check: Callable[[], None] = lambda: None) -> None:
         self._model, self._check = model, check
         self._prompt = torch.arange(500, 500 + 24 * rows).view(rows, 24)
-        self._tokens, self._cache = self._prompt, None
+        self._tokens = self._prompt
+        self._cache: Any = None
 
     @torch.inference_mode()
     def seconds(self) -> float:
