@@ -6,6 +6,10 @@ model predicts with it (context distillation: Askell et al., 2112.00861; Snell e
 the model's own stories, steered and unsteered, from openings of the training split, and beginnings of neutral stories,
 so that what is learned holds where it will be used. Routers and neutral experts stay: unsteered texts do not change.
 
+Most of what steering costs has nothing to do with the domain: among all other tokens the steered model prefers other
+ones than the unsteered model does. So the teacher is cleaned first: it keeps what raises tokens of the domain, as many
+times as `--gain` says, and leaves all other tokens in the proportions of the unsteered model.
+
 Each round writes `stories-N.jsonl` and `trained_part-N.safetensors` into the work folder; a killed run resumes with the
 part that is missing. The first round starts from the default model of this package.
 
@@ -17,7 +21,7 @@ import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -49,9 +53,15 @@ from steermoe.steering.plans import plan_for
 from steermoe.vectors.library import load_vector
 
 NEW_TOKENS = 40
-LIKELIEST = 96
+LIKELIEST = 192
 """The teacher's likeliest tokens, which are kept one by one; all others together are one more outcome."""
+HALVINGS = 14
+FREE, FREE_NATS = 0.04, 3.0
+"""What turns a text is a few tokens with a large divergence: this share of neutral tokens may have so many nats."""
 OPENING_TOKENS = 12
+IN_STORIES = 3
+TIMES_AS_OFTEN = 2.0
+"""A domain's tokens are in this many of its stories, and in a share of them that is this many times that of others."""
 NEUTRAL_TOKENS = 64
 """A neutral story's first OPENING_TOKENS are unsteered, as an opening is; the next NEUTRAL_TOKENS are learned from."""
 BATCH = 20
@@ -65,6 +75,7 @@ class Context:
     domain: str
     opening: list[int]
     rest: list[int]
+    is_neutral: bool = False
 
     def example(self, asking: list[int] | None = None) -> Example:
         """For training; the targets are the predictions of steered tokens, whatever came next in the text."""
@@ -134,11 +145,91 @@ def contexts_of(
         chooser.shuffle(records)
         for one in records:
             domain = next(turns) if one["domain"] == "neutral" else one["domain"]
-            found.append(Context(domain, tokenizer(one["opening"])["input_ids"], one["ids"]))
+            found.append(
+                Context(domain, tokenizer(one["opening"])["input_ids"], one["ids"], one["domain"] == "neutral")
+            )
     stories = [story.text for story in training_stories() if story.topic == "neutral"]
     end = OPENING_TOKENS + NEUTRAL_TOKENS
     read = [tokenizer(chooser.choice(stories))["input_ids"][:end] for _ in range(neutral)]
-    return found[:texts] + [Context(next(turns), ids[:OPENING_TOKENS], ids[OPENING_TOKENS:]) for ids in read]
+    return found[:texts] + [Context(next(turns), ids[:OPENING_TOKENS], ids[OPENING_TOKENS:], True) for ids in read]
+
+
+def domain_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, Tensor]:
+    """Which tokens are a domain's own, by the stories in the training split: [V] of bool for each domain."""
+    stories = training_stories()
+    found = torch.zeros(len(spec.TOPICS), vocabulary)  # in how many stories of a topic a token is
+    counts = torch.zeros(len(spec.TOPICS), 1)
+    for story in stories:
+        topic = spec.TOPICS.index(story.topic)
+        found[topic, torch.tensor(tokenizer(" " + story.rest)["input_ids"]).unique()] += 1
+        counts[topic] += 1
+    share = (found + 0.3) / (counts + 1)
+    others = (found.sum(0) - found + 0.3) / (counts.sum() - counts + 1)
+    own = (found >= IN_STORIES) & (share >= TIMES_AS_OFTEN * others)
+    return {domain: own[spec.TOPICS.index(domain)] for domain in spec.DOMAINS}
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The tokens of a domain that steering raises, at the targets of one context, T of them.
+
+    The last of the K + 1 outcomes is all other tokens.
+    """
+
+    before: Tensor  # [T, K + 1], the unsteered model's log-probabilities
+    raised: Tensor  # [T, K + 1], by how much steering raises them, times the gain
+    tokens: Tensor  # [T, K]
+
+    @classmethod
+    def of(cls, steered: Tensor, unsteered: Tensor, own: Tensor, gain: float) -> "Raised":
+        """From logits [T, V]; `own` [T, V] are the domain's tokens."""
+        before = unsteered.log_softmax(-1)
+        raised = gain * (steered.log_softmax(-1) - before).clamp(min=0).where(own, 0.0)
+        tokens = (before + raised).topk(LIKELIEST).indices
+        before, raised = before.gather(1, tokens), raised.gather(1, tokens)
+        others = (1 - before.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()
+        return cls(torch.cat([before, others], -1), torch.cat([raised, torch.zeros_like(others)], -1), tokens)
+
+    def rows(self, which: Tensor) -> "Raised":
+        return Raised(self.before[which], self.raised[which], self.tokens[which])
+
+    def divergence(self, share: Tensor | float = 1.0) -> Tensor:
+        """KL in nats [T, 1] of the unsteered model with this share of the raises from the unsteered model."""
+        after = (self.before + share * self.raised).log_softmax(-1)
+        return (after.exp() * (after - self.before)).sum(-1, keepdim=True)
+
+    def within(self, most: Tensor) -> "Taught":
+        """What is left of the raises within `most` [T, 1] nats of divergence."""
+        low, high = torch.zeros_like(most), torch.ones_like(most)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            is_over = self.divergence(middle) > most
+            low, high = low.where(is_over, middle), middle.where(is_over, high)
+        share = low.where(self.divergence() > most, 1.0)
+        return Taught((self.before + share * self.raised).softmax(-1)[:, :-1], self.tokens)
+
+
+def within_budget(contexts: list[Context], raised: list[Raised], most: float) -> list[Taught]:
+    """What is taught: at most `most` nats at a token, but FREE_NATS at the few where a domain's tokens fit best.
+
+    These are FREE of the tokens in neutral contexts, so a 95th percentile over such tokens does not see them.
+    """
+    taught = []
+    neutral = {
+        domain: torch.cat(
+            [
+                r.divergence()
+                for c, r in zip(contexts, raised, strict=True)
+                if (c.domain, c.is_neutral) == (domain, True)
+            ]
+        )
+        for domain in {context.domain for context in contexts}
+    }
+    free = {domain: divergences.quantile(1 - FREE) for domain, divergences in neutral.items()}
+    for context, one in zip(contexts, raised, strict=True):
+        full = one.divergence()
+        taught.append(one.within(torch.where(full > free[context.domain], FREE_NATS, most)))
+    return taught
 
 
 class Distillation:
@@ -148,10 +239,12 @@ class Distillation:
         self.model, self.tokenizer = model, tokenizer
         model.requires_grad_(False)
 
-    def prepare(self, contexts: list[Context]) -> None:
+    def prepare(self, contexts: list[Context], gain: float, most: float) -> None:
         asking = {d: self.tokenizer(ASKING.format(domain=d, opening=""))["input_ids"] for d in spec.DOMAINS}
         teacher = [context.example(asking[context.domain]) for context in contexts]
         self.examples = [context.example() for context in contexts]
+        unsteered = [replace(one, topics=torch.full_like(one.topics, NEUTRAL)) for one in self.examples]
+        own = domain_tokens(self.tokenizer, self.model.config.vocab_size)
         with torch.no_grad(), narrow():
             hidden = compute_features(self.model, teacher, 0.0)["hidden"]
             self.hidden = compute_features(self.model, self.examples, 0.0)["hidden"]
@@ -160,13 +253,16 @@ class Distillation:
         for name, parameter in self.model.named_parameters():
             if "block_sparse_moe" not in name and "norm" not in name:
                 parameter.data = parameter.data.bfloat16()  # the frozen base's products take half the time
-        self.taught: list[Taught] = []
+        raised: list[Raised] = []
         with torch.no_grad(), narrow():
             for start in range(0, len(teacher), 16):
-                logits, rows = self._logits(teacher[start : start + 16], hidden[start : start + 16])
-                top = logits.softmax(-1).topk(LIKELIEST)
-                for row in range(len(teacher[start : start + 16])):
-                    self.taught.append(Taught(top.values[rows == row], top.indices[rows == row]))
+                batch = slice(start, start + 16)
+                steered, rows = self._logits(teacher[batch], hidden[batch])
+                before, _ = self._logits(unsteered[batch], self.hidden[batch])
+                domains = torch.stack([own[context.domain] for context in contexts[batch]])
+                all_raised = Raised.of(steered, before, domains[rows], gain)
+                raised += [all_raised.rows(rows == row) for row in range(len(teacher[batch]))]
+        self.taught = within_budget(contexts, raised, most)
 
     def _logits(self, examples: list[Example], hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
         """At the targets: logits [T, V], and each target's row in the batch [T]."""
@@ -248,7 +344,10 @@ def refine(args: argparse.Namespace) -> None:
             if number == 1:
                 scale_experts(loaded.model, args.scale)
             distillation = Distillation(loaded.model, loaded.tokenizer)
-            distillation.prepare(contexts_of(written, loaded.tokenizer, args.texts, args.neutral, args.seed + number))
+            contexts = contexts_of(written, loaded.tokenizer, args.texts, args.neutral, args.seed + number)
+            distillation.prepare(contexts, args.gain, args.most)
+            if number == 1:
+                scale_experts(loaded.model, args.start)
             print(f"round {number}: KL(teacher || student) {distillation.validate():.4f}", flush=True)
             distillation.train(args.epochs, args.lr)
             print(f"round {number}: KL(teacher || student) {distillation.validate():.4f}", flush=True)
@@ -263,6 +362,9 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder for the rounds' stories and trained parts")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--scale", type=float, default=1.0, help="of what the domains' experts add, from the start")
+    parser.add_argument("--start", type=float, default=1.0, help="of what they add when learning begins, from there")
+    parser.add_argument("--gain", type=float, default=1.0, help="of what the teacher raises")
+    parser.add_argument("--most", type=float, default=0.9, help="nats of KL(teacher || unsteered) at any token")
     parser.add_argument("--openings", type=int, default=24, help="per domain and round")
     parser.add_argument("--samples", type=int, default=2, help="stories per opening")
     parser.add_argument("--texts", type=int, default=900, help="own stories to learn from, the newest first")
