@@ -1,7 +1,10 @@
-"""How much memory is free, how much a row of a batch takes, and which errors mean that it was not enough."""
+"""Memory: how much is free, how much a row takes, which errors mean too little, and how freed memory is kept."""
 
+import ctypes
+import functools
 import os
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,10 @@ SHARE = 0.5
 """The share of the free memory that a batch may take."""
 UNKNOWN_FREE = 4 << 30
 """Assumed where a device does not report its free memory."""
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+"""The numbers of glibc's limits (malloc.h)."""
+LIMITS = {MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 1 << 30, TOP_PAD: 64 << 20}
+"""Blocks of up to 1 GiB come from the heap, which keeps 1 GiB; the heaps of threads, 64 MiB each, are kept too."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +71,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(
         re.search(r"not enough memory|out of memory|can'?t allocate memory|cannot allocate memory", text)
     )
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have this process use the memory of a step's large tensors again, and say whether it could be told so.
+
+    By default glibc maps every block above 32 MiB anew, and returns it to the system when it is freed; so do the heaps
+    of threads. The kernel then clears the pages of the same logits at every step. Kept memory is at most what was in
+    use at once. Does nothing without glibc, nor if the user has set glibc's limits.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "glibc.malloc." in tunables or any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set or not sys.platform.startswith("linux"):
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        if not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"):
+            return False
+        set_limit = ctypes.CDLL(None).mallopt
+        return all(set_limit(limit, size) == 1 for limit, size in LIMITS.items())
+    return False
