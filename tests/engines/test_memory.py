@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,35 @@ def test_other_c_libraries_are_left_alone(monkeypatch, failure):
     monkeypatch.setattr(memory.sys, "platform", "linux")
     monkeypatch.setattr(memory.os, "confstr", refuse, raising=False)
     assert memory.keep_freed_memory.__wrapped__() is False
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ["128", "128"]),
+        ({"LRU_CACHE_CAPACITY": "7"}, ["128", "7"]),
+        ({"DNNL_PRIMITIVE_CACHE_CAPACITY": "7"}, [None, "128"]),
+    ],
+)
+def test_few_kernels_are_kept_unless_the_user_says_otherwise(monkeypatch, own, expected):
+    for name in (*memory.KERNEL_CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with memory.few_kernels():
+        assert [os.environ.get(name) for name in memory.KERNEL_CACHES] == expected
+    assert dict(os.environ) == before
+
+
+@glibc
+def test_freed_memory_is_returned():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not memory.keep_freed_memory():
+        pytest.skip("another C library, or limits of the user's own")
+    torch.ones(LARGE)
+    before = resident()
+    memory.return_freed_memory()
+    assert resident() < before - 2 * LARGE
