@@ -6,8 +6,8 @@
 Stories of all domains and of none, each sampled with its own seed. The two ways alternate; each is measured in wall
 time and CPU time. It also counts the texts that are the same both ways: docs/batch.md says why not all are.
 
-`--faults` shows what page faults cost while so many rows are decoded, in processes that alternate: with the limits of
-the C library that steermoe sets, and with the library's own.
+`--faults` shows what page faults cost while that number of rows is decoded, in processes that alternate: with the
+limits of the C library that steermoe sets, and with the library's own.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from steermoe.routing.recording import record_routing
 SHARD_TEXTS = 256
 """Texts per shard: the most in memory at once."""
 TRIM_SHARDS = 8
-"""Batches differ in size and leave gaps in the heap, which are given back after so many shards."""
+"""Batches differ in size and leave gaps in the heap, which are given back after this number of shards."""
 FLUSH_SECONDS = 20.0
 """How much work a kill can cost: embeddings of an unfinished shard are written as often."""
 TOKENIZED = "The 1st quick (brown) fox,\n\n  über 日本語 Привет مرحبا def f(x): return x**2 <s> </s>"

@@ -104,7 +104,7 @@ def return_freed_memory() -> None:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have this process use the memory of a step's large tensors again, and say whether it could be told so.
+    """Have this process use the memory of a step's large tensors again, and say whether its limits were set.
 
     By default glibc maps every block above 32 MiB anew, and returns it to the system when it is freed; so do the heaps
     of threads. The kernel then clears the pages of the same logits at every step. Kept memory is at most what was in
