@@ -50,13 +50,14 @@ async def ask(url: str, asked: list[dict]) -> tuple[float, int]:
     return seconds, sum(answer.json()["usage"]["completion_tokens"] for answer in answers)
 
 
-def client(url: str, asked: list[dict]) -> float:
-    """Tokens per second of requests from another process."""
+def client(url: str, asked: list[dict]) -> tuple[float, float]:
+    """Tokens per second of requests from another process, and per CPU second of this one."""
+    used = time.process_time()
     done = subprocess.run(
         [sys.executable, __file__, "--client", url], input=json.dumps(asked), capture_output=True, text=True, check=True
     )
     seconds, tokens = json.loads(done.stdout)
-    return tokens / seconds
+    return tokens / seconds, tokens / (time.process_time() - used)
 
 
 @contextmanager
@@ -81,8 +82,8 @@ def served(engine, rows: int, tokens: int):
         thread.join()
 
 
-def batch(engine, rows: int, asked: list[dict]) -> float:
-    """Tokens per second of the same texts as `steermoe batch` runs them."""
+def batch(engine, rows: int, asked: list[dict]) -> tuple[float, float]:
+    """Tokens per second and per CPU second of the same texts as `steermoe batch` runs them."""
     from itertools import count
 
     from steermoe.batch.jobs import Job
@@ -100,9 +101,10 @@ def batch(engine, rows: int, asked: list[dict]) -> float:
         number = next(numbers)
         job = Job(number, body["prompt"], steering, sampling)
         jobs.append(PlannedJob(job, number, resolver.plan(steering)))
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     records = list(EngineWorker(engine, rows).generate(iter(jobs), lambda job, reason: print(reason, file=sys.stderr)))
-    return sum(record["new_tokens"] for record in records) / (time.perf_counter() - started)
+    tokens = sum(record["new_tokens"] for record in records)
+    return tokens / (time.perf_counter() - started), tokens / (time.process_time() - used)
 
 
 def first_token(live, load: int) -> tuple[float, int]:
@@ -146,10 +148,10 @@ def llama_server(model: str, threads: int):
     process.wait()
 
 
-def shown(name: str, server: list[float], other: list[float]) -> None:
+def shown(name: str, unit: str, server: list[float], other: list[float]) -> None:
     ratios = [a / b for a, b in zip(server, other, strict=True)]
     print(
-        f"{name}: {statistics.median(server):.1f} against {statistics.median(other):.1f} tokens/s, "
+        f"{name}: {statistics.median(server):.1f} against {statistics.median(other):.1f} {unit}, "
         f"ratio {statistics.median(ratios):.3f} ({', '.join(f'{one:.3f}' for one in ratios)})",
         flush=True,
     )
@@ -178,12 +180,13 @@ def main() -> None:
     with served(engine, options.texts, 256) as (url, live):
         asked = bodies(engine.name, options.texts, options.tokens, steered=True)
         client(url, asked[:2])
-        rates: tuple[list[float], list[float]] = ([], [])
+        rates: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
         for number in range(options.rounds):
             ways = [lambda: client(url, asked), lambda: live.call(lambda: batch(engine, options.texts, asked)).result()]
             for way in (0, 1) if number % 2 == 0 else (1, 0):
                 rates[way].append(ways[way]())
-        shown(f"{options.texts} texts, server against batch", *rates)
+        for place, unit in enumerate(("tokens/s", "tokens per CPU second")):
+            shown(f"{options.texts} texts, server against batch", unit, *([one[place] for one in way] for way in rates))
         for load in (0, 8):
             found = [first_token(live, load) for _ in range(3)]
             seconds, steps = statistics.median(one[0] for one in found), max(one[1] for one in found)
@@ -198,7 +201,8 @@ def main() -> None:
                 for number in range(options.rounds + 2):
                     for way in (0, 1) if number % 2 == 0 else (1, 0):
                         rates[way].append(client((url, other)[way], asked))
-                shown(f"{texts} texts, server against llama.cpp's", *rates)
+                walls = ([one[0] for one in way] for way in rates)  # the other server's CPU time is not this process's
+                shown(f"{texts} texts, server against llama.cpp's", "tokens/s", *walls)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steermoe.discovery.consensus import NOISE as NOISE
-from steermoe.discovery.consensus import Floats, Labels, consensus, quietly, smallest_cluster
+from steermoe.discovery.consensus import (
+    Floats,
+    Labels,
+    consensus,
+    principal_components,
+    quietly,
+    sample_of,
+    smallest_cluster,
+)
 from steermoe.errors import CorpusError, SteerMoEError
 
 Metric = Literal["hellinger", "euclidean", "cosine"]
@@ -38,6 +46,9 @@ neighbours.
 """
 LEAST_SIZE, SIZES_TRIED = 2, 12
 """The smallest cluster, and how many minimum sizes are tried at first for a wanted number of clusters."""
+MANY_TEXTS, MAP_COMPONENTS = 10_000, 50
+"""More texts than the first are laid out by this many principal components: UMAP's search for neighbours takes minutes
+in thousands of dimensions, and most of them are the chance of few tokens."""
 SPECTRAL_LEAST = 20
 """UMAP's spectral initialisation needs clearly more texts than dimensions."""
 
@@ -300,7 +311,10 @@ def torch_threads_kept() -> Iterator[None]:
 
 def _embed(points: Floats, method: Method, dimensions: int, *, min_dist: float) -> Floats:
     """UMAP's layout [B, dimensions]."""
-    texts = len(points)
+    texts, metric = len(points), "cosine" if method.metric == "cosine" else "euclidean"
+    if texts > MANY_TEXTS:  # of unit vectors, which cosine compares, euclidean distance has the same neighbours
+        chosen = sample_of(texts, np.random.default_rng(method.seed))
+        points, metric = principal_components(points, chosen, method.seed, MAP_COMPONENTS), "euclidean"
     with quietly(), torch_threads_kept():
         try:
             from umap import UMAP
@@ -309,7 +323,7 @@ def _embed(points: Floats, method: Method, dimensions: int, *, min_dist: float) 
         layout = UMAP(
             n_components=dimensions,
             n_neighbors=min(method.neighbours, max(LEAST_NEIGHBOURS, texts // FEW_CLUSTERS)),
-            metric="cosine" if method.metric == "cosine" else "euclidean",
+            metric=metric,
             min_dist=min_dist,
             init="spectral" if texts >= max(SPECTRAL_LEAST, 2 * dimensions) else "random",
             random_state=method.seed,

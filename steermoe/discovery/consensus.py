@@ -76,7 +76,7 @@ def consensus(
         raise SteerMoEError(f"clustering needs scikit-learn ({error}): pip install 'steermoe[discover]'") from error
     random = np.random.default_rng(seed)
     texts = len(points)
-    chosen = np.arange(texts) if texts <= SAMPLE else np.sort(random.permutation(texts)[:SAMPLE])
+    chosen = sample_of(texts, random)
     places_BP = principal_components(points, chosen, seed)
     numbers = _numbers(texts, len(chosen))
     together_SS = _together(places_BP[chosen], numbers, random)
@@ -102,12 +102,17 @@ def smallest_cluster(texts: int) -> int:
     return max(2, min(texts // 20, round(texts**0.5 / 2)))
 
 
-def principal_components(points: Floats, chosen: NDArray[np.int64], seed: int) -> Floats:
-    """The places [B, P] of all texts among the components of the chosen ones."""
+def sample_of(texts: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """The texts that are clustered, ascending: all of them, or `SAMPLE`."""
+    return np.arange(texts) if texts <= SAMPLE else np.sort(random.permutation(texts)[:SAMPLE])
+
+
+def principal_components(points: Floats, chosen: NDArray[np.int64], seed: int, components: int = COMPONENTS) -> Floats:
+    """The places [B, P] of all texts among the first components of the chosen ones."""
     from sklearn.decomposition import PCA
 
     with quietly():
-        count = min(COMPONENTS, len(chosen) - 1, points.shape[1])
+        count = min(components, len(chosen) - 1, points.shape[1])
         reduction = PCA(count, svd_solver="randomized", random_state=seed).fit(points[chosen])
         parts = [reduction.transform(points[i : i + CHUNK]) for i in range(0, len(points), CHUNK)]
     return np.concatenate(parts).astype(np.float32)

@@ -218,10 +218,11 @@ def discover(
     notify("Finding keywords ...")
     keywords = cluster_keywords([text.text for text in embedded.texts], found.labels, NUM_KEYWORDS)
     notify("Building vectors ...")
-    points, baseline = clustering.transform(features, metric), _mean(embedded.frequency)
+    baseline = _mean(embedded.frequency)
     clusters = []
     for number, name in enumerate(_name_clusters(keywords, names)):
         members = np.flatnonzero(found.labels == number)
+        points = clustering.transform(features[members], metric)  # all texts' at once would be a copy of the corpus
         cluster = _describe(embedded, number, name, keywords[number], members, points)
         vector, note = _build_vector(embedded, cluster, members, baseline, options)
         clusters.append(replace(cluster, vector=vector, note=note))
@@ -273,9 +274,9 @@ def _describe(
     members: NDArray[np.int64],
     points: Floats,
 ) -> Cluster:
-    """A cluster without its vector; its texts are `members`, and `points` [B, D] come from `clustering.transform`."""
+    """A cluster without its vector; its texts are `members`; their `points` [*, D] come from `clustering.transform`."""
     labels = most_common([label for label in (embedded.texts[i].label for i in members) if label])
-    central = members[clustering.nearest_to_mean(points[members], NUM_EXAMPLES)]
+    central = members[clustering.nearest_to_mean(points, NUM_EXAMPLES)]
     return Cluster(
         number=number,
         name=name,

@@ -15,12 +15,15 @@ from steermoe.discovery.embedder import EmbeddingOptions, RoutingSource, TextEmb
 from steermoe.discovery.embedder_hf import Embedder, _stop_after_last_router, _without_head
 from steermoe.discovery.shards import Shard, Unfinished, identity, locked
 from steermoe.discovery.store import ID_DIGITS, EmbeddingMeta, EmbeddingStore, Text, identities
+from steermoe.engines.memory import few_kernels, return_freed_memory
 from steermoe.errors import CorpusError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
 
 SHARD_TEXTS = 256
 """Texts per shard: the most in memory at once."""
+TRIM_SHARDS = 8
+"""Batches differ in size and leave gaps in the heap, which are given back after this number of shards."""
 FLUSH_SECONDS = 20.0
 """How much work a kill can cost: embeddings of an unfinished shard are written as often."""
 TOKENIZED = "The 1st quick (brown) fox,\n\n  über 日本語 Привет مرحبا def f(x): return x**2 <s> </s>"
@@ -109,7 +112,7 @@ def embed_corpus(
             the folder was begun with, a folder that another run writes to, or one that can't be written to.
     """
     options = options or EmbeddingOptions()
-    with embedder(loaded, options) as embed, locked(Path(folder)):
+    with few_kernels(), embedder(loaded, options) as embed, locked(Path(folder)):
         store = EmbeddingStore.create(folder, meta_of(loaded, options, corpus))
         known = store.known()
         if known.texts:
@@ -122,9 +125,11 @@ def embed_corpus(
         taken = set(known.sound)
         free = (number for number in count() if number not in taken)
         writer = _Writer(store, embed, progress)
-        for group in _groups(_missing(corpus, known.texts, progress)):
+        for written, group in enumerate(_groups(_missing(corpus, known.texts, progress)), 1):
             store.begin()
             writer.write(next(free), group)
+            if written % TRIM_SHARDS == 0:
+                return_freed_memory()
         store.close_gaps()
         store.finish(known.count + writer.total)
     return store, writer.skipped

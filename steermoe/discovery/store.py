@@ -332,9 +332,10 @@ class EmbeddingStore:
         if self.meta.complete and len(texts) != self.meta.texts:
             raise CorpusError(f"'{self.folder}' has {len(texts)} of {self.meta.texts} texts: {REPAIR}")
         tokens = np.array([count for shard in shards for count in shard.tokens], dtype=np.int64)
-        frequency = np.concatenate([shard.frequency for shard in shards])
         hidden = [shard.hidden for shard in shards if shard.hidden is not None and len(shard.hidden)]
-        return EmbeddedTexts(self.meta, texts, tokens, frequency, np.concatenate(hidden) if hidden else None)
+        matrices = [shard.frequency for shard in shards]
+        del shards
+        return EmbeddedTexts(self.meta, texts, tokens, _joined(matrices), _joined(hidden) if hidden else None)
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,21 @@ def identities(texts: Sequence[Text], seen: "Counter[str]") -> Iterator[str]:
     for text in texts:
         yield identity(text, seen[text.id])
         seen[text.id] += 1
+
+
+def _joined(matrices: list[Floats]) -> Floats:
+    """Matrices one below the other, as `np.concatenate`; each is freed once it is copied, so that none is there twice.
+
+    Args:
+        matrices: emptied.
+    """
+    joined = np.empty((sum(map(len, matrices)), *matrices[0].shape[1:]), dtype=matrices[0].dtype)
+    start = 0
+    while matrices:
+        matrix = matrices.pop(0)
+        joined[start : start + len(matrix)] = matrix
+        start += len(matrix)
+    return joined
 
 
 def is_store(folder: Path | str) -> bool:

@@ -1,9 +1,12 @@
-"""How much memory is free, how much a row of a batch takes, and which errors mean that it was not enough."""
+"""Memory: how much is free, how much a row takes, which errors mean too little, and what C libraries may keep."""
 
+import ctypes
+import functools
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,17 @@ SHARE = 0.5
 """The share of the free memory that a batch may take."""
 UNKNOWN_FREE = 4 << 30
 """Assumed where a device does not report its free memory."""
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+"""The numbers of glibc's limits (malloc.h)."""
+LIMITS = {MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 1 << 30, TOP_PAD: 64 << 20}
+"""Blocks of up to 1 GiB come from the heap, which keeps 1 GiB; the heaps of threads, 64 MiB each, are kept too."""
+KERNEL_CACHES = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "DNNL_PRIMITIVE_CACHE_CAPACITY",
+    "LRU_CACHE_CAPACITY": "LRU_CACHE_CAPACITY",
+}
+KERNELS = "128"
+"""What oneDNN and torch read once to know how many compiled kernels to keep (with their earlier names), 1,024 by
+default; and how many we let them keep."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +87,44 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(
         re.search(r"not enough memory|out of memory|can'?t allocate memory|cannot allocate memory", text)
     )
+
+
+@contextmanager
+def few_kernels() -> Iterator[None]:
+    """Have oneDNN keep few compiled kernels if its first product is computed in here; the user's own limits stay.
+
+    Each number of tokens that an expert gets makes another product of matrices, and each of them takes about 0.2 MiB.
+    """
+    unset = [name for name, earlier in KERNEL_CACHES.items() if not {name, earlier} & os.environ.keys()]
+    os.environ.update(dict.fromkeys(unset, KERNELS))
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
+
+
+def return_freed_memory() -> None:
+    """Return to the system what is free in the heap, where the C library can do so; glibc keeps what lies between."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have this process use the memory of a step's large tensors again, and say whether its limits were set.
+
+    By default glibc maps every block above 32 MiB anew, and returns it to the system when it is freed; so do the heaps
+    of threads. The kernel then clears the pages of the same logits at every step. Kept memory is at most what was in
+    use at once. Does nothing without glibc, nor if the user has set glibc's limits.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "glibc.malloc." in tunables or any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set or not sys.platform.startswith("linux"):
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        if not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"):
+            return False
+        set_limit = ctypes.CDLL(None).mallopt
+        return all(set_limit(limit, size) == 1 for limit, size in LIMITS.items())
+    return False

@@ -176,6 +176,29 @@ def test_clusters_that_hang_on_the_seed_do_not_agree(monkeypatch):
     assert agreement_of_seeds(features, found, Method(algorithm="hdbscan"), [1]) < 0.3
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_many_texts_are_laid_out_by_their_principal_components(monkeypatch, metric):
+    import umap
+
+    features, groups = routing([30, 60, 40])
+    seen = []
+    laid_out = umap.UMAP.fit_transform
+    monkeypatch.setattr(umap.UMAP, "fit_transform", lambda self, X: seen.append((self.metric, X)) or laid_out(self, X))
+    monkeypatch.setattr(clustering, "MANY_TEXTS", 130)
+    cluster(features, Method(metric=metric))
+    monkeypatch.setattr(clustering, "MANY_TEXTS", 129)
+    monkeypatch.setattr(clustering, "MAP_COMPONENTS", 6)
+    found = cluster(features, Method(metric=metric, algorithm="hdbscan"))
+    points = transform(features, metric)
+    (_, whole), *few = seen
+    assert np.array_equal(whole, points)
+    assert [(name, places.shape) for name, places in few] == [("euclidean", (130, 6))] * 2
+    centred = points - points.mean(0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    assert np.isclose(np.linalg.norm(few[0][1]), np.linalg.norm(values[:6]), rtol=0.01)
+    assert agreement(found.labels, groups) > 0.9
+
+
 @pytest.mark.parametrize("texts", [6, 40])
 @pytest.mark.parametrize("value", [0.0, 0.125])
 def test_texts_that_are_all_alike_are_noise(texts, value):

@@ -19,6 +19,7 @@ from steermoe.discovery.embedder import EmbeddingOptions
 from steermoe.discovery.embedder_hf import batches
 from steermoe.discovery.shards import locked
 from steermoe.discovery.store import EmbeddingStore, Text
+from steermoe.engines.memory import KERNELS
 from steermoe.errors import CorpusError
 from steermoe.models.loading import LoadedModel
 from steermoe.routing.recording import record_routing
@@ -195,6 +196,22 @@ def test_a_corpus_that_grew_is_completed(tiny_model, tmp_path, monkeypatch):
     loaded, whole = store.load(), EmbeddingStore.open(tmp_path / "whole").load()
     assert [text.id for text in loaded.texts] == ["t0", "t1", "t2", "t3", "t4", "t5"]
     assert np.array_equal(loaded.frequency, whole.frequency)
+
+
+def test_memory_is_kept_small_while_a_corpus_is_embedded(tiny_model, tmp_path, monkeypatch):
+    limits, returned = [], []
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.SHARD_TEXTS", 2)
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.TRIM_SHARDS", 2)
+    monkeypatch.setattr("steermoe.discovery.embed_corpus.return_freed_memory", lambda: returned.append(len(limits)))
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+
+    def note(texts: int, tokens: int) -> None:
+        limits.append(os.environ.get("LRU_CACHE_CAPACITY"))
+
+    embed_corpus(tiny_model, [Text(f"t{n}", "text") for n in range(9)], tmp_path, progress=note)
+    assert limits == [KERNELS] * 5
+    assert returned == [2, 4]
+    assert "LRU_CACHE_CAPACITY" not in os.environ
 
 
 def test_texts_without_tokens_are_known_too(tiny_model, tmp_path, monkeypatch):

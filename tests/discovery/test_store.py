@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steermoe.discovery import store as store_module
 from steermoe.discovery.store import EmbeddingMeta, EmbeddingStore, Text, is_store
 from steermoe.errors import CorpusError
 
@@ -234,3 +236,15 @@ def test_numbers_that_are_no_embeddings_are_not_stored(tmp_path, factor):
     texts, tokens, frequency, hidden = shard_of(0, 2)
     with pytest.raises(CorpusError, match="can't store embeddings"):
         store.write_shard(0, texts, tokens, frequency * np.float32(factor), hidden)
+
+
+def test_matrices_are_joined_without_a_second_copy_of_all():
+    matrices = [
+        np.random.default_rng(number).random((count, 2, 3), np.float32) for number, count in enumerate((3, 0, 5))
+    ]
+    expected = np.concatenate(matrices)
+    kept = [weakref.ref(matrix) for matrix in matrices]
+    joined = store_module._joined(matrices)
+    assert np.array_equal(joined, expected)
+    assert joined.dtype == np.float32
+    assert [one() for one in kept] == [None, None, None]

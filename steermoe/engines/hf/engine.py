@@ -14,7 +14,7 @@ from steermoe.engines.engine import Decoder
 from steermoe.engines.hf.cache import bytes_of_a_token, rows_can_change
 from steermoe.engines.hf.rolling import RollingDecoder
 from steermoe.engines.hf.static import StaticDecoder
-from steermoe.engines.memory import SHARE, Room, free_memory
+from steermoe.engines.memory import SHARE, Room, free_memory, keep_freed_memory
 from steermoe.engines.request import Completion, Request
 from steermoe.engines.text import HFEncoder, encode_prompt, end_tokens
 from steermoe.models.loading import LoadedModel, try_remote_code
@@ -133,9 +133,11 @@ class HFEngine:
         return complete(decoder, requests, prompts, on_text)
 
     def _try_once(self) -> None:
-        """Raise ModelError if code that came with the checkpoint does not run."""
+        """Get ready to decode: raise ModelError if code that came with the checkpoint does not run."""
         if not self._was_tried:
             try_remote_code(self.loaded)
+            if self.loaded.device.type == "cpu":
+                keep_freed_memory()
         self._was_tried = True
 
     def compiled_steps(self) -> "CompiledSteps | None":

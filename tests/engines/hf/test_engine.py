@@ -49,6 +49,17 @@ def test_steered_equals_generate_inside_steering(engine, model):
     assert done.report.tokens_steered == 7
 
 
+def test_memory_is_kept_from_the_first_text_on(model, monkeypatch):
+    kept = []
+    monkeypatch.setattr("steermoe.engines.hf.engine.keep_freed_memory", lambda: kept.append(True))
+    engine = HFEngine(tiny.loaded(model, tiny.byte_tokenizer()))
+    engine.fingerprint()
+    assert kept == []
+    engine.generate([Request(PROMPT, sampling=GREEDY)])
+    engine.decoder(2).close()
+    assert kept == [True]
+
+
 def test_seeds(engine):
     def complete(seed: int):
         return engine.generate([Request(PROMPT, sampling=replace(SAMPLED, seed=seed))])[0]

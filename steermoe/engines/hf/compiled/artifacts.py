@@ -50,7 +50,7 @@ from steermoe.engines.hf.compiled.step import DecodeStep
 from steermoe.errors import GenerationError, ModelError, SteerMoEError, TraceError, reason
 from steermoe.files import cache_folder
 from steermoe.models import quantization
-from steermoe.routing import architectures, intercept, routers, selection, wrapping
+from steermoe.routing import architectures, intercept, marks, routers, selection, wrapping
 from steermoe.steering import editing_graph, narrowing
 from steermoe.steering.editing_graph import Edits
 
@@ -82,6 +82,7 @@ TRACED: tuple[ModuleType, ...] = (
     formulas,
     editing_graph,
     intercept,
+    marks,
     narrowing,
     quantization,
     rewrites,
