@@ -57,7 +57,7 @@ LIKELIEST = 192
 """The teacher's likeliest tokens, which are kept one by one; all others together are one more outcome."""
 HALVINGS = 14
 FREE, FREE_NATS = 0.04, 3.0
-"""What turns a text is a few tokens with a large divergence: this share of neutral tokens may have so many nats."""
+"""What turns a text is a few tokens with a large divergence: this share of neutral tokens may have FREE_NATS."""
 OPENING_TOKENS = 12
 IN_STORIES = 3
 TIMES_AS_OFTEN = 2.0

@@ -152,6 +152,7 @@ def test_inspect_describes_the_whole_model_without_weights(name: str, tmp_path: 
     assert record == {
         "name": name,
         "baked": None,
+        "compiled_steps": [],
         "architecture": model.config["model_type"],
         "model_class": model.config["architectures"][0],
         "layers": model.config.get("num_hidden_layers", 2 * model.config.get("num_layers", 0)),
