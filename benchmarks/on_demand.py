@@ -162,7 +162,7 @@ def measure_tiny(folder: Path, report: Report) -> None:
         tiny.build(family, seed=SEEDS.get(family, 0)).save_pretrained(where)
         tiny.byte_tokenizer().save_pretrained(where)
         with tempfile.TemporaryDirectory() as home:
-            places = {"XDG_DATA_HOME": home, "STEERMOE_CACHE": f"{home}/cache"}
+            places = {"XDG_DATA_HOME": home, "STEERMOE_CACHE": f"{home}/cache", "STEERMOE_COMPILE": "off"}
             arguments = ["generate", "A dog", "--model", str(where), "-d", "sport", "--max-new-tokens", "20"]
             started = time.perf_counter()
             done = subprocess.run(

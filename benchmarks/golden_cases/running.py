@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shlex
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ def cli(*arguments: Any) -> str:
 def command(*arguments: Any) -> str:
     """The same in a process of its own."""
     started = [sys.executable, "-m", "steermoe.cli.app", *map(str, arguments)]
-    done = subprocess.run(started, capture_output=True, text=True, check=False)
+    alone = os.environ | {"STEERMOE_COMPILE": "off"}
+    done = subprocess.run(started, capture_output=True, text=True, check=False, env=alone)
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
