@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import io
 import json
-import shlex
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
