@@ -81,7 +81,6 @@ def test_a_round_changes_nothing_but_the_domains_experts(tmp_path, capsys):
         "epochs": 3,
         "lr": 1e-3,
         "scale": 1.0,
-        "start": 1.0,
         "gain": 1.0,
         "most": 0.9,
     }
